@@ -1,0 +1,386 @@
+"""Every setting and its default: frozen dataclasses, checked when they are made.
+
+A config file (`configs/*.py`) names only what differs from these defaults; `from_dict` turns its ConfigDict into
+`Config` once, and each module is handed only its own section. Nothing here touches a device.
+"""
+
+import ast
+import dataclasses
+import difflib
+import math
+import typing
+
+from deepseek_jax.errors import ConfigError
+
+# Ids that a tokenizer may emit, known without installing it (specs: 100,015 and 128,815 used ids; byte: 256 + separator).
+TOKENIZER_SIZES = {"byte": 257, "deepseek-llm": 100_015, "deepseek-v3": 128_815}
+
+
+def field(default, doc, **limits):
+  """A dataclass field with one line of `doc` and `limits`: choices, at_least, at_most, above, below."""
+  return dataclasses.field(default=default, metadata={"doc": doc, **limits})
+
+
+_LIMITS = {
+  "at_least": (lambda v, b: v >= b, "at least"),
+  "at_most": (lambda v, b: v <= b, "at most"),
+  "above": (lambda v, b: v > b, "above"),
+  "below": (lambda v, b: v < b, "below"),
+  "choices": (lambda v, b: v in b, "one of"),
+}
+
+
+def coerce(value, kind, path):
+  """`value` as `kind`; text is read as the command line gives it (`1e3` is an integer, `a,b` a tuple)."""
+  if typing.get_origin(kind) is tuple:
+    if isinstance(value, str):
+      text = value.strip()
+      value = ast.literal_eval(text) if text[:1] in "([" and text[-1:] in ")]" else [v for v in text.split(",") if v]
+    if not isinstance(value, (tuple, list)):
+      value = (value,)
+    return tuple(coerce(v, typing.get_args(kind)[0], path) for v in value)
+  if kind is bool and isinstance(value, str) and value.lower() in ("true", "false", "1", "0"):
+    return value.lower() in ("true", "1")
+  if kind in (int, float) and isinstance(value, str):
+    value = float(value) if not value.lstrip("+-").replace("_", "").isdigit() else int(value)
+  if kind is int and isinstance(value, float) and value.is_integer():
+    return int(value)
+  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if type(value) is not kind:
+    raise TypeError
+  return value
+
+
+class Section:
+  """Base of the config sections: types and ranges are checked at construction, with the field's full path in errors."""
+
+  path = ""
+
+  def __init_subclass__(cls, path="", **kwargs):
+    super().__init_subclass__(**kwargs)
+    cls.path = path
+
+  def __post_init__(self):
+    for f in dataclasses.fields(self):
+      value, path = getattr(self, f.name), f"{self.path}.{f.name}".lstrip(".")
+      kind = typing.get_type_hints(type(self))[f.name]
+      if dataclasses.is_dataclass(kind):
+        if not isinstance(value, kind):
+          raise ConfigError(f"{path} must be a {kind.__name__}, got {value!r}")
+        continue
+      try:
+        value = coerce(value, kind, path)
+      except (TypeError, ValueError, SyntaxError, OverflowError):
+        name = getattr(kind, "__name__", str(kind)) if typing.get_origin(kind) is None else str(kind)
+        raise ConfigError(f"{path} must be {name}, got {value!r}") from None
+      for item in value if isinstance(value, tuple) else (value,):
+        if isinstance(item, float) and not math.isfinite(item):
+          raise ConfigError(f"{path} must be finite, got {item}")
+        for name, bound in f.metadata.items():
+          if name in _LIMITS and not _LIMITS[name][0](item, bound):
+            raise ConfigError(f"{path} must be {_LIMITS[name][1]} {bound}, got {item!r}")
+      object.__setattr__(self, f.name, value)
+    self.check()
+
+  def check(self):
+    """Checks that need several fields of this section."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig(Section, path="model.attention"):
+  heads: int = field(4, "query heads", at_least=1)
+  kv_heads: int = field(4, "key and value heads; fewer than heads is grouped-query attention", at_least=1)
+  head_dim: int = field(32, "width of one head", at_least=2)
+  rope_theta: float = field(10_000.0, "base of the rotary frequencies", above=0)
+  dropout: float = field(0.0, "dropout of attention probabilities", at_least=0, below=1)
+
+  def check(self):
+    if self.heads % self.kv_heads:
+      raise ConfigError(
+        f"model.attention.heads={self.heads} is not a multiple of model.attention.kv_heads={self.kv_heads}: "
+        "every key head serves the same number of query heads; change one of them"
+      )
+    if self.head_dim % 2:
+      raise ConfigError(
+        f"model.attention.head_dim={self.head_dim} is odd: rotary embeddings need pairs; use an even width"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Section, path="model"):
+  vocab: int = field(272, "rows of the embedding and of the output head", at_least=2)
+  embed: int = field(128, "width of the residual stream", at_least=1)
+  layers: int = field(4, "transformer blocks", at_least=1)
+  mlp: int = field(384, "inner width of the SwiGLU", at_least=1)
+  norm_eps: float = field(1e-6, "epsilon of RMSNorm", above=0)
+  init_std: float = field(0.006, "standard deviation of every initial matrix (all DeepSeek papers: 0.006)", above=0)
+  dropout: float = field(0.0, "dropout of each block's two outputs into the residual stream", at_least=0, below=1)
+  param_dtype: str = field("float32", "dtype of the master parameters", choices=("float32", "float64"))
+  compute_dtype: str = field(
+    "bfloat16", "dtype of activations and matrix products; float32 means full float32 products on every chip",
+    choices=("bfloat16", "float32", "float64"),
+  )  # fmt: skip
+  remat: str = field(
+    "full", "what the backward pass recomputes: none, full (each block), dots (all but matrix products)",
+    choices=("none", "full", "dots"),
+  )  # fmt: skip
+  attention: AttentionConfig = AttentionConfig()
+
+  def check(self):
+    if (self.param_dtype == "float64") != (self.compute_dtype == "float64"):
+      raise ConfigError(
+        f"model.param_dtype={self.param_dtype} with model.compute_dtype={self.compute_dtype}: "
+        "float64 runs are float64 throughout; set both to float64 or neither"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(Section, path="data"):
+  sources: tuple[str, ...] = field(
+    ("python-stdlib",),
+    "what to train on: python-stdlib, or files, folders and globs of .txt .py .md .jsonl[.gz|.zst] .parquet",
+  )
+  weights: tuple[float, ...] = field(
+    (), "share of samples from each source; empty: in proportion to their size", above=0
+  )
+  tokenizer: str = field("byte", "byte, deepseek-llm, deepseek-v3, or the path of a tokenizer.json")
+  seq: int = field(256, "tokens a sequence predicts", at_least=2)
+  heldout_fraction: float = field(0.02, "share of documents kept for evaluation", above=0, below=1)
+  mask_documents: bool = field(False, "attend within documents only; off in the DeepSeek recipes up to V3")
+  text_field: str = field("text", "key of the text in .jsonl and .parquet records")
+  cache: str = field("", "folder of packed data; empty: deepseek_jax in the user's cache folder")
+  verify: bool = field(True, "check the checksums of packed data at start")
+  accept_change: bool = field(False, "resume although the data differs from what the checkpoint saw")
+
+  def check(self):
+    if not self.sources:
+      raise ConfigError('data.sources is empty: name at least one, e.g. "python-stdlib"')
+    if self.weights and len(self.weights) != len(self.sources):
+      raise ConfigError(
+        f"data.weights has {len(self.weights)} values for {len(self.sources)} data.sources: give one each, or none"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig(Section, path="optimizer"):
+  clip: float = field(1.0, "global gradient norm above which gradients are scaled down", above=0)
+  beta1: float = field(0.9, "AdamW's decay of the first moment", at_least=0, below=1)
+  beta2: float = field(0.95, "AdamW's decay of the second moment", at_least=0, below=1)
+  eps: float = field(1e-8, "AdamW's epsilon; DeepSeek publishes none before V4", above=0)
+  weight_decay: float = field(0.1, "decoupled decay of matrices; norm scales have none", at_least=0)
+  moments_dtype: str = field(
+    "float32", "dtype in which both moments are kept", choices=("bfloat16", "float32", "float64")
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig(Section, path="schedule"):
+  kind: str = field(
+    "warmup_cosine",
+    "shape of the learning rate after warm-up",
+    choices=("constant", "warmup_cosine", "multi_step", "wsd"),
+  )
+  peak: float = field(1e-3, "highest learning rate", above=0)
+  warmup_steps: int = field(0, "linear warm-up from zero, in steps", at_least=0)
+  warmup_tokens: int = field(0, "linear warm-up from zero, in tokens; replaces warmup_steps when above 0", at_least=0)
+  steps: int = field(1000, "length in steps; milestones are fractions of it", at_least=1)
+  tokens: int = field(0, "length in tokens; replaces steps when above 0", at_least=0)
+  milestones: tuple[float, ...] = field(
+    (),
+    "fractions of the length: where multi_step drops; where wsd's cosine starts and ends, then where it drops",
+    at_least=0,
+    at_most=1,
+  )
+  factors: tuple[float, ...] = field(
+    (), "shares of peak: after each milestone (multi_step), after the cosine and each drop (wsd), at the end (warmup_cosine)",
+    at_least=0, at_most=1,
+  )  # fmt: skip
+
+  def check(self):
+    milestones, factors = {
+      "constant": (0, 0), "warmup_cosine": (0, 1), "wsd": (max(2, len(self.milestones)), max(1, len(self.milestones) - 1)),
+      "multi_step": (max(1, len(self.milestones)),) * 2,
+    }[self.kind]  # fmt: skip
+    if (len(self.milestones), len(self.factors)) != (milestones, factors):
+      raise ConfigError(
+        f"schedule.kind={self.kind} takes {milestones} milestones and {factors} factors, "
+        f"got milestones={self.milestones} and factors={self.factors}"
+      )
+    if list(self.milestones) != sorted(self.milestones):
+      raise ConfigError(f"schedule.milestones={self.milestones} must rise")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig(Section, path="mesh"):
+  data: int = field(-1, "devices that hold copies of the model and share the batch; -1: the rest", at_least=-1)
+  fsdp: int = field(1, "devices that share the batch and shard parameters and moments; -1: the rest", at_least=-1)
+  expert: int = field(1, "devices that share experts (and the batch); -1: the rest", at_least=-1)
+  tensor: int = field(1, "devices that share heads, inner widths and the vocabulary; -1: the rest", at_least=-1)
+
+  def check(self):
+    sizes = dataclasses.asdict(self)
+    if 0 in sizes.values():
+      raise ConfigError(f"mesh sizes are 1 or more, or -1 for the rest, got {sizes}")
+    if list(sizes.values()).count(-1) > 1:
+      raise ConfigError(f"only one mesh size may be -1, got {sizes}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(Section, path="train"):
+  steps: int = field(1000, "updates after which the run is finished", at_least=1)
+  global_batch: int = field(16, "sequences per update", at_least=1)
+  microbatch: int = field(
+    0, "sequences per forward and backward pass, over all devices; 0: the whole batch", at_least=0
+  )
+  batch_ramp_from: int = field(
+    0, "sequences per update at the start of a linear ramp to global_batch; 0: no ramp", at_least=0
+  )
+  batch_ramp_tokens: int = field(0, "tokens over which the ramp runs", at_least=0)
+  loss_chunk: int = field(512, "positions per sequence whose logits exist at once in the loss", at_least=1)
+  label_smoothing: float = field(0.0, "share of the target spread over the vocabulary", at_least=0, below=1)
+  z_loss: float = field(0.0, "weight of the squared log of the softmax normaliser", at_least=0)
+  max_skipped: int = field(10, "updates in a row with non-finite gradients after which the run stops", at_least=1)
+
+  def check(self):
+    micro = self.microbatch or self.global_batch
+    for name, batch in (("global_batch", self.global_batch), ("batch_ramp_from", self.batch_ramp_from)):
+      if batch % micro:
+        raise ConfigError(
+          f"train.{name}={batch} is not a multiple of train.microbatch={micro}: use {batch // micro * micro or micro}"
+        )
+    if bool(self.batch_ramp_from) != bool(self.batch_ramp_tokens):
+      raise ConfigError("train.batch_ramp_from and train.batch_ramp_tokens go together: set both, or neither")
+    if self.batch_ramp_from > self.global_batch:
+      raise ConfigError(f"train.batch_ramp_from={self.batch_ramp_from} is above train.global_batch={self.global_batch}")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig(Section, path="checkpoint"):
+  every: int = field(1000, "steps between checkpoints", at_least=1)
+  keep: int = field(2, "newest checkpoints kept", at_least=1)
+  keep_every: int = field(0, "checkpoints at multiples of this step are kept for good; 0: none", at_least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig(Section, path="eval"):
+  every: int = field(1000, "steps between evaluations on the held-out split", at_least=1)
+  sequences: int = field(256, "held-out sequences in an evaluation during the run; the last one takes all", at_least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig(Section, path="log"):
+  every: int = field(10, "steps between lines of metrics.jsonl", at_least=1)
+  tensorboard: bool = field(True, "write TensorBoard files")
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig(Section, path="sample"):
+  prompt: str = field("def ", "text that the sample at the end of a run continues")
+  max_tokens: int = field(200, "tokens to generate", at_least=1)
+  temperature: float = field(0.7, "softness of sampling; 0 takes the likeliest token", at_least=0)
+  top_k: int = field(0, "sample among the k likeliest tokens; 0: all", at_least=0)
+  top_p: float = field(0.95, "sample among the likeliest tokens that hold this probability", above=0, at_most=1)
+  repetition_penalty: float = field(
+    1.0, "divide positive and multiply negative logits of tokens already there", above=0
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Section):
+  name: str = field("run", "name of the experiment; the default run folder is runs/NAME")
+  seed: int = field(
+    0, "seed of the initial parameters, of dropout and of the data order", at_least=0, at_most=2**32 - 1
+  )
+  model: ModelConfig = ModelConfig()
+  data: DataConfig = DataConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  schedule: ScheduleConfig = ScheduleConfig(factors=(0.1,))
+  mesh: MeshConfig = MeshConfig()
+  train: TrainConfig = TrainConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  eval: EvalConfig = EvalConfig()
+  log: LogConfig = LogConfig()
+  sample: SampleConfig = SampleConfig()
+
+  def check(self):
+    tokens = TOKENIZER_SIZES.get(self.data.tokenizer, 0)
+    if tokens > self.model.vocab:
+      raise ConfigError(
+        f"data.tokenizer={self.data.tokenizer} has {tokens} ids but model.vocab={self.model.vocab}: raise model.vocab to at least {tokens}"
+      )
+    tensor, attention = self.mesh.tensor, self.model.attention
+    for path, size in (
+      ("model.attention.heads", attention.heads),
+      ("model.attention.kv_heads", attention.kv_heads),
+      ("model.mlp", self.model.mlp),
+      ("model.vocab", self.model.vocab),
+    ):
+      check_divides(path, size, "mesh.tensor", tensor)
+    check_divides("model.embed", self.model.embed, "mesh.fsdp", self.mesh.fsdp)
+    batch_axes = (self.mesh.data, self.mesh.fsdp, self.mesh.expert)
+    check_divides(
+      "train.microbatch", self.train.microbatch or self.train.global_batch,
+      "mesh.data x mesh.fsdp x mesh.expert", math.prod(a for a in batch_axes if a > 0),
+    )  # fmt: skip
+
+
+def check_divides(path, size, axis, parts):
+  """Raises ConfigError unless `size` splits evenly over `parts` devices (-1: not yet known)."""
+  if parts > 0 and size % parts:
+    options = [n for n in range(1, min(size, 256) + 1) if size % n == 0]
+    raise ConfigError(
+      f"{path}={size} does not divide over {axis}={parts}: use one of {', '.join(map(str, options))}, or change {path}"
+    )
+
+
+def from_dict(tree, cls=Config):
+  """A nested mapping (a ConfigDict, or JSON) as `cls`. Raises ConfigError for unknown keys, naming the nearest field."""
+  kinds, kwargs = typing.get_type_hints(cls), {}
+  names = [f.name for f in dataclasses.fields(cls)]
+  for key, value in tree.items():
+    path = f"{cls.path}.{key}".lstrip(".")
+    if key not in names:
+      raise ConfigError(unknown_key(path))
+    if dataclasses.is_dataclass(kinds[key]):
+      if not hasattr(value, "items"):
+        raise ConfigError(f"{path} is a section with the fields {', '.join(leaf_paths(kinds[key]))}; got {value!r}")
+      value = from_dict(value, kinds[key])
+    kwargs[key] = value
+  return cls(**kwargs)
+
+
+def leaf_paths(cls=Config):
+  """Dotted path -> dataclass field of every leaf under `cls`, in order."""
+  kinds, leaves = typing.get_type_hints(cls), {}
+  for f in dataclasses.fields(cls):
+    if dataclasses.is_dataclass(kinds[f.name]):
+      leaves.update(leaf_paths(kinds[f.name]))
+    else:
+      leaves[f"{cls.path}.{f.name}".lstrip(".")] = f
+  return leaves
+
+
+def unknown_key(path):
+  """One line for a field that does not exist, with the nearest that does."""
+  paths = list(leaf_paths())
+  same_leaf = [p for p in paths if p.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
+  near = difflib.get_close_matches(path, paths, 1, 0.0)
+  return f"unknown config field {path!r}; did you mean {(same_leaf or near)[0]!r}? (--help lists all)"
+
+
+def flatten(config):
+  """Dotted path -> value of every leaf."""
+  tree, flat = config, {}
+  for path in leaf_paths():
+    value = tree
+    for part in path.split("."):
+      value = getattr(value, part)
+    flat[path] = value
+  return flat
+
+
+def diff(old, new):
+  """[(path, old value, new value)] of the leaves in which two configs differ."""
+  old, new = flatten(old), flatten(new)
+  return [(path, old[path], new[path]) for path in old if old[path] != new[path]]
