@@ -265,7 +265,8 @@ class CheckpointConfig(Section, path="checkpoint"):
 @dataclasses.dataclass(frozen=True)
 class EvalConfig(Section, path="eval"):
   every: int = field(1000, "steps between evaluations on the held-out split", at_least=1)
-  sequences: int = field(256, "held-out sequences in an evaluation during the run; the last one takes all", at_least=1)
+  sequences: int = field(256, "held-out sequences in an evaluation during the run", at_least=1)
+  final_sequences: int = field(4096, "held-out sequences in the evaluation that ends the run", at_least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,6 +305,11 @@ class Config(Section):
   sample: SampleConfig = SampleConfig()
 
   def check(self):
+    if self.model.param_dtype == "float64" and self.optimizer.moments_dtype != "float64":
+      raise ConfigError(
+        f"optimizer.moments_dtype={self.optimizer.moments_dtype} with model.param_dtype=float64: "
+        "float64 runs are float64 throughout; set optimizer.moments_dtype=float64"
+      )
     tokens = TOKENIZER_SIZES.get(self.data.tokenizer, 0)
     if tokens > self.model.vocab:
       raise ConfigError(

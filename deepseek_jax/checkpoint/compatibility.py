@@ -1,0 +1,61 @@
+"""Whether a run may continue from a checkpoint: the same model, moments and data, whatever else has changed."""
+
+from deepseek_jax import config as config_lib
+from deepseek_jax.errors import CheckpointError
+
+# These change how a step is computed, not what the saved arrays mean.
+_FREE = {"model.remat", "model.dropout", "model.attention.dropout"}
+
+
+def check_compatible(saved_config, config, saved_fingerprint, fingerprint):
+  """Compares a checkpoint's config (nested dict, as JSON gives it) and data fingerprint with those of this run.
+
+  A field that the checkpoint lacks was added later and counts as its default there. Returns the differences that may be,
+  [(path, old, new)], `new` being None for a field that only the checkpoint knows. Raises CheckpointError with the fields
+  that must agree: all of `model` but remat and dropout, optimizer.moments_dtype, and the fingerprint unless
+  config.data.accept_change.
+  """
+  differences = _differences(saved_config, config)
+  fatal = [d for d in differences if _must_agree(d[0]) and d[2] is not None]
+  if fatal:
+    raise CheckpointError(
+      f"the checkpoint does not fit this config: {_listing(fatal)}; put these values back, or use another --workdir"
+    )
+  if saved_fingerprint != fingerprint and not config.data.accept_change:
+    data = [d for d in differences if d[0].startswith("data.")]
+    raise CheckpointError(
+      f"the checkpoint saw other data: its fingerprint is {saved_fingerprint}, now it is {fingerprint} "
+      f"({_listing(data) or 'same data.* fields, so the files or the tokenizer changed'}); put the data back, use "
+      "another --workdir, or pass --config.data.accept_change=true to continue on the new data"
+    )
+  return differences
+
+
+def _must_agree(path):
+  return path == "optimizer.moments_dtype" or (path.startswith("model.") and path not in _FREE)
+
+
+def _listing(differences):
+  return "; ".join(f"{path}: checkpoint {old}, config {new}" for path, old, new in differences)
+
+
+def _differences(saved_config, config):
+  saved = dict(_leaves(saved_config))
+  now, default = (_as_json(config_lib.flatten(c)) for c in (config, config_lib.Config()))
+  known = [(path, saved.get(path, default[path]), now[path]) for path in now]
+  unknown = [(path, old, None) for path, old in saved.items() if path not in now]
+  return [d for d in known if d[1] != d[2]] + unknown
+
+
+def _as_json(flat):
+  """Tuples as JSON gives them back."""
+  return {path: list(value) if isinstance(value, tuple) else value for path, value in flat.items()}
+
+
+def _leaves(tree, prefix=""):
+  """(dotted path, value) of every leaf of nested dicts."""
+  for key, value in _as_json(tree).items():
+    if isinstance(value, dict):
+      yield from _leaves(value, f"{prefix}{key}.")
+    else:
+      yield f"{prefix}{key}", value

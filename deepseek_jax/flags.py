@@ -1,0 +1,117 @@
+"""The command line: `--config=FILE --config.any.field=value` into a checked Config, and errors in one line.
+
+Plain config_flags rejects `1e3` for integers, hides its suggestion under a traceback and shows no fields in --help.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+import traceback
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from deepseek_jax.config import Config, flatten, from_dict, leaf_paths, unknown_key
+from deepseek_jax.errors import ConfigError, UserError
+
+
+def split_overrides(argv):
+  """(arguments without `--config.PATH=VALUE`, {path: text}). A bare boolean field means true."""
+  rest, overrides, leaves = [], {}, leaf_paths()
+  arguments = iter(argv)
+  for argument in arguments:
+    name, equals, text = argument.lstrip("-").partition("=")
+    if not (argument.startswith("-") and name.startswith("config.")):
+      rest.append(argument)
+      continue
+    path = name.removeprefix("config.")
+    if path not in leaves:
+      raise ConfigError(unknown_key(path))
+    if not equals:
+      text = "true" if leaves[path].type is bool else next(arguments, None)
+    if text is None:
+      raise ConfigError(f"--config.{path} needs a value: --config.{path}=VALUE")
+    overrides[path] = text
+  return rest, overrides
+
+
+def read_config_file(path):
+  """The mapping that a config file gives: `get_config()` of a .py file (run as code: trust it), or a .json object."""
+  if not os.path.isfile(path):
+    here = sorted(f for f in os.listdir("configs") if f.endswith(".py")) if os.path.isdir("configs") else []
+    raise ConfigError(f"no config file {path!r}" + (f"; configs/ has {', '.join(here)}" if here else ""))
+  try:
+    if path.endswith(".json"):
+      with open(path, encoding="utf-8") as f:
+        return json.load(f)
+    spec = importlib.util.spec_from_file_location("deepseek_jax_config_file", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+  except Exception as error:
+    # Python that the user wrote may fail in any way; the last frame in their file is what helps.
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if os.path.abspath(f.filename) == os.path.abspath(path)]
+    line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
+    raise ConfigError(f"{path}{f':{line}' if line else ''}: {type(error).__name__}: {error}") from None
+
+
+def load_config(path="", overrides=None) -> Config:
+  """The Config of a file (none: the defaults) with `overrides` ({dotted path: value or text}) on top."""
+  tree = ConfigDict(read_config_file(path)).to_dict() if path else {}
+  for dotted, value in (overrides or {}).items():
+    *sections, leaf = dotted.split(".")
+    section = tree
+    for name in sections:
+      section = section.setdefault(name, {})
+    section[leaf] = value
+  return from_dict(tree)
+
+
+def config_help(config: Config) -> str:
+  """Every field with its value in `config` and its line of doc."""
+  leaves, lines = leaf_paths(), []
+  for path, value in flatten(config).items():
+    metadata = leaves[path].metadata
+    choices = f" [{', '.join(metadata['choices'])}]" if "choices" in metadata else ""
+    lines.append(f"  --config.{path}={value!r}\n      {metadata['doc']}{choices}")
+  return "\n".join(lines)
+
+
+def parse(argv, flag_values, usage):
+  """Parses `argv` into `flag_values` and returns the config overrides {path: text}. On --help prints help and exits 0.
+
+  A program has its own absl FlagValues, so that several can live in one process (tests, notebooks).
+  """
+  wanted = {"--help", "-help", "-h", "--helpfull"}
+  rest, overrides = split_overrides([a for a in argv if a not in wanted])
+  try:
+    unparsed = flag_values(rest)[1:]
+  except flags.Error as error:
+    raise ConfigError(" ".join(str(error).split())) from None
+  if overrides and "config" not in flag_values:
+    raise ConfigError(f"this program takes no --config.{next(iter(overrides))}; its flags are {', '.join(flag_values)}")
+  if unparsed:
+    raise ConfigError(f"unexpected argument {unparsed[0]!r}: every argument is --flag=value (see --help)")
+  if wanted & set(argv):
+    print(f"{usage}\n\nFlags:")
+    for name in flag_values:
+      print(f"  --{name}={flag_values[name].default!r}\n      {flag_values[name].help}")
+    if "config" in flag_values:
+      print(f"\nConfig fields, with the values of {flag_values.config or 'the defaults'}:")
+      print(config_help(load_config(flag_values.config, overrides)))
+    sys.exit(0)
+  return overrides
+
+
+def run_program(main):
+  """Runs `main(argv)` as a program: a UserError is one line on stderr and exit code 2."""
+  try:
+    code = main(sys.argv)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    code = 2
+  except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    code = 130
+  sys.exit(code)

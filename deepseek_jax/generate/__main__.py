@@ -1,0 +1,71 @@
+"""Continues a prompt with a trained model:  python -m deepseek_jax.generate --workdir=runs/tiny --prompt="def "
+
+Loads the newest checkpoint of the run. What is not given comes from the run's own `sample` config.
+"""
+
+import dataclasses
+import sys
+
+from absl import flags
+
+from deepseek_jax.config import MeshConfig, SampleConfig, check_divides, from_dict, leaf_paths
+from deepseek_jax.errors import CheckpointError, ConfigError
+from deepseek_jax.flags import parse, run_program
+
+
+def main(argv) -> int:
+  """Prints the prompt and its continuation. Raises UserError for what the user can mend."""
+  values = flags.FlagValues()
+  flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+  flags.DEFINE_integer("seed", 0, "seed of the sampling", flag_values=values)
+  flags.DEFINE_integer("devices", 1, "devices over which the parameters are spread", lower_bound=1, flag_values=values)
+  define = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
+  for path, field in leaf_paths(SampleConfig).items():
+    define[field.type](path.removeprefix("sample."), None, field.metadata["doc"], flag_values=values)
+  parse(argv, values, __doc__)
+  if not values.workdir:
+    raise ConfigError("--workdir=DIR says which run to sample from, e.g. --workdir=runs/tiny")
+
+  # Imported late: --help and flag errors need no jax.
+  from deepseek_jax.checkpoint.manager import CheckpointReader
+
+  reader = CheckpointReader(values.workdir)
+  step = reader.latest()
+  if step is None:
+    raise CheckpointError(
+      f"no checkpoint in {values.workdir}; train one: python -m deepseek_jax.train --config=FILE --workdir={values.workdir}"
+    )
+  config = from_dict(reader.meta(step)["config"])
+  given = {name: values[name].value for name in vars(config.sample) if values[name].value is not None}
+  settings = dataclasses.replace(config.sample, **given)
+  print(f"checkpoint of step {step} in {values.workdir}", file=sys.stderr)
+  print(settings.prompt + continuation(reader, step, config, settings, values.seed, values.devices))
+  return 0
+
+
+def continuation(reader, step, config, settings, seed, devices) -> str:
+  """Text after `settings.prompt`, from the parameters of a checkpoint spread over `devices` devices."""
+  import jax
+
+  from deepseek_jax.data.tokenizer import load
+  from deepseek_jax.generate.decoding import continue_prompt
+  from deepseek_jax.mesh import make_mesh
+  from deepseek_jax.model.transformer import graphdef, new_params
+  from deepseek_jax.sharding import concrete
+
+  if devices > len(jax.devices()):
+    raise ConfigError(f"--devices={devices}, but {len(jax.devices())} are here")
+  check_divides("model.embed", config.model.embed, "--devices", devices)
+  mesh = make_mesh(MeshConfig(data=1, fsdp=devices), jax.devices()[:devices])
+  with jax.set_mesh(mesh):
+    shapes = jax.eval_shape(lambda: new_params(config.model, jax.random.key(0)))
+    abstract = dict(zip(("params", "buffers"), concrete(shapes, mesh), strict=True))
+    weights = reader.restore(step, abstract)
+    tokenizer = load(config.data.tokenizer)
+    return continue_prompt(
+      graphdef(config.model), weights["params"], weights["buffers"], tokenizer, settings, config.data.seq, seed, mesh
+    )
+
+
+if __name__ == "__main__":
+  run_program(main)

@@ -1,0 +1,44 @@
+"""From logits to the next token."""
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.config import SampleConfig
+
+
+def next_token(logits, seen, key, config: SampleConfig):
+  """A token for each row.
+
+  Args:
+    logits: [batch, vocab] float; -inf for ids that may not come.
+    seen: [batch, vocab] bool, ids already in the text, for `repetition_penalty` (Keskar et al. 2019, section 4.1).
+    key: randomness. config: temperature (0: the likeliest), top_k, top_p.
+
+  Returns:
+    [batch] int32.
+  """
+  penalised = jnp.where(logits > 0, logits / config.repetition_penalty, logits * config.repetition_penalty)
+  logits = jnp.where(seen, penalised, logits)
+  if config.temperature == 0:
+    return jnp.argmax(logits, -1).astype(jnp.int32)
+  logits = top_p(top_k(logits / config.temperature, config.top_k), config.top_p)
+  return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+def top_k(logits, k):
+  """`logits` with all but the k largest of each row at -inf; 0 keeps all."""
+  if k == 0 or k >= logits.shape[-1]:
+    return logits
+  threshold = jax.lax.top_k(logits, k)[0][..., -1:]
+  return jnp.where(logits < threshold, -jnp.inf, logits)
+
+
+def top_p(logits, p):
+  """`logits` with all but the fewest likeliest tokens that hold probability p at -inf (Holtzman et al. 2020)."""
+  if p == 1:
+    return logits
+  descending = jnp.sort(logits, -1, descending=True)
+  probabilities = jax.nn.softmax(descending)
+  before = jnp.cumsum(probabilities, -1) - probabilities  # mass of all likelier tokens
+  threshold = jnp.where(before < p, descending, jnp.inf).min(-1, keepdims=True)
+  return jnp.where(logits < threshold, -jnp.inf, logits)

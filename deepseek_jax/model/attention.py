@@ -1,0 +1,62 @@
+"""Causal attention with grouped key and value heads (MHA when kv_heads = heads)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.dropout import dropout
+from deepseek_jax.model.linear import Linear, at_least_float32
+from deepseek_jax.model.rope import rotate
+
+
+def attend(q, k, v, *, scale, segment_ids=None, dropout_rate=0.0, dropout_key=None):
+  """Causal attention.
+
+  Args:
+    q: [batch, seq, heads, key width]. k: [batch, seq, kv_heads, key width]. v: [batch, seq, kv_heads, value width].
+    scale: factor of the logits.
+    segment_ids: [batch, seq] int; positions attend within their segment only.
+    dropout_rate, dropout_key: dropout of the probabilities; no key is no dropout.
+
+  Returns:
+    [batch, seq, heads, value width] in the dtype of `v`.
+  """
+  same_segment = None if segment_ids is None else (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+  # The library's kernel has no dropout, wants equal widths, and keeps its softmax in float32 in a float64 run.
+  if dropout_key is None and q.shape[-1] == v.shape[-1] and q.dtype != jnp.float64:
+    return jax.nn.dot_product_attention(q, k, v, mask=same_segment, scale=scale, is_causal=True)
+  q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])  # [batch, seq, kv_heads, group, key width]
+  logits = at_least_float32(jnp.einsum("bqhgk,bshk->bhgqs", q, k)) * scale  # [batch, kv_heads, group, seq, seq]
+  mask = jnp.tril(jnp.ones(logits.shape[-2:], bool))
+  mask = mask if same_segment is None else mask & same_segment[:, :, None]
+  weights = jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(logits.dtype).min))
+  weights = dropout(weights.astype(v.dtype), dropout_rate, dropout_key)
+  y = jnp.einsum("bhgqs,bshv->bqhgv", weights, v)
+  return y.reshape(*y.shape[:2], -1, y.shape[-1])  # [batch, seq, heads, value width]
+
+
+class Attention(nnx.Module):
+  """Queries, keys and values from the stream, rotated, attended, projected back (DeepSeek LLM section 2.2)."""
+
+  def __init__(self, config: ModelConfig, rngs):
+    a = config.attention
+    self.q = Linear((config.embed, a.heads, a.head_dim), ("embed", "heads", "head_dim"), config, rngs)
+    self.k = Linear((config.embed, a.kv_heads, a.head_dim), ("embed", "kv_heads", "head_dim"), config, rngs)
+    self.v = Linear((config.embed, a.kv_heads, a.head_dim), ("embed", "kv_heads", "head_dim"), config, rngs)
+    self.o = Linear((a.heads, a.head_dim, config.embed), ("heads", "head_dim", "embed"), config, rngs)
+    self.config = a
+
+  def __call__(self, x, rotation, segment_ids=None, key=None):
+    q = self.q("bsd,dhk->bshk", x, ("batch", "seq", "heads", "head_dim"))
+    k = self.k("bsd,dhk->bshk", x, ("batch", "seq", "kv_heads", "head_dim"))
+    v = self.v("bsd,dhk->bshk", x, ("batch", "seq", "kv_heads", "head_dim"))
+    q, k = rotate(q, *rotation), rotate(k, *rotation)
+    y = attend(
+      q, k, v,
+      scale=self.config.head_dim**-0.5,
+      segment_ids=segment_ids,
+      dropout_rate=self.config.dropout,
+      dropout_key=key if self.config.dropout else None,
+    )  # fmt: skip
+    return self.o("bshk,hkd->bsd", y, ("batch", "seq", None))

@@ -1,0 +1,39 @@
+"""Parameters, matrix products and the precision they run in."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.sharding import gathered, spec
+
+
+def at_least_float32(x):
+  """`x` in float32, or as it is when wider: a float64 run stays float64 throughout."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def matmul_precision(config: ModelConfig):
+  """Context in which float32 products are full float32: TPUs and GPUs otherwise multiply them in fewer bits."""
+  return contextlib.nullcontext() if config.compute_dtype == "bfloat16" else jax.default_matmul_precision("highest")
+
+
+def normal_param(shape, axes, config: ModelConfig, rngs):
+  """An initial matrix, N(0, init_std^2), born in the layout of its logical `axes`."""
+  init = jax.nn.initializers.normal(config.init_std)
+  return nnx.Param(init(rngs.params(), shape, jnp.dtype(config.param_dtype), out_sharding=spec(*axes)))
+
+
+class Linear(nnx.Module):
+  """A product without bias: the einsum says which dimensions of the kernel contract."""
+
+  def __init__(self, shape, axes, config: ModelConfig, rngs):
+    self.kernel = normal_param(shape, axes, config, rngs)
+    self.axes = axes
+
+  def __call__(self, equation, x, out_axes):
+    # Cast before the all-gather: half the bytes travel in bfloat16.
+    kernel = gathered(self.kernel[...].astype(x.dtype), *self.axes)
+    return jnp.einsum(equation, x, kernel, out_sharding=spec(*out_axes))

@@ -1,0 +1,22 @@
+"""RMSNorm (Zhang and Sennrich 2019), as in every DeepSeek model."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.linear import at_least_float32
+
+
+class RMSNorm(nnx.Module):
+  """x / rms(x) * scale over the last dimension; statistics in at least float32."""
+
+  def __init__(self, width, config: ModelConfig):
+    self.scale = nnx.Param(jnp.ones((width,), jnp.dtype(config.param_dtype)))
+    self.eps = config.norm_eps
+
+  def __call__(self, x):
+    wide = at_least_float32(x)
+    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.eps)
+    # Cast down before the product with the scale, as the released models do (specs, trap 9).
+    return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)

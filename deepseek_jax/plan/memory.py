@@ -1,0 +1,59 @@
+"""How much memory a training step needs on each device: derived from shapes, before any device exists."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from deepseek_jax.config import Config
+from deepseek_jax.mesh import AXES
+from deepseek_jax.plan.flops import abstract_params
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes on one device."""
+
+  params: int
+  gradients: int
+  moments: int
+  activations: int
+  logits: int
+
+  @property
+  def total(self):
+    return sum(dataclasses.astuple(self))
+
+
+def estimate_memory(config: Config, mesh_sizes) -> Memory:
+  """Bytes per device of a step on a mesh of `mesh_sizes` (data, fsdp, expert, tensor).
+
+  Parameters, gradients and moments are exact. Activations count what the forward pass keeps for the backward pass
+  under the remat policy plus one block's working set, in the compute dtype, with gathered weights of one block; XLA's
+  own temporaries come on top.
+  """
+  m, sizes = config.model, dict(zip(AXES, mesh_sizes, strict=True))
+  params, mesh = abstract_params(m, tuple(mesh_sizes))
+  leaves = [(leaf, leaf.sharding.spec if leaf.sharding else jax.P()) for leaf in jax.tree.leaves(params)]
+  per_device = sum(math.prod(NamedSharding(mesh, spec).shard_shape(leaf.shape)) for leaf, spec in leaves)
+  width, wide = jnp.dtype(m.compute_dtype).itemsize, max(4, jnp.dtype(m.compute_dtype).itemsize)
+  rows = -(-(config.train.microbatch or config.train.global_batch) // math.prod(mesh_sizes[:3]))
+  tokens, tensor = rows * config.data.seq, sizes["tensor"]
+
+  stream = tokens * m.embed * width  # one residual stream
+  a = m.attention
+  products = tokens * (2 * m.embed + (2 * a.heads + 2 * a.kv_heads) * a.head_dim // tensor + 2 * m.mlp // tensor) * width
+  scores = rows * a.heads // tensor * config.data.seq**2 * (width + wide)
+  block = stream * 6 + products + scores + tokens * m.mlp // tensor * 2 * width
+  kept = {"full": stream, "dots": stream + products, "none": block}[m.remat] * m.layers
+  weights = (2 * m.embed * (a.heads + a.kv_heads) * a.head_dim + 3 * m.embed * m.mlp) // tensor * width
+  chunk = min(config.train.loss_chunk, config.data.seq)
+  return Memory(
+    params=per_device * jnp.dtype(m.param_dtype).itemsize,
+    gradients=per_device * jnp.dtype(m.param_dtype).itemsize,
+    moments=2 * per_device * jnp.dtype(config.optimizer.moments_dtype).itemsize,
+    activations=kept + block + weights,
+    logits=2 * rows * chunk * m.vocab // tensor * wide,
+  )

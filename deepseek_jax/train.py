@@ -1,0 +1,53 @@
+"""Trains the model of a config:  python -m deepseek_jax.train --config=configs/tiny.py --workdir=runs/tiny
+
+Any field of the config can be set on the command line: --config.train.steps=10 --config.model.attention.heads=8
+Running the same command again resumes from the newest checkpoint; --workdir alone takes the config saved there.
+Exit codes: 0 finished, 2 config, data or checkpoint, 130 / 143 saved after Ctrl-C / SIGTERM, 1 anything else.
+"""
+
+import os
+import sys
+
+from absl import flags
+
+from deepseek_jax.errors import ConfigError
+from deepseek_jax.flags import load_config, parse, run_program
+
+
+def main(argv) -> int:
+  """The exit code of a training run, or of --dry_run. Raises UserError for what the user can mend."""
+  values = flags.FlagValues()
+  flags.DEFINE_string("config", None, "a config file: configs/NAME.py, or a JSON", flag_values=values)
+  flags.DEFINE_string("workdir", None, "folder of the run (default runs/NAME, NAME from the config)", flag_values=values)
+  flags.DEFINE_boolean("dry_run", False, "print the config and what it amounts to, and stop", flag_values=values)
+  flags.DEFINE_integer(
+    "devices", None, "devices that --dry_run plans for (default: as few as the mesh allows)", lower_bound=1, flag_values=values
+  )
+  overrides = parse(argv, values, __doc__)
+  saved = os.path.join(values.workdir or "", "config.json")
+  if not values.config and not (values.workdir and os.path.isfile(saved)):
+    raise ConfigError("--config=FILE says what to train, e.g. --config=configs/tiny.py (see --help)")
+  config = load_config(values.config or saved, overrides)
+
+  # Imported late: --help and config errors need no jax.
+  from deepseek_jax.mesh import least_devices, resolve_mesh
+  from deepseek_jax.plan.summary import resolved, summary
+
+  if values.dry_run:
+    config = resolve_mesh(config, values.devices or least_devices(config.mesh))
+    print(f"{resolved(config)}\n{summary(config, tuple(vars(config.mesh).values()))}")
+    return 0
+
+  from deepseek_jax.evaluate.heldout import evaluate
+  from deepseek_jax.generate.decoding import continue_prompt
+  from deepseek_jax.training.loop import Diverged, run
+
+  try:
+    return run(config, values.workdir or os.path.join("runs", config.name), evaluate, continue_prompt)
+  except Diverged as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+  run_program(main)

@@ -1,0 +1,287 @@
+"""A run: from a config and a folder to trained parameters, resuming where an earlier process stopped."""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import time
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from deepseek_jax.checkpoint.compatibility import check_compatible
+from deepseek_jax.checkpoint.manager import FORMAT_VERSION, Checkpointer
+from deepseek_jax.config import Config
+from deepseek_jax.data.pipeline import batches, open_data
+from deepseek_jax.errors import ConfigError
+from deepseek_jax.mesh import make_mesh, resolve_mesh
+from deepseek_jax.model.transformer import graphdef
+from deepseek_jax.plan.flops import count_parameters, peak_flops, training_flops
+from deepseek_jax.plan.summary import resolved, summary
+from deepseek_jax.sharding import spec
+from deepseek_jax.training import metrics, report
+from deepseek_jax.training.progress import StepProgress
+from deepseek_jax.training.schedule import learning_rate
+from deepseek_jax.training.signals import stop_requests
+from deepseek_jax.training.state import abstract_state, new_state, state_sha256
+from deepseek_jax.training.step import make_row_losses, make_train_step
+
+
+class Diverged(RuntimeError):
+  """Too many updates in a row had non-finite gradients."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+  """A global batch: `tokens` [microbatch, sequence, seq + 1] on the devices, of which the first `microbatches` count."""
+
+  tokens: jax.Array
+  microbatches: int
+  target_tokens: int
+  target_bytes: int
+
+
+def place_rows(split, ids, mesh):
+  """Windows `ids` [..., batch] of `split` as int32 [..., batch, seq + 1] on the mesh; a host reads only its own rows."""
+  width = split.seq + 1
+  sharding = NamedSharding(mesh, spec(*(None,) * (ids.ndim - 1), "batch", "seq"))
+
+  def read(index):
+    part = ids[index[:-1]]
+    return split.tokens(part.reshape(-1)).astype(np.int32).reshape(*part.shape, width)
+
+  return jax.make_array_from_callback((*ids.shape, width), sharding, read)
+
+
+def run(config: Config, workdir: str, evaluate, sample) -> int:
+  """Trains until `train.steps`, or a stop signal, and returns the exit code: 0, or 130 / 143 after SIGINT / SIGTERM.
+
+  Args:
+    config, workdir: what and where. Running again continues from the newest checkpoint in `workdir`.
+    evaluate: as `evaluate.heldout.evaluate`. sample: as `generate.decoding.continue_prompt`.
+
+  Raises:
+    UserError: the config, the data or a checkpoint cannot be used. Diverged: `train.max_skipped` updates in a row.
+  """
+  if config.model.param_dtype == "float64" and not jax.config.jax_enable_x64:
+    raise ConfigError("model.param_dtype=float64 needs JAX_ENABLE_X64=1 in the environment")
+  on_mesh = resolve_mesh(config, len(jax.devices()))
+  mesh = make_mesh(on_mesh.mesh)
+  print(f"run      {config.name} in {os.path.abspath(workdir)}")
+  print(f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind} ({jax.default_backend()}), jax {jax.__version__}")
+  print(summary(on_mesh, mesh.devices.shape), flush=True)
+  with jax.set_mesh(mesh), Checkpointer(workdir, config.checkpoint) as checkpointer:
+    data = open_data(config.data, config.model.vocab, config.seed)
+    this = Run(config, workdir, mesh, data, checkpointer, evaluate, sample)
+    try:
+      return this.main()
+    finally:
+      this.writer.close()
+
+
+class Run:
+  """The mutable side of a run: state, counters, clocks and open files."""
+
+  def __init__(self, config, workdir, mesh, data, checkpointer, evaluate, sample):
+    self.config, self.workdir, self.mesh, self.data, self.checkpointer = config, workdir, mesh, data, checkpointer
+    self.graphdef, self.evaluate_rows, self.sample_text = graphdef(config.model), evaluate, sample
+    train = config.train
+    self.microbatch = train.microbatch or train.global_batch
+    # Without a ramp the number of microbatches is a constant of the program; with one it is an argument of it.
+    static = () if train.batch_ramp_from else ("microbatches",)
+    step = make_train_step(config, self.graphdef, data.tokenizer.bos)
+    self.train_step = jax.jit(step, donate_argnames="state", static_argnames=static)
+    row_losses = make_row_losses(config, self.graphdef, data.tokenizer.bos)
+    self.row_nats = jax.jit(lambda params, buffers, tokens: row_losses(params, buffers, tokens)[0])
+    self.flops_per_token = training_flops(config.model, config.data.seq).causal
+    self.interval = collections.Counter()  # seconds and tokens since the last logged line
+    self.restore()
+    self.writer = metrics.MetricsWriter(workdir, config.log.tensorboard, self.step)
+    with open(os.path.join(workdir, "config.json.partial"), "w", encoding="utf-8") as f:
+      json.dump(dataclasses.asdict(config), f, indent=2)
+    os.replace(f.name, os.path.join(workdir, "config.json"))
+
+  def restore(self):
+    """State, step and samples from the newest checkpoint that verifies, or fresh."""
+    self.step = self.checkpointer.latest() or 0
+    self.saved_step = self.step
+    if not self.step:
+      self.state = jax.jit(new_state, static_argnums=0)(self.config, jax.random.key(self.config.seed))
+      self.samples = 0
+      print("start    no checkpoint here: from scratch")
+      return
+    meta = self.checkpointer.meta(self.step)
+    changes = check_compatible(meta["config"], self.config, meta["data_fingerprint"], self.data.fingerprint)
+    for path, old, new in changes:
+      print(f"changed  {path}: {old!r} -> {new!r}")
+    self.state = self.checkpointer.restore(self.step, abstract_state(self.config, self.mesh))
+    self.samples = meta["samples"]
+    print(f"resume   from the checkpoint of step {self.step} ({self.samples:,} sequences seen)")
+
+  def main(self) -> int:
+    """Trains, saves, and ends the run with an evaluation, a sample and a report."""
+    ended = [e for e in metrics.read(os.path.join(self.workdir, metrics.EVENTS)) if e["event"] == "end"]
+    if self.step >= self.config.train.steps and ended and ended[-1]["step"] == self.step:
+      print(f"finished already: step {self.step} of {self.config.train.steps}; raise --config.train.steps to go on")
+      return 0
+    device = self.mesh.devices.flat[0].device_kind
+    facts = {"devices": f"{self.mesh.size} x {device}", "jax": jax.__version__, "mesh": dict(self.mesh.shape)}
+    facts |= {"parameters": count_parameters(self.config.model).total, "data_fingerprint": self.data.fingerprint}
+    self.writer.event("resume" if self.step else "start", self.step, **facts)
+    print(f"config\n{resolved(self.config)}", flush=True)
+    with stop_requests() as request:
+      self.train(request)
+      self.save()
+      self.checkpointer.wait()
+      if request.signal is None:
+        self.finish()
+    reason = "finished" if request.signal is None else request.signal.name
+    digest = state_sha256(self.state)
+    self.writer.event("end", self.step, reason=reason, state_sha256=digest)
+    print(f"state_sha256 {digest}\nreport   {report.write(self.workdir)}")
+    if request.signal is None:
+      return 0
+    print(f"stopped by {reason} at step {self.step}, saved; the same command continues from there")
+    return 128 + request.signal
+
+  def train(self, request):
+    """Updates until the last step or a stop request."""
+    train = self.config.train
+    stream = batches(self.data, train, self.samples, train.steps - self.step, self.place)
+    pending = None
+    # Several programs in flight on virtual CPU devices can starve a collective until it times out.
+    block = jax.default_backend() == "cpu" and self.mesh.size > 1
+    self.compiled = False
+    with StepProgress(self.step, train.steps) as self.progress:
+      self.marked = time.monotonic()
+      while self.step < train.steps and request.signal is None:
+        with self.clock("data"):
+          batch, samples = next(stream)
+        values = self.update(batch)
+        self.samples = samples
+        if block:
+          jax.block_until_ready(values)
+        if pending:
+          self.record(*pending)  # the numbers of the step before, while the device works on this one
+        pending = (self.step, samples, batch, values)
+        due = [what for what in ("eval", "checkpoint") if self.step % getattr(self.config, what).every == 0]
+        if due or self.step == train.steps:
+          self.record(*pending)
+          pending = None
+        if "eval" in due and self.step < train.steps:
+          self.evaluate(self.config.eval.sequences)
+        if "checkpoint" in due:
+          self.save()
+      if pending:
+        self.record(*pending)
+
+  def update(self, batch):
+    """Dispatches one update; returns its metrics with the learning rate among them."""
+    seq = self.config.data.seq
+    rate = learning_rate(self.config.schedule, self.step, self.samples * seq, batch.target_tokens)
+    dtype = self.config.model.param_dtype
+    started = time.monotonic()
+    self.state, values = self.train_step(self.state, batch.tokens, batch.microbatches, np.asarray(rate, dtype))
+    if not self.compiled:
+      self.compiled = True
+      self.progress.say(f"compiled in {time.monotonic() - started:.1f} s")
+      self.marked = time.monotonic()  # compilation is no part of the throughput
+    self.step += 1
+    return {**values, "learning_rate": rate}
+
+  def record(self, step, samples, batch, values):
+    """Reads the metrics of a step, shows them, and logs them when due."""
+    values = jax.device_get(values)
+    skipped = values.pop("skipped")
+    values = {name: float(value) for name, value in values.items()}
+    self.interval["tokens"] += batch.target_tokens
+    if skipped["in_a_row"]:
+      self.progress.say(f"step {step}: gradients are not finite, update skipped ({skipped['in_a_row']} in a row)")
+    if skipped["in_a_row"] >= self.config.train.max_skipped:
+      raise Diverged(
+        f"{skipped['in_a_row']} updates in a row up to step {step} had non-finite gradients and were skipped; "
+        f"the newest checkpoint is of step {self.saved_step}. Lower schedule.peak, or raise train.max_skipped"
+      )
+    values["bits_per_byte"] = values["loss"] * batch.target_tokens / math.log(2) / max(batch.target_bytes, 1)
+    wall = time.monotonic() - self.marked
+    step_seconds = max(wall - sum(self.interval[name] for name in ("data", "eval", "checkpoint")), 1e-9)
+    rate = self.interval["tokens"] / (step_seconds + self.interval["data"])
+    self.progress.update(step, values["loss"], values["bits_per_byte"], rate)
+    if step % self.config.log.every and step != self.config.train.steps:
+      return
+    values |= {"tokens": samples * self.config.data.seq, "samples": samples, "skipped": int(skipped["total"])}
+    values |= {"tokens_per_second": rate, "step_seconds": step_seconds}
+    values |= {f"{name}_seconds": self.interval[name] for name in ("data", "eval", "checkpoint")}
+    values["model_flops_per_second"] = rate * self.flops_per_token
+    device = self.mesh.devices.flat[0]
+    if peak := peak_flops(device.device_kind):
+      values["mfu"] = values["model_flops_per_second"] / (peak * self.mesh.size)
+    if memory := device.memory_stats():
+      values["memory_bytes"] = memory["peak_bytes_in_use"]
+    self.writer.write(step, values)
+    self.interval.clear()
+    self.marked = time.monotonic()
+
+  def evaluate(self, sequences):
+    """Loss and bits per byte on the held-out split, shown and logged."""
+    with self.clock("eval"):
+      result = self.evaluate_rows(
+        lambda tokens: self.row_nats(self.state.params, self.state.buffers, tokens),
+        lambda ids: place_rows(self.data.heldout, ids, self.mesh),
+        self.data.heldout,
+        self.microbatch,
+        sequences,
+      )
+    self.writer.event("eval", self.step, **result)
+    self.progress.say(
+      f"step {self.step}: held-out loss {result['loss']:.4f}, {result['bits_per_byte']:.4f} bits per byte "
+      f"({result['sequences']} sequences)"
+    )
+
+  def save(self):
+    """Starts a checkpoint of the current step, unless it has one."""
+    if self.step == self.saved_step:
+      return
+    meta = {"format_version": FORMAT_VERSION, "config": dataclasses.asdict(self.config)}
+    meta |= {"samples": self.samples, "data_fingerprint": self.data.fingerprint}
+    with self.clock("checkpoint"):
+      self.checkpointer.save(self.step, self.state, meta)
+    self.saved_step = self.step
+
+  def finish(self):
+    """What a finished run shows: a held-out evaluation, a sample, and what to do next."""
+    self.evaluate(self.config.eval.final_sequences)
+    prompt, workdir = self.config.sample.prompt, self.workdir
+    text = self.sample_text(
+      self.graphdef, self.state.params, self.state.buffers, self.data.tokenizer, self.config.sample,
+      self.config.data.seq, self.config.seed, self.mesh,
+    )  # fmt: skip
+    self.writer.event("sample", self.step, prompt=prompt, text=text)
+    print(f"sample\n{prompt}{text}\n")
+    more = 2 * self.config.train.steps
+    print(
+      f"wrote    {os.path.abspath(workdir)}\n"
+      "next\n"
+      f"  python -m deepseek_jax.train --workdir={workdir} --config.train.steps={more}    # train on\n"
+      f'  python -m deepseek_jax.generate --workdir={workdir} --prompt="def "    # sample\n'
+      "  python -m deepseek_jax.train --config=configs/67b.py --dry_run    # a bigger config"
+    )
+
+  def place(self, ids):
+    """Window ids [sequences] of a global batch -> Batch; a ramp's missing microbatches repeat the first and never run."""
+    rows = ids.reshape(-1, self.microbatch)
+    microbatches = len(rows)
+    missing = self.config.train.global_batch // self.microbatch - microbatches
+    padded = np.concatenate([rows, np.repeat(rows[:1], missing, 0)])
+    tokens = place_rows(self.data.train, padded, self.mesh)
+    return Batch(tokens, microbatches, len(ids) * self.config.data.seq, int(self.data.train.bytes(ids).sum()))
+
+  @contextlib.contextmanager
+  def clock(self, name):
+    """Adds the time of the block to `self.interval[name]`."""
+    started = time.monotonic()
+    yield
+    self.interval[name] += time.monotonic() - started

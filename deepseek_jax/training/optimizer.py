@@ -1,0 +1,37 @@
+"""AdamW as an Optax chain without its learning rate, which the step applies: the schedule lives on the host."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from deepseek_jax.config import OptimizerConfig
+
+
+def decayed(params):
+  """Tree of bools: True for matrices, False for norm scales (what DeepSeek excludes from decay is not published)."""
+  return jax.tree.map_with_path(lambda path, _: path[-1].key != "scale", params)
+
+
+def kept_in(dtype, transformation):
+  """`transformation` with the floating arrays of its state kept in `dtype` between updates, used in the params' dtype."""
+
+  def cast(tree, to):
+    return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+  def init(params):
+    return cast(transformation.init(params), dtype)
+
+  def update(updates, state, params=None):
+    updates, state = transformation.update(updates, cast(state, jax.tree.leaves(updates)[0].dtype), params)
+    return updates, cast(state, dtype)
+
+  return optax.GradientTransformation(init, update)
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+  """Clip by global norm, Adam, decoupled weight decay. Its updates are to be multiplied by minus the learning rate."""
+  return optax.chain(
+    optax.clip_by_global_norm(config.clip),
+    kept_in(jnp.dtype(config.moments_dtype), optax.scale_by_adam(config.beta1, config.beta2, config.eps)),
+    optax.add_decayed_weights(config.weight_decay, mask=decayed),
+  )

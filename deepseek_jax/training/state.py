@@ -1,0 +1,57 @@
+"""The training state: plain nested dicts, born sharded."""
+
+import dataclasses
+import hashlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+
+from deepseek_jax.config import Config
+from deepseek_jax.model.transformer import new_params
+from deepseek_jax.sharding import concrete
+from deepseek_jax.training.optimizer import make_optimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """Everything that an update reads and writes. `skipped` counts updates with non-finite gradients: total, in a row."""
+
+  step: jax.Array
+  params: dict
+  buffers: dict
+  opt_state: optax.OptState
+  skipped: dict
+
+
+def new_state(config: Config, key) -> TrainState:
+  """State before the first update. Run it under `jax.jit`, so that every array is born sharded."""
+  params, buffers = new_params(config.model, key)
+  zero = jnp.zeros((), jnp.int32)
+  return TrainState(
+    step=zero,
+    params=params,
+    buffers=buffers,
+    opt_state=make_optimizer(config.optimizer).init(params),
+    skipped={"total": zero, "in_a_row": zero},
+  )
+
+
+def abstract_state(config: Config, mesh) -> TrainState:
+  """Shapes, dtypes and shardings of the state; nothing is allocated. Needs `mesh` set."""
+  return concrete(jax.eval_shape(lambda key: new_state(config, key), jax.random.key(0)), mesh)
+
+
+def state_sha256(state) -> str:
+  """Hash over the path, dtype, shape and bytes of every array, the same on every mesh that holds the same values."""
+  digest = hashlib.sha256()
+  for path, array in jax.tree.leaves_with_path(state):
+    if not array.is_fully_addressable:
+      array = multihost_utils.process_allgather(array, tiled=True)
+    array = np.ascontiguousarray(array)
+    digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+    digest.update(array.reshape(-1).view(np.uint8).data)
+  return digest.hexdigest()
