@@ -1,6 +1,6 @@
 """A dense model that learns Python from the interpreter's own library in a few minutes on two CPU cores.
 
-    make train
+make train
 """
 
 from ml_collections import ConfigDict

@@ -177,7 +177,7 @@ class OptimizerConfig(Section, path="optimizer"):
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig(Section, path="schedule"):
   kind: str = field(
-    "warmup_cosine",
+    "constant",
     "shape of the learning rate after warm-up",
     choices=("constant", "warmup_cosine", "multi_step", "wsd"),
   )
@@ -198,10 +198,13 @@ class ScheduleConfig(Section, path="schedule"):
   )  # fmt: skip
 
   def check(self):
+    given = len(self.milestones)
     milestones, factors = {
-      "constant": (0, 0), "warmup_cosine": (0, 1), "wsd": (max(2, len(self.milestones)), max(1, len(self.milestones) - 1)),
-      "multi_step": (max(1, len(self.milestones)),) * 2,
-    }[self.kind]  # fmt: skip
+      "constant": (0, 0),
+      "warmup_cosine": (0, 1),
+      "multi_step": (max(1, given), max(1, given)),
+      "wsd": (max(2, given), max(1, given - 1)),
+    }[self.kind]
     if (len(self.milestones), len(self.factors)) != (milestones, factors):
       raise ConfigError(
         f"schedule.kind={self.kind} takes {milestones} milestones and {factors} factors, "
@@ -209,6 +212,12 @@ class ScheduleConfig(Section, path="schedule"):
       )
     if list(self.milestones) != sorted(self.milestones):
       raise ConfigError(f"schedule.milestones={self.milestones} must rise")
+    mixed = self.warmup_tokens if not self.tokens else self.warmup_steps and not self.warmup_tokens
+    if self.kind == "warmup_cosine" and mixed:
+      raise ConfigError(
+        "schedule.kind=warmup_cosine needs its warm-up and its length in the same unit: "
+        "set warmup_steps with steps, or warmup_tokens with tokens"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,7 +305,7 @@ class Config(Section):
   model: ModelConfig = ModelConfig()
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
-  schedule: ScheduleConfig = ScheduleConfig(factors=(0.1,))
+  schedule: ScheduleConfig = ScheduleConfig()
   mesh: MeshConfig = MeshConfig()
   train: TrainConfig = TrainConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
@@ -318,7 +327,7 @@ class Config(Section):
     tensor, attention = self.mesh.tensor, self.model.attention
     for path, size in (
       ("model.attention.heads", attention.heads),
-      ("model.attention.kv_heads", attention.kv_heads),
+      ("model.attention.kv_heads", attention.kv_heads if attention.kv_heads > 1 else tensor),
       ("model.mlp", self.model.mlp),
       ("model.vocab", self.model.vocab),
     ):

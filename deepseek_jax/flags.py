@@ -51,7 +51,11 @@ def read_config_file(path):
     return module.get_config()
   except Exception as error:
     # Python that the user wrote may fail in any way; the last frame in their file is what helps.
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if os.path.abspath(f.filename) == os.path.abspath(path)]
+    lines = [
+      f.lineno
+      for f in traceback.extract_tb(error.__traceback__)
+      if os.path.abspath(f.filename) == os.path.abspath(path)
+    ]
     line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
     raise ConfigError(f"{path}{f':{line}' if line else ''}: {type(error).__name__}: {error}") from None
 

@@ -18,10 +18,16 @@ def main(argv) -> int:
   """The exit code of a training run, or of --dry_run. Raises UserError for what the user can mend."""
   values = flags.FlagValues()
   flags.DEFINE_string("config", None, "a config file: configs/NAME.py, or a JSON", flag_values=values)
-  flags.DEFINE_string("workdir", None, "folder of the run (default runs/NAME, NAME from the config)", flag_values=values)
+  flags.DEFINE_string(
+    "workdir", None, "folder of the run (default runs/NAME, NAME from the config)", flag_values=values
+  )
   flags.DEFINE_boolean("dry_run", False, "print the config and what it amounts to, and stop", flag_values=values)
   flags.DEFINE_integer(
-    "devices", None, "devices that --dry_run plans for (default: as few as the mesh allows)", lower_bound=1, flag_values=values
+    "devices",
+    None,
+    "devices that --dry_run plans for (default: as few as the mesh allows)",
+    lower_bound=1,
+    flag_values=values,
   )
   overrides = parse(argv, values, __doc__)
   saved = os.path.join(values.workdir or "", "config.json")

@@ -5,9 +5,9 @@ casts dtypes in silence, never falls back to an older step, and shows an asynchr
 """
 
 import json
-import logging
 import os
 import pathlib
+import re
 import sys
 import tempfile
 
@@ -17,22 +17,13 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from deepseek_jax.checkpoint import manifest
+from deepseek_jax.checkpoint.quiet import silence_orbax
 from deepseek_jax.errors import CheckpointError
 
 FORMAT_VERSION = 1
 _LISTED = 8
 
-# What Orbax logs is either of no use to a user or raised here as well: a full disk would print pages of tracebacks.
-logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
-
-
-def _hide_late_writes(unraisable, show=sys.unraisablehook):
-  # Orbax closes its event loop at the first write that fails; each one still on its way would print a traceback of this.
-  if str(unraisable.exc_value) != "Event loop is closed":
-    show(unraisable)
-
-
-sys.unraisablehook = _hide_late_writes
+silence_orbax()
 
 
 class CheckpointReader:
@@ -194,7 +185,7 @@ class Checkpointer(CheckpointReader):
 
 
 def _handlers():
-  # Compression costs five sixths of the speed and saves 8 % of float noise.
+  # zstd saves 8 % of float noise and costs five sixths of the speed: 57 MiB/s against 342.
   state, meta = ocp.PyTreeCheckpointHandler(use_compression=False), ocp.JsonCheckpointHandler()
   registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
   registry.add("state", ocp.args.PyTreeSave, state)
@@ -255,6 +246,6 @@ def _type(array):
 
 
 def _brief(error):
-  """The first line of an error without its middle: TensorStore's start with what failed and end, after paths, with why."""
-  line = (str(error).strip().splitlines() or [""])[0]
+  """The first line of an error, without TensorStore's annotations and, as it starts with what and ends with why, its middle."""
+  line = re.split(r" \[\w+='", (str(error).strip().splitlines() or [""])[0])[0]
   return f"{type(error).__name__}: {line if len(line) < 250 else line[:100] + ' ... ' + line[-140:]}"

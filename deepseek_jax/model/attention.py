@@ -41,16 +41,18 @@ class Attention(nnx.Module):
 
   def __init__(self, config: ModelConfig, rngs):
     a = config.attention
+    # A single key head is a copy on every device of the tensor axis.
+    self.kv_axes = (None if a.kv_heads == 1 else "kv_heads", "head_dim")
     self.q = Linear((config.embed, a.heads, a.head_dim), ("embed", "heads", "head_dim"), config, rngs)
-    self.k = Linear((config.embed, a.kv_heads, a.head_dim), ("embed", "kv_heads", "head_dim"), config, rngs)
-    self.v = Linear((config.embed, a.kv_heads, a.head_dim), ("embed", "kv_heads", "head_dim"), config, rngs)
+    self.k = Linear((config.embed, a.kv_heads, a.head_dim), ("embed", *self.kv_axes), config, rngs)
+    self.v = Linear((config.embed, a.kv_heads, a.head_dim), ("embed", *self.kv_axes), config, rngs)
     self.o = Linear((a.heads, a.head_dim, config.embed), ("heads", "head_dim", "embed"), config, rngs)
     self.config = a
 
   def __call__(self, x, rotation, segment_ids=None, key=None):
     q = self.q("bsd,dhk->bshk", x, ("batch", "seq", "heads", "head_dim"))
-    k = self.k("bsd,dhk->bshk", x, ("batch", "seq", "kv_heads", "head_dim"))
-    v = self.v("bsd,dhk->bshk", x, ("batch", "seq", "kv_heads", "head_dim"))
+    k = self.k("bsd,dhk->bshk", x, ("batch", "seq", *self.kv_axes))
+    v = self.v("bsd,dhk->bshk", x, ("batch", "seq", *self.kv_axes))
     q, k = rotate(q, *rotation), rotate(k, *rotation)
     y = attend(
       q, k, v,

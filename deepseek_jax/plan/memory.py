@@ -44,7 +44,9 @@ def estimate_memory(config: Config, mesh_sizes) -> Memory:
 
   stream = tokens * m.embed * width  # one residual stream
   a = m.attention
-  products = tokens * (2 * m.embed + (2 * a.heads + 2 * a.kv_heads) * a.head_dim // tensor + 2 * m.mlp // tensor) * width
+  products = (
+    tokens * (2 * m.embed + (2 * a.heads + 2 * a.kv_heads) * a.head_dim // tensor + 2 * m.mlp // tensor) * width
+  )
   scores = rows * a.heads // tensor * config.data.seq**2 * (width + wide)
   block = stream * 6 + products + scores + tokens * m.mlp // tensor * 2 * width
   kept = {"full": stream, "dots": stream + products, "none": block}[m.remat] * m.layers

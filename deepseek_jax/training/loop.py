@@ -44,9 +44,8 @@ class Batch:
   target_bytes: int
 
 
-def place_rows(split, ids, mesh):
-  """Windows `ids` [..., batch] of `split` as int32 [..., batch, seq + 1] on the mesh; a host reads only its own rows."""
-  width = split.seq + 1
+def place_rows(split, ids, width, mesh):
+  """Windows `ids` [..., batch] of `split` as int32 [..., batch, width] on the mesh; a host reads only its own rows."""
   sharding = NamedSharding(mesh, spec(*(None,) * (ids.ndim - 1), "batch", "seq"))
 
   def read(index):
@@ -230,7 +229,7 @@ class Run:
     with self.clock("eval"):
       result = self.evaluate_rows(
         lambda tokens: self.row_nats(self.state.params, self.state.buffers, tokens),
-        lambda ids: place_rows(self.data.heldout, ids, self.mesh),
+        lambda ids: place_rows(self.data.heldout, ids, self.data.seq + 1, self.mesh),
         self.data.heldout,
         self.microbatch,
         sequences,
@@ -276,7 +275,7 @@ class Run:
     microbatches = len(rows)
     missing = self.config.train.global_batch // self.microbatch - microbatches
     padded = np.concatenate([rows, np.repeat(rows[:1], missing, 0)])
-    tokens = place_rows(self.data.train, padded, self.mesh)
+    tokens = place_rows(self.data.train, padded, self.data.seq + 1, self.mesh)
     return Batch(tokens, microbatches, len(ids) * self.config.data.seq, int(self.data.train.bytes(ids).sum()))
 
   @contextlib.contextmanager

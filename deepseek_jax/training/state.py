@@ -49,7 +49,7 @@ def state_sha256(state) -> str:
   """Hash over the path, dtype, shape and bytes of every array, the same on every mesh that holds the same values."""
   digest = hashlib.sha256()
   for path, array in jax.tree.leaves_with_path(state):
-    if not array.is_fully_addressable:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
       array = multihost_utils.process_allgather(array, tiled=True)
     array = np.ascontiguousarray(array)
     digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())

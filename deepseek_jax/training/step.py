@@ -65,7 +65,7 @@ def make_train_step(config: Config, graphdef, bos):
 
   def train_step(state, batch, microbatches, learning_rate):
     grads, loss, total_loss = gradients(state, batch, microbatches)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - learning_rate.astype(p.dtype) * u, state.params, updates)

@@ -1,0 +1,41 @@
+## make train   build .venv, train configs/tiny.py on real text, write runs/tiny/report.html; again: resume
+## make test    build .venv with the test requirements, check style, run the tests that are not long
+## make chaos   the long tests that kill training processes
+## make lint    ruff check and ruff format --check
+## make clean   remove the environment and caches; runs/ stays
+##
+## PYTHON=python3.12 chooses the interpreter, VENV=folder the environment, ARGS=... adds arguments:
+##   make train ARGS=--config.train.steps=100        make test ARGS="tests/data -x"
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+IN_VENV = $(VENV)/bin/python
+
+.PHONY: help train test chaos lint clean environment test-environment
+
+help:
+	@sed -n 's/^## \{0,1\}//p' Makefile
+
+train: environment
+	$(IN_VENV) -m deepseek_jax.train --config=configs/tiny.py $(ARGS)
+
+test: lint
+	$(IN_VENV) -m pytest $(ARGS)
+
+chaos: test-environment
+	$(IN_VENV) -m pytest -m chaos $(ARGS)
+
+lint: test-environment
+	$(IN_VENV) -m ruff check .
+	$(IN_VENV) -m ruff format --check .
+
+environment:
+	@$(PYTHON) .ci/environment.py $(VENV)
+
+test-environment:
+	@$(PYTHON) .ci/environment.py $(VENV) test
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build *.egg-info
+	find deepseek_jax tests configs .ci -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,77 @@
+"""Bits per byte that need no neural network, on the held-out split that `make train` evaluates on.
+
+  python -m benchmarks.byte_models [--cache=DIR]
+
+gzip -9 and xz -9 compress the held-out text alone. The order-k models are byte n-grams fitted on the train split and
+interpolated down to the uniform distribution over ids with Witten-Bell smoothing: with n(c) occurrences of the context c
+and t(c) different bytes after it, p(x | c) = (n(cx) + t(c) p(x | c without its first byte)) / (n(c) + t(c)).
+Document separators are predicted too, and paid for, as the network does; they count as no bytes.
+"""
+
+import argparse
+import lzma
+import zlib
+
+import numpy as np
+
+from deepseek_jax.config import DataConfig
+from deepseek_jax.data import pipeline
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser.add_argument("--cache", default="", help="folder of packed data; default: the user's cache folder")
+  data = pipeline.open_data(DataConfig(cache=parser.parse_args().cache), vocab=257, seed=0)
+  train, heldout = stream(data.train), stream(data.heldout)
+  text = heldout[heldout < 256].astype(np.uint8).tobytes()
+
+  gzip = zlib.compressobj(9, wbits=31)
+  bits = {
+    "gzip -9": 8 * len(gzip.compress(text) + gzip.flush()),
+    "xz -9": 8 * len(lzma.compress(text, preset=9)),
+  }
+  for order in (2, 3):
+    bits[f"order-{order} bytes"] = -np.log2(ngram_probabilities(train, heldout, order, data.tokenizer.vocab)).sum()
+  print(f"{len(text):,} held-out bytes after {len(train):,} ids to fit on")
+  for name, total in bits.items():
+    print(f"{name:<14}{total / len(text):6.3f} bits per byte")
+
+
+def stream(split):
+  """int64 [n]: the ids of a split, windows laid end to end."""
+  windows = split.tokens(np.arange(len(split)))
+  return np.concatenate([windows[0, :1], windows[:, 1:].ravel()]).astype(np.int64)
+
+
+def ngram_probabilities(train, heldout, order, vocab):
+  """float64 [len(heldout) - 1]: Witten-Bell probability of each id of `heldout` after the first, given up to `order` before."""
+  probability = np.full(len(heldout), 1 / vocab)
+  for k in range(order + 1):
+    grams, gram_counts = np.unique(codes(train, k + 1, vocab), return_counts=True)
+    contexts, first, followers = np.unique(grams // vocab, return_index=True, return_counts=True)
+    context_counts = np.add.reduceat(gram_counts, first)
+
+    wanted = codes(heldout, k + 1, vocab)  # of the ids from position k on; those before keep their shorter context
+    n_gram = lookup(grams, gram_counts, wanted)
+    n, t = (lookup(contexts, counts, wanted // vocab) for counts in (context_counts, followers))
+    below = probability[k:]
+    probability[k:] = np.where(n > 0, (n_gram + t * below) / np.maximum(n + t, 1), below)
+  return probability[1:]
+
+
+def codes(ids, length, vocab):
+  """int64 [len(ids) - length + 1]: each run of `length` ids as one number, the last id its lowest digit."""
+  code = np.zeros(len(ids) - length + 1, np.int64)
+  for i in range(length):
+    code = code * vocab + ids[i : i + len(code)]
+  return code
+
+
+def lookup(keys, values, wanted):
+  """The value of each of `wanted` in the sorted `keys`, 0 where it is none of them."""
+  at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+  return np.where(keys[at] == wanted, values[at], 0)
+
+
+if __name__ == "__main__":
+  main()

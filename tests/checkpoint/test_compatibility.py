@@ -1,0 +1,84 @@
+"""Which config changes a checkpoint survives, and what the refusal says."""
+
+import dataclasses
+import json
+
+import pytest
+
+from deepseek_jax import config as config_lib
+from deepseek_jax.checkpoint.compatibility import check_compatible
+from deepseek_jax.errors import CheckpointError
+
+
+def saved(**sections):
+  """A config as a checkpoint's JSON gives it back."""
+  return json.loads(json.dumps(dataclasses.asdict(make(**sections))))
+
+
+def make(**sections):
+  return config_lib.from_dict({"name": "run", **sections})
+
+
+def test_same_config_has_no_differences():
+  assert check_compatible(saved(), make(), "f", "f") == []
+
+
+def test_model_change_is_refused_with_every_field():
+  now = make(model={"embed": 256, "attention": {"heads": 8}})
+  with pytest.raises(CheckpointError) as error:
+    check_compatible(saved(model={"embed": 128}), now, "f", "f")
+  assert "model.embed: checkpoint 128, config 256; model.attention.heads: checkpoint 4, config 8" in str(error.value)
+  assert "--workdir" in str(error.value)
+
+
+def test_moments_dtype_is_refused():
+  with pytest.raises(CheckpointError, match="optimizer.moments_dtype: checkpoint float32, config bfloat16"):
+    check_compatible(saved(), make(optimizer={"moments_dtype": "bfloat16"}), "f", "f")
+
+
+def test_other_changes_are_returned():
+  now = make(
+    model={"remat": "none", "dropout": 0.1, "attention": {"dropout": 0.2}},
+    train={"steps": 5},
+    data={"sources": ["a", "b"]},
+  )
+  differences = check_compatible(saved(), now, "f", "f")
+  assert sorted(differences) == sorted([
+    ("model.remat", "full", "none"),
+    ("model.dropout", 0.0, 0.1),
+    ("model.attention.dropout", 0.0, 0.2),
+    ("train.steps", 1000, 5),
+    ("data.sources", ["python-stdlib"], ["a", "b"]),
+  ])  # fmt: skip
+
+
+def test_changed_data_is_refused_unless_accepted():
+  with pytest.raises(CheckpointError) as error:
+    check_compatible(saved(), make(data={"seq": 64}), "old", "new")
+  message = str(error.value)
+  assert "old" in message and "new" in message and "data.seq: checkpoint 256, config 64" in message
+  assert "--config.data.accept_change=true" in message
+  assert ("data.accept_change", False, True) in check_compatible(
+    saved(), make(data={"accept_change": True}), "old", "new"
+  )
+
+
+def test_changed_files_under_the_same_config_are_named_as_such():
+  with pytest.raises(CheckpointError, match="the files or the tokenizer changed"):
+    check_compatible(saved(), make(), "old", "new")
+
+
+def test_field_that_the_checkpoint_lacks_counts_as_its_default():
+  old = saved()
+  del old["model"]["norm_eps"], old["eval"]
+  assert check_compatible(old, make(), "f", "f") == []
+  with pytest.raises(CheckpointError, match="model.norm_eps: checkpoint 1e-06, config 0.001"):
+    check_compatible(old, make(model={"norm_eps": 1e-3}), "f", "f")
+
+
+def test_field_that_only_the_checkpoint_knows_is_returned():
+  old = saved()
+  old["model"]["gone"], old["more"], old["log"] = 3, {"a": {"b": [1]}}, "flat"
+  assert sorted(check_compatible(old, make(), "f", "f")) == [
+    ("log", "flat", None), ("model.gone", 3, None), ("more.a.b", [1], None)
+  ]  # fmt: skip

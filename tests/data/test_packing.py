@@ -1,0 +1,215 @@
+import concurrent.futures
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from deepseek_jax.config import DataConfig
+from deepseek_jax.data import packing, pipeline, sources, tokenizer
+from deepseek_jax.errors import ConfigError, DataError
+
+TEXTS = [f"document {i}: " + "naïve 日本 " * (i % 7) for i in range(200)] + [""]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+  path = tmp_path / "corpus.jsonl"
+  path.write_text("\n".join(json.dumps({"text": text, "body": text.upper()}) for text in TEXTS))
+  return path
+
+
+@pytest.fixture
+def config(tmp_path, corpus):
+  return lambda **changes: DataConfig(
+    **{"sources": (str(corpus),), "cache": str(tmp_path / "cache"), "seq": 32, "heldout_fraction": 0.2, **changes}
+  )
+
+
+def open_data(config, vocab=257, seed=0):
+  return pipeline.open_data(config, vocab, seed)
+
+
+def folder(config):
+  [path] = [p for p in pathlib.Path(config.cache, "deepseek_jax").iterdir() if p.is_dir()]
+  return path
+
+
+def stream(split):
+  windows = split.tokens(np.arange(len(split)))
+  assert (windows[1:, 0] == windows[:-1, -1]).all()
+  return np.concatenate([windows[0, :1], windows[:, 1:].ravel()])
+
+
+def test_every_document_is_in_one_split_whole_and_in_order(config):
+  data = open_data(config())
+  found = []
+  for split in (data.train, data.heldout):
+    documents = bytes(np.where(stream(split) == 256, 0xFF, stream(split)).astype(np.uint8)).split(b"\xff")
+    assert documents[0] == b""
+    found.append([d.decode() for d in documents[1:-1]])  # the last is cut where the last window ends
+  assert not set(found[0]) & set(found[1])
+  for texts in found:
+    assert texts == [text for text in TEXTS if text in texts]
+  assert len(TEXTS) - 4 <= len(found[0]) + len(found[1])
+  assert 20 < len(found[1]) < 60
+
+
+def test_bytes_count_the_targets(config):
+  data = open_data(config())
+  for split in (data.train, data.heldout):
+    ids = np.arange(len(split))
+    np.testing.assert_array_equal(split.bytes(ids), (split.tokens(ids)[:, 1:] < 256).sum(1))
+    assert split.bytes(ids).dtype == np.int64
+
+
+def test_a_tokenizer_with_two_ends(config, monkeypatch):
+  class Ended(tokenizer.ByteTokenizer):
+    vocab, eos, fingerprint = 258, 257, "ended"
+
+  monkeypatch.setattr(tokenizer, "load", lambda name: Ended())
+  data = open_data(config(), vocab=258)
+  train = stream(data.train)
+  ends, starts = np.flatnonzero(train == 257), np.flatnonzero(train == 256)
+  assert train[0] == 256
+  np.testing.assert_array_equal(ends[: len(starts) - 1] + 1, starts[1:])
+  ids = np.arange(len(data.train))
+  np.testing.assert_array_equal(data.train.bytes(ids), (data.train.tokens(ids)[:, 1:] < 256).sum(1))
+
+
+def test_ids_beyond_the_tokenizer_are_refused_when_packing(config, monkeypatch):
+  monkeypatch.setattr(tokenizer.ByteTokenizer, "vocab", 100)
+  with pytest.raises(DataError, match="gave the id 2.., beyond its vocabulary of 100"):
+    open_data(config())
+  assert not [p for p in pathlib.Path(config().cache, "deepseek_jax").iterdir() if p.is_dir()]
+
+
+def test_ids_beyond_the_model_are_refused(config):
+  with pytest.raises(ConfigError, match="ids up to 256 but model.vocab=256: raise model.vocab to at least 257"):
+    open_data(config(), vocab=256)
+
+
+def test_unchanged_data_is_reused(config, capsys):
+  first = open_data(config())
+  built = folder(config()).stat().st_mtime_ns
+  assert "packed into" in capsys.readouterr().err
+  assert open_data(config()).fingerprint == first.fingerprint
+  assert "reused from" in capsys.readouterr().err
+  assert folder(config()).stat().st_mtime_ns == built
+
+
+@pytest.mark.parametrize("change", [{"seq": 31}, {"heldout_fraction": 0.3}, {"text_field": "body"}])
+def test_changed_settings_pack_anew(config, change):
+  first, second = open_data(config()), open_data(config(**change))
+  assert first.fingerprint != second.fingerprint
+  assert len([p for p in pathlib.Path(config().cache, "deepseek_jax").iterdir() if p.is_dir()]) == 2
+
+
+def test_changed_text_packs_anew(config, corpus):
+  first = open_data(config())
+  corpus.write_text(corpus.read_text().replace("document", "Document"))
+  second = open_data(config())
+  assert first.fingerprint != second.fingerprint
+  assert (stream(second.train) == ord("D")).any()
+
+
+def test_the_fingerprint_covers_the_order(config, corpus, tmp_path):
+  shutil.copy(corpus, tmp_path / "other.jsonl")
+  both = (str(corpus), str(tmp_path / "other.jsonl"))
+  opened = [open_data(config()), open_data(config(), seed=1), open_data(config(sources=both)),
+            open_data(config(sources=both, weights=(0.9, 0.1)))]  # fmt: skip
+  assert len({data.fingerprint for data in opened}) == len(opened)
+
+
+def damage(path, how):
+  if how == "flip":
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+  elif how == "cut":
+    path.write_bytes(path.read_bytes()[:-4])
+  elif how == "grow":
+    path.write_bytes(path.read_bytes() + bytes(4))
+  else:
+    path.unlink()
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "grow", "delete"])
+@pytest.mark.parametrize("name", ["train.tokens", "train.bytes", "heldout.tokens", "heldout.bytes", "index.json"])
+def test_damage_names_the_file_and_the_way_out(config, name, how):
+  first = open_data(config())
+  damage(folder(config()) / name, how)
+  with pytest.raises(DataError, match=rf"{name}: .*Delete the folder .*deepseek_jax") as caught:
+    open_data(config())
+  assert "\n" not in str(caught.value)
+  shutil.rmtree(folder(config()))
+  assert open_data(config()).fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize(
+  "change",
+  [{"format": 0}, {"fingerprint": "0"}, {"files": {}}, {"documents": {"train": "1", "heldout": 1}}, {"text_bytes": -1}],
+)
+def test_an_index_of_something_else_is_refused(config, change):
+  open_data(config())
+  path = folder(config()) / "index.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | change))
+  with pytest.raises(DataError, match=r"index\.json"):
+    open_data(config())
+
+
+def test_checksums_can_be_left_out_but_sizes_not(config):
+  open_data(config())
+  damage(folder(config()) / "train.tokens", "flip")
+  open_data(config(verify=False))
+  damage(folder(config()) / "train.tokens", "cut")
+  with pytest.raises(DataError, match=r"train\.tokens"):
+    open_data(config(verify=False))
+
+
+def test_two_builders_at_once(config):
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    first, second = pool.map(open_data, [config(), config()])
+  np.testing.assert_array_equal(stream(first.train), stream(second.train))
+  folder(config())  # is one
+
+
+def test_a_failed_build_leaves_nothing(config, corpus):
+  corpus.write_text(corpus.read_text() + "\n{")
+  with pytest.raises(DataError, match="corpus.jsonl:202"):
+    open_data(config())
+  assert not [p for p in pathlib.Path(config().cache, "deepseek_jax").iterdir() if p.is_dir()]
+
+
+def test_a_source_that_changes_while_it_is_packed(config, corpus):
+  source = sources.find(str(corpus))
+  corpus.write_text(corpus.read_text() + '\n{"text": "more"}')
+  with pytest.raises(DataError, match=r"corpus\.jsonl changed while data was packed"):
+    packing.pack(source, tokenizer.load("byte"), config())
+
+
+def test_a_cache_that_cannot_be_written(config, tmp_path):
+  (tmp_path / "file").write_text("in the way")
+  with pytest.raises(DataError, match=r"cannot write packed data under .*file.*set data\.cache"):
+    open_data(config(cache=str(tmp_path / "file")))
+
+
+def test_the_cache_follows_the_user(config, monkeypatch, tmp_path):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+  open_data(config(cache=""))
+  assert (tmp_path / "xdg" / "deepseek_jax").is_dir()
+  monkeypatch.delenv("XDG_CACHE_HOME")
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
+  assert packing.cache_root(config(cache="")) == tmp_path / "home" / ".cache" / "deepseek_jax"
+
+
+def test_too_little_text(config, tmp_path):
+  (tmp_path / "one.txt").write_text("one document of some length, but only one")
+  with pytest.raises(DataError, match=r"0 of the 1 documents of .*one\.txt, 0 tokens in all, are in the heldout split"):
+    open_data(config(sources=(str(tmp_path / "one.txt"),), seq=8))
+  with pytest.raises(DataError, match=r"the train split, where one window takes 100001.*lower data\.heldout_fraction"):
+    open_data(config(seq=100_000))
+  (tmp_path / "empty.txt").write_text("")
+  with pytest.raises(DataError, match="0 of the 0 documents"):
+    open_data(config(sources=(str(tmp_path / "empty.txt"),)))

@@ -1,0 +1,123 @@
+import json
+import threading
+
+import numpy as np
+import pytest
+
+from deepseek_jax.config import DataConfig, TrainConfig
+from deepseek_jax.data import pipeline
+
+
+@pytest.fixture
+def config(tmp_path):
+  """A DataConfig of two sources whose documents say "aaa..." and "bbb...", the first three times as long."""
+  for letter, count in (("a", 300), ("b", 100)):
+    lines = [json.dumps({"text": letter * 60 + str(i)}) for i in range(count)]
+    (tmp_path / f"{letter}.jsonl").write_text("\n".join(lines))
+  names = (str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))
+  return lambda **changes: DataConfig(
+    **{"sources": names, "cache": str(tmp_path / "cache"), "seq": 64, "heldout_fraction": 0.2, **changes}
+  )
+
+
+def share_of_a(data, ids):
+  tokens = data.train.tokens(ids)
+  a, b = (tokens == ord("a")).sum(), (tokens == ord("b")).sum()
+  return a / (a + b)
+
+
+def test_windows_of_several_sources_have_one_numbering(config):
+  data = pipeline.open_data(config(), 257, 0)
+  ids = np.arange(len(data.train))
+  one_by_one = np.concatenate([data.train.tokens(ids[i : i + 1]) for i in ids])
+  shuffled = np.random.default_rng(0).permutation(ids)
+  np.testing.assert_array_equal(data.train.tokens(shuffled), one_by_one[shuffled])
+  np.testing.assert_array_equal(data.train.bytes(shuffled), data.train.bytes(ids)[shuffled])
+  assert (one_by_one.dtype, one_by_one.shape[1]) == (np.uint32, 65)
+  assert share_of_a(data, ids[:10]) == 1
+  assert share_of_a(data, ids[-10:]) == 0
+
+
+@pytest.mark.parametrize("ids", [[-1], [10**6], []])
+def test_ids_that_are_no_window(config, ids):
+  data = pipeline.open_data(config(), 257, 0)
+  with pytest.raises(IndexError, match="window ids must be 0 to"):
+    data.train.tokens(ids)
+
+
+def test_the_order_is_a_function_of_seed_and_sample(config):
+  data = pipeline.open_data(config(), 257, 7)
+  whole = data.order(0, 1000)
+  np.testing.assert_array_equal(pipeline.open_data(config(), 257, 7).order(600, 10), whole[600:610])
+  assert (pipeline.open_data(config(), 257, 8).order(0, 100) != whole[:100]).mean() > 0.9
+  assert data.order(0, 0).shape == (0,)
+
+
+def test_the_order_is_the_one_that_checkpoints_were_made_with():
+  # Another order would make every running experiment see other data after a resume: grain must not change it.
+  order = pipeline.sample_order([1000], [1000], seed=0)
+  assert [order[i] for i in (0, 1, 2, 999, 1000, 123_456)] == [747, 666, 83, 893, 261, 607]
+  order = pipeline.sample_order([1000, 500], [0.7, 0.3], seed=2**32 - 1)
+  assert [order[i] for i in (0, 1, 2, 999, 1000, 123_456)] == [189, 708, 456, 274, 890, 1058]
+
+
+def test_an_epoch_has_every_window_once_and_the_next_another_order(config):
+  data = pipeline.open_data(config(sources=config().sources[:1]), 257, 0)
+  n = len(data.train)
+  first, second = data.order(0, n), data.order(n, n)
+  for epoch in (first, second):
+    assert sorted(epoch) == list(range(n))
+  assert (first != second).mean() > 0.9
+
+
+@pytest.mark.parametrize(("weights", "share"), [((), 0.75), ((1.0, 1.0), 0.5), ((0.1, 0.9), 0.1)])
+def test_sources_are_mixed_by_weight_or_size(config, weights, share):
+  data = pipeline.open_data(config(weights=weights), 257, 0)
+  for first in (0, 12_345):
+    assert share_of_a(data, data.order(first, 400)) == pytest.approx(share, abs=0.04)
+
+
+def test_a_ramp_rises_in_steps_of_the_microbatch():
+  train = TrainConfig(global_batch=64, microbatch=8, batch_ramp_from=16, batch_ramp_tokens=96_000)
+  sizes = [pipeline.batch_size(train, 100, samples) for samples in range(1200)]
+  assert [sizes[i] for i in (0, 159, 160, 319, 320, 959, 960, 1199)] == [16, 16, 24, 24, 32, 56, 64, 64]
+  assert pipeline.batch_size(TrainConfig(global_batch=64), 100, 0) == 64
+
+
+def test_batches_can_start_anywhere(config):
+  data = pipeline.open_data(config(), 257, 0)
+  train = TrainConfig(global_batch=16, microbatch=4, batch_ramp_from=4, batch_ramp_tokens=64 * 100)
+  whole = list(pipeline.batches(data, train, 0, 20, lambda ids: ids))
+  np.testing.assert_array_equal(np.concatenate([ids for ids, _ in whole]), data.order(0, whole[-1][1]))
+  assert (len(whole[0][0]), len(whole[-1][0])) == (4, 16)
+  for (ids, end), (expected, expected_end) in zip(
+    pipeline.batches(data, train, whole[6][1], 13, lambda ids: ids), whole[7:], strict=True
+  ):
+    np.testing.assert_array_equal(ids, expected)
+    assert end == expected_end
+
+
+def test_two_batches_are_read_ahead_by_another_thread(config):
+  data = pipeline.open_data(config(), 257, 0)
+  placed, third = [], threading.Event()
+
+  def place(ids):
+    placed.append(threading.current_thread())
+    if len(placed) == 3:
+      third.set()
+
+  stream = pipeline.batches(data, TrainConfig(), 0, 50, lambda ids: place(ids) or ids)
+  next(stream)
+  assert third.wait(10)
+  assert len(placed) <= 4
+  assert threading.main_thread() not in placed
+
+
+def test_what_place_raises_arrives(config):
+  data = pipeline.open_data(config(), 257, 0)
+
+  def place(ids):
+    raise OSError("no room on the device")
+
+  with pytest.raises(OSError, match="no room on the device"):
+    next(pipeline.batches(data, TrainConfig(), 0, 5, place))

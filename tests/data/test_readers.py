@@ -1,0 +1,126 @@
+import gzip
+import json
+import sys
+
+import pytest
+
+from deepseek_jax.data import readers
+from deepseek_jax.errors import DataError
+
+TEXTS = ["first\nof two lines", "naïve 日本", "x" * 100_000]
+LINES = "\n".join(json.dumps({"id": i, "text": text}) for i, text in enumerate(TEXTS)).encode()
+
+
+def write(path, lines=LINES):
+  """`lines` in the form that the suffix of `path` names."""
+  if path.name.endswith(".gz"):
+    lines = gzip.compress(lines)
+  elif path.name.endswith(".zst"):
+    lines = pytest.importorskip("zstandard").ZstdCompressor().compress(lines)
+  path.write_bytes(lines)
+  return path
+
+
+def read(path, text_field="text"):
+  return [document.text for document in readers.documents(path, text_field)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "A.JSONL.GZ"])
+def test_records_line_by_line(tmp_path, name):
+  path = write(tmp_path / name.replace("A.", "B."), LINES + b"\n\n" + b'{"text": ""}\n')
+  documents = list(readers.documents(path, "text"))
+  assert [d.text for d in documents] == TEXTS
+  assert [d.name for d in documents] == [f"{path}:{n}" for n in (1, 2, 3)]
+  assert 0 < documents[0].position <= documents[-1].position <= path.stat().st_size
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_streams_one_after_another_are_one(tmp_path, name):
+  path = write(tmp_path / name, LINES + b"\n")
+  path.write_bytes(2 * path.read_bytes())
+  assert read(path) == 2 * TEXTS
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_a_cut_or_damaged_stream(tmp_path, name):
+  path = write(tmp_path / name)
+  whole = path.read_bytes()
+  path.write_bytes(whole[:-1])
+  with pytest.raises(DataError, match=rf"{name} is cut short"):
+    read(path)
+  path.write_bytes(b"not" + whole)
+  with pytest.raises(DataError, match=rf"{name} is .*damaged"):
+    read(path)
+
+
+@pytest.mark.parametrize(
+  ("line", "message"),
+  [
+    (b'{"text": "a"', "a.jsonl:4 is not a JSON object"),
+    (b'{"text": "\xff"}', "a.jsonl:4 is not a JSON object"),
+    (b"[" * 100_000, "a.jsonl:4 is not a JSON object"),
+    (b'{"body": "a", "id": 1}', "a.jsonl:4 has no field 'text', only the fields body, id: set data.text_field"),
+    (b'["text"]', "a.jsonl:4 has no field 'text', only list"),
+    (b'{"text": 5}', "a.jsonl:4: the field 'text' should be text, but is int"),
+    (b'{"text": "ab\\ud800"}', "a.jsonl:4: the field 'text' is not valid Unicode at character 2"),
+  ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+  with pytest.raises(DataError, match=message):
+    read(write(tmp_path / "a.jsonl", LINES + b"\n" + line))
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".py"])
+def test_a_text_file_is_one_document_byte_for_byte(tmp_path, suffix):
+  path = tmp_path / f"a{suffix}"
+  path.write_bytes("a\r\nné\n".encode())
+  assert read(path) == ["a\r\nné\n"]
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path):
+  (tmp_path / "a.txt").write_bytes("abcé".encode("latin-1"))
+  with pytest.raises(DataError, match=r"a\.txt is not UTF-8 at byte 3 \(0xe9\)"):
+    read(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+def test_a_document_has_a_largest_size(tmp_path, monkeypatch, name):
+  monkeypatch.setattr(readers, "MAX_DOCUMENT", 50_000)
+  with pytest.raises(DataError, match=rf"{name} .*50,000"):
+    read(write(tmp_path / name, b"[" + b" " * 500_000))
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+  with pytest.raises(DataError, match=r"cannot read .*a\.txt: No such file"):
+    read(tmp_path / "a.txt")
+
+
+def write_parquet(path, values, column="text"):
+  arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+  parquet.write_table(arrow.table({"id": range(len(values)), column: values}), path)
+  return path
+
+
+def test_parquet(tmp_path):
+  assert read(write_parquet(tmp_path / "a.parquet", 100 * TEXTS[:2])) == 100 * TEXTS[:2]
+  assert read(write_parquet(tmp_path / "b.parquet", TEXTS, "content"), "content") == TEXTS
+
+
+def test_bad_parquet(tmp_path):
+  with pytest.raises(DataError, match=r"a\.parquet has no column 'text', only id, body: set data\.text_field"):
+    read(write_parquet(tmp_path / "a.parquet", TEXTS, "body"))
+  with pytest.raises(DataError, match=r"b\.parquet, row 1: the field 'text' should be text, but is NoneType"):
+    read(write_parquet(tmp_path / "b.parquet", ["a", None]))
+  (tmp_path / "c.parquet").write_bytes(b"PAR1")
+  with pytest.raises(DataError, match=r"c\.parquet cannot be read as parquet"):
+    read(tmp_path / "c.parquet")
+
+
+@pytest.mark.parametrize(
+  ("name", "module"), [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow"), ("a.parquet", "pyarrow.parquet")]
+)
+def test_a_missing_package_gives_its_install_line(tmp_path, monkeypatch, name, module):
+  (tmp_path / name).write_bytes(b"anything")
+  monkeypatch.setitem(sys.modules, module, None)
+  with pytest.raises(DataError, match=rf"{name} needs the .* package: pip install '{module.split('.')[0]}'"):
+    read(tmp_path / name)

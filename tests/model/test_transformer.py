@@ -1,0 +1,187 @@
+"""The model against a plain float64 NumPy reference, and its parts against what defines them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deepseek_jax.config import AttentionConfig, MeshConfig, ModelConfig
+from deepseek_jax.mesh import make_mesh
+from deepseek_jax.model.attention import attend
+from deepseek_jax.model.transformer import graphdef, new_params
+
+TINY = ModelConfig(
+  vocab=64, embed=24, layers=3, mlp=40, init_std=0.2, compute_dtype="float32", remat="none",
+  attention=AttentionConfig(heads=6, kv_heads=2, head_dim=8),
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_device():
+  with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+    yield
+
+
+def tokens(batch=2, seq=11, vocab=64):
+  return np.random.default_rng(0).integers(0, vocab, (batch, seq))
+
+
+def random_params(config, seed=0):
+  """Initial parameters with norm scales that are not 1."""
+  params, _ = new_params(config, jax.random.key(seed))
+  rng = np.random.default_rng(seed)
+  return jax.tree.map_with_path(
+    lambda path, p: jnp.asarray(rng.uniform(0.5, 1.5, p.shape), p.dtype) if path[-1].key == "scale" else p, params
+  )
+
+
+def logits_of(config, params, ids, **kwargs):
+  def forward(params, ids):
+    model = nnx.merge(graphdef(config), params, {})
+    return model.logits(model(ids, **kwargs))
+
+  return np.asarray(jax.jit(forward)(params, jnp.asarray(ids)))
+
+
+def reference(config, params, ids, positions=None, same=None):
+  """Logits in float64, written from the papers' formulas, one head at a time."""
+  p, a = jax.tree.map(lambda x: np.asarray(x, np.float64), params), config.attention
+  x = p["embed"][ids]
+  batch, seq, _ = x.shape
+  positions = np.broadcast_to(np.arange(seq), (batch, seq)) if positions is None else positions
+  mask = np.tril(np.ones((seq, seq), bool))[None] & (True if same is None else same)
+
+  def norm(x, scale):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * scale
+
+  def rope(x):  # [batch, seq, head_dim], as complex rotation of the pairs (i, i + head_dim / 2)
+    half = a.head_dim // 2
+    angle = positions[..., None] * a.rope_theta ** (-np.arange(half) / half)
+    z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
+    return np.concatenate([z.real, z.imag], -1)
+
+  for i in range(config.layers):
+    layer = jax.tree.map(lambda w, i=i: w[i], p["dense_layers"])
+    h, y = norm(x, layer["attn_norm"]["scale"]), 0
+    for head in range(a.heads):
+      kv = head // (a.heads // a.kv_heads)
+      q, k = rope(h @ layer["attn"]["q"]["kernel"][:, head]), rope(h @ layer["attn"]["k"]["kernel"][:, kv])
+      scores = np.where(mask, q @ k.swapaxes(1, 2) / np.sqrt(a.head_dim), -np.inf)
+      weights = np.exp(scores - scores.max(-1, keepdims=True))
+      weights /= weights.sum(-1, keepdims=True)
+      y = y + weights @ (h @ layer["attn"]["v"]["kernel"][:, kv]) @ layer["attn"]["o"]["kernel"][head]
+    x = x + y
+    h, m = norm(x, layer["mlp_norm"]["scale"]), layer["mlp"]
+    gate = h @ m["gate"]["kernel"]
+    x = x + (gate / (1 + np.exp(-gate)) * (h @ m["up"]["kernel"])) @ m["down"]["kernel"]
+  return norm(x, p["final_norm"]["scale"]) @ p["head"]["kernel"]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])  # MQA, GQA, MHA
+def test_logits_equal_the_reference(kv_heads):
+  config = dataclasses.replace(TINY, attention=dataclasses.replace(TINY.attention, kv_heads=kv_heads))
+  params = random_params(config)
+  np.testing.assert_allclose(
+    logits_of(config, params, tokens()), reference(config, params, tokens()), rtol=1e-4, atol=1e-4
+  )
+
+
+def test_float64_throughout():
+  config = dataclasses.replace(TINY, param_dtype="float64", compute_dtype="float64")
+  with jax.enable_x64(True):
+    params = random_params(config)
+    logits = logits_of(config, params, tokens())
+  assert logits.dtype == np.float64
+  np.testing.assert_allclose(logits, reference(config, params, tokens()), rtol=1e-11, atol=1e-12)
+
+
+def test_documents_do_not_see_each_other():
+  params, ids = random_params(TINY), tokens()
+  starts = np.zeros(ids.shape, bool)
+  starts[0, 4] = starts[1, [0, 7]] = True
+  segments = np.cumsum(starts, 1)
+  positions = np.stack([[j - max([0, *np.flatnonzero(row[: j + 1])]) for j in range(len(row))] for row in starts])
+  same = segments[:, :, None] == segments[:, None, :]
+  ours = logits_of(TINY, params, ids, positions=jnp.asarray(positions), segment_ids=jnp.asarray(segments))
+  np.testing.assert_allclose(ours, reference(TINY, params, ids, positions, same), rtol=1e-4, atol=1e-4)
+  assert np.abs(ours - logits_of(TINY, params, ids)).max() > 1e-2
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_changes_no_gradient(remat):
+  params, ids = random_params(TINY), jnp.asarray(tokens())
+
+  def gradient(config):
+    def loss(params):
+      model = nnx.merge(graphdef(config), params, {})
+      return jnp.square(model.logits(model(ids))).mean()
+
+    return jax.jit(jax.grad(loss))(params)
+
+  expected, ours = gradient(TINY), gradient(dataclasses.replace(TINY, remat=remat))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), expected, ours)
+
+
+def test_bfloat16_compute_stays_near_float32_and_logits_are_float32():
+  params = random_params(TINY)
+  half = logits_of(dataclasses.replace(TINY, compute_dtype="bfloat16"), params, tokens())
+  full = logits_of(TINY, params, tokens())
+  assert half.dtype == np.float32
+  assert 1e-4 < np.abs(half - full).max() / np.abs(full).max() < 0.05
+
+
+def test_initial_parameters():
+  config = dataclasses.replace(TINY, embed=128, mlp=512, init_std=0.006)
+  params, buffers = new_params(config, jax.random.key(1))
+  assert buffers == {}
+  for path, p in jax.tree.leaves_with_path(params):
+    assert p.dtype == jnp.float32
+    if path[-1].key == "scale":
+      assert (p == 1).all()
+    else:
+      assert abs(float(p.std()) / 0.006 - 1) < 0.03, path
+  q = params["dense_layers"]["attn"]["q"]["kernel"]
+  assert not np.allclose(q[0], q[1])
+
+
+class TestAttend:
+  """The library's attention and ours, which serves dropout, unequal widths and float64, are one function."""
+
+  def qkv(self, width=8, value=8, dtype=jnp.float32):
+    rng = np.random.default_rng(1)
+    shapes = ((2, 9, 6, width), (2, 9, 2, width), (2, 9, 2, value))
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+  @pytest.mark.parametrize("segmented", [False, True])
+  def test_both_paths_agree(self, segmented):
+    q, k, v = self.qkv()
+    segments = jnp.cumsum(jnp.asarray(np.random.default_rng(2).integers(0, 2, (2, 9))), 1) if segmented else None
+    library = attend(q, k, v, scale=0.3, segment_ids=segments)
+    ours = attend(q, k, v, scale=0.3, segment_ids=segments, dropout_rate=0.0, dropout_key=jax.random.key(0))
+    np.testing.assert_allclose(library, ours, rtol=2e-5, atol=2e-6)
+
+  def test_value_width_may_differ(self):
+    q, k, v = self.qkv(value=5)
+    wide = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, 3)))
+    np.testing.assert_allclose(attend(q, k, v, scale=0.3), attend(q, k, wide, scale=0.3)[..., :5], rtol=2e-5, atol=2e-6)
+
+  def test_dropout_drops_and_keeps_the_mean(self):
+    q, k, v = self.qkv()
+    ones = jnp.ones_like(v)
+    y = jax.vmap(lambda key: attend(q, k, ones, scale=0.3, dropout_rate=0.25, dropout_key=key))(
+      jax.random.split(jax.random.key(0), 400)
+    )
+    assert float(y.std()) > 0.05
+    np.testing.assert_allclose(y.mean(), 1, atol=0.01)
+
+
+def test_dropout_needs_a_key_and_keeps_the_mean():
+  config = dataclasses.replace(TINY, dropout=0.3)
+  params, ids = random_params(config), tokens()
+  plain = logits_of(TINY, params, ids)
+  np.testing.assert_array_equal(logits_of(config, params, ids), plain)
+  first, second = (logits_of(config, params, ids, dropout_key=jax.random.key(seed)) for seed in (0, 1))
+  assert np.abs(first - plain).max() > 1e-2 and np.abs(first - second).max() > 1e-2

@@ -1,0 +1,96 @@
+"""The config's door: types, ranges, unknown keys and combinations of fields."""
+
+import json
+import pathlib
+
+import pytest
+
+from deepseek_jax.config import AttentionConfig, Config, MeshConfig, diff, flatten, from_dict, leaf_paths
+from deepseek_jax.errors import ConfigError
+from deepseek_jax.flags import load_config
+
+CONFIGS = sorted(pathlib.Path("configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_golden_dump(path):
+  """Every leaf of every shipped config, reviewed as a diff: `python tests/golden_configs.py` rewrites them."""
+  golden = json.loads(pathlib.Path("tests/golden", path.stem + ".json").read_text())
+  assert json.loads(json.dumps(flatten(load_config(str(path))))) == golden
+
+
+def test_every_field_has_a_line_of_doc():
+  assert all(field.metadata["doc"] and "\n" not in field.metadata["doc"] for field in leaf_paths().values())
+
+
+@pytest.mark.parametrize(
+  ("tree", "words"),
+  [
+    ({"train": {"stepz": 3}}, ["'train.stepz'", "did you mean 'train.steps'"]),
+    ({"model": {"atention": {"heads": 3}}}, ["model.atention", "model.attention"]),
+    ({"steps": 3}, ["'steps'", ".steps'"]),
+    ({"model": 3}, ["model is a section", "model.layers"]),
+    ({"train": {"steps": 1.5}}, ["train.steps must be int", "1.5"]),
+    ({"train": {"steps": "many"}}, ["train.steps must be int", "many"]),
+    ({"train": {"steps": True}}, ["train.steps must be int"]),
+    ({"train": {"steps": 0}}, ["train.steps must be at least 1", "0"]),
+    ({"schedule": {"peak": float("nan")}}, ["schedule.peak must be finite"]),
+    ({"schedule": {"peak": -1.0}}, ["schedule.peak must be above 0"]),
+    ({"model": {"remat": "some"}}, ["model.remat must be one of", "dots"]),
+    ({"model": {"attention": {"heads": 6, "kv_heads": 4}}}, ["heads=6", "kv_heads=4"]),
+    ({"model": {"attention": {"head_dim": 7}}}, ["head_dim=7", "even"]),
+    ({"mesh": {"tensor": 3}}, ["model.attention.heads=4", "mesh.tensor=3", "1, 2, 4"]),
+    ({"mesh": {"data": 3}}, ["train.microbatch=16", "=3", "1, 2, 4, 8, 16"]),
+    ({"mesh": {"fsdp": 3, "data": 1}, "train": {"global_batch": 3}}, ["model.embed=128", "mesh.fsdp=3"]),
+    ({"mesh": {"fsdp": -1}}, ["only one mesh size may be -1"]),
+    ({"mesh": {"tensor": 0}}, ["1 or more, or -1"]),
+    ({"data": {"tokenizer": "deepseek-v3"}}, ["128815", "model.vocab=272"]),
+    ({"data": {"sources": ("a", "b"), "weights": (1.0,)}}, ["data.weights has 1", "2 data.sources"]),
+    ({"data": {"sources": ()}}, ["data.sources is empty"]),
+    ({"train": {"microbatch": 5}}, ["global_batch=16", "microbatch=5", "use 15"]),
+    ({"train": {"batch_ramp_from": 16}}, ["go together"]),
+    ({"schedule": {"kind": "multi_step"}}, ["multi_step takes 1 milestones"]),
+    ({"schedule": {"kind": "wsd", "milestones": (0.5,), "factors": (0.1,)}}, ["wsd takes 2 milestones and 1 factors"]),
+    ({"schedule": {"kind": "multi_step", "milestones": (0.9, 0.8), "factors": (0.3, 0.1)}}, ["must rise"]),
+    ({"schedule": {"kind": "warmup_cosine", "factors": (0.1,), "warmup_tokens": 5}}, ["same unit"]),
+    ({"model": {"param_dtype": "float64"}}, ["model.compute_dtype=bfloat16"]),
+    ({"model": {"param_dtype": "float64", "compute_dtype": "float64"}}, ["optimizer.moments_dtype"]),
+  ],
+)
+def test_bad_config_is_one_message(tree, words):
+  with pytest.raises(ConfigError) as error:
+    from_dict(tree)
+  message = str(error.value)
+  assert "\n" not in message
+  for word in words:
+    assert word in message, message
+
+
+def test_text_is_read_as_the_command_line_gives_it():
+  config = from_dict(
+    {
+      "train": {"steps": "1e3", "global_batch": "1_6"},
+      "data": {"sources": "a,b", "weights": "(0.25, 0.75)", "mask_documents": "true"},
+      "schedule": {"peak": "3e-4"},
+    }
+  )
+  assert config.train.steps == 1000 and type(config.train.steps) is int
+  assert config.train.global_batch == 16
+  assert (
+    config.data.sources == ("a", "b") and config.data.weights == (0.25, 0.75) and config.data.mask_documents is True
+  )
+  assert config.schedule.peak == 3e-4
+
+
+def test_direct_construction_is_checked_too():
+  with pytest.raises(ConfigError, match=r"model\.attention\.heads must be at least 1"):
+    AttentionConfig(heads=0)
+  assert Config() == from_dict({}) and hash(Config()) == hash(from_dict({}))
+
+
+def test_diff_names_fields():
+  assert diff(Config(), from_dict({"mesh": {"tensor": 2}})) == [("mesh.tensor", 1, 2)]
+
+
+def test_a_free_mesh_axis_is_not_checked_before_devices_are_known():
+  assert MeshConfig(data=1, fsdp=-1).fsdp == -1

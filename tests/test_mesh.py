@@ -1,0 +1,45 @@
+"""Mesh sizes, and logical axes on it."""
+
+import jax
+import pytest
+
+from deepseek_jax.config import Config, MeshConfig
+from deepseek_jax.errors import ConfigError
+from deepseek_jax.mesh import AXES, make_mesh, mesh_sizes, resolve_mesh
+from deepseek_jax.sharding import RULES, batch_parts, spec
+
+
+@pytest.mark.parametrize(
+  ("config", "devices", "sizes"),
+  [
+    (MeshConfig(), 1, (1, 1, 1, 1)),
+    (MeshConfig(), 8, (8, 1, 1, 1)),
+    (MeshConfig(data=2, fsdp=-1, tensor=2), 16, (2, 4, 1, 2)),
+    (MeshConfig(data=1, tensor=4), 4, (1, 1, 1, 4)),
+  ],
+)
+def test_sizes(config, devices, sizes):
+  assert mesh_sizes(config, devices) == sizes
+
+
+@pytest.mark.parametrize(
+  ("config", "devices"), [(MeshConfig(data=3), 4), (MeshConfig(tensor=8), 4), (MeshConfig(fsdp=3), 4)]
+)
+def test_sizes_that_do_not_fit(config, devices):
+  with pytest.raises(ConfigError, match=rf"data=.* x tensor=.* {devices} are here"):
+    mesh_sizes(config, devices)
+
+
+def test_resolving_checks_the_model_against_the_free_axis():
+  with pytest.raises(ConfigError, match=r"heads=4 .* mesh\.tensor=8"):
+    resolve_mesh(Config(mesh=MeshConfig(data=1, tensor=-1), model=Config().model), 8)
+
+
+def test_axes_are_explicit_and_logical_names_resolve():
+  mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=-1))
+  assert mesh.axis_names == AXES and set(mesh.axis_types) == {jax.sharding.AxisType.Explicit}
+  assert batch_parts(mesh) == 2
+  assert spec("embed", None, "mlp") == jax.P("fsdp", None, "tensor")
+  assert {axis for value in RULES.values() if value for axis in ([value] if isinstance(value, str) else value)} == set(
+    AXES
+  )

@@ -1,0 +1,186 @@
+import dataclasses
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from deepseek_jax import config as configs
+from deepseek_jax.errors import DataError
+from deepseek_jax.training import report
+from deepseek_jax.training.metrics import MetricsWriter
+
+VOID = {"meta"}
+
+
+class Page(HTMLParser):
+  """The page's elements and text; fails on tags that do not nest."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.open, self.elements, self.source, self.text = [], [], text, ""
+    self.feed(text)
+    assert not self.open, f"never closed: {self.open}"
+
+  def handle_starttag(self, tag, attributes):
+    self.elements.append((tag, dict(attributes)))
+    if tag not in VOID:
+      self.open.append(tag)
+
+  def handle_startendtag(self, tag, attributes):
+    self.elements.append((tag, dict(attributes)))
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    if self.open and self.open[-1] != "style":
+      self.text += data + " "
+
+
+def make_run(path, steps=40, config=None, losses=None, evals=(20, 40), resumes=(), sample="x = 1\n", end="finished"):
+  path.mkdir(exist_ok=True)
+  config = dataclasses.asdict(config or configs.Config())
+  (path / "config.json").write_text(json.dumps(config))
+  writer = MetricsWriter(path, tensorboard=False, resume_step=0)
+  writer.event("start", 0, devices="1 x cpu", jax="1.2.3", python="3.99", parameters=123_456)
+  for step in range(1, steps + 1):
+    if step - 1 in resumes:
+      writer.event("resume", step - 1, devices="1 x cpu", jax="1.2.4", mesh={"data": 1, "fsdp": 2})
+    loss = (losses or {}).get(step, 5 / step)
+    values = {"loss": loss, "total_loss": loss, "bits_per_byte": loss / math.log(2), "grad_norm": 1.0, "skipped": 0}
+    times = {"step_seconds": 0.6, "data_seconds": 0.2, "eval_seconds": 0.1, "checkpoint_seconds": 0.1}
+    speed = {"learning_rate": 1e-3, "tokens": step * 4096, "samples": step * 16, "tokens_per_second": 4096.0}
+    writer.write(step, values | times | speed)
+    if step in evals:
+      writer.event("eval", step, loss=5 / step + 0.5, bits_per_byte=7.25 / step, sequences=64)
+  if end:
+    writer.event("sample", steps, prompt="def ", text=sample)
+    writer.event("end", steps, reason=end, state_sha256="ab" * 32)
+  writer.close()
+
+
+def make_page(path):
+  assert report.write(path) == str(path / "report.html")
+  return Page((path / "report.html").read_text(encoding="utf-8"))
+
+
+def test_a_finished_run_is_told_in_full(tmp_path):
+  make_run(tmp_path, resumes=(10, 30))
+  page = make_page(tmp_path)
+  for fact in (
+    "finished",
+    "123,456",
+    "1 x cpu",
+    "1.2.4",
+    "3.99",
+    "ab" * 32,
+    "data=1, fsdp=2",
+    "def ",
+    "x = 1",
+    "0.1812",
+  ):  # 7.25 / 40
+    assert fact in page.text, fact
+  for chart in ("Loss", "Bits per byte", "Learning rate", "Gradient norm", "Throughput"):
+    assert re.search(f"<b>{chart}</b>", page.source), chart
+  assert page.source.count("<svg") == 5
+  assert page.source.count("resumed from step 10") == page.source.count("resumed from step 30") == 5
+  assert [s for s in ("60.0%", "20.0%", "10.0%") if s in page.text] == ["60.0%", "20.0%", "10.0%"]
+
+
+def test_the_page_needs_nothing_from_elsewhere(tmp_path):
+  make_run(tmp_path)
+  page = make_page(tmp_path)
+  assert not {tag for tag, _ in page.elements} & {"script", "link", "img", "iframe", "object", "embed", "base", "form"}
+  assert not [a for _, attributes in page.elements for a in attributes if a in ("src", "href") or a.startswith("on")]
+  assert not re.search(r"https?:|url\(|@import", page.source)
+  assert "default-src 'none'" in page.source and "prefers-color-scheme: dark" in page.source
+
+
+def test_the_config_shows_every_leaf_once_and_marks_what_differs(tmp_path):
+  config = configs.from_dict({"seed": 7, "model": {"layers": 9}, "data": {"sources": ("a.txt", "b.txt")}})
+  make_run(tmp_path, config=config)
+  source = make_page(tmp_path).source
+  section = source[source.index("<h2>Config</h2>") : source.index("<h2>Environment</h2>")]
+  rows = re.findall(r"<tr( class=changed)? title=[^>]*><th>(\w+)</th><td>(.*?)</td><td>(.*?)</td></tr>", section)
+  assert [name for _, name, _, _ in rows] == [path.rsplit(".", 1)[-1] for path in configs.leaf_paths()]
+  changed = [row[1:] for row in rows if row[0]]
+  listed = ("sources", "[&quot;a.txt&quot;, &quot;b.txt&quot;]", "[&quot;python-stdlib&quot;]")
+  assert changed == [("seed", "7", "0"), ("layers", "9", "4"), listed]
+
+
+def test_text_of_the_run_is_escaped(tmp_path):
+  evil = '</pre><script>alert("1")</script>&amp;\0\x1b\ud800'
+  make_run(tmp_path, config=configs.Config(name=evil.replace("\ud800", "")), sample=evil, end=evil)
+  with open(tmp_path / "events.jsonl", "a") as file:
+    file.write(json.dumps({"event": "start", "step": 40, "time": "<i>", evil: evil, "parameters": "<i>"}) + "\n")
+  page = make_page(tmp_path)
+  assert "script" not in {tag for tag, _ in page.elements} and "<i>" not in page.source
+  assert page.text.count('<script>alert("1")</script>&amp;\u2400\u241b') >= 4
+  assert "\0" not in page.source
+
+
+@pytest.mark.parametrize(
+  ("run", "says"),
+  [
+    ({"steps": 1, "evals": (), "end": None}, "not evaluated"),
+    ({"steps": 0, "evals": (), "end": None}, "no step was logged"),
+    ({"end": None}, "no end was recorded"),
+    ({"end": "SIGTERM"}, "SIGTERM"),
+    ({"evals": (), "losses": dict.fromkeys(range(1, 41), math.nan)}, "no finite value was logged"),
+    ({"losses": {7: math.inf, 8: math.nan}}, "not finite at step 7"),
+    ({"losses": {7: 1e308, 8: -1e308}}, "not finite at step 7"),
+  ],
+)
+def test_an_unlucky_run_has_a_report_too(tmp_path, run, says):
+  make_run(tmp_path, **run)
+  assert says in make_page(tmp_path).source
+
+
+def test_a_run_that_left_only_its_config_has_a_report(tmp_path):
+  (tmp_path / "config.json").write_text('{"name": "early", "retired": {"field": 1}}')
+  page = make_page(tmp_path)
+  assert "early" in page.text and "no such field in this version" in page.source
+
+
+def test_total_loss_is_drawn_where_it_differs(tmp_path):
+  make_run(tmp_path)
+  assert "all terms" not in make_page(tmp_path).source
+  lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  text = "".join(json.dumps(line | {"total_loss": line["loss"] + 0.1, "mfu": 0.4}) + "\n" for line in lines)
+  (tmp_path / "metrics.jsonl").write_text(text)
+  page = make_page(tmp_path)
+  assert "all terms" in page.source and "<b>MFU</b>" in page.source
+
+
+def test_the_history_tells_what_changed_at_a_resume(tmp_path):
+  make_run(tmp_path, resumes=(10, 30))
+  rows = re.findall(r"<td>(start|resume|end)</td><td>(\d+)</td><td>(.*?)</td>", make_page(tmp_path).source)
+  changed = "jax 1.2.4, mesh data=1, fsdp=2"
+  end = "reason finished, state_sha256 " + "ab" * 32
+  assert rows == [("start", "0", ""), ("resume", "10", changed), ("resume", "30", ""), ("end", "40", end)]
+
+
+def test_of_two_evaluations_at_a_step_the_later_counts(tmp_path):
+  make_run(tmp_path, evals=(), end=None)
+  writer = MetricsWriter(tmp_path, tensorboard=False, resume_step=40)
+  for bits in (3.5, 2.25):
+    writer.event("eval", 40, loss=1.0, bits_per_byte=bits, sequences=64)
+  writer.close()
+  page = make_page(tmp_path)
+  assert "2.2500" in page.text and "3.5000" not in page.text
+
+
+def test_long_runs_make_small_reports(tmp_path):
+  make_run(tmp_path, steps=20_000, evals=())
+  assert len(make_page(tmp_path).source) < 250_000
+
+
+@pytest.mark.parametrize("content", [None, b"{", b"[1]", b"\xff"])
+def test_a_config_that_cannot_be_read_is_named(tmp_path, content):
+  if content is not None:
+    (tmp_path / "config.json").write_bytes(content)
+  with pytest.raises(DataError, match=r"config\.json: expected"):
+    report.write(tmp_path)
+  assert not (tmp_path / "report.html").exists()

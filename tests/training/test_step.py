@@ -1,0 +1,195 @@
+"""One update: the same on every mesh, the same in microbatches, harmless where gradients are not finite."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from deepseek_jax.config import AttentionConfig, Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from deepseek_jax.mesh import make_mesh
+from deepseek_jax.model.transformer import graphdef
+from deepseek_jax.sharding import spec
+from deepseek_jax.training.state import abstract_state, new_state, state_sha256
+from deepseek_jax.training.step import document_positions, make_train_step
+
+SEQ = 24
+CONFIG = Config(
+  model=ModelConfig(
+    vocab=64, embed=32, layers=2, mlp=48, init_std=0.1, compute_dtype="float32",
+    attention=AttentionConfig(heads=8, kv_heads=4, head_dim=8),
+  ),
+  data=DataConfig(seq=SEQ, tokenizer="tokenizer.json"),
+  train=TrainConfig(global_batch=8, loss_chunk=7),
+)  # fmt: skip
+X64 = dataclasses.replace(
+  CONFIG,
+  model=dataclasses.replace(CONFIG.model, param_dtype="float64", compute_dtype="float64"),
+  optimizer=OptimizerConfig(moments_dtype="float64"),
+)
+MESHES = {
+  "fsdp=4": MeshConfig(data=1, fsdp=4),
+  "tensor=4": MeshConfig(data=1, tensor=4),
+  "data=2 x tensor=2": MeshConfig(data=2, tensor=2),
+  "fsdp=2 x tensor=2": MeshConfig(data=1, fsdp=2, tensor=2),
+}
+
+
+def tokens(step, microbatches=1, batch=8):
+  ids = np.random.default_rng(step).integers(0, 64, (batch, SEQ + 1)).astype(np.int32)
+  return ids.reshape(microbatches, batch // microbatches, SEQ + 1)
+
+
+def train(config, mesh_config=None, steps=1, microbatches=1, rate=1e-2, dynamic=False, batches=tokens):
+  """(state, [metrics of each step]) after `steps` updates."""
+  mesh_config = mesh_config or MeshConfig(data=1)
+  sizes = [s for s in dataclasses.astuple(mesh_config)]
+  mesh = make_mesh(mesh_config, jax.devices()[: int(np.prod(sizes))])
+  with jax.set_mesh(mesh):
+    state = jax.jit(new_state, static_argnums=0)(config, jax.random.key(config.seed))
+    step = make_train_step(config, graphdef(config.model), bos=0)
+    step = jax.jit(step, donate_argnames="state", static_argnames=() if dynamic else ("microbatches",))
+    seen = []
+    for i in range(steps):
+      batch = jax.device_put(batches(i, microbatches), NamedSharding(mesh, spec(None, "batch", "seq")))
+      state, metrics = step(state, batch, microbatches, np.asarray(rate, config.model.param_dtype))
+      seen.append(jax.device_get(metrics))  # blocks: more virtual devices than cores can starve a collective
+    return jax.device_get(state), seen
+
+
+@functools.cache
+def one_device(config, steps):
+  with jax.enable_x64(config is X64):
+    return train(config, steps=steps)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_float32_forward_and_backward_equal_one_device(name):
+  _, [ours] = train(CONFIG, MESHES[name])
+  _, [expected] = one_device(CONFIG, 1)
+  assert abs(ours["loss"] - expected["loss"]) < 5e-6
+  assert abs(ours["grad_norm"] / expected["grad_norm"] - 1) < 1e-6
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_ten_adam_steps_in_float64_equal_one_device(name):
+  expected_state, expected = one_device(X64, 10)
+  with jax.enable_x64(True):
+    state, ours = train(X64, MESHES[name], steps=10)
+  for a, b in zip(ours, expected, strict=True):
+    assert abs(a["loss"] / b["loss"] - 1) < 1e-10
+    assert abs(a["grad_norm"] / b["grad_norm"] - 1) < 1e-10
+  assert expected[-1]["loss"] < expected[0]["loss"] + 1  # it trained on something
+  for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected_state.params), strict=True):
+    assert a.dtype == np.float64
+    assert np.abs(a - b).max() / np.abs(b).max() < 1e-9
+
+
+def test_state_is_born_in_the_layout_that_abstract_state_says():
+  mesh = make_mesh(MESHES["fsdp=2 x tensor=2"])
+  with jax.set_mesh(mesh):
+    abstract = abstract_state(CONFIG, mesh)
+    state = jax.jit(new_state, static_argnums=0)(CONFIG, jax.random.key(0))
+  jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(f"{a} {b}"), abstract, state)
+  assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), abstract, state)))
+  kernel = state.params["dense_layers"]["mlp"]["up"]["kernel"]
+  moment = state.opt_state[1].mu["dense_layers"]["mlp"]["up"]["kernel"]
+  assert kernel.addressable_shards[0].data.size * 4 == kernel.size
+  assert moment.sharding == kernel.sharding
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_microbatches_equal_the_large_batch(dynamic):
+  _, [expected] = one_device(CONFIG, 1)
+  state, [ours] = train(CONFIG, microbatches=4, dynamic=dynamic)
+  assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+  assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-6)
+  large, _ = one_device(CONFIG, 1)
+  # Adam's first step is about the sign of the gradient: compare its first moment, which is the gradient.
+  for a, b in zip(jax.tree.leaves(state.opt_state[1].mu), jax.tree.leaves(large.opt_state[1].mu), strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-7)
+
+
+def test_a_ramp_uses_the_first_microbatches_only_and_no_other_program():
+  config = dataclasses.replace(CONFIG, train=TrainConfig(global_batch=8, microbatch=2, loss_chunk=7))
+  mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    step = jax.jit(make_train_step(config, graphdef(config.model), bos=0))
+    state = jax.jit(new_state, static_argnums=0)(config, jax.random.key(0))
+    batch = tokens(0, 4)
+    _, two = step(state, batch, 2, np.float32(1e-2))
+    batch[2:] = 0  # what does not count may be anything
+    _, same = step(state, batch, 2, np.float32(1e-2))
+    _, four = step(state, batch, 4, np.float32(1e-2))
+    assert step._cache_size() == 1
+  assert two["loss"] == same["loss"] != four["loss"]
+  _, [half] = train(config, batches=lambda i, n: tokens(0)[:, :4])
+  assert two["loss"] == pytest.approx(half["loss"], rel=1e-6)
+
+
+def test_training_learns():
+  _, seen = train(CONFIG, steps=30, rate=1e-2, batches=lambda i, n: tokens(0))
+  assert seen[-1]["loss"] < 0.5 * seen[0]["loss"]
+
+
+def test_non_finite_gradients_skip_the_update_and_are_counted():
+  mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    step = jax.jit(make_train_step(CONFIG, graphdef(CONFIG.model), bos=0), static_argnames="microbatches")
+    state = jax.jit(new_state, static_argnums=0)(CONFIG, jax.random.key(0))
+    state, _ = step(state, tokens(0), 1, np.float32(1e-2))
+    poisoned = jax.tree.map(lambda x: x, state)
+    poisoned.params["final_norm"]["scale"] = jnp.full_like(state.params["final_norm"]["scale"], jnp.inf)
+    after, metrics = step(poisoned, tokens(1), 1, np.float32(1e-2))
+    again, _ = step(after, tokens(1), 1, np.float32(1e-2))
+    healed = dataclasses.replace(again, params=state.params)
+    fine, _ = step(healed, tokens(2), 1, np.float32(1e-2))
+  assert not np.isfinite(metrics["grad_norm"])
+  assert state_sha256((after.params, after.opt_state)) == state_sha256((poisoned.params, poisoned.opt_state))
+  assert (int(after.step), int(again.step)) == (2, 3)
+  assert {k: int(v) for k, v in again.skipped.items()} == {"total": 2, "in_a_row": 2}
+  assert {k: int(v) for k, v in fine.skipped.items()} == {"total": 2, "in_a_row": 0}
+
+
+def test_dropout_is_repeatable_and_the_same_on_every_mesh():
+  model = dataclasses.replace(CONFIG.model, dropout=0.2)
+  config = dataclasses.replace(CONFIG, model=model)
+  _, [first] = train(config)
+  _, [second] = train(config, MESHES["data=2 x tensor=2"])
+  _, [without] = one_device(CONFIG, 1)
+  assert abs(first["loss"] - second["loss"]) < 5e-6
+  assert abs(first["loss"] - without["loss"]) > 1e-3
+  _, [other_key] = train(dataclasses.replace(config, model=model, seed=1))
+  assert other_key["loss"] != first["loss"]
+
+
+def test_masked_documents_train_on_every_mesh():
+  config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, mask_documents=True))
+  _, [first] = train(config)
+  _, [second] = train(config, MESHES["fsdp=2 x tensor=2"])
+  _, [without] = one_device(CONFIG, 1)
+  assert abs(first["loss"] - second["loss"]) < 5e-6 and abs(first["loss"] - without["loss"]) > 1e-4
+
+
+def test_document_positions():
+  ids = jnp.array([[5, 0, 5, 5, 0, 5], [0, 5, 5, 5, 5, 5]])
+  segments, positions = document_positions(ids, bos=0)
+  assert segments.tolist() == [[0, 1, 1, 1, 2, 2], [1] * 6]
+  assert positions.tolist() == [[0, 0, 1, 2, 0, 1], [0, 1, 2, 3, 4, 5]]
+
+
+def test_state_hash_sees_every_bit_and_no_mesh():
+  hashes = []
+  for mesh_config in (MeshConfig(data=1), MESHES["fsdp=2 x tensor=2"]):
+    mesh = make_mesh(mesh_config, jax.devices()[: int(np.prod(dataclasses.astuple(mesh_config)))])
+    with jax.set_mesh(mesh):
+      state = jax.jit(new_state, static_argnums=0)(CONFIG, jax.random.key(0))
+    hashes.append(state_sha256(state))
+  assert hashes[0] == hashes[1]
+  flipped = jax.device_get(state)
+  flipped.params["embed"] = flipped.params["embed"].copy()
+  flipped.params["embed"].view(np.uint32)[3, 4] ^= 1
+  assert state_sha256(flipped) != hashes[0]
