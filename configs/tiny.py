@@ -22,7 +22,7 @@ def get_config():
         remat="none",
         attention=dict(heads=8, kv_heads=4, head_dim=32),
       ),
-      data=dict(seq=256),
+      data=dict(seq=256, heldout_fraction=0.05),
       schedule=dict(kind="warmup_cosine", peak=2e-3, warmup_steps=100, steps=STEPS, factors=(0.1,)),
       train=dict(steps=STEPS, global_batch=16),
       checkpoint=dict(every=200),

@@ -1,90 +1,17 @@
 """Every setting and its default: frozen dataclasses, checked when they are made.
 
-A config file (`configs/*.py`) names only what differs from these defaults; `from_dict` turns its ConfigDict into
-`Config` once, and each module is handed only its own section. Nothing here touches a device.
+A config file (`configs/*.py`) names only what differs from these defaults; its ConfigDict becomes a `Config` once, and
+each module is handed only its own section. Nothing here touches a device.
 """
 
-import ast
 import dataclasses
-import difflib
 import math
-import typing
 
 from deepseek_jax.errors import ConfigError
+from deepseek_jax.schema import Section, field
 
 # Ids that a tokenizer may emit, known without installing it (specs: 100,015 and 128,815 used ids; byte: 256 + separator).
 TOKENIZER_SIZES = {"byte": 257, "deepseek-llm": 100_015, "deepseek-v3": 128_815}
-
-
-def field(default, doc, **limits):
-  """A dataclass field with one line of `doc` and `limits`: choices, at_least, at_most, above, below."""
-  return dataclasses.field(default=default, metadata={"doc": doc, **limits})
-
-
-_LIMITS = {
-  "at_least": (lambda v, b: v >= b, "at least"),
-  "at_most": (lambda v, b: v <= b, "at most"),
-  "above": (lambda v, b: v > b, "above"),
-  "below": (lambda v, b: v < b, "below"),
-  "choices": (lambda v, b: v in b, "one of"),
-}
-
-
-def coerce(value, kind, path):
-  """`value` as `kind`; text is read as the command line gives it (`1e3` is an integer, `a,b` a tuple)."""
-  if typing.get_origin(kind) is tuple:
-    if isinstance(value, str):
-      text = value.strip()
-      value = ast.literal_eval(text) if text[:1] in "([" and text[-1:] in ")]" else [v for v in text.split(",") if v]
-    if not isinstance(value, (tuple, list)):
-      value = (value,)
-    return tuple(coerce(v, typing.get_args(kind)[0], path) for v in value)
-  if kind is bool and isinstance(value, str) and value.lower() in ("true", "false", "1", "0"):
-    return value.lower() in ("true", "1")
-  if kind in (int, float) and isinstance(value, str):
-    value = float(value) if not value.lstrip("+-").replace("_", "").isdigit() else int(value)
-  if kind is int and isinstance(value, float) and value.is_integer():
-    return int(value)
-  if kind is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
-  if type(value) is not kind:
-    raise TypeError
-  return value
-
-
-class Section:
-  """Base of the config sections: types and ranges are checked at construction, with the field's full path in errors."""
-
-  path = ""
-
-  def __init_subclass__(cls, path="", **kwargs):
-    super().__init_subclass__(**kwargs)
-    cls.path = path
-
-  def __post_init__(self):
-    for f in dataclasses.fields(self):
-      value, path = getattr(self, f.name), f"{self.path}.{f.name}".lstrip(".")
-      kind = typing.get_type_hints(type(self))[f.name]
-      if dataclasses.is_dataclass(kind):
-        if not isinstance(value, kind):
-          raise ConfigError(f"{path} must be a {kind.__name__}, got {value!r}")
-        continue
-      try:
-        value = coerce(value, kind, path)
-      except (TypeError, ValueError, SyntaxError, OverflowError):
-        name = getattr(kind, "__name__", str(kind)) if typing.get_origin(kind) is None else str(kind)
-        raise ConfigError(f"{path} must be {name}, got {value!r}") from None
-      for item in value if isinstance(value, tuple) else (value,):
-        if isinstance(item, float) and not math.isfinite(item):
-          raise ConfigError(f"{path} must be finite, got {item}")
-        for name, bound in f.metadata.items():
-          if name in _LIMITS and not _LIMITS[name][0](item, bound):
-            raise ConfigError(f"{path} must be {_LIMITS[name][1]} {bound}, got {item!r}")
-      object.__setattr__(self, f.name, value)
-    self.check()
-
-  def check(self):
-    """Checks that need several fields of this section."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +76,7 @@ class DataConfig(Section, path="data"):
   heldout_fraction: float = field(0.02, "share of documents kept for evaluation", above=0, below=1)
   mask_documents: bool = field(False, "attend within documents only; off in the DeepSeek recipes up to V3")
   text_field: str = field("text", "key of the text in .jsonl and .parquet records")
-  cache: str = field("", "folder of packed data; empty: deepseek_jax in the user's cache folder")
+  cache: str = field("", "folder below which packed data is kept; empty: the user's cache folder")
   verify: bool = field(True, "check the checksums of packed data at start")
   accept_change: bool = field(False, "resume although the data differs from what the checkpoint saw")
 
@@ -347,55 +274,3 @@ def check_divides(path, size, axis, parts):
     raise ConfigError(
       f"{path}={size} does not divide over {axis}={parts}: use one of {', '.join(map(str, options))}, or change {path}"
     )
-
-
-def from_dict(tree, cls=Config):
-  """A nested mapping (a ConfigDict, or JSON) as `cls`. Raises ConfigError for unknown keys, naming the nearest field."""
-  kinds, kwargs = typing.get_type_hints(cls), {}
-  names = [f.name for f in dataclasses.fields(cls)]
-  for key, value in tree.items():
-    path = f"{cls.path}.{key}".lstrip(".")
-    if key not in names:
-      raise ConfigError(unknown_key(path))
-    if dataclasses.is_dataclass(kinds[key]):
-      if not hasattr(value, "items"):
-        raise ConfigError(f"{path} is a section with the fields {', '.join(leaf_paths(kinds[key]))}; got {value!r}")
-      value = from_dict(value, kinds[key])
-    kwargs[key] = value
-  return cls(**kwargs)
-
-
-def leaf_paths(cls=Config):
-  """Dotted path -> dataclass field of every leaf under `cls`, in order."""
-  kinds, leaves = typing.get_type_hints(cls), {}
-  for f in dataclasses.fields(cls):
-    if dataclasses.is_dataclass(kinds[f.name]):
-      leaves.update(leaf_paths(kinds[f.name]))
-    else:
-      leaves[f"{cls.path}.{f.name}".lstrip(".")] = f
-  return leaves
-
-
-def unknown_key(path):
-  """One line for a field that does not exist, with the nearest that does."""
-  paths = list(leaf_paths())
-  same_leaf = [p for p in paths if p.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
-  near = difflib.get_close_matches(path, paths, 1, 0.0)
-  return f"unknown config field {path!r}; did you mean {(same_leaf or near)[0]!r}? (--help lists all)"
-
-
-def flatten(config):
-  """Dotted path -> value of every leaf."""
-  tree, flat = config, {}
-  for path in leaf_paths():
-    value = tree
-    for part in path.split("."):
-      value = getattr(value, part)
-    flat[path] = value
-  return flat
-
-
-def diff(old, new):
-  """[(path, old value, new value)] of the leaves in which two configs differ."""
-  old, new = flatten(old), flatten(new)
-  return [(path, old[path], new[path]) for path in old if old[path] != new[path]]

@@ -12,13 +12,14 @@ import traceback
 from absl import flags
 from ml_collections import ConfigDict
 
-from deepseek_jax.config import Config, flatten, from_dict, leaf_paths, unknown_key
+from deepseek_jax.config import Config
 from deepseek_jax.errors import ConfigError, UserError
+from deepseek_jax.schema import flatten, from_dict, leaf_paths, unknown_key
 
 
 def split_overrides(argv):
   """(arguments without `--config.PATH=VALUE`, {path: text}). A bare boolean field means true."""
-  rest, overrides, leaves = [], {}, leaf_paths()
+  rest, overrides, leaves = [], {}, leaf_paths(Config)
   arguments = iter(argv)
   for argument in arguments:
     name, equals, text = argument.lstrip("-").partition("=")
@@ -27,7 +28,7 @@ def split_overrides(argv):
       continue
     path = name.removeprefix("config.")
     if path not in leaves:
-      raise ConfigError(unknown_key(path))
+      raise ConfigError(unknown_key(Config, path))
     if not equals:
       text = "true" if leaves[path].type is bool else next(arguments, None)
     if text is None:
@@ -69,12 +70,12 @@ def load_config(path="", overrides=None) -> Config:
     for name in sections:
       section = section.setdefault(name, {})
     section[leaf] = value
-  return from_dict(tree)
+  return from_dict(Config, tree)
 
 
 def config_help(config: Config) -> str:
   """Every field with its value in `config` and its line of doc."""
-  leaves, lines = leaf_paths(), []
+  leaves, lines = leaf_paths(Config), []
   for path, value in flatten(config).items():
     metadata = leaves[path].metadata
     choices = f" [{', '.join(metadata['choices'])}]" if "choices" in metadata else ""

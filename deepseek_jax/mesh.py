@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 import jax
-from jax.sharding import AxisType
+from jax.sharding import AbstractMesh, AxisType
 
 from deepseek_jax.config import Config, MeshConfig
 from deepseek_jax.errors import ConfigError
@@ -35,6 +35,12 @@ def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
   devices = devices if devices is not None else jax.devices()
   sizes = mesh_sizes(config, len(devices))
   return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+
+
+def abstract_mesh(config: MeshConfig) -> AbstractMesh:
+  """The mesh of resolved sizes without its devices: layouts can be traced on it, nothing can run."""
+  sizes = mesh_sizes(config, least_devices(config))
+  return AbstractMesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def resolve_mesh(config: Config, devices: int) -> Config:

@@ -34,6 +34,11 @@ def batch_parts(mesh) -> int:
   return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
+def size_per_device(abstract) -> int:
+  """Elements that one device holds of an abstract array with a sharding."""
+  return math.prod(abstract.sharding.shard_shape(abstract.shape) if abstract.sharding else abstract.shape)
+
+
 def concrete(abstract, mesh):
   """Abstract arrays of `jax.eval_shape` with shardings that Orbax and ahead-of-time compilation take.
 

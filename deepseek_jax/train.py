@@ -41,7 +41,7 @@ def main(argv) -> int:
 
   if values.dry_run:
     config = resolve_mesh(config, values.devices or least_devices(config.mesh))
-    print(f"{resolved(config)}\n{summary(config, tuple(vars(config.mesh).values()))}")
+    print(f"{resolved(config)}\n{summary(config)}")
     return 0
 
   from deepseek_jax.evaluate.heldout import evaluate

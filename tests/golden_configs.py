@@ -5,8 +5,8 @@ import pathlib
 import sys
 
 sys.path.insert(0, ".")
-from deepseek_jax.config import flatten
 from deepseek_jax.flags import load_config
+from deepseek_jax.schema import flatten
 
 pathlib.Path("tests/golden").mkdir(exist_ok=True)
 for path in sorted(pathlib.Path("configs").glob("*.py")):

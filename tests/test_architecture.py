@@ -10,7 +10,9 @@ PACKAGE = "deepseek_jax"
 
 # Imports point down: a module imports its own package and those of lower lines.
 LAYERS = (
-  {"errors", "config"},
+  {"errors"},
+  {"schema"},
+  {"config"},
   {"mesh", "sharding", "data", "flags"},
   {"kernels"},
   {"model"},
@@ -21,7 +23,7 @@ LAYERS = (
   {"train"},
 )
 # Imports between neighbours, and where less is allowed than what lies below.
-BESIDE = {"config": {"errors"}, "sharding": {"mesh"}}
+BESIDE = {"sharding": {"mesh"}}
 ONLY = {"errors": set(), "kernels": {"kernels"}, "data": {"data", "config", "errors"}}
 
 MESH_FILES = {"config.py", "mesh.py", "sharding.py"}

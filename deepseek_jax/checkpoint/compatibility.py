@@ -1,7 +1,8 @@
 """Whether a run may continue from a checkpoint: the same model, moments and data, whatever else has changed."""
 
-from deepseek_jax import config as config_lib
+from deepseek_jax.config import Config
 from deepseek_jax.errors import CheckpointError
+from deepseek_jax.schema import flatten
 
 # These change how a step is computed, not what the saved arrays mean.
 _FREE = {"model.remat", "model.dropout", "model.attention.dropout"}
@@ -10,9 +11,9 @@ _FREE = {"model.remat", "model.dropout", "model.attention.dropout"}
 def check_compatible(saved_config, config, saved_fingerprint, fingerprint):
   """Compares a checkpoint's config (nested dict, as JSON gives it) and data fingerprint with those of this run.
 
-  A field that the checkpoint lacks was added later and counts as its default there. Returns the differences that may be,
-  [(path, old, new)], `new` being None for a field that only the checkpoint knows. Raises CheckpointError with the fields
-  that must agree: all of `model` but remat and dropout, optimizer.moments_dtype, and the fingerprint unless
+  A field that the checkpoint lacks was added later and counts as its default there. Returns the differences that may
+  be, [(path, old, new)], `new` being None for a field that only the checkpoint knows. Raises CheckpointError with the
+  fields that must agree: all of `model` but remat and dropout, optimizer.moments_dtype, and the fingerprint unless
   config.data.accept_change.
   """
   differences = _differences(saved_config, config)
@@ -41,7 +42,7 @@ def _listing(differences):
 
 def _differences(saved_config, config):
   saved = dict(_leaves(saved_config))
-  now, default = (_as_json(config_lib.flatten(c)) for c in (config, config_lib.Config()))
+  now, default = (_as_json(flatten(c)) for c in (config, Config()))
   known = [(path, saved.get(path, default[path]), now[path]) for path in now]
   unknown = [(path, old, None) for path, old in saved.items() if path not in now]
   return [d for d in known if d[1] != d[2]] + unknown

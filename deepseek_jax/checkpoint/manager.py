@@ -1,7 +1,7 @@
 """Checkpoints on Orbax: WORKDIR/checkpoints/<step>/ holds state/ (arrays), meta/ (JSON) and manifest.json.
 
-Orbax writes and reads arrays and renames a finished step into place. What it does not do is here: it restores flipped bits,
-casts dtypes in silence, never falls back to an older step, and shows an asynchronous error only to those who ask.
+Orbax writes and reads arrays and renames a finished step into place. What it does not do is here: it restores flipped
+bits, casts dtypes in silence, never falls back to an older step, and tells of a failed save only those who ask.
 """
 
 import json
@@ -105,7 +105,7 @@ class CheckpointReader:
 
 
 class Checkpointer(CheckpointReader):
-  """Saves the checkpoints of a run as well. A context manager: leaving it waits for the pending save, raising its error."""
+  """Saves checkpoints as well. A context manager: leaving it waits for the pending save and raises its error."""
 
   def __init__(self, workdir, config):
     """`config`: a CheckpointConfig. Raises CheckpointError at once where `workdir` cannot be written."""
@@ -160,6 +160,7 @@ class Checkpointer(CheckpointReader):
 
   def latest(self):
     """As the reader's; newer steps that do not verify are also renamed, so that they can be saved again."""
+    self.wait()
     step = super().latest()
     self._manager.reload()
     return step
@@ -173,7 +174,7 @@ class Checkpointer(CheckpointReader):
     return f"; moved to {path.name}"
 
   def _write_manifest(self):
-    # Orbax calls this once the files are complete but before it renames the step into place: a step is never without it.
+    # Orbax calls this once the files are complete, before it renames the step into place: none is ever without it.
     manifest.write(self._directory / f"{self._saving}{ocp.path.atomicity.TMP_DIR_SUFFIX}")
 
   def _failed(self, error):
@@ -206,7 +207,7 @@ def _options(config, write_manifest):
 
 
 def _flatten(tree):
-  """(name, ..., name) -> leaf. Dataclass fields, dict keys and tuple indices all become text, and empty nodes nothing."""
+  """(name, ..., name) -> leaf. Dataclass fields, dict keys and indices become text, and empty nodes nothing."""
   return {tuple(map(_name, path)): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
@@ -246,6 +247,6 @@ def _type(array):
 
 
 def _brief(error):
-  """The first line of an error, without TensorStore's annotations and, as it starts with what and ends with why, its middle."""
+  """The first line of an error without TensorStore's annotations; of a long one its ends: what failed, and why."""
   line = re.split(r" \[\w+='", (str(error).strip().splitlines() or [""])[0])[0]
   return f"{type(error).__name__}: {line if len(line) < 250 else line[:100] + ' ... ' + line[-140:]}"

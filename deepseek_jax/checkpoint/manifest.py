@@ -1,7 +1,7 @@
 """manifest.json: size and checksum of every file of a step, because Orbax restores flipped bits without a word.
 
-CRC-32 finds accidental damage, which is what a manifest beside its data can find. It is also the fastest of the standard
-library (one thread, 256 MiB in memory: crc32 6081 MiB/s, sha256 1812, blake2b 1235).
+CRC-32 finds accidental damage, which is all that a manifest beside its data can find. It is also the fastest in the
+standard library (one thread, 256 MiB in memory: crc32 6081 MiB/s, sha256 1812, blake2b 1235).
 """
 
 import concurrent.futures

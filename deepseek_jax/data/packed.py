@@ -2,7 +2,7 @@
 
 `<split>.tokens` is one flat stream of uint32 ids; window i is `stream[i * seq : i * seq + seq + 1]`, so that each token
 but the first is a target exactly once. `<split>.bytes` has one uint32 per window: the UTF-8 bytes of its seq targets.
-`index.json` has the size and CRC-32 of both, and what the data was made from.
+`index.json` has the size and CRC-32 of each, what the data was made from, and a checksum of itself.
 """
 
 import json
@@ -11,6 +11,7 @@ import zlib
 
 import numpy as np
 
+from deepseek_jax.data.sources import write_atomically
 from deepseek_jax.errors import DataError
 
 FORMAT = 1  # raised when files of an older version must not be read
@@ -115,22 +116,30 @@ def open_folder(folder, fingerprint, seq, verify):
   return index, splits
 
 
+def write_index(folder, fingerprint, facts):
+  """Writes `facts` (JSON), the format, the `fingerprint` of the data and a checksum of all that as the index of `folder`."""
+  index = {"format": FORMAT, "fingerprint": fingerprint, **facts}
+  write_atomically(folder / "index.json", json.dumps(index | {"crc32": _index_crc32(index)}, indent=2))
+
+
 def read_index(folder, fingerprint):
-  """The index of `folder` as a dict, checked to be one of this format for data with this `fingerprint`."""
+  """The index of `folder` as a dict, checked to be whole, of this format, and for data with this `fingerprint`."""
   path = folder / "index.json"
   try:
     index = json.loads(path.read_bytes())
-    numbers = [index["files"][f"{split}.{kind}"][key] for split in SPLITS for kind in ("tokens", "bytes")
-               for key in ("size", "crc32")]  # fmt: skip
-    numbers += [index["documents"][split] for split in SPLITS] + [index["text_bytes"]]
-    sane = all(type(n) is int and n >= 0 for n in numbers)
+    if index.pop("crc32") != _index_crc32(index):
+      raise ValueError("its checksum is of other content")
   except OSError as error:
     raise _damaged(path, error.strerror) from None
-  except (ValueError, KeyError, TypeError, RecursionError) as error:
-    raise _damaged(path, f"not an index: {error!r}") from None
-  if (index.get("format"), index.get("fingerprint")) != (FORMAT, fingerprint) or not sane:
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    raise _damaged(path, f"not a whole index: {error!r}") from None
+  if (index.get("format"), index.get("fingerprint")) != (FORMAT, fingerprint):
     raise _damaged(path, f"format {FORMAT} and fingerprint {fingerprint[:16]}... expected")
   return index
+
+
+def _index_crc32(index):
+  return zlib.crc32(json.dumps(index, sort_keys=True).encode())
 
 
 def _crc32(path):

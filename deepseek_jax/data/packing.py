@@ -15,7 +15,6 @@ import rich.console
 import rich.progress
 
 from deepseek_jax.data import packed, readers
-from deepseek_jax.data.sources import write_atomically
 from deepseek_jax.errors import DataError
 
 BATCH = 1 << 22  # characters tokenised at once: enough for every thread, little enough for memory
@@ -29,6 +28,7 @@ def pack(source, tokenizer, config):
   """
   root = cache_root(config)
   try:
+    root.mkdir(parents=True, exist_ok=True)
     memo = hashlib.sha256(os.path.abspath(os.path.expanduser(source.name)).encode()).hexdigest()[:16]
     content = source.fingerprint(root / f"hashes-{memo}.json")
     fingerprint = _fingerprint(content, tokenizer, config)
@@ -82,11 +82,9 @@ def _build(folder, fingerprint, source, tokenizer, config):
         writers[split].add(*_document(ids, byte_counts, tokenizer))
         text_bytes += int(byte_counts.sum())
       update(position)
-  files = {name: facts for writer in writers.values() for name, facts in writer.close().items()}
+  files = {name: sizes for writer in writers.values() for name, sizes in writer.close().items()}
   source.check_unchanged()
-  index = {
-    "format": packed.FORMAT,
-    "fingerprint": fingerprint,
+  facts = {
     "source": source.name,
     "tokenizer": {"name": config.tokenizer, "fingerprint": tokenizer.fingerprint, "vocab": tokenizer.vocab},
     "settings": _settings(config),
@@ -94,7 +92,7 @@ def _build(folder, fingerprint, source, tokenizer, config):
     "text_bytes": text_bytes,
     "files": files,
   }
-  write_atomically(folder / "index.json", json.dumps(index, indent=2))
+  packed.write_index(folder, fingerprint, facts)
 
 
 def _document(ids, byte_counts, tokenizer):

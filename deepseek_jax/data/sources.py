@@ -105,7 +105,6 @@ def stat(name, path):
 
 def write_atomically(path, text):
   """Replaces the file at `path` by one that holds `text`, in one step."""
-  path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
   temporary.write_text(text)
   os.replace(temporary, path)

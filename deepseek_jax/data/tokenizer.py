@@ -20,9 +20,9 @@ BOS_NAMES = ("<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<s>", "<bos>
 EOS_NAMES = ("<｜end▁of▁sentence｜>", "<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "[SEP]")
 
 # BPE time grows with the square of a text's length (1.1 MB: 14 s), so documents are encoded in pieces. Cuts between two
-# words, or after a line break whose next character is no space, are where every common pre-tokenizer cuts anyway:
-# the ids equal those of the whole text. Cutting at every line would not: DeepSeek-V3 has tokens like "\n\n".
-CUT = re.compile(r"(?<=\n)(?=\S)|(?<=[a-z])(?= [a-z])")
+# words, or after a line break that stands alone among other characters than spaces, are where every common pre-tokenizer
+# cuts anyway: the ids equal those of the whole text. Cutting at every line would not: DeepSeek-V3 has tokens like "\n\n".
+CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=[a-z])(?= [a-z])")
 PIECE = 2048  # characters a piece has at least
 PIECES_AT_ONCE = 2048  # bounds the memory of the library's encodings, about 200 bytes per token
 

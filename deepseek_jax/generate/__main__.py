@@ -8,9 +8,10 @@ import sys
 
 from absl import flags
 
-from deepseek_jax.config import MeshConfig, SampleConfig, check_divides, from_dict, leaf_paths
+from deepseek_jax.config import Config, MeshConfig, SampleConfig, check_divides
 from deepseek_jax.errors import CheckpointError, ConfigError
 from deepseek_jax.flags import parse, run_program
+from deepseek_jax.schema import from_dict, leaf_paths
 
 
 def main(argv) -> int:
@@ -35,7 +36,7 @@ def main(argv) -> int:
     raise CheckpointError(
       f"no checkpoint in {values.workdir}; train one: python -m deepseek_jax.train --config=FILE --workdir={values.workdir}"
     )
-  config = from_dict(reader.meta(step)["config"])
+  config = from_dict(Config, reader.meta(step)["config"])
   given = {name: values[name].value for name in vars(config.sample) if values[name].value is not None}
   settings = dataclasses.replace(config.sample, **given)
   print(f"checkpoint of step {step} in {values.workdir}", file=sys.stderr)

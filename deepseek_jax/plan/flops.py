@@ -4,21 +4,16 @@ import dataclasses
 import math
 
 import jax
-from jax.sharding import AbstractMesh, AxisType
 
-from deepseek_jax.config import ModelConfig
-from deepseek_jax.mesh import AXES
+from deepseek_jax.config import MeshConfig, ModelConfig
+from deepseek_jax.mesh import abstract_mesh
 from deepseek_jax.model.transformer import new_params
 
-ONE_DEVICE = (1,) * len(AXES)
 
-
-def abstract_params(config: ModelConfig, mesh_sizes=ONE_DEVICE):
-  """(nested dict of abstract arrays, AbstractMesh): shapes, dtypes and layouts on a mesh that need not exist."""
-  mesh = AbstractMesh(mesh_sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
-  with jax.sharding.use_abstract_mesh(mesh):
-    params, _ = jax.eval_shape(lambda: new_params(config, jax.random.key(0)))
-  return params, mesh
+def abstract_params(config: ModelConfig, mesh: MeshConfig):
+  """Nested dict of abstract arrays: shapes, dtypes and layouts on a mesh of resolved sizes that need not exist."""
+  with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
+    return jax.eval_shape(lambda: new_params(config, jax.random.key(0)))[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +27,7 @@ class Parameters:
 
 def count_parameters(config: ModelConfig) -> Parameters:
   """Parameters of the model that the config describes, counted on its shapes."""
-  total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)[0]))
+  total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config, MeshConfig(data=1))))
   return Parameters(total, total, total - config.vocab * config.embed)
 
 

@@ -5,11 +5,10 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
 from deepseek_jax.config import Config
-from deepseek_jax.mesh import AXES
 from deepseek_jax.plan.flops import abstract_params
+from deepseek_jax.sharding import size_per_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,20 +26,18 @@ class Memory:
     return sum(dataclasses.astuple(self))
 
 
-def estimate_memory(config: Config, mesh_sizes) -> Memory:
-  """Bytes per device of a step on a mesh of `mesh_sizes` (data, fsdp, expert, tensor).
+def estimate_memory(config: Config) -> Memory:
+  """Bytes per device of a step of `config`, whose mesh sizes are resolved.
 
   Parameters, gradients and moments are exact. Activations count what the forward pass keeps for the backward pass
   under the remat policy plus one block's working set, in the compute dtype, with gathered weights of one block; XLA's
   own temporaries come on top.
   """
-  m, sizes = config.model, dict(zip(AXES, mesh_sizes, strict=True))
-  params, mesh = abstract_params(m, tuple(mesh_sizes))
-  leaves = [(leaf, leaf.sharding.spec if leaf.sharding else jax.P()) for leaf in jax.tree.leaves(params)]
-  per_device = sum(math.prod(NamedSharding(mesh, spec).shard_shape(leaf.shape)) for leaf, spec in leaves)
+  m, mesh = config.model, config.mesh
+  per_device = sum(size_per_device(leaf) for leaf in jax.tree.leaves(abstract_params(m, mesh)))
   width, wide = jnp.dtype(m.compute_dtype).itemsize, max(4, jnp.dtype(m.compute_dtype).itemsize)
-  rows = -(-(config.train.microbatch or config.train.global_batch) // math.prod(mesh_sizes[:3]))
-  tokens, tensor = rows * config.data.seq, sizes["tensor"]
+  rows = -(-(config.train.microbatch or config.train.global_batch) // math.prod((mesh.data, mesh.fsdp, mesh.expert)))
+  tokens, tensor = rows * config.data.seq, mesh.tensor
 
   stream = tokens * m.embed * width  # one residual stream
   a = m.attention

@@ -1,30 +1,35 @@
 """What a config amounts to, in a few lines: for --dry_run and for the banner of a run."""
 
-from deepseek_jax.config import Config, flatten
-from deepseek_jax.mesh import AXES
+import math
+
+from deepseek_jax.config import Config
 from deepseek_jax.plan.flops import count_parameters, training_flops
 from deepseek_jax.plan.memory import estimate_memory
+from deepseek_jax.schema import flatten
 
 GIB = 2**30
 
 
 def planned_tokens(config: Config) -> int:
-  """Tokens of `train.steps` updates; a linear batch ramp counts half of what it lacks."""
+  """Tokens of `train.steps` updates. The batch B rises linearly in tokens, so a ramp over T tokens from B0 to B1 takes
+
+  T / (B1 - B0) * ln(B1 / B0) updates of one token a sequence; its rounding to microbatches is left out.
+  """
   train, seq = config.train, config.data.seq
   full = train.steps * train.global_batch * seq
   if not train.batch_ramp_tokens:
     return full
-  mean_batch = (train.batch_ramp_from + train.global_batch) / 2
-  missing = train.batch_ramp_tokens * (train.global_batch / mean_batch - 1)
+  rise = train.global_batch / train.batch_ramp_from
+  missing = train.batch_ramp_tokens * (rise * math.log(rise) / (rise - 1) - 1)
   return round(full - missing)
 
 
-def summary(config: Config, mesh_sizes) -> str:
-  """Parameters, FLOPs, tokens and memory of `config` on a mesh of `mesh_sizes` (data, fsdp, expert, tensor)."""
+def summary(config: Config) -> str:
+  """Parameters, FLOPs, tokens and memory of `config`, whose mesh sizes are resolved."""
   counts, flops = count_parameters(config.model), training_flops(config.model, config.data.seq)
-  tokens, memory = planned_tokens(config), estimate_memory(config, mesh_sizes)
+  tokens, memory = planned_tokens(config), estimate_memory(config)
   parts = ", ".join(f"{name} {getattr(memory, name) / GIB:.2f}" for name in vars(memory))
-  mesh = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, mesh_sizes, strict=True))
+  mesh = " x ".join(f"{axis}={size}" for axis, size in vars(config.mesh).items())
   return "\n".join(
     (
       f"parameters       {counts.total:,} ({counts.active:,} active, {counts.non_embedding:,} without the embedding)",

@@ -71,7 +71,7 @@ def run(config: Config, workdir: str, evaluate, sample) -> int:
   mesh = make_mesh(on_mesh.mesh)
   print(f"run      {config.name} in {os.path.abspath(workdir)}")
   print(f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind} ({jax.default_backend()}), jax {jax.__version__}")
-  print(summary(on_mesh, mesh.devices.shape), flush=True)
+  print(summary(on_mesh), flush=True)
   with jax.set_mesh(mesh), Checkpointer(workdir, config.checkpoint) as checkpointer:
     data = open_data(config.data, config.model.vocab, config.seed)
     this = Run(config, workdir, mesh, data, checkpointer, evaluate, sample)

@@ -11,8 +11,9 @@ import os
 import pathlib
 import statistics
 
-from deepseek_jax import config as configs
+from deepseek_jax.config import Config
 from deepseek_jax.errors import DataError
+from deepseek_jax.schema import flatten, leaf_paths
 from deepseek_jax.training import metrics
 from deepseek_jax.training.plot import BINS, Series, compact, line_chart
 
@@ -183,8 +184,8 @@ def _history(events):
 
 
 def _config(config):
-  defaults = json.loads(json.dumps(configs.flatten(configs.Config())))  # tuples as the lists that JSON makes of them
-  docs, groups = configs.leaf_paths(), {}
+  defaults = json.loads(json.dumps(flatten(Config())))  # tuples as the lists that JSON makes of them
+  docs, groups = leaf_paths(Config), {}
   for path, value in _leaves(config):
     known = path in defaults
     changed = known and defaults[path] != value

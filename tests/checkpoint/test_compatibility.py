@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from deepseek_jax import config as config_lib
 from deepseek_jax.checkpoint.compatibility import check_compatible
+from deepseek_jax.config import Config
 from deepseek_jax.errors import CheckpointError
+from deepseek_jax.schema import from_dict
 
 
 def saved(**sections):
@@ -16,7 +17,7 @@ def saved(**sections):
 
 
 def make(**sections):
-  return config_lib.from_dict({"name": "run", **sections})
+  return from_dict(Config, {"name": "run", **sections})
 
 
 def test_same_config_has_no_differences():

@@ -1,5 +1,6 @@
 """Real processes: kill -9 at random moments of saving, a full disk, and what reaches the terminal."""
 
+import pathlib
 import random
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+import deepseek_jax
 from deepseek_jax.checkpoint.manager import Checkpointer, CheckpointReader
 from deepseek_jax.config import CheckpointConfig
 
@@ -26,6 +28,7 @@ def meta(step):
   return {"format_version": 1, "samples": step}
 checkpointer = Checkpointer(sys.argv[1], CheckpointConfig(keep=2))
 """
+ROOT = pathlib.Path(deepseek_jax.__file__).parents[1]
 SIZE = 1 << 18
 TARGET = {
   str(i): jax.ShapeDtypeStruct((SIZE,), "int32", sharding=SingleDeviceSharding(jax.devices()[0])) for i in range(4)
@@ -34,8 +37,9 @@ TARGET = {
 
 def run(workdir, body):
   return subprocess.Popen(
-    [sys.executable, "-c", PRELUDE + body, str(workdir)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-  )
+    [sys.executable, "-c", PRELUDE + body, str(workdir)],
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+  )  # fmt: skip
 
 
 def assert_holds(reader, step):
@@ -101,7 +105,7 @@ with Checkpointer(sys.argv[1], CheckpointConfig()) as checkpointer:
       s.bind(("127.0.0.1", 0))
       port = s.getsockname()[1]
     command = [sys.executable, "-c", "import sys\n" + body, str(tmp_path), str(port)]
-    pair = [subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True) for i in range(2)]
+    pair = [subprocess.Popen([*command, i], stdout=subprocess.PIPE, text=True, cwd=ROOT) for i in "01"]
     try:
       printed = [process.communicate(timeout=100)[0] for process in pair]
     finally:
@@ -129,7 +133,8 @@ try:
   checkpointer.wait()
 except CheckpointError as error:
   print(error)
-assert sorted(path.name for path in pathlib.Path(sys.argv[1], "checkpoints").iterdir() if path.name.isdigit()) == ["1", "2"]
+names = [path.name for path in pathlib.Path(sys.argv[1], "checkpoints").iterdir()]
+assert sorted(name for name in names if name.isdigit()) == ["1", "2"]
 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 checkpointer.save(3, state(3), meta(3))
 checkpointer.close()

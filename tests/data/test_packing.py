@@ -80,7 +80,7 @@ def test_a_tokenizer_with_two_ends(config, monkeypatch):
 
 def test_ids_beyond_the_tokenizer_are_refused_when_packing(config, monkeypatch):
   monkeypatch.setattr(tokenizer.ByteTokenizer, "vocab", 100)
-  with pytest.raises(DataError, match="gave the id 2.., beyond its vocabulary of 100"):
+  with pytest.raises(DataError, match="gave the id 1.., beyond its vocabulary of 100"):
     open_data(config())
   assert not [p for p in pathlib.Path(config().cache, "deepseek_jax").iterdir() if p.is_dir()]
 
@@ -147,15 +147,19 @@ def test_damage_names_the_file_and_the_way_out(config, name, how):
   assert open_data(config()).fingerprint == first.fingerprint
 
 
-@pytest.mark.parametrize(
-  "change",
-  [{"format": 0}, {"fingerprint": "0"}, {"files": {}}, {"documents": {"train": "1", "heldout": 1}}, {"text_bytes": -1}],
-)
-def test_an_index_of_something_else_is_refused(config, change):
+@pytest.mark.parametrize("text", ["[]", "{}", "null", '{"crc32": 0}', "[" * 100_000, '"', "\udcff"])
+def test_what_is_no_index_is_refused(config, text):
   open_data(config())
-  path = folder(config()) / "index.json"
-  path.write_text(json.dumps(json.loads(path.read_text()) | change))
-  with pytest.raises(DataError, match=r"index\.json"):
+  (folder(config()) / "index.json").write_text(text, errors="surrogateescape")
+  with pytest.raises(DataError, match=r"index\.json: not a whole index"):
+    open_data(config())
+
+
+def test_the_index_of_other_data_is_refused(config, tmp_path):
+  open_data(config())
+  open_data(config(seq=31, cache=str(tmp_path / "other")))
+  shutil.copy(folder(config(cache=str(tmp_path / "other"))) / "index.json", folder(config()))
+  with pytest.raises(DataError, match=r"index\.json: format 1 and fingerprint .* expected"):
     open_data(config())
 
 

@@ -13,7 +13,7 @@ LINES = "\n".join(json.dumps({"id": i, "text": text}) for i, text in enumerate(T
 
 def write(path, lines=LINES):
   """`lines` in the form that the suffix of `path` names."""
-  if path.name.endswith(".gz"):
+  if path.name.lower().endswith(".gz"):
     lines = gzip.compress(lines)
   elif path.name.endswith(".zst"):
     lines = pytest.importorskip("zstandard").ZstdCompressor().compress(lines)
@@ -27,7 +27,7 @@ def read(path, text_field="text"):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "A.JSONL.GZ"])
 def test_records_line_by_line(tmp_path, name):
-  path = write(tmp_path / name.replace("A.", "B."), LINES + b"\n\n" + b'{"text": ""}\n')
+  path = write(tmp_path / name, LINES + b"\n\n" + b'{"text": ""}\n')
   documents = list(readers.documents(path, "text"))
   assert [d.text for d in documents] == TEXTS
   assert [d.name for d in documents] == [f"{path}:{n}" for n in (1, 2, 3)]

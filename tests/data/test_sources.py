@@ -29,7 +29,7 @@ def test_a_folder_is_searched_and_sorted(corpus):
 
 def test_a_file_and_a_glob(corpus):
   assert names(sources.find(str(corpus / "b.txt"))) == ["b.txt"]
-  assert names(sources.find(str(corpus / "**/*.*"))) == ["a/y.jsonl.gz", "a/z.md", "b.txt", "c.PY"]
+  assert names(sources.find(str(corpus / "**/*.*"))) == ["__pycache__/x.py", "a/y.jsonl.gz", "a/z.md", "b.txt", "c.PY"]
   assert names(sources.find(str(corpus / "a" / "*.md"))) == ["z.md"]
 
 

@@ -13,7 +13,11 @@ BATCH, SEQ, EMBED, VOCAB = 3, 10, 6, 17
 def inputs():
   rng = np.random.default_rng(0)
   hidden, head = rng.normal(size=(BATCH, SEQ, EMBED)), rng.normal(size=(EMBED, VOCAB))
-  return jnp.asarray(hidden, jnp.float32), jnp.asarray(head, jnp.float32), jnp.asarray(rng.integers(0, VOCAB, (BATCH, SEQ)))
+  return (
+    jnp.asarray(hidden, jnp.float32),
+    jnp.asarray(head, jnp.float32),
+    jnp.asarray(rng.integers(0, VOCAB, (BATCH, SEQ))),
+  )
 
 
 def reference(hidden, head, targets, smoothing=0.0, z_loss=0.0):

@@ -23,7 +23,9 @@ def test_three_steps_equal_the_definition():
   for t in range(1, 4):
     g = {"kernel": rng.normal(size=(2, 2)), "scale": rng.normal(size=2)}
     norm = np.sqrt(sum((x**2).sum() for x in g.values()))
-    updates, state = tx.update({"a": {"kernel": jnp.array(g["kernel"])}, "norm": {"scale": jnp.array(g["scale"])}}, state, p)
+    updates, state = tx.update(
+      {"a": {"kernel": jnp.array(g["kernel"])}, "norm": {"scale": jnp.array(g["scale"])}}, state, p
+    )
     p = jax.tree.map(lambda p, u: p - rate * u, p, updates)
     for name, value in expected.items():
       clipped = g[name] / max(norm, 1.0)

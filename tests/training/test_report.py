@@ -6,8 +6,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from deepseek_jax import config as configs
+from deepseek_jax.config import Config
 from deepseek_jax.errors import DataError
+from deepseek_jax.schema import from_dict, leaf_paths
 from deepseek_jax.training import report
 from deepseek_jax.training.metrics import MetricsWriter
 
@@ -41,7 +42,7 @@ class Page(HTMLParser):
 
 def make_run(path, steps=40, config=None, losses=None, evals=(20, 40), resumes=(), sample="x = 1\n", end="finished"):
   path.mkdir(exist_ok=True)
-  config = dataclasses.asdict(config or configs.Config())
+  config = dataclasses.asdict(config or Config())
   (path / "config.json").write_text(json.dumps(config))
   writer = MetricsWriter(path, tensorboard=False, resume_step=0)
   writer.event("start", 0, devices="1 x cpu", jax="1.2.3", python="3.99", parameters=123_456)
@@ -99,12 +100,12 @@ def test_the_page_needs_nothing_from_elsewhere(tmp_path):
 
 
 def test_the_config_shows_every_leaf_once_and_marks_what_differs(tmp_path):
-  config = configs.from_dict({"seed": 7, "model": {"layers": 9}, "data": {"sources": ("a.txt", "b.txt")}})
+  config = from_dict(Config, {"seed": 7, "model": {"layers": 9}, "data": {"sources": ("a.txt", "b.txt")}})
   make_run(tmp_path, config=config)
   source = make_page(tmp_path).source
   section = source[source.index("<h2>Config</h2>") : source.index("<h2>Environment</h2>")]
   rows = re.findall(r"<tr( class=changed)? title=[^>]*><th>(\w+)</th><td>(.*?)</td><td>(.*?)</td></tr>", section)
-  assert [name for _, name, _, _ in rows] == [path.rsplit(".", 1)[-1] for path in configs.leaf_paths()]
+  assert [name for _, name, _, _ in rows] == [path.rsplit(".", 1)[-1] for path in leaf_paths(Config)]
   changed = [row[1:] for row in rows if row[0]]
   listed = ("sources", "[&quot;a.txt&quot;, &quot;b.txt&quot;]", "[&quot;python-stdlib&quot;]")
   assert changed == [("seed", "7", "0"), ("layers", "9", "4"), listed]
@@ -112,7 +113,7 @@ def test_the_config_shows_every_leaf_once_and_marks_what_differs(tmp_path):
 
 def test_text_of_the_run_is_escaped(tmp_path):
   evil = '</pre><script>alert("1")</script>&amp;\0\x1b\ud800'
-  make_run(tmp_path, config=configs.Config(name=evil.replace("\ud800", "")), sample=evil, end=evil)
+  make_run(tmp_path, config=Config(name=evil.replace("\ud800", "")), sample=evil, end=evil)
   with open(tmp_path / "events.jsonl", "a") as file:
     file.write(json.dumps({"event": "start", "step": 40, "time": "<i>", evil: evil, "parameters": "<i>"}) + "\n")
   page = make_page(tmp_path)

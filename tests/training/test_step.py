@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from deepseek_jax.config import AttentionConfig, Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from deepseek_jax.config import (
+  AttentionConfig,
+  Config,
+  DataConfig,
+  MeshConfig,
+  ModelConfig,
+  OptimizerConfig,
+  TrainConfig,
+)
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.sharding import spec
@@ -94,7 +102,9 @@ def test_state_is_born_in_the_layout_that_abstract_state_says():
     abstract = abstract_state(CONFIG, mesh)
     state = jax.jit(new_state, static_argnums=0)(CONFIG, jax.random.key(0))
   jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(f"{a} {b}"), abstract, state)
-  assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), abstract, state)))
+  assert all(
+    jax.tree.leaves(jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), abstract, state))
+  )
   kernel = state.params["dense_layers"]["mlp"]["up"]["kernel"]
   moment = state.opt_state[1].mu["dense_layers"]["mlp"]["up"]["kernel"]
   assert kernel.addressable_shards[0].data.size * 4 == kernel.size
