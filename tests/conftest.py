@@ -10,6 +10,8 @@ os.environ["XLA_FLAGS"] = _flags if _COUNT in _flags else f"{_flags} {_COUNT}=4"
 _LEVEL = "--xla_backend_optimization_level"
 if _LEVEL not in os.environ["XLA_FLAGS"]:
   os.environ["XLA_FLAGS"] += f" {_LEVEL}=0"
+# As flags.enough_threads does for programs: with a thread a core, collectives on virtual devices wait for one another.
+os.environ.setdefault("NPROC", "16")
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 _cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")

@@ -8,7 +8,7 @@ import pytest
 
 from deepseek_jax import train
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.flags import load_config, split_overrides
+from deepseek_jax.flags import enough_threads, load_config, split_overrides
 
 
 def command(*arguments, module="deepseek_jax.train"):
@@ -72,6 +72,17 @@ def test_dry_run_of_67b_needs_none_of_its_devices(capsys):
 def test_dry_run_checks_the_target_mesh():
   with pytest.raises(ConfigError, match=r"train\.microbatch=512 does not divide .*=1024"):
     train.main(["train", "--config=configs/67b.py", "--dry_run", "--devices=1024"])
+
+
+def test_virtual_devices_get_threads_enough_for_their_collectives():
+  for given, wanted in (
+    ({}, None),
+    ({"XLA_FLAGS": "--a --xla_force_host_platform_device_count=4"}, "16"),
+    ({"JAX_NUM_CPU_DEVICES": "8"}, "32"),
+    ({"JAX_NUM_CPU_DEVICES": "8", "NPROC": "5"}, "5"),
+  ):
+    enough_threads(given)
+    assert given.get("NPROC") == wanted
 
 
 def test_overrides_in_both_spellings():

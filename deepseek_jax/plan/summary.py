@@ -1,8 +1,7 @@
 """What a config amounts to, in a few lines: for --dry_run and for the banner of a run."""
 
-import math
-
 from deepseek_jax.config import Config
+from deepseek_jax.data.pipeline import batch_size
 from deepseek_jax.plan.flops import count_parameters, training_flops
 from deepseek_jax.plan.memory import estimate_memory
 from deepseek_jax.schema import flatten
@@ -11,17 +10,11 @@ GIB = 2**30
 
 
 def planned_tokens(config: Config) -> int:
-  """Tokens of `train.steps` updates. The batch B rises linearly in tokens, so a ramp over T tokens from B0 to B1 takes
-
-  T / (B1 - B0) * ln(B1 / B0) updates of one token a sequence; its rounding to microbatches is left out.
-  """
-  train, seq = config.train, config.data.seq
-  full = train.steps * train.global_batch * seq
-  if not train.batch_ramp_tokens:
-    return full
-  rise = train.global_batch / train.batch_ramp_from
-  missing = train.batch_ramp_tokens * (rise * math.log(rise) / (rise - 1) - 1)
-  return round(full - missing)
+  """Tokens of `train.steps` updates, a batch ramp counted update by update."""
+  train, seq, samples, steps = config.train, config.data.seq, 0, 0
+  while steps < train.steps and samples * seq < train.batch_ramp_tokens:
+    samples, steps = samples + batch_size(train, seq, samples), steps + 1
+  return (samples + (train.steps - steps) * train.global_batch) * seq
 
 
 def summary(config: Config) -> str:

@@ -108,7 +108,8 @@ class Run:
     self.step = self.checkpointer.latest() or 0
     self.saved_step = self.step
     if not self.step:
-      self.state = jax.jit(new_state, static_argnums=0)(self.config, jax.random.key(self.config.seed))
+      state = jax.jit(new_state, static_argnums=0)(self.config, jax.random.key(self.config.seed))
+      self.state = jax.block_until_ready(state)
       self.samples = 0
       print("start    no checkpoint here: from scratch")
       return
@@ -162,7 +163,7 @@ class Run:
         values = self.update(batch)
         self.samples = samples
         if block:
-          jax.block_until_ready(values)
+          jax.block_until_ready((self.state, values))
         if pending:
           self.record(*pending)  # the numbers of the step before, while the device works on this one
         pending = (self.step, samples, batch, values)

@@ -57,14 +57,15 @@ def train(config, mesh_config=None, steps=1, microbatches=1, rate=1e-2, dynamic=
   sizes = [s for s in dataclasses.astuple(mesh_config)]
   mesh = make_mesh(mesh_config, jax.devices()[: int(np.prod(sizes))])
   with jax.set_mesh(mesh):
-    state = jax.jit(new_state, static_argnums=0)(config, jax.random.key(config.seed))
+    # Blocks here and on every step: with fewer cores than virtual devices, programs in flight starve a collective.
+    state = jax.block_until_ready(jax.jit(new_state, static_argnums=0)(config, jax.random.key(config.seed)))
     step = make_train_step(config, graphdef(config.model), bos=0)
     step = jax.jit(step, donate_argnames="state", static_argnames=() if dynamic else ("microbatches",))
     seen = []
     for i in range(steps):
       batch = jax.device_put(batches(i, microbatches), NamedSharding(mesh, spec(None, "batch", "seq")))
       state, metrics = step(state, batch, microbatches, np.asarray(rate, config.model.param_dtype))
-      seen.append(jax.device_get(metrics))  # blocks: more virtual devices than cores can starve a collective
+      seen.append(jax.device_get(jax.block_until_ready((state, metrics))[1]))
     return jax.device_get(state), seen
 
 
