@@ -1,6 +1,6 @@
 """Bits per byte that need no neural network, on the held-out split that `make train` evaluates on.
 
-  python -m benchmarks.byte_models [--cache=DIR]
+  python -m benchmarks.byte_models --config=configs/tiny.py
 
 gzip -9 and xz -9 compress the held-out text alone. The order-k models are byte n-grams fitted on the train split and
 interpolated down to the uniform distribution over ids with Witten-Bell smoothing: with n(c) occurrences of the context c
@@ -8,20 +8,24 @@ and t(c) different bytes after it, p(x | c) = (n(cx) + t(c) p(x | c without its 
 Document separators are predicted too, and paid for, as the network does; they count as no bytes.
 """
 
-import argparse
 import lzma
 import zlib
 
 import numpy as np
 
-from deepseek_jax.config import DataConfig
+from absl import flags
+
 from deepseek_jax.data import pipeline
+from deepseek_jax.flags import load_config, parse, run_program
 
 
-def main():
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("--cache", default="", help="folder of packed data; default: the user's cache folder")
-  data = pipeline.open_data(DataConfig(cache=parser.parse_args().cache), vocab=257, seed=0)
+def main(argv):
+  values = flags.FlagValues()
+  flags.DEFINE_string(
+    "config", "configs/tiny.py", "the config whose data is used; its tokenizer must be byte", flag_values=values
+  )
+  overrides = parse(argv, values, __doc__)
+  data = pipeline.open_data(load_config(values.config, overrides).data, vocab=257, seed=0)
   train, heldout = stream(data.train), stream(data.heldout)
   text = heldout[heldout < 256].astype(np.uint8).tobytes()
 
@@ -35,6 +39,7 @@ def main():
   print(f"{len(text):,} held-out bytes after {len(train):,} ids to fit on")
   for name, total in bits.items():
     print(f"{name:<14}{total / len(text):6.3f} bits per byte")
+  return 0
 
 
 def stream(split):
@@ -74,4 +79,4 @@ def lookup(keys, values, wanted):
 
 
 if __name__ == "__main__":
-  main()
+  run_program(main)

@@ -133,7 +133,12 @@ class Run:
     self.writer.event("resume" if self.step else "start", self.step, **facts)
     print(f"config\n{resolved(self.config)}", flush=True)
     with stop_requests() as request:
-      self.train(request)
+      try:
+        self.train(request)
+      except Diverged:
+        self.writer.event("end", self.step, reason="diverged")
+        report.write(self.workdir)
+        raise
       self.save()
       self.checkpointer.wait()
       if request.signal is None:

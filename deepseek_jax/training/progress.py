@@ -12,7 +12,8 @@ class StepProgress:
   """Shows `step` of `steps` with the newest numbers; a context manager."""
 
   def __init__(self, step, steps):
-    self._first, self._steps, self._started, self._shown = step, steps, time.monotonic(), float("-inf")
+    self._steps, self._shown = steps, float("-inf")
+    self._first = None  # (step, time) of the first update: compilation is no part of the pace
     console = Console()
     self._bar = None
     if console.is_terminal:
@@ -36,12 +37,14 @@ class StepProgress:
     """After `step` completed updates."""
     numbers = f"loss {loss:.4f}  {bits_per_byte:.3f} bits/byte  {tokens_per_second:,.0f} tokens/s"
     now = time.monotonic()
+    self._first = self._first or (step, now)
     if self._bar:
       self._bar.update(self._task, completed=step, description=numbers)
     elif now - self._shown >= LINE_SECONDS or step == self._steps:
       self._shown = now
-      left = (now - self._started) / max(step - self._first, 1) * (self._steps - step)
-      print(f"step {step}/{self._steps}  {numbers}  {duration(left)} left", flush=True)
+      first, started = self._first
+      left = duration((now - started) / (step - first) * (self._steps - step)) if step > first else "-:--:--"
+      print(f"step {step}/{self._steps}  {numbers}  {left} left", flush=True)
 
   def say(self, text):
     """A line above the bar."""

@@ -1,0 +1,90 @@
+"""Times the training step of a config on random tokens:  python -m benchmarks.train_step --config=configs/tiny.py
+
+Any field can be set as in training, e.g. --config.model.remat=none. The roof is the rate of a large square matrix product
+in the compute dtype, measured in the same process just before: on shared machines compare ratios, not seconds.
+"""
+
+import resource
+import statistics
+import time
+
+from absl import flags
+
+from deepseek_jax.flags import load_config, parse, run_program
+
+
+def main(argv) -> int:
+  values = flags.FlagValues()
+  flags.DEFINE_string("config", "configs/tiny.py", "a config file", flag_values=values)
+  flags.DEFINE_integer("steps", 5, "steps to time, after one that compiles", lower_bound=1, flag_values=values)
+  overrides = parse(argv, values, __doc__)
+  config = load_config(values.config, overrides)
+
+  import jax
+  import numpy as np
+  from jax.sharding import NamedSharding
+
+  from deepseek_jax.mesh import make_mesh, resolve_mesh
+  from deepseek_jax.model.transformer import graphdef
+  from deepseek_jax.plan.flops import training_flops
+  from deepseek_jax.sharding import spec
+  from deepseek_jax.training.state import new_state
+  from deepseek_jax.training.step import make_train_step
+
+  config = resolve_mesh(config, len(jax.devices()))
+  mesh, train, seq = make_mesh(config.mesh), config.train, config.data.seq
+  roof = matmul_rate(config.model.compute_dtype) * mesh.size
+  with jax.set_mesh(mesh):
+    state = jax.block_until_ready(jax.jit(new_state, static_argnums=0)(config, jax.random.key(0)))
+    micro = train.microbatch or train.global_batch
+    shape = (train.global_batch // micro, micro, seq + 1)
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab, shape, np.int32)
+    batch = jax.device_put(tokens, NamedSharding(mesh, spec(None, "batch", "seq")))
+    step = make_train_step(config, graphdef(config.model), bos=0)
+    step = jax.jit(step, donate_argnames="state", static_argnames="microbatches")
+    rate = np.asarray(1e-4, config.model.param_dtype)
+    started = time.perf_counter()
+    compiled = step.lower(state, batch, shape[0], rate).compile()
+    compile_seconds = time.perf_counter() - started
+    state, _ = jax.block_until_ready(compiled(state, batch, learning_rate=rate))
+    wall, cpu = [], []
+    for _ in range(values.steps):
+      clocks = time.perf_counter(), time.process_time()
+      state, _ = jax.block_until_ready(compiled(state, batch, learning_rate=rate))
+      wall.append(time.perf_counter() - clocks[0])
+      cpu.append(time.process_time() - clocks[1])
+  seconds, tokens = statistics.median(wall), train.global_batch * seq
+  flops = tokens * training_flops(config.model, seq).causal / seconds
+  memory = mesh.devices.flat[0].memory_stats() or {}
+  peak = memory.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+  print(f"config            {config.name} on {mesh.size} x {mesh.devices.flat[0].device_kind}, jax {jax.__version__}")
+  print(f"wall a step       {seconds:.4f} s median of {values.steps} ({min(wall):.4f} to {max(wall):.4f})")
+  print(f"CPU a step        {statistics.median(cpu):.4f} s")
+  print(f"tokens/s          {tokens / seconds:,.0f}")
+  print(f"model FLOP/s      {flops:.4g} (causal attention, no recomputation)")
+  print(
+    f"matmul roof       {roof:.4g} FLOP/s in {config.model.compute_dtype}; the step reaches {flops / roof:.1%} of it"
+  )
+  print(f"compile           {compile_seconds:.1f} s")
+  print(f"peak memory       {peak / 2**30:.2f} GiB{'' if memory else ' (of the process)'}")
+  return 0
+
+
+def matmul_rate(dtype, size=2048, repeats=5) -> float:
+  """FLOP/s of one device on a [size, size] product in `dtype`: the best of `repeats`."""
+  import jax
+  import jax.numpy as jnp
+
+  a = jnp.ones((size, size), dtype)
+  product = jax.jit(lambda a: a @ a)
+  product(a).block_until_ready()
+  best = float("inf")
+  for _ in range(repeats):
+    started = time.perf_counter()
+    product(a).block_until_ready()
+    best = min(best, time.perf_counter() - started)
+  return 2 * size**3 / best
+
+
+if __name__ == "__main__":
+  run_program(main)

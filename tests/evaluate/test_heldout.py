@@ -1,0 +1,39 @@
+"""Every held-out window counts once, padding not at all."""
+
+import math
+
+import numpy as np
+import pytest
+
+from deepseek_jax.evaluate.heldout import evaluate
+
+
+class Split:
+  """Windows whose id is in their tokens; window i stands for i + 1 bytes."""
+
+  def __len__(self):
+    return 11
+
+  def bytes(self, ids):
+    return np.asarray(ids) + 1
+
+
+@pytest.mark.parametrize("rows", [1, 4, 11, 16])
+@pytest.mark.parametrize("sequences", [3, 11, 99])
+def test_each_window_counts_once(rows, sequences):
+  seen, nats_of = [], lambda ids: 2.0 * ids + 1
+
+  def place(ids):
+    assert len(ids) == rows
+    return np.repeat(ids[:, None], 6, 1)
+
+  def row_nats(tokens):
+    seen.append(tokens[:, 0])
+    return nats_of(tokens[:, 0])
+
+  result = evaluate(row_nats, place, Split(), rows, sequences)
+  count = min(sequences, 11)
+  ids = np.concatenate(seen)[:count]
+  assert len(set(ids)) == count == result["sequences"]
+  assert result["loss"] == pytest.approx(nats_of(ids).sum() / (5 * count))
+  assert result["bits_per_byte"] == pytest.approx(nats_of(ids).sum() / math.log(2) / (ids + 1).sum())

@@ -1,0 +1,57 @@
+"""Decoding against the model asked one token at a time, on one device and on a mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deepseek_jax.config import AttentionConfig, MeshConfig, ModelConfig, SampleConfig
+from deepseek_jax.data import tokenizer
+from deepseek_jax.generate.decoding import continue_prompt
+from deepseek_jax.mesh import make_mesh
+from deepseek_jax.model.transformer import graphdef, new_params
+
+MODEL = ModelConfig(
+  vocab=260, embed=32, layers=2, mlp=48, init_std=0.3, compute_dtype="float32",
+  attention=AttentionConfig(heads=4, kv_heads=2, head_dim=8),
+)  # fmt: skip
+GREEDY = SampleConfig(prompt="ab", max_tokens=9, temperature=0.0)
+BYTES = tokenizer.load("byte")
+
+
+def generate(mesh_config, settings, seq=64, seed=0):
+  mesh = make_mesh(mesh_config, jax.devices()[: abs(mesh_config.data * mesh_config.fsdp * mesh_config.tensor)])
+  with jax.set_mesh(mesh):
+    params, buffers = jax.block_until_ready(jax.jit(new_params, static_argnums=0)(MODEL, jax.random.key(3)))
+    return continue_prompt(graphdef(MODEL), params, buffers, BYTES, settings, seq, seed, mesh)
+
+
+def greedy_reference(window):
+  """The likeliest token after the last `window` ones, again and again, from whole forward passes."""
+  with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])):
+    params, _ = jax.jit(new_params, static_argnums=0)(MODEL, jax.random.key(3))
+    model = nnx.merge(graphdef(MODEL), params, {})
+    ids = [BYTES.bos, *b"ab"]
+    for _ in range(GREEDY.max_tokens):
+      logits = np.array(model.logits(model(jnp.array([ids[-window:]])))[0, -1])
+      ids.append(int(logits[: BYTES.vocab].argmax()))
+      if ids[-1] == BYTES.eos:
+        break
+  return BYTES.decode([i for i in ids[3:] if i != BYTES.eos])
+
+
+@pytest.mark.parametrize("window", [64, 4])
+def test_greedy_equals_whole_forward_passes(window):
+  assert generate(MeshConfig(data=1), GREEDY, seq=window) == greedy_reference(window)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=1, fsdp=4), MeshConfig(data=2, tensor=2)])
+def test_every_mesh_gives_the_same_text(mesh):
+  assert generate(mesh, GREEDY) == generate(MeshConfig(data=1), GREEDY)
+
+
+def test_the_seed_decides():
+  hot = SampleConfig(prompt="ab", max_tokens=30, temperature=2.0, top_p=1.0)
+  first = generate(MeshConfig(data=1), hot, seed=1)
+  assert first == generate(MeshConfig(data=1), hot, seed=1) != generate(MeshConfig(data=1), hot, seed=2)

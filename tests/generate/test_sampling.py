@@ -1,0 +1,56 @@
+"""Each sampling rule against its definition."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.config import SampleConfig
+from deepseek_jax.generate.sampling import next_token, top_k, top_p
+
+LOGITS = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.07, 0.03]]))
+PLAIN = SampleConfig(temperature=1.0, top_k=0, top_p=1.0)
+
+
+def draw(config, count=4000, seen=None):
+  """Share of each token among `count` draws."""
+  seen = jnp.zeros(LOGITS.shape, bool) if seen is None else seen
+  tokens = jax.vmap(lambda key: next_token(LOGITS, seen, key, config))(jax.random.split(jax.random.key(0), count))
+  return np.bincount(np.asarray(tokens).ravel(), minlength=5) / count
+
+
+def test_plain_sampling_follows_the_probabilities():
+  np.testing.assert_allclose(draw(PLAIN), np.exp(LOGITS[0]), atol=0.03)
+
+
+def test_temperature():
+  expected = np.exp(LOGITS[0] / 0.5) / np.exp(LOGITS[0] / 0.5).sum()
+  np.testing.assert_allclose(draw(dataclasses.replace(PLAIN, temperature=0.5)), expected, atol=0.03)
+  assert draw(dataclasses.replace(PLAIN, temperature=0.0)).tolist() == [1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("k", "kept"), [(1, 1), (3, 3), (0, 5), (9, 5)])
+def test_top_k(k, kept):
+  assert int(jnp.isfinite(top_k(LOGITS, k)).sum()) == kept
+  assert int(jnp.argmax(top_k(LOGITS, k))) == 0
+
+
+@pytest.mark.parametrize(("p", "kept"), [(0.4, 1), (0.5, 1), (0.51, 2), (0.8, 3), (0.95, 4), (1.0, 5)])
+def test_top_p_keeps_the_fewest_that_hold_p(p, kept):
+  shuffled = LOGITS[:, jnp.array([3, 0, 4, 1, 2])]
+  assert int(jnp.isfinite(top_p(shuffled, p)).sum()) == kept
+
+
+def test_repetition_penalty_makes_seen_tokens_rarer_whatever_their_sign():
+  config = SampleConfig(temperature=0.0, repetition_penalty=2.0)
+  seen = jnp.array([[True, True, False]])
+  assert next_token(jnp.array([[3.0, 1.0, 2.0]]), seen, jax.random.key(0), config).tolist() == [2]
+  assert next_token(jnp.array([[-1.0, -3.0, -1.5]]), seen, jax.random.key(0), config).tolist() == [2]
+
+
+def test_forbidden_ids_never_come():
+  logits = LOGITS.at[0, 0].set(-jnp.inf)
+  tokens = [int(next_token(logits, jnp.ones((1, 5), bool), jax.random.key(i), PLAIN)[0]) for i in range(50)]
+  assert 0 not in tokens and len(set(tokens)) > 1

@@ -1,0 +1,250 @@
+"""Whole runs in real processes, through the command line: kill, signal, resume, and what a run leaves behind."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+STEPS = 12
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config():
+  return ConfigDict(dict(
+    name="process",
+    model=dict(vocab=264, embed=32, layers=2, mlp=48, init_std=0.1, compute_dtype="float32",
+               attention=dict(heads=4, kv_heads=2, head_dim=8)),
+    data=dict(sources=({source!r},), cache={cache!r}, seq=32, heldout_fraction=0.2),
+    schedule=dict(kind="warmup_cosine", peak=3e-3, warmup_steps=4, steps={steps}, factors=(0.1,)),
+    train=dict(steps={steps}, global_batch=8, microbatch=4, batch_ramp_from=4, batch_ramp_tokens=800),
+    checkpoint=dict(every=3, keep=3),
+    eval=dict(every=5, sequences=8, final_sequences=20),
+    log=dict(every=1),
+    sample=dict(max_tokens=5),
+  ))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A folder with text, a config and a data cache; the device count of the parent does not reach the runs."""
+  folder = tmp_path_factory.mktemp("runs")
+  (folder / "text").mkdir()
+  rng = random.Random(0)
+  for i in range(30):
+    words = " ".join(rng.choice(["def", "return", "x", "y", "+", "=", "(", ")"]) for _ in range(300))
+    (folder / "text" / f"{i}.txt").write_text(words)
+  config = CONFIG.format(source=str(folder / "text"), cache=str(folder / "cache"), steps=STEPS)
+  (folder / "config.py").write_text(config)
+  return folder
+
+
+def environment():
+  env = dict(os.environ)
+  env["XLA_FLAGS"] = " ".join(f for f in env["XLA_FLAGS"].split() if "device_count" not in f)
+  env.pop("NPROC", None)
+  return env
+
+
+def start(folder, workdir, *arguments):
+  """A training process in `folder`/`workdir`."""
+  command = [
+    sys.executable,
+    "-m",
+    "deepseek_jax.train",
+    f"--config={folder}/config.py",
+    f"--workdir={folder / workdir}",
+  ]
+  return subprocess.Popen(
+    [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
+  )
+
+
+def finish(process, code=0):
+  out, _ = process.communicate(timeout=200)
+  assert process.returncode == code, out
+  return out
+
+
+def lines(folder, workdir, name="metrics.jsonl"):
+  return [json.loads(line) for line in (folder / workdir / name).read_text().splitlines()]
+
+
+def wait_for_step(folder, workdir, step, process):
+  path = folder / workdir / "metrics.jsonl"
+  while process.poll() is None and not (path.exists() and path.read_text().count("\n") >= step):
+    time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder):
+  """(printed text, state_sha256, losses) of a run that nothing disturbed."""
+  out = finish(start(folder, "reference"))
+  end = lines(folder, "reference", "events.jsonl")[-1]
+  assert end["event"] == "end" and end["reason"] == "finished" and f"state_sha256 {end['state_sha256']}" in out
+  return out, end["state_sha256"], [line["loss"] for line in lines(folder, "reference")]
+
+
+def test_a_run_shows_and_leaves_what_it_should(folder, uninterrupted):
+  out, _, losses = uninterrupted
+  workdir = folder / "reference"
+  for words in (
+    "parameters ", "FLOPs per token", "tokens planned", "memory estimate", "devices  1 x cpu", str(workdir), "from scratch",
+    "model.embed = 32", f"step {STEPS}/{STEPS}", "held-out loss", "sample\ndef ", "report.html", "--config.train.steps=24",
+  ):  # fmt: skip
+    assert words in out, words
+  metrics = lines(folder, "reference")
+  assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
+  assert losses[-1] < losses[0]
+  for key in (
+    "total_loss",
+    "bits_per_byte",
+    "grad_norm",
+    "learning_rate",
+    "tokens_per_second",
+    "skipped",
+    "data_seconds",
+  ):
+    assert all(key in line for line in metrics), key
+  assert [line["samples"] for line in metrics][:4] == [4, 8, 12, 16] and metrics[-1]["samples"] > 4 * STEPS  # the ramp
+  assert {e["event"] for e in lines(folder, "reference", "events.jsonl")} == {"start", "eval", "sample", "end"}
+  assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == STEPS
+  assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
+  assert "<svg" in (workdir / "report.html").read_text()
+  assert sorted(p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()) == ["12", "6", "9"]
+
+
+def test_the_same_command_again_says_that_it_finished(folder, uninterrupted):
+  before = (folder / "reference" / "metrics.jsonl").read_bytes()
+  assert "finished already: step 12 of 12" in finish(start(folder, "reference"))
+  assert (folder / "reference" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.chaos)])
+def test_kill_9_resumes_bitwise(folder, uninterrupted, kills):
+  """Kills at random moments; then the same parameters, batches and losses as if nothing had happened."""
+  _, digest, losses = uninterrupted
+  workdir = f"killed-{kills}"
+  seed = random.randrange(10**6)
+  rng = random.Random(seed)
+  print("seed of the kills:", seed)
+  restarts = 0
+  for _ in range(kills):
+    process = start(folder, workdir)
+    wait_for_step(folder, workdir, rng.randrange(1, STEPS), process)
+    time.sleep(rng.random() * 0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    restarts += process.returncode == -signal.SIGKILL
+  out = finish(start(folder, workdir))
+  assert restarts and ("resume   from the checkpoint of step" in out or "from scratch" in out)
+  assert lines(folder, workdir, "events.jsonl")[-1]["state_sha256"] == digest
+  assert [line["loss"] for line in lines(folder, workdir)] == losses
+  assert [line["samples"] for line in lines(folder, workdir)] == [
+    line["samples"] for line in lines(folder, "reference")
+  ]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_signal_saves_and_the_same_command_goes_on(folder, uninterrupted, number, code):
+  workdir = number.name
+  process = start(folder, workdir)
+  wait_for_step(folder, workdir, 2, process)
+  process.send_signal(number)
+  out = finish(process, code)
+  stopped = lines(folder, workdir, "events.jsonl")[-1]
+  assert stopped["reason"] == number.name and f"stopped by {number.name} at step {stopped['step']}" in out
+  assert 2 <= stopped["step"] < STEPS
+  out = finish(start(folder, workdir))
+  assert f"resume   from the checkpoint of step {stopped['step']}" in out
+  assert lines(folder, workdir, "events.jsonl")[-1]["state_sha256"] == uninterrupted[1]
+
+
+def test_corrupt_checkpoint_falls_back_and_ends_the_same(folder, uninterrupted):
+  finish(start(folder, "corrupt"))
+  newest = folder / "corrupt" / "checkpoints" / "12"
+  data = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+  content = bytearray(data.read_bytes())
+  content[len(content) // 2] ^= 1
+  data.write_bytes(content)
+  out = finish(start(folder, "corrupt"))
+  assert "12 rejected" in out and "resume   from the checkpoint of step 9" in out
+  assert lines(folder, "corrupt", "events.jsonl")[-1]["state_sha256"] == uninterrupted[1]
+  assert [line["step"] for line in lines(folder, "corrupt")] == list(range(1, STEPS + 1))
+
+
+def test_raising_the_steps_continues_a_finished_run(folder, uninterrupted):
+  finish(start(folder, "longer", "--config.train.steps=6"))
+  out = finish(start(folder, "longer"))
+  assert "changed  train.steps: 6 -> 12" in out and "resume   from the checkpoint of step 6" in out
+  assert lines(folder, "longer", "events.jsonl")[-1]["state_sha256"] == uninterrupted[1]
+
+
+def test_another_model_is_refused_with_the_fields(folder, uninterrupted):
+  out = finish(start(folder, "reference", "--config.model.mlp=96", "--config.train.steps=20"), 2)
+  assert "model.mlp: checkpoint 48, config 96" in out and "--workdir" in out and "Traceback" not in out
+
+
+def test_other_data_is_refused_unless_accepted(folder, uninterrupted):
+  extra = folder / "text" / "extra.txt"
+  extra.write_text("def new ( x ) = y " * 100)
+  try:
+    out = finish(start(folder, "reference", "--config.train.steps=13"), 2)
+    assert "fingerprint" in out and "--config.data.accept_change=true" in out and "Traceback" not in out
+    finish(start(folder, "longer", "--config.train.steps=13", "--config.data.accept_change=true"))
+  finally:
+    extra.unlink()
+  assert lines(folder, "longer")[-1]["step"] == 13
+
+
+def test_non_finite_losses_stop_the_run(folder):
+  out = finish(start(folder, "diverged", "--config.schedule.peak=1e30", "--config.train.max_skipped=2"), 1)
+  assert "2 updates in a row" in out and "Traceback" not in out
+  assert lines(folder, "diverged", "events.jsonl")[-1]["reason"] == "diverged"
+  assert (folder / "diverged" / "report.html").exists()
+
+
+def test_a_run_resumes_on_another_mesh(folder, uninterrupted):
+  """Four virtual devices continue what one began: the same batches, losses within float32's rounding."""
+  finish(start(folder, "mesh", "--config.train.steps=6"))
+  command = [sys.executable, "-m", "deepseek_jax.train", f"--config={folder}/config.py", f"--workdir={folder}/mesh"]
+  mesh = ["--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+  env = environment() | {"XLA_FLAGS": os.environ["XLA_FLAGS"]}
+  done = subprocess.run([*command, *mesh], capture_output=True, text=True, env=env, timeout=200)
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert "data=1 x fsdp=2 x expert=1 x tensor=2" in done.stdout
+  assert [line["loss"] for line in lines(folder, "mesh")] == pytest.approx(uninterrupted[2], abs=2e-5)
+
+
+def test_generate_continues_the_prompt(folder, uninterrupted):
+  def generate(*arguments):
+    command = [sys.executable, "-m", "deepseek_jax.generate", f"--workdir={folder}/reference", "--prompt=def x"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment(), timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint of step 12" in done.stderr
+    return done.stdout
+
+  first = generate("--max_tokens=12", "--seed=1")
+  assert first.startswith("def x") and len(first) > len("def x\n")
+  assert generate("--max_tokens=12", "--seed=1") == first
+  assert generate("--max_tokens=12", "--temperature=0") == generate("--max_tokens=12", "--temperature=0", "--seed=5")
+
+
+def test_errors_of_the_workdir_and_the_data_exit_2(folder, tmp_path):
+  file = tmp_path / "file"
+  file.write_text("")
+  out = finish(start(folder, "bad", "--config.data.sources=/no/such/folder"), 2)
+  assert "/no/such/folder" in out and "Traceback" not in out
+  process = subprocess.run(
+    [sys.executable, "-m", "deepseek_jax.generate", f"--workdir={tmp_path}"],
+    capture_output=True,
+    text=True,
+    env=environment(),
+  )
+  assert process.returncode == 2 and "no checkpoint in" in process.stderr and pathlib.Path(file).exists()
