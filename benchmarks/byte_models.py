@@ -12,7 +12,6 @@ import lzma
 import zlib
 
 import numpy as np
-
 from absl import flags
 
 from deepseek_jax.data import pipeline

@@ -19,7 +19,7 @@ from deepseek_jax.data.pipeline import batches, open_data
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.mesh import make_mesh, resolve_mesh
 from deepseek_jax.model.transformer import graphdef
-from deepseek_jax.plan.flops import count_parameters, peak_flops, training_flops
+from deepseek_jax.plan.flops import peak_flops, training_flops
 from deepseek_jax.plan.summary import resolved, summary
 from deepseek_jax.sharding import spec
 from deepseek_jax.training import metrics, report
@@ -129,7 +129,8 @@ class Run:
       return 0
     device = self.mesh.devices.flat[0].device_kind
     facts = {"devices": f"{self.mesh.size} x {device}", "jax": jax.__version__, "mesh": dict(self.mesh.shape)}
-    facts |= {"parameters": count_parameters(self.config.model).total, "data_fingerprint": self.data.fingerprint}
+    parameters = sum(array.size for array in jax.tree.leaves(self.state.params))
+    facts |= {"parameters": parameters, "data_fingerprint": self.data.fingerprint}
     self.writer.event("resume" if self.step else "start", self.step, **facts)
     print(f"config\n{resolved(self.config)}", flush=True)
     with stop_requests() as request:
