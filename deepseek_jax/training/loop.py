@@ -142,8 +142,8 @@ class Run:
         raise
       self.save()
       self.checkpointer.wait()
-      if request.signal is None:
-        self.finish()
+    if request.signal is None:
+      self.finish()
     reason = "finished" if request.signal is None else request.signal.name
     digest = state_sha256(self.state)
     self.writer.event("end", self.step, reason=reason, state_sha256=digest)

@@ -12,6 +12,7 @@ from deepseek_jax.config import AttentionConfig, MeshConfig, ModelConfig
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.attention import attend
 from deepseek_jax.model.transformer import graphdef, new_params
+from deepseek_jax.training.loss import cross_entropy
 
 TINY = ModelConfig(
   vocab=64, embed=24, layers=3, mlp=40, init_std=0.2, compute_dtype="float32", remat="none",
@@ -145,6 +146,32 @@ def test_initial_parameters():
       assert abs(float(p.std()) / 0.006 - 1) < 0.03, path
   q = params["dense_layers"]["attn"]["q"]["kernel"]
   assert not np.allclose(q[0], q[1])
+
+
+def dot_precisions(jaxpr):
+  """Precisions of all products in a jaxpr and the jaxprs inside it."""
+  found = set()
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "dot_general":
+      found.add(eqn.params["precision"])
+    for value in eqn.params.values():
+      if hasattr(value, "jaxpr") or hasattr(value, "eqns"):
+        found |= dot_precisions(getattr(value, "jaxpr", value))
+  return found
+
+
+@pytest.mark.parametrize(("dtype", "highest"), [("float32", True), ("bfloat16", False)])
+def test_float32_compute_is_full_precision_on_every_chip_forward_and_backward(dtype, highest):
+  config = dataclasses.replace(TINY, compute_dtype=dtype, remat="full")
+
+  def loss(params, ids):
+    model = nnx.merge(graphdef(config), params, {})
+    return cross_entropy(model.logits, model(ids), ids, 4)[0].sum()
+
+  jaxpr = jax.make_jaxpr(jax.grad(loss))(random_params(config), jnp.asarray(tokens()))
+  full = (jax.lax.Precision.HIGHEST,) * 2
+  found = dot_precisions(jaxpr.jaxpr)
+  assert found == {full} if highest else full not in found
 
 
 class TestAttend:
