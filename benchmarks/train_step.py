@@ -46,11 +46,11 @@ def main(argv) -> int:
     started = time.perf_counter()
     compiled = step.lower(state, batch, shape[0], rate).compile()
     compile_seconds = time.perf_counter() - started
-    state, _ = jax.block_until_ready(compiled(state, batch, learning_rate=rate))
+    state, _ = jax.block_until_ready(compiled(state, batch, rate))
     wall, cpu = [], []
     for _ in range(values.steps):
       clocks = time.perf_counter(), time.process_time()
-      state, _ = jax.block_until_ready(compiled(state, batch, learning_rate=rate))
+      state, _ = jax.block_until_ready(compiled(state, batch, rate))
       wall.append(time.perf_counter() - clocks[0])
       cpu.append(time.process_time() - clocks[1])
   seconds, tokens = statistics.median(wall), train.global_batch * seq

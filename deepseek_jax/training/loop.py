@@ -266,7 +266,9 @@ class Run:
       self.config.data.seq, self.config.seed, self.mesh,
     )  # fmt: skip
     self.writer.event("sample", self.step, prompt=prompt, text=text)
-    print(f"sample\n{prompt}{text}\n")
+    # Bytes of a young model could be a terminal's control sequences.
+    shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    print(f"sample\n{prompt}{shown}\n")
     more = 2 * self.config.train.steps
     print(
       f"wrote    {os.path.abspath(workdir)}\n"

@@ -3,7 +3,7 @@
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 LINE_SECONDS = 5
 
@@ -17,9 +17,9 @@ class StepProgress:
     console = Console()
     self._bar = None
     if console.is_terminal:
+      # Fits 80 columns: elsewhere rich would cut the time left.
       columns = (
-        TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        MofNCompleteColumn(), BarColumn(8), TextColumn("{task.description}"), TimeRemainingColumn(), TextColumn("left"),
       )  # fmt: skip
       self._bar = Progress(*columns, console=console, refresh_per_second=4)
       self._task = self._bar.add_task("compiling", total=steps, completed=step)
@@ -35,7 +35,7 @@ class StepProgress:
 
   def update(self, step, loss, bits_per_byte, tokens_per_second):
     """After `step` completed updates."""
-    numbers = f"loss {loss:.4f}  {bits_per_byte:.3f} bits/byte  {tokens_per_second:,.0f} tokens/s"
+    numbers = f"loss {loss:.4f}  {bits_per_byte:.3f} bits/byte  {tokens_per_second:,.0f} tok/s"
     now = time.monotonic()
     self._first = self._first or (step, now)
     if self._bar:
