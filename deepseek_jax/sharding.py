@@ -20,8 +20,20 @@ RULES = {
 
 
 def spec(*axes):
-  """PartitionSpec of an array whose dimensions are the logical `axes`; None is a dimension that nothing shards."""
-  return jax.P(*(None if axis is None else RULES[axis] for axis in axes))
+  """PartitionSpec of an array whose dimensions are the logical `axes`; None is a dimension that nothing shards.
+
+  Mesh axes of size 1 in the mesh that is set are left out: they shard nothing, and a dimension of size 1 that carries
+  their names loses them in a reshape that adds another one, which then is a type error.
+  """
+  sizes = jax.sharding.get_abstract_mesh().shape
+
+  def placement(axis):
+    names = RULES[axis] if axis else None
+    names = (names,) if isinstance(names, str) else names or ()
+    names = tuple(name for name in names if sizes.get(name) != 1)
+    return names if len(names) > 1 else names[0] if names else None
+
+  return jax.P(*map(placement, axes))
 
 
 def gathered(parameter, *axes):

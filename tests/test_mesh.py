@@ -40,6 +40,9 @@ def test_axes_are_explicit_and_logical_names_resolve():
   assert mesh.axis_names == AXES and set(mesh.axis_types) == {jax.sharding.AxisType.Explicit}
   assert batch_parts(mesh) == 2
   assert spec("embed", None, "mlp") == jax.P("fsdp", None, "tensor")
+  assert spec("batch", "seq") == jax.P(("data", "fsdp", "expert"), None)
+  with jax.set_mesh(mesh):
+    assert spec("batch", "seq", "heads") == jax.P("fsdp", None, "tensor")
   assert {axis for value in RULES.values() if value for axis in ([value] if isinstance(value, str) else value)} == set(
     AXES
   )

@@ -44,9 +44,8 @@ class Batch:
   target_bytes: int
 
 
-def place_rows(split, ids, width, mesh):
-  """Windows `ids` [..., batch] of `split` as int32 [..., batch, width] on the mesh; a host reads only its own rows."""
-  sharding = NamedSharding(mesh, spec(*(None,) * (ids.ndim - 1), "batch", "seq"))
+def place_rows(split, ids, width, sharding):
+  """Windows `ids` [..., batch] of `split` as int32 [..., batch, width]; a host reads only the rows of its devices."""
 
   def read(index):
     part = ids[index[:-1]]
@@ -89,6 +88,8 @@ class Run:
     self.graphdef, self.evaluate_rows, self.sample_text = graphdef(config.model), evaluate, sample
     train = config.train
     self.microbatch = train.microbatch or train.global_batch
+    # Made here, because the thread that reads ahead has no mesh set.
+    self.batch_sharding = NamedSharding(mesh, spec(None, "batch", "seq"))
     # Without a ramp the number of microbatches is a constant of the program; with one it is an argument of it.
     static = () if train.batch_ramp_from else ("microbatches",)
     step = make_train_step(config, self.graphdef, data.tokenizer.bos)
@@ -168,13 +169,12 @@ class Run:
           batch, samples = next(stream)
         values = self.update(batch)
         self.samples = samples
-        if block:
-          jax.block_until_ready((self.state, values))
         if pending:
           self.record(*pending)  # the numbers of the step before, while the device works on this one
         pending = (self.step, samples, batch, values)
         due = [what for what in ("eval", "checkpoint") if self.step % getattr(self.config, what).every == 0]
-        if due or self.step == train.steps:
+        if block or due or self.step == train.steps:
+          jax.block_until_ready(self.state)
           self.record(*pending)
           pending = None
         if "eval" in due and self.step < train.steps:
@@ -233,10 +233,11 @@ class Run:
 
   def evaluate(self, sequences):
     """Loss and bits per byte on the held-out split, shown and logged."""
+    heldout = NamedSharding(self.mesh, spec("batch", "seq"))
     with self.clock("eval"):
       result = self.evaluate_rows(
         lambda tokens: self.row_nats(self.state.params, self.state.buffers, tokens),
-        lambda ids: place_rows(self.data.heldout, ids, self.data.seq + 1, self.mesh),
+        lambda ids: place_rows(self.data.heldout, ids, self.data.seq + 1, heldout),
         self.data.heldout,
         self.microbatch,
         sequences,
@@ -284,7 +285,7 @@ class Run:
     microbatches = len(rows)
     missing = self.config.train.global_batch // self.microbatch - microbatches
     padded = np.concatenate([rows, np.repeat(rows[:1], missing, 0)])
-    tokens = place_rows(self.data.train, padded, self.data.seq + 1, self.mesh)
+    tokens = place_rows(self.data.train, padded, self.data.seq + 1, self.batch_sharding)
     return Batch(tokens, microbatches, len(ids) * self.config.data.seq, int(self.data.train.bytes(ids).sum()))
 
   @contextlib.contextmanager

@@ -141,6 +141,15 @@ def test_a_ramp_uses_the_first_microbatches_only_and_no_other_program():
   assert two["loss"] == pytest.approx(half["loss"], rel=1e-6)
 
 
+def test_one_sequence_on_a_tensor_mesh():
+  """A batch of size 1 with as many key heads as query heads: reshapes among dimensions of size 1 keep their layout."""
+  attention = dataclasses.replace(CONFIG.model.attention, kv_heads=8)
+  config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, attention=attention))
+  _, [ours] = train(config, MESHES["tensor=4"], batches=lambda i, n: tokens(0)[:, :1])
+  _, [expected] = train(config, batches=lambda i, n: tokens(0)[:, :1])
+  assert abs(ours["loss"] - expected["loss"]) < 5e-6
+
+
 def test_training_learns():
   _, seen = train(CONFIG, steps=30, rate=1e-2, batches=lambda i, n: tokens(0))
   assert seen[-1]["loss"] < 0.5 * seen[0]["loss"]
