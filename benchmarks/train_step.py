@@ -24,16 +24,18 @@ def main(argv) -> int:
   import numpy as np
   from jax.sharding import NamedSharding
 
-  from deepseek_jax.mesh import make_mesh, resolve_mesh
+  from deepseek_jax.mesh import check_x64, make_mesh, resolve_mesh
   from deepseek_jax.model.transformer import graphdef
   from deepseek_jax.plan.flops import training_flops
   from deepseek_jax.sharding import spec
   from deepseek_jax.training.state import new_state
   from deepseek_jax.training.step import make_train_step
 
+  check_x64(config)
   config = resolve_mesh(config, len(jax.devices()))
   mesh, train, seq = make_mesh(config.mesh), config.train, config.data.seq
-  roof = matmul_rate(config.model.compute_dtype) * mesh.size
+  # Virtual CPU devices share the cores that one of them measures.
+  roof = matmul_rate(config.model) * (1 if jax.default_backend() == "cpu" else mesh.size)
   with jax.set_mesh(mesh):
     state = jax.block_until_ready(jax.jit(new_state, static_argnums=0)(config, jax.random.key(0)))
     micro = train.microbatch or train.global_batch
@@ -70,13 +72,18 @@ def main(argv) -> int:
   return 0
 
 
-def matmul_rate(dtype, size=2048, repeats=5) -> float:
-  """FLOP/s of one device on a [size, size] product in `dtype`: the best of `repeats`."""
+def matmul_rate(config, size=2048, repeats=5) -> float:
+  """FLOP/s of one device on a [size, size] product as the model of `config` does it: the best of `repeats`."""
   import jax
   import jax.numpy as jnp
 
-  a = jnp.ones((size, size), dtype)
-  product = jax.jit(lambda a: a @ a)
+  from deepseek_jax.model.linear import matmul_precision
+
+  def square(a):
+    with matmul_precision(config):
+      return a @ a
+
+  a, product = jnp.ones((size, size), config.compute_dtype), jax.jit(square)
   product(a).block_until_ready()
   best = float("inf")
   for _ in range(repeats):

@@ -78,7 +78,6 @@ class DataConfig(Section, path="data"):
   text_field: str = field("text", "key of the text in .jsonl and .parquet records")
   cache: str = field("", "folder below which packed data is kept; empty: the user's cache folder")
   verify: bool = field(True, "check the checksums of packed data at start")
-  accept_change: bool = field(False, "resume although the data differs from what the checkpoint saw")
 
   def check(self):
     if not self.sources:
@@ -179,11 +178,12 @@ class TrainConfig(Section, path="train"):
   max_skipped: int = field(10, "updates in a row with non-finite gradients after which the run stops", at_least=1)
 
   def check(self):
-    micro = self.microbatch or self.global_batch
+    micro, micro_name = (self.microbatch, "microbatch") if self.microbatch else (self.global_batch, "global_batch")
     for name, batch in (("global_batch", self.global_batch), ("batch_ramp_from", self.batch_ramp_from)):
       if batch % micro:
         raise ConfigError(
-          f"train.{name}={batch} is not a multiple of train.microbatch={micro}: use {batch // micro * micro or micro}"
+          f"train.{name}={batch} is not a multiple of train.{micro_name}={micro}: use {batch // micro * micro or micro}, "
+          "or set train.microbatch to a divisor of both"
         )
     if bool(self.batch_ramp_from) != bool(self.batch_ramp_tokens):
       raise ConfigError("train.batch_ramp_from and train.batch_ramp_tokens go together: set both, or neither")
@@ -241,10 +241,10 @@ class Config(Section):
   sample: SampleConfig = SampleConfig()
 
   def check(self):
-    if self.model.param_dtype == "float64" and self.optimizer.moments_dtype != "float64":
+    if (self.model.param_dtype == "float64") != (self.optimizer.moments_dtype == "float64"):
       raise ConfigError(
-        f"optimizer.moments_dtype={self.optimizer.moments_dtype} with model.param_dtype=float64: "
-        "float64 runs are float64 throughout; set optimizer.moments_dtype=float64"
+        f"optimizer.moments_dtype={self.optimizer.moments_dtype} with model.param_dtype={self.model.param_dtype}: "
+        "float64 runs are float64 throughout; set both to float64 or neither"
       )
     tokens = TOKENIZER_SIZES.get(self.data.tokenizer, 0)
     if tokens > self.model.vocab:
@@ -262,7 +262,8 @@ class Config(Section):
     check_divides("model.embed", self.model.embed, "mesh.fsdp", self.mesh.fsdp)
     batch_axes = (self.mesh.data, self.mesh.fsdp, self.mesh.expert)
     check_divides(
-      "train.microbatch", self.train.microbatch or self.train.global_batch,
+      "train.microbatch" if self.train.microbatch else "train.global_batch",
+      self.train.microbatch or self.train.global_batch,
       "mesh.data x mesh.fsdp x mesh.expert", math.prod(a for a in batch_axes if a > 0),
     )  # fmt: skip
 

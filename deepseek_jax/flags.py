@@ -39,18 +39,21 @@ def split_overrides(argv):
 
 
 def read_config_file(path):
-  """The mapping that a config file gives: `get_config()` of a .py file (run as code: trust it), or a .json object."""
+  """The nested dicts that a config file gives: `get_config()` of a .py (run as code: trust it), or a .json object."""
   if not os.path.isfile(path):
     here = sorted(f for f in os.listdir("configs") if f.endswith(".py")) if os.path.isdir("configs") else []
     raise ConfigError(f"no config file {path!r}" + (f"; configs/ has {', '.join(here)}" if here else ""))
   try:
     if path.endswith(".json"):
       with open(path, encoding="utf-8") as f:
-        return json.load(f)
+        tree = json.load(f)
+      return check_mapping(tree, path)
     spec = importlib.util.spec_from_file_location("deepseek_jax_config_file", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config()
+    return check_mapping(module.get_config(), path)
+  except ConfigError:
+    raise
   except Exception as error:
     # Python that the user wrote may fail in any way; the last frame in their file is what helps.
     lines = [
@@ -62,14 +65,23 @@ def read_config_file(path):
     raise ConfigError(f"{path}{f':{line}' if line else ''}: {type(error).__name__}: {error}") from None
 
 
+def check_mapping(tree, path):
+  """`tree` as nested dicts. Raises ConfigError unless it is a ConfigDict or a dict."""
+  if not isinstance(tree, (ConfigDict, dict)):
+    raise ConfigError(f"{path} must give a ConfigDict or a JSON object of config sections, got {tree!r:.60}")
+  return ConfigDict(tree).to_dict()
+
+
 def load_config(path="", overrides=None) -> Config:
   """The Config of a file (none: the defaults) with `overrides` ({dotted path: value or text}) on top."""
-  tree = ConfigDict(read_config_file(path)).to_dict() if path else {}
+  tree = read_config_file(path) if path else {}
   for dotted, value in (overrides or {}).items():
     *sections, leaf = dotted.split(".")
     section = tree
     for name in sections:
       section = section.setdefault(name, {})
+      if not isinstance(section, dict):
+        raise ConfigError(f"{path}: {name} must be a section of fields, got {section!r}")
     section[leaf] = value
   return from_dict(Config, tree)
 
@@ -126,6 +138,7 @@ def enough_threads(environment):
 def run_program(main):
   """Runs `main(argv)` as a program: a UserError is one line on stderr and exit code 2."""
   enough_threads(os.environ)
+  sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character must not end a run
   try:
     code = main(sys.argv)
   except UserError as error:

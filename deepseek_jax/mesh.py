@@ -43,6 +43,12 @@ def abstract_mesh(config: MeshConfig) -> AbstractMesh:
   return AbstractMesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
+def check_x64(config: Config):
+  """Raises ConfigError where a float64 config would run in float32, as JAX does without its x64 mode."""
+  if config.model.param_dtype == "float64" and not jax.config.jax_enable_x64:
+    raise ConfigError("model.param_dtype=float64 needs JAX_ENABLE_X64=1 in the environment")
+
+
 def resolve_mesh(config: Config, devices: int) -> Config:
   """`config` with its mesh sizes resolved for `devices`, and so checked against the model and the batch."""
   sizes = mesh_sizes(config.mesh, devices)

@@ -23,15 +23,16 @@ _LIMITS = {
 }
 
 
-def coerce(value, kind, path):
+def coerce(value, kind):
   """`value` as `kind`; text is read as the command line gives it (`1e3` is an integer, `a,b` a tuple)."""
   if typing.get_origin(kind) is tuple:
     if isinstance(value, str):
       text = value.strip()
-      value = ast.literal_eval(text) if text[:1] in "([" and text[-1:] in ")]" else [v for v in text.split(",") if v]
+      literal = text[:1] in ("(", "[") and text[-1:] in (")", "]")
+      value = ast.literal_eval(text) if literal else [v.strip() for v in text.split(",") if v.strip()]
     if not isinstance(value, (tuple, list)):
       value = (value,)
-    return tuple(coerce(v, typing.get_args(kind)[0], path) for v in value)
+    return tuple(coerce(v, typing.get_args(kind)[0]) for v in value)
   if kind is bool and isinstance(value, str) and value.lower() in ("true", "false", "1", "0"):
     return value.lower() in ("true", "1")
   if kind in (int, float) and isinstance(value, str):
@@ -63,7 +64,7 @@ class Section:
           raise ConfigError(f"{path} must be a {kind.__name__}, got {value!r}")
         continue
       try:
-        value = coerce(value, kind, path)
+        value = coerce(value, kind)
       except (TypeError, ValueError, SyntaxError, OverflowError):
         name = getattr(kind, "__name__", str(kind)) if typing.get_origin(kind) is None else str(kind)
         raise ConfigError(f"{path} must be {name}, got {value!r}") from None

@@ -41,6 +41,17 @@ def gathered(parameter, *axes):
   return jax.reshard(parameter, spec(*(None if RULES.get(axis) == "fsdp" else axis for axis in axes)))
 
 
+def gathered_for_loop(parameter, *axes):
+  """As `gathered`, for a parameter that every round of a loop uses.
+
+  Each device sums its own part of the gradient over the rounds, in the dtype of `parameter`, and the parts are reduced
+  over the shards of the batch once, after the loop, instead of in every round.
+  """
+  layout = gathered(parameter, *axes)
+  shards = [name for name in RULES["batch"] if jax.sharding.get_abstract_mesh().shape.get(name, 1) > 1]
+  return jax.reshard(layout, jax.P(*jax.typeof(layout).sharding.spec, reduced=set(shards)))
+
+
 def batch_parts(mesh) -> int:
   """Number of shards of the batch dimension."""
   return math.prod(mesh.shape[axis] for axis in RULES["batch"])

@@ -29,10 +29,15 @@ def main(argv) -> int:
     lower_bound=1,
     flag_values=values,
   )
+  flags.DEFINE_boolean(
+    "accept_data_change", False, "resume although the data is not what the checkpoint saw", flag_values=values
+  )
   overrides = parse(argv, values, __doc__)
   saved = os.path.join(values.workdir or "", "config.json")
   if not values.config and not (values.workdir and os.path.isfile(saved)):
     raise ConfigError("--config=FILE says what to train, e.g. --config=configs/tiny.py (see --help)")
+  if values.devices and not values.dry_run:
+    raise ConfigError(f"--devices={values.devices} is for --dry_run; a run takes the devices that are here")
   config = load_config(values.config or saved, overrides)
 
   # Imported late: --help and config errors need no jax.
@@ -49,7 +54,8 @@ def main(argv) -> int:
   from deepseek_jax.training.loop import Diverged, run
 
   try:
-    return run(config, values.workdir or os.path.join("runs", config.name), evaluate, continue_prompt)
+    workdir = values.workdir or os.path.join("runs", config.name)
+    return run(config, workdir, evaluate, continue_prompt, values.accept_data_change)
   except Diverged as error:
     print(f"error: {error}", file=sys.stderr)
     return 1

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from deepseek_jax.config import AttentionConfig, Config, MeshConfig
+from deepseek_jax.config import AttentionConfig, Config
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import load_config
 from deepseek_jax.schema import flatten, from_dict, leaf_paths
@@ -41,7 +41,7 @@ def test_every_field_has_a_line_of_doc():
     ({"model": {"attention": {"heads": 6, "kv_heads": 4}}}, ["heads=6", "kv_heads=4"]),
     ({"model": {"attention": {"head_dim": 7}}}, ["head_dim=7", "even"]),
     ({"mesh": {"tensor": 3}}, ["model.attention.heads=4", "mesh.tensor=3", "1, 2, 4"]),
-    ({"mesh": {"data": 3}}, ["train.microbatch=16", "=3", "1, 2, 4, 8, 16"]),
+    ({"mesh": {"data": 3}}, ["train.global_batch=16", "=3", "1, 2, 4, 8, 16"]),
     ({"mesh": {"fsdp": 3, "data": 1}, "train": {"global_batch": 3}}, ["model.embed=128", "mesh.fsdp=3"]),
     ({"mesh": {"fsdp": -1}}, ["only one mesh size may be -1"]),
     ({"mesh": {"tensor": 0}}, ["1 or more, or -1"]),
@@ -49,6 +49,8 @@ def test_every_field_has_a_line_of_doc():
     ({"data": {"sources": ("a", "b"), "weights": (1.0,)}}, ["data.weights has 1", "2 data.sources"]),
     ({"data": {"sources": ()}}, ["data.sources is empty"]),
     ({"train": {"microbatch": 5}}, ["global_batch=16", "microbatch=5", "use 15"]),
+    ({"train": {"batch_ramp_from": 4, "batch_ramp_tokens": 9}}, ["batch_ramp_from=4", "global_batch=16", "microbatch"]),
+    ({"optimizer": {"moments_dtype": "float64"}}, ["moments_dtype=float64", "param_dtype=float32"]),
     ({"train": {"batch_ramp_from": 16}}, ["go together"]),
     ({"schedule": {"kind": "multi_step"}}, ["multi_step takes 1 milestones"]),
     ({"schedule": {"kind": "wsd", "milestones": (0.5,), "factors": (0.1,)}}, ["wsd takes 2 milestones and 1 factors"]),
@@ -91,4 +93,13 @@ def test_direct_construction_is_checked_too():
 
 
 def test_a_free_mesh_axis_is_not_checked_before_devices_are_known():
-  assert MeshConfig(data=1, fsdp=-1).fsdp == -1
+  """16 sequences do not divide over 3 devices; over data = -1 they may."""
+  assert from_dict(Config, {"mesh": {"data": -1, "tensor": 2}}).mesh.data == -1
+  with pytest.raises(ConfigError, match="=3"):
+    from_dict(Config, {"mesh": {"data": 3, "tensor": 2}})
+
+
+def test_tuples_from_text():
+  for text, weights in (("", ()), ("1, 2", (1.0, 2.0)), ("[1, 2]", (1.0, 2.0))):
+    data = from_dict(Config, {"data": {"weights": text, "sources": "a, b"}}).data
+    assert data.weights == weights and data.sources == ("a", "b")

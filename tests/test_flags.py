@@ -100,6 +100,20 @@ def test_a_failing_config_file_names_its_line(tmp_path):
     load_config(str(path))
 
 
+@pytest.mark.parametrize("content", ["[]", "null", "3", '{"model.layers": 3}', '{"model": 3}'])
+def test_a_config_that_is_no_mapping_of_sections(tmp_path, content):
+  path = tmp_path / "config.json"
+  path.write_text(content)
+  with pytest.raises(ConfigError) as error:
+    load_config(str(path), {"model.layers": "2"})
+  assert "config.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_devices_are_for_dry_runs_only():
+  with pytest.raises(ConfigError, match="--devices=4 is for --dry_run"):
+    train.main(["train", "--config=configs/tiny.py", "--devices=4"])
+
+
 def test_json_config_is_data(tmp_path):
   path = tmp_path / "config.json"
   path.write_text('{"train": {"steps": 7}}')

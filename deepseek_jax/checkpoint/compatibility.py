@@ -6,15 +6,17 @@ from deepseek_jax.schema import flatten
 
 # These change how a step is computed, not what the saved arrays mean.
 _FREE = {"model.remat", "model.dropout", "model.attention.dropout"}
+# These of `data` do not change which tokens a sample has, so they are no reason for another fingerprint.
+_NOT_IN_FINGERPRINT = {"data.mask_documents", "data.cache", "data.verify"}
 
 
-def check_compatible(saved_config, config, saved_fingerprint, fingerprint):
+def check_compatible(saved_config, config, saved_fingerprint, fingerprint, accept_data_change=False):
   """Compares a checkpoint's config (nested dict, as JSON gives it) and data fingerprint with those of this run.
 
   A field that the checkpoint lacks was added later and counts as its default there. Returns the differences that may
   be, [(path, old, new)], `new` being None for a field that only the checkpoint knows. Raises CheckpointError with the
   fields that must agree: all of `model` but remat and dropout, optimizer.moments_dtype, and the fingerprint unless
-  config.data.accept_change.
+  `accept_data_change`.
   """
   differences = _differences(saved_config, config)
   fatal = [d for d in differences if _must_agree(d[0]) and d[2] is not None]
@@ -22,18 +24,22 @@ def check_compatible(saved_config, config, saved_fingerprint, fingerprint):
     raise CheckpointError(
       f"the checkpoint does not fit this config: {_listing(fatal)}; put these values back, or use another --workdir"
     )
-  if saved_fingerprint != fingerprint and not config.data.accept_change:
-    data = [d for d in differences if d[0].startswith("data.")]
+  if saved_fingerprint != fingerprint and not accept_data_change:
+    data = [d for d in differences if _orders_data(d[0]) and d[2] is not None]
     raise CheckpointError(
       f"the checkpoint saw other data: its fingerprint is {saved_fingerprint}, now it is {fingerprint} "
-      f"({_listing(data) or 'same data.* fields, so the files or the tokenizer changed'}); put the data back, use "
-      "another --workdir, or pass --config.data.accept_change=true to continue on the new data"
+      f"({_listing(data) or 'same data.* fields and seed, so the files or the tokenizer changed'}); put the data back, "
+      "use another --workdir, or pass --accept_data_change to continue on the new data"
     )
   return differences
 
 
 def _must_agree(path):
   return path == "optimizer.moments_dtype" or (path.startswith("model.") and path not in _FREE)
+
+
+def _orders_data(path):
+  return path == "seed" or (path.startswith("data.") and path not in _NOT_IN_FINGERPRINT)
 
 
 def _listing(differences):

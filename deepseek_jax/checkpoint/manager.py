@@ -16,12 +16,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from deepseek_jax.checkpoint import manifest
+from deepseek_jax.checkpoint import lock, manifest
 from deepseek_jax.checkpoint.quiet import silence_orbax
 from deepseek_jax.errors import CheckpointError
 
 FORMAT_VERSION = 1
 _LISTED = 8
+_REJECTED = re.compile(r"\d+\.rejected(-\d+)?")
+_NONE, _REFUSED = -1, -2  # what stands for a step where there is none to continue from
 
 silence_orbax()
 
@@ -35,15 +37,19 @@ class CheckpointReader:
     self._directory = pathlib.Path(os.path.abspath(workdir), "checkpoints")
 
   def latest(self):
-    """The newest step whose files are as its manifest says, or None. Newer ones are named on stderr with the reason.
+    """The newest step whose files are as its manifest says; None where none was ever saved.
 
-    Process 0 reads and decides for all processes.
+    Newer ones are named on stderr with the reason. Process 0 reads and decides for all processes. Raises CheckpointError
+    where there are checkpoints and none verifies: they stay as they are, and no run starts over on top of them.
     """
-    step = self._newest_verified() if jax.process_index() == 0 else None
-    if jax.process_count() == 1:
-      return step
-    step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
-    return None if step == -1 else step
+    step, refusal = _REFUSED, f"process 0 found no checkpoint in {self._directory} that can be used: see its error"
+    if jax.process_index() == 0:
+      step, refusal = self._newest_verified()
+    if jax.process_count() > 1:
+      step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+    if step == _REFUSED:
+      raise CheckpointError(refusal)
+    return None if step == _NONE else step
 
   def meta(self, step):
     """The dict saved with `step`. Raises CheckpointError where it is missing, malformed or of a newer format."""
@@ -88,16 +94,29 @@ class CheckpointReader:
     return path
 
   def _steps(self):
-    names = os.listdir(self._directory) if self._directory.is_dir() else []
-    return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
+    return sorted(int(name) for name in self._names() if name.isdecimal() and str(int(name)) == name)
+
+  def _names(self):
+    return os.listdir(self._directory) if self._directory.is_dir() else []
 
   def _newest_verified(self):
+    """(step, "") or (_NONE, "") or (_REFUSED, why)."""
+    reasons = {}
     for step in reversed(self._steps()):
       reason = manifest.verify(self._directory / str(step))
       if reason is None:
-        return step
-      print(f"checkpoint {self._directory / str(step)} rejected: {reason}{self._set_aside(step)}", file=sys.stderr)
-    return None
+        for newer, why in reasons.items():
+          print(f"checkpoint {self._directory / str(newer)} rejected: {why}{self._set_aside(newer)}", file=sys.stderr)
+        return step, ""
+      reasons[step] = reason
+    unusable = [f"{step}: {reason}" for step, reason in reasons.items()]
+    unusable += [f"{name}: set aside before" for name in sorted(self._names()) if _REJECTED.fullmatch(name)]
+    if not unusable:
+      return _NONE, ""
+    return _REFUSED, (
+      f"none of the checkpoints in {self._directory} can be used: {_listing(unusable)}; to train from scratch again, move "
+      "them out of that folder, or use another --workdir"
+    )
 
   def _set_aside(self, step):
     """What has become of a rejected step, for the message: a reader leaves it where it is."""
@@ -108,12 +127,14 @@ class Checkpointer(CheckpointReader):
   """Saves checkpoints as well. A context manager: leaving it waits for the pending save and raises its error."""
 
   def __init__(self, workdir, config):
-    """`config`: a CheckpointConfig. Raises CheckpointError at once where `workdir` cannot be written."""
+    """`config`: a CheckpointConfig. Raises CheckpointError where `workdir` cannot be written or another run has it."""
     super().__init__(workdir)
     try:
       self._directory.mkdir(parents=True, exist_ok=True)
       with tempfile.TemporaryFile(dir=self._directory) as probe:
         probe.write(b"probe")
+      # Of a run on several hosts one process stands for all.
+      self._lock = lock.hold(self._directory) if jax.process_index() == 0 else None
     except OSError as error:
       raise CheckpointError(f"cannot write to {self._directory}: {error.strerror}; use another --workdir") from None
     self._saving = None
@@ -152,11 +173,13 @@ class Checkpointer(CheckpointReader):
       raise self._failed(error) from error
 
   def close(self):
-    """Waits for the pending save, raising its error, and lets go of Orbax's threads."""
+    """Waits for the pending save, raising its error, and lets go of Orbax's threads and of the workdir."""
     try:
       self.wait()
     finally:
       self._manager.close()
+      if self._lock:
+        self._lock.close()
 
   def latest(self):
     """As the reader's; newer steps that do not verify are also renamed, so that they can be saved again."""
@@ -236,10 +259,14 @@ def _check_fits(path, stored, wanted, entries):
   pairs = [(name, _type(stored.get(name)), _type(wanted.get(name))) for name in sorted(stored.keys() | wanted.keys())]
   wrong = [f"{'/'.join(name)}: checkpoint {have}, wanted {want}" for name, have, want in pairs if have != want]
   if wrong:
-    more = f"; and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
     raise CheckpointError(
-      f"{path} does not fit: {'; '.join(wrong[:_LISTED])}{more}; use the config it was saved with, or another --workdir"
+      f"{path} does not fit: {_listing(wrong)}; use the config it was saved with, or another --workdir"
     )
+
+
+def _listing(items):
+  more = f"; and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
+  return "; ".join(items[:_LISTED]) + more
 
 
 def _type(array):

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -23,8 +24,9 @@ BATCH = 1 << 22  # characters tokenised at once: enough for every thread, little
 def pack(source, tokenizer, config):
   """(folder, fingerprint, reused): where `source` lies packed by `tokenizer` as `config` (a DataConfig) says.
 
-  Built if the cache does not have it: in a temporary folder that is renamed when whole, so that a killed build leaves
-  no half of one and two builders at once do no harm. Raises DataError for text that cannot be packed.
+  Built if the cache does not have it: in a temporary folder that is renamed when whole, so that two builders at once do
+  no harm. What a killed build leaves is never read, and the next build of the same data removes it, on file systems that
+  know locks. Raises DataError for text that cannot be packed.
   """
   root = cache_root(config)
   try:
@@ -35,13 +37,9 @@ def pack(source, tokenizer, config):
     folder = root / fingerprint[:24]
     if folder.is_dir():
       return folder, fingerprint, True
-    temporary = root / f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}"
-    temporary.mkdir()
-    try:
+    with _temporary(folder) as temporary:
       _build(temporary, fingerprint, source, tokenizer, config)
       _rename(temporary, folder)
-    finally:
-      shutil.rmtree(temporary, ignore_errors=True)  # gone already unless the build failed or lost the race
   except OSError as error:
     raise DataError(
       f"cannot write packed data under {root}: {error.strerror or error}. Make room, or set data.cache to another folder"
@@ -139,6 +137,40 @@ def _progress(what, total):
   with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bar:
     task = bar.add_task(what, total=total)
     yield lambda done: bar.update(task, completed=done)
+
+
+@contextlib.contextmanager
+def _temporary(folder):
+  """Gives a new folder for what shall become `folder`, locked while its builder lives. Those of dead builders go."""
+  with contextlib.ExitStack() as held:
+    with _locked(folder.parent, wait=True):  # so that nobody takes the new folder for a dead one before it is locked
+      for old in folder.parent.glob(f"{folder.name}.tmp-*"):
+        # Its builder may have ended just now, or be another user: then it is not there, or not ours to remove.
+        with contextlib.suppress(OSError), _locked(old, wait=False) as free:
+          if free:
+            shutil.rmtree(old, ignore_errors=True)
+      temporary = folder.parent / f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}"
+      temporary.mkdir()
+      held.enter_context(_locked(temporary, wait=True))
+    try:
+      yield temporary
+    finally:
+      shutil.rmtree(temporary, ignore_errors=True)  # gone already unless the build failed or lost the race
+
+
+@contextlib.contextmanager
+def _locked(folder, wait):
+  """Locks `folder` for the block, or until the process dies; gives whether it could."""
+  descriptor = os.open(folder, os.O_RDONLY)
+  try:
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+      locked = True
+    except OSError:  # another builder has it, or the file system knows no locks
+      locked = False
+    yield locked
+  finally:
+    os.close(descriptor)
 
 
 def _rename(temporary, folder):

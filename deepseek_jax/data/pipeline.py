@@ -131,12 +131,16 @@ def batches(data, train, samples, steps, place):
   Yields (place(ids), samples consumed after it), where `ids` int64 [global batch] are windows of data.train. `place` runs
   in that thread: it reads the rows this host needs and puts them on its devices.
   """
-  starts = [samples]
-  for _ in range(steps):
-    starts.append(starts[-1] + batch_size(train, data.seq, starts[-1]))
+  ramp = [samples]  # where each update of the ramp starts, and the first after it; from there all are of one size
+  while len(ramp) <= steps and ramp[-1] * data.seq < train.batch_ramp_tokens:
+    ramp.append(ramp[-1] + batch_size(train, data.seq, ramp[-1]))
+
+  def start(step):
+    in_ramp = min(step, len(ramp) - 1)
+    return ramp[in_ramp] + (step - in_ramp) * train.global_batch
 
   def batch(step):
-    first, end = starts[step], starts[step + 1]
+    first, end = start(step), start(step + 1)
     return place(data.order(first, end - first)), end
 
   options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)

@@ -9,7 +9,7 @@ import sys
 from absl import flags
 
 from deepseek_jax.config import Config, MeshConfig, SampleConfig, check_divides
-from deepseek_jax.errors import CheckpointError, ConfigError
+from deepseek_jax.errors import CheckpointError, ConfigError, DataError
 from deepseek_jax.flags import parse, run_program
 from deepseek_jax.schema import from_dict, leaf_paths
 
@@ -20,9 +20,8 @@ def main(argv) -> int:
   flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
   flags.DEFINE_integer("seed", 0, "seed of the sampling", flag_values=values)
   flags.DEFINE_integer("devices", 1, "devices over which the parameters are spread", lower_bound=1, flag_values=values)
-  define = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
-  for path, field in leaf_paths(SampleConfig).items():
-    define[field.type](path.removeprefix("sample."), None, field.metadata["doc"], flag_values=values)
+  for path, field in leaf_paths(SampleConfig).items():  # as text: the section reads and checks it
+    flags.DEFINE_string(path.removeprefix("sample."), None, field.metadata["doc"], flag_values=values)
   parse(argv, values, __doc__)
   if not values.workdir:
     raise ConfigError("--workdir=DIR says which run to sample from, e.g. --workdir=runs/tiny")
@@ -38,6 +37,8 @@ def main(argv) -> int:
     )
   config = from_dict(Config, reader.meta(step)["config"])
   given = {name: values[name].value for name in vars(config.sample) if values[name].value is not None}
+  if "prompt" in given:  # bytes of the command line that are no text
+    given["prompt"] = given["prompt"].encode(errors="surrogateescape").decode(errors="replace")
   settings = dataclasses.replace(config.sample, **given)
   print(f"checkpoint of step {step} in {values.workdir}", file=sys.stderr)
   print(settings.prompt + continuation(reader, step, config, settings, values.seed, values.devices))
@@ -50,10 +51,11 @@ def continuation(reader, step, config, settings, seed, devices) -> str:
 
   from deepseek_jax.data.tokenizer import load
   from deepseek_jax.generate.decoding import continue_prompt
-  from deepseek_jax.mesh import make_mesh
+  from deepseek_jax.mesh import check_x64, make_mesh
   from deepseek_jax.model.transformer import graphdef, new_params
   from deepseek_jax.sharding import concrete
 
+  check_x64(config)
   if devices > len(jax.devices()):
     raise ConfigError(f"--devices={devices}, but {len(jax.devices())} are here")
   check_divides("model.embed", config.model.embed, "--devices", devices)
@@ -63,6 +65,8 @@ def continuation(reader, step, config, settings, seed, devices) -> str:
     abstract = dict(zip(("params", "buffers"), concrete(shapes, mesh), strict=True))
     weights = reader.restore(step, abstract)
     tokenizer = load(config.data.tokenizer)
+    if tokenizer.fingerprint != reader.meta(step)["tokenizer_fingerprint"]:
+      raise DataError(f"data.tokenizer={config.data.tokenizer} is not the one of the checkpoint: put that one back")
     return continue_prompt(
       graphdef(config.model), weights["params"], weights["buffers"], tokenizer, settings, config.data.seq, seed, mesh
     )

@@ -45,6 +45,8 @@ def decode(graphdef, params, buffers, tokens, seen, position, key, *, window, vo
 def continue_prompt(graphdef, params, buffers, tokenizer, config: SampleConfig, seq, seed, mesh) -> str:
   """Text that follows `config.prompt`: up to config.max_tokens tokens, or to the end of the document.
 
+  Control characters other than newline and tab come out as the replacement character.
+
   Args:
     graphdef, params, buffers: the model. tokenizer: of the training data.
     seq: positions that the model was trained on; older ones are forgotten. seed: of the sampling. mesh: the one set.
@@ -62,4 +64,6 @@ def continue_prompt(graphdef, params, buffers, tokenizer, config: SampleConfig, 
     window=min(seq, tokens.shape[1]), vocab=tokenizer.vocab, eos=tokenizer.eos, config=config,
   )  # fmt: skip
   new = np.asarray(tokens)[0, len(ids) : int(position)]
-  return tokenizer.decode(new[new != tokenizer.eos].tolist())
+  text = tokenizer.decode(new[new != tokenizer.eos].tolist())
+  # What a young model writes could be a terminal's control sequences.
+  return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

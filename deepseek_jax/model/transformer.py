@@ -9,7 +9,7 @@ from deepseek_jax.model.block import Block
 from deepseek_jax.model.linear import Linear, matmul_precision, normal_param
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.model.rope import rotation
-from deepseek_jax.sharding import gathered, spec
+from deepseek_jax.sharding import gathered, gathered_for_loop, spec
 
 
 def stacked(make, layers, key):
@@ -60,15 +60,26 @@ class Transformer(nnx.Module):
       x, _ = jax.lax.scan(rematerialised(layer, config.remat), x, (self.dense_layers, keys))
       return self.final_norm(x)
 
+  def unembedding(self):
+    """The function from hidden states [batch, seq, embed] to scores [batch, seq, vocab] in at least float32.
+
+    The head is gathered once, here, however often the function is called: the loss calls it chunk by chunk.
+    """
+    head = gathered_for_loop(self.head.kernel[...], *self.head.axes)
+
+    def logits(hidden):
+      with matmul_precision(self.config):
+        return jnp.einsum(
+          "bsd,dv->bsv", hidden, head.astype(hidden.dtype),
+          preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32),
+          out_sharding=spec("batch", "seq", "vocab"),
+        )  # fmt: skip
+
+    return logits
+
   def logits(self, hidden):
     """Scores [batch, seq, vocab] of hidden states [batch, seq, embed], in at least float32."""
-    with matmul_precision(self.config):
-      kernel = gathered(self.head.kernel[...].astype(hidden.dtype), *self.head.axes)
-      return jnp.einsum(
-        "bsd,dv->bsv", hidden, kernel,
-        preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32),
-        out_sharding=spec("batch", "seq", "vocab"),
-      )  # fmt: skip
+    return self.unembedding()(hidden)
 
 
 def graphdef(config: ModelConfig):

@@ -29,7 +29,7 @@ class Memory:
 def estimate_memory(config: Config) -> Memory:
   """Bytes per device of a step of `config`, whose mesh sizes are resolved.
 
-  Parameters, gradients and moments are exact. Activations count what the forward pass keeps for the backward pass
+  Parameters and moments are exact. Gradients are counted twice: the newest, and the sum over microbatches. Activations count what the forward pass keeps for the backward pass
   under the remat policy plus one block's working set, in the compute dtype, with gathered weights of one block; XLA's
   own temporaries come on top.
   """
@@ -51,7 +51,7 @@ def estimate_memory(config: Config) -> Memory:
   chunk = min(config.train.loss_chunk, config.data.seq)
   return Memory(
     params=per_device * jnp.dtype(m.param_dtype).itemsize,
-    gradients=per_device * jnp.dtype(m.param_dtype).itemsize,
+    gradients=2 * per_device * jnp.dtype(m.param_dtype).itemsize,
     moments=2 * per_device * jnp.dtype(config.optimizer.moments_dtype).itemsize,
     activations=kept + block + weights,
     logits=2 * rows * chunk * m.vocab // tensor * wide,

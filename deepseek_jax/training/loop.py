@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 import os
+import shlex
+import sys
 import time
 
 import jax
@@ -17,7 +19,7 @@ from deepseek_jax.checkpoint.manager import FORMAT_VERSION, Checkpointer
 from deepseek_jax.config import Config
 from deepseek_jax.data.pipeline import batches, open_data
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.mesh import make_mesh, resolve_mesh
+from deepseek_jax.mesh import check_x64, make_mesh, resolve_mesh
 from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.plan.flops import peak_flops, training_flops
 from deepseek_jax.plan.summary import resolved, summary
@@ -54,30 +56,28 @@ def place_rows(split, ids, width, sharding):
   return jax.make_array_from_callback((*ids.shape, width), sharding, read)
 
 
-def run(config: Config, workdir: str, evaluate, sample) -> int:
+def run(config: Config, workdir: str, evaluate, sample, accept_data_change=False) -> int:
   """Trains until `train.steps`, or a stop signal, and returns the exit code: 0, or 130 / 143 after SIGINT / SIGTERM.
 
   Args:
     config, workdir: what and where. Running again continues from the newest checkpoint in `workdir`.
     evaluate: as `evaluate.heldout.evaluate`. sample: as `generate.decoding.continue_prompt`.
+    accept_data_change: resume although the data is not what the checkpoint saw.
 
   Raises:
     UserError: the config, the data or a checkpoint cannot be used. Diverged: `train.max_skipped` updates in a row.
   """
-  if config.model.param_dtype == "float64" and not jax.config.jax_enable_x64:
-    raise ConfigError("model.param_dtype=float64 needs JAX_ENABLE_X64=1 in the environment")
+  check_x64(config)
   on_mesh = resolve_mesh(config, len(jax.devices()))
   mesh = make_mesh(on_mesh.mesh)
   print(f"run      {config.name} in {os.path.abspath(workdir)}")
   print(f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind} ({jax.default_backend()}), jax {jax.__version__}")
-  print(summary(on_mesh), flush=True)
+  print(f"{summary(on_mesh)}\nconfig\n{resolved(on_mesh)}", flush=True)
   with jax.set_mesh(mesh), Checkpointer(workdir, config.checkpoint) as checkpointer:
     data = open_data(config.data, config.model.vocab, config.seed)
     this = Run(config, workdir, mesh, data, checkpointer, evaluate, sample)
-    try:
-      return this.main()
-    finally:
-      this.writer.close()
+    this.restore(accept_data_change)
+    return this.main()
 
 
 class Run:
@@ -98,13 +98,8 @@ class Run:
     self.row_nats = jax.jit(lambda params, buffers, tokens: row_losses(params, buffers, tokens)[0])
     self.flops_per_token = training_flops(config.model, config.data.seq).causal
     self.interval = collections.Counter()  # seconds and tokens since the last logged line
-    self.restore()
-    self.writer = metrics.MetricsWriter(workdir, config.log.tensorboard, self.step)
-    with open(os.path.join(workdir, "config.json.partial"), "w", encoding="utf-8") as f:
-      json.dump(dataclasses.asdict(config), f, indent=2)
-    os.replace(f.name, os.path.join(workdir, "config.json"))
 
-  def restore(self):
+  def restore(self, accept_data_change):
     """State, step and samples from the newest checkpoint that verifies, or fresh."""
     self.step = self.checkpointer.latest() or 0
     self.saved_step = self.step
@@ -115,7 +110,9 @@ class Run:
       print("start    no checkpoint here: from scratch")
       return
     meta = self.checkpointer.meta(self.step)
-    changes = check_compatible(meta["config"], self.config, meta["data_fingerprint"], self.data.fingerprint)
+    changes = check_compatible(
+      meta["config"], self.config, meta["data_fingerprint"], self.data.fingerprint, accept_data_change
+    )
     for path, old, new in changes:
       print(f"changed  {path}: {old!r} -> {new!r}")
     self.state = self.checkpointer.restore(self.step, abstract_state(self.config, self.mesh))
@@ -123,17 +120,35 @@ class Run:
     print(f"resume   from the checkpoint of step {self.step} ({self.samples:,} sequences seen)")
 
   def main(self) -> int:
-    """Trains, saves, and ends the run with an evaluation, a sample and a report."""
+    """Trains and ends the run, unless it has ended before. Returns the exit code."""
     ended = [e for e in metrics.read(os.path.join(self.workdir, metrics.EVENTS)) if e["event"] == "end"]
-    if self.step >= self.config.train.steps and ended and ended[-1]["step"] == self.step:
+    finished = ended and (ended[-1]["step"], ended[-1]["reason"]) == (self.step, "finished")
+    if self.step >= self.config.train.steps and finished:
       print(f"finished already: step {self.step} of {self.config.train.steps}; raise --config.train.steps to go on")
       return 0
+    self.open_files()
+    try:
+      return self.run_to_the_end()
+    finally:
+      self.writer.close()
+
+  def open_files(self):
+    """Saves the config and opens metrics and events, cut to the step that the run starts from."""
+    try:
+      self.writer = metrics.MetricsWriter(self.workdir, self.config.log.tensorboard, self.step)
+      with open(os.path.join(self.workdir, "config.json.partial"), "w", encoding="utf-8") as f:
+        json.dump(dataclasses.asdict(self.config), f, indent=2)
+      os.replace(f.name, os.path.join(self.workdir, "config.json"))
+    except OSError as error:
+      raise ConfigError(f"cannot write {error.filename}: {error.strerror}; use another --workdir") from None
+
+  def run_to_the_end(self) -> int:
+    """Trains to the last step or a stop signal, and leaves the run as it should be found."""
     device = self.mesh.devices.flat[0].device_kind
     facts = {"devices": f"{self.mesh.size} x {device}", "jax": jax.__version__, "mesh": dict(self.mesh.shape)}
     parameters = sum(array.size for array in jax.tree.leaves(self.state.params))
     facts |= {"parameters": parameters, "data_fingerprint": self.data.fingerprint}
     self.writer.event("resume" if self.step else "start", self.step, **facts)
-    print(f"config\n{resolved(self.config)}", flush=True)
     with stop_requests() as request:
       try:
         self.train(request)
@@ -194,7 +209,8 @@ class Run:
     if not self.compiled:
       self.compiled = True
       self.progress.say(f"compiled in {time.monotonic() - started:.1f} s")
-      self.marked = time.monotonic()  # compilation is no part of the throughput
+      self.interval.clear()  # compilation is no part of the throughput
+      self.marked = time.monotonic()
     self.step += 1
     return {**values, "learning_rate": rate}
 
@@ -254,6 +270,7 @@ class Run:
       return
     meta = {"format_version": FORMAT_VERSION, "config": dataclasses.asdict(self.config)}
     meta |= {"samples": self.samples, "data_fingerprint": self.data.fingerprint}
+    meta |= {"tokenizer_fingerprint": self.data.tokenizer.fingerprint}
     with self.clock("checkpoint"):
       self.checkpointer.save(self.step, self.state, meta)
     self.saved_step = self.step
@@ -267,16 +284,15 @@ class Run:
       self.config.data.seq, self.config.seed, self.mesh,
     )  # fmt: skip
     self.writer.event("sample", self.step, prompt=prompt, text=text)
-    # Bytes of a young model could be a terminal's control sequences.
-    shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-    print(f"sample\n{prompt}{shown}\n")
-    more = 2 * self.config.train.steps
+    print(f"sample\n{prompt}{text}\n\nwrote    {os.path.abspath(workdir)}")
+    here = os.path.relpath(sys.executable)
+    python = shlex.quote(sys.executable if here.startswith("..") else here)
+    folder = shlex.quote(f"--workdir={workdir}")
     print(
-      f"wrote    {os.path.abspath(workdir)}\n"
       "next\n"
-      f"  python -m deepseek_jax.train --workdir={workdir} --config.train.steps={more}    # train on\n"
-      f'  python -m deepseek_jax.generate --workdir={workdir} --prompt="def "    # sample\n'
-      "  python -m deepseek_jax.train --config=configs/67b.py --dry_run    # a bigger config"
+      f"  {python} -m deepseek_jax.train {folder} --config.train.steps={2 * self.config.train.steps}    # train on\n"
+      f"  {python} -m deepseek_jax.generate {folder} {shlex.quote(f'--prompt={prompt}')}    # sample\n"
+      f"  {python} -m deepseek_jax.train --config=configs/small.py    # a bigger config"
     )
 
   def place(self, ids):

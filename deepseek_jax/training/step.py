@@ -29,7 +29,7 @@ def make_row_losses(config: Config, graphdef, bos):
     segment_ids, positions = document_positions(inputs, bos) if config.data.mask_documents else (None, None)
     hidden = model(inputs, positions, segment_ids, key)  # [batch, seq, embed]
     train = config.train
-    return cross_entropy(model.logits, hidden, targets, train.loss_chunk, train.label_smoothing, train.z_loss)
+    return cross_entropy(model.unembedding(), hidden, targets, train.loss_chunk, train.label_smoothing, train.z_loss)
 
   return row_losses
 

@@ -58,15 +58,24 @@ def test_changed_data_is_refused_unless_accepted():
     check_compatible(saved(), make(data={"seq": 64}), "old", "new")
   message = str(error.value)
   assert "old" in message and "new" in message and "data.seq: checkpoint 256, config 64" in message
-  assert "--config.data.accept_change=true" in message
-  assert ("data.accept_change", False, True) in check_compatible(
-    saved(), make(data={"accept_change": True}), "old", "new"
-  )
+  assert "pass --accept_data_change" in message
+  assert check_compatible(saved(), make(data={"seq": 64}), "old", "new", accept_data_change=True) == [
+    ("data.seq", 256, 64)
+  ]
+
+
+def test_a_changed_seed_is_named_as_the_reason_for_other_data():
+  with pytest.raises(CheckpointError) as error:
+    check_compatible(saved(), make(seed=3), "old", "new")
+  assert "(seed: checkpoint 0, config 3)" in str(error.value) and "changed" not in str(error.value)
+  assert check_compatible(saved(), make(seed=3), "f", "f") == [("seed", 0, 3)]
 
 
 def test_changed_files_under_the_same_config_are_named_as_such():
-  with pytest.raises(CheckpointError, match="the files or the tokenizer changed"):
-    check_compatible(saved(), make(), "old", "new")
+  elsewhere = {"cache": "/elsewhere", "verify": False, "mask_documents": True}
+  for now in (make(), make(data=elsewhere), make(train={"steps": 5})):
+    with pytest.raises(CheckpointError, match="the files or the tokenizer changed"):
+      check_compatible(saved(), now, "old", "new")
 
 
 def test_field_that_the_checkpoint_lacks_counts_as_its_default():

@@ -9,11 +9,13 @@ import time
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import SingleDeviceSharding
 
 import deepseek_jax
 from deepseek_jax.checkpoint.manager import Checkpointer, CheckpointReader
 from deepseek_jax.config import CheckpointConfig
+from deepseek_jax.errors import CheckpointError
 
 PRELUDE = """
 import sys
@@ -38,7 +40,7 @@ TARGET = {
 def run(workdir, body):
   return subprocess.Popen(
     [sys.executable, "-c", PRELUDE + body, str(workdir)],
-    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
   )  # fmt: skip
 
 
@@ -85,14 +87,20 @@ import jax, numpy as np
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 2, int(sys.argv[3]), shutdown_timeout_seconds=5)
 from deepseek_jax.checkpoint.manager import Checkpointer
 from deepseek_jax.config import CheckpointConfig
+from deepseek_jax.errors import CheckpointError
 mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,), devices=[
   next(d for d in jax.devices() if d.process_index == i) for i in range(2)])
 sharding = jax.NamedSharding(mesh, jax.P("d"))
 def state(step):
   return {"x": jax.make_array_from_process_local_data(sharding, np.full(4, 10 * step + jax.process_index(), "float32"))}
 with Checkpointer(sys.argv[1], CheckpointConfig()) as checkpointer:
-  latest = checkpointer.latest()
-  if latest is None:
+  try:
+    latest = checkpointer.latest()
+  except CheckpointError:
+    latest = "refused"
+  if latest == "refused":
+    print(latest)
+  elif latest is None:
     for step in (1, 2):
       checkpointer.save(step, state(step), {})
   else:
@@ -117,7 +125,30 @@ with Checkpointer(sys.argv[1], CheckpointConfig()) as checkpointer:
   run_both()
   (tmp_path / "checkpoints" / "2" / "meta" / "metadata").write_text("damaged")
   assert run_both()[-2:] == ["1 [10.0, 10.0, 10.0, 10.0]", "1 [11.0, 11.0, 11.0, 11.0]"]
-  assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2.rejected"]
+  assert sorted(path.name for path in (tmp_path / "checkpoints").glob("[!.]*")) == ["1", "2.rejected"]
+  (tmp_path / "checkpoints" / "1" / "meta" / "metadata").write_text("damaged")
+  assert run_both()[-2:] == ["refused", "refused"]
+  assert sorted(path.name for path in (tmp_path / "checkpoints").glob("[!.]*")) == ["1", "2.rejected"]
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
+  body = """
+checkpointer.save(1, state(1), meta(1))
+checkpointer.wait()
+print("saved", flush=True)
+sys.stdin.read()
+"""
+  process = run(tmp_path, body)
+  assert process.stdout.readline() == "saved\n"
+  with pytest.raises(
+    CheckpointError, match=rf"another process trains in {tmp_path} \(pid {process.pid} on .*--workdir"
+  ):
+    Checkpointer(tmp_path, CheckpointConfig())
+  assert CheckpointReader(tmp_path).latest() == 1
+  process.kill()
+  process.communicate()
+  with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+    assert checkpointer.latest() == 1
 
 
 def test_full_disk_is_raised_by_wait_and_older_steps_stay(tmp_path):
@@ -144,7 +175,7 @@ checkpointer.close()
   assert (process.returncode, errors) == (0, "")
   (line,) = printed.splitlines()
   assert "checkpoints/3 could not be saved" in line and "File too large" in line
-  assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "3"}
+  assert {path.name for path in (tmp_path / "checkpoints").glob("[!.]*")} == {"2", "3"}
   reader = CheckpointReader(tmp_path)
   assert reader.latest() == 3
   assert_holds(reader, 2)

@@ -1,7 +1,10 @@
 """Saving, finding and restoring checkpoints: bitwise, onto other meshes, and around damage of every kind."""
 
 import dataclasses
+import errno
+import fcntl
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -183,13 +186,62 @@ def test_damage_falls_back_and_the_step_can_be_saved_again(tmp_path, capfd, reas
 
 
 def test_second_rejection_of_a_step_overwrites_nothing(tmp_path, capfd):
+  save(tmp_path, 1)
   for _ in range(2):
     save(tmp_path, 5)
     flip_bit(tmp_path / "checkpoints" / "5")
     with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
-      assert checkpointer.latest() is None
-  assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"5.rejected", "5.rejected-2"}
+      assert checkpointer.latest() == 1
+  assert {p.name for p in (tmp_path / "checkpoints").glob("[!.]*")} == {"1", "5.rejected", "5.rejected-2"}
   assert capfd.readouterr().err.count("rejected:") == 2
+
+
+@pytest.mark.parametrize("reader", [CheckpointReader, lambda workdir: Checkpointer(workdir, CheckpointConfig())])
+def test_no_run_starts_over_where_no_checkpoint_verifies(tmp_path, capfd, reader):
+  save(tmp_path, 1, 2)
+  flip_bit(tmp_path / "checkpoints" / "1")
+  (tmp_path / "checkpoints" / "2" / "manifest.json").unlink()
+  (tmp_path / "checkpoints" / "3.rejected-2").mkdir()
+  with pytest.raises(CheckpointError) as error:
+    reader(tmp_path).latest()
+  message = str(error.value)
+  assert (
+    f"none of the checkpoints in {tmp_path}/checkpoints can be used: 2: manifest.json is missing; 1: state/" in message
+  )
+  assert "3.rejected-2: set aside before" in message and "move them out of that folder" in message
+  assert "--workdir" in message and "\n" not in message
+  assert {p.name for p in (tmp_path / "checkpoints").glob("[!.]*")} == {"1", "2", "3.rejected-2"}
+  for name in ("1", "2"):
+    (tmp_path / "checkpoints" / name).rename(tmp_path / name)
+  with pytest.raises(CheckpointError, match="can be used: 3.rejected-2"):
+    CheckpointReader(tmp_path).latest()
+  (tmp_path / "checkpoints" / "3.rejected-2").rename(tmp_path / "3")
+  assert CheckpointReader(tmp_path).latest() is None
+  assert capfd.readouterr().err == ""
+
+
+def test_a_kill_during_the_first_save_is_a_fresh_start(tmp_path):
+  (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+  assert CheckpointReader(tmp_path).latest() is None
+  with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+    assert checkpointer.latest() is None
+
+
+def test_a_workdir_is_free_again_after_close(tmp_path):
+  with Checkpointer(tmp_path, CheckpointConfig()):
+    with pytest.raises(CheckpointError, match=rf"pid {os.getpid()} "):
+      Checkpointer(tmp_path, CheckpointConfig())
+    Checkpointer(tmp_path / "other", CheckpointConfig()).close()
+  Checkpointer(tmp_path, CheckpointConfig()).close()
+
+
+def test_a_file_system_without_locks_is_trained_on(tmp_path, monkeypatch):
+  def flock(file, operation):
+    raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+  monkeypatch.setattr(fcntl, "flock", flock)
+  save(tmp_path, 1)
+  assert steps_on_disk(tmp_path) == [1]
 
 
 def test_reader_leaves_everything_as_it_is(tmp_path, capfd):

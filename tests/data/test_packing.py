@@ -1,15 +1,22 @@
 import concurrent.futures
+import errno
+import fcntl
 import json
 import pathlib
 import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
+import deepseek_jax
 from deepseek_jax.config import DataConfig
 from deepseek_jax.data import packing, pipeline, sources, tokenizer
 from deepseek_jax.errors import ConfigError, DataError
 
+ROOT = pathlib.Path(deepseek_jax.__file__).parents[1]
 TEXTS = [f"document {i}: " + "naïve 日本 " * (i % 7) for i in range(200)] + [""]
 
 
@@ -177,6 +184,48 @@ def test_two_builders_at_once(config):
     first, second = pool.map(open_data, [config(), config()])
   np.testing.assert_array_equal(stream(first.train), stream(second.train))
   folder(config())  # is one
+
+
+def test_what_a_killed_build_left_goes_with_the_next_one(config, corpus):
+  program = f"""
+import os, signal
+from deepseek_jax.data import packed, pipeline
+from deepseek_jax.config import DataConfig
+packed.write_index = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+pipeline.open_data({config()!r}, 257, 0)
+"""
+  killed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+  assert killed.returncode == -signal.SIGKILL, killed.stderr
+  assert ".tmp-" in folder(config()).name and list(folder(config()).glob("train.tokens"))
+  open_data(config())
+  assert ".tmp-" not in folder(config()).name
+
+
+def test_what_a_living_builder_writes_stays(config, monkeypatch):
+  write_index, left = packing.packed.write_index, []
+
+  def second_build_meanwhile(path, *arguments):
+    if not left:
+      left.append(path)
+      open_data(config())
+      assert path.is_dir()
+    write_index(path, *arguments)
+
+  monkeypatch.setattr(packing.packed, "write_index", second_build_meanwhile)
+  open_data(config())
+  assert not left[0].exists()
+  assert ".tmp-" not in folder(config()).name
+
+
+def test_packing_without_locks(config, monkeypatch):
+  def flock(descriptor, operation):
+    raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+  open_data(config())
+  left = folder(config()).rename(f"{folder(config())}.tmp-0")
+  monkeypatch.setattr(fcntl, "flock", flock)
+  open_data(config())
+  assert left.is_dir()  # its builder may live
 
 
 def test_a_failed_build_leaves_nothing(config, corpus):

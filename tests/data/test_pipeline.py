@@ -1,5 +1,6 @@
 import json
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -95,6 +96,27 @@ def test_batches_can_start_anywhere(config):
   ):
     np.testing.assert_array_equal(ids, expected)
     assert end == expected_end
+
+
+def test_batches_of_a_ramp_follow_batch_size_one_by_one(config):
+  data = pipeline.open_data(config(), 257, 0)
+  ramped = TrainConfig(global_batch=16, microbatch=4, batch_ramp_from=4, batch_ramp_tokens=64 * 100)
+  for train in (ramped, TrainConfig(global_batch=16)):
+    for samples in (0, 44, 99, 100, 1000):  # 100 is where the ramp ends
+      for steps in (1, 5, 30):
+        ends = [samples]
+        for _ in range(steps):
+          ends.append(ends[-1] + pipeline.batch_size(train, data.seq, ends[-1]))
+        assert [end for _, end in pipeline.batches(data, train, samples, steps, len)] == ends[1:]
+
+
+def test_a_long_run_costs_nothing_before_its_first_batch(config):
+  data = pipeline.open_data(config(), 257, 0)
+  train = TrainConfig(global_batch=16, microbatch=4, batch_ramp_from=4, batch_ramp_tokens=64 * 100)
+  tracemalloc.start()
+  next(pipeline.batches(data, train, 0, 10**12, len))
+  assert tracemalloc.get_traced_memory()[1] < 1 << 20
+  tracemalloc.stop()
 
 
 def test_two_batches_are_read_ahead_by_another_thread(config):

@@ -1,0 +1,67 @@
+"""The benchmarks as a user starts them, at a size that takes seconds: they end well and print what they promise."""
+
+import os
+import pathlib
+import random
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture
+def text(tmp_path):
+  """A folder of forty small text files."""
+  rng = random.Random(0)
+  (tmp_path / "text").mkdir()
+  for i in range(40):
+    words = " ".join(rng.choice(["def", "return", "x", "y", "+", "="]) for _ in range(200))
+    (tmp_path / "text" / f"{i}.txt").write_text(f"{i} {words}")
+  return tmp_path / "text"
+
+
+def benchmark(name, *arguments, code=0):
+  """(stdout, stderr) of `python -m benchmarks.<name>` on one device."""
+  env = dict(os.environ)
+  env["XLA_FLAGS"] = " ".join(flag for flag in env["XLA_FLAGS"].split() if "device_count" not in flag)
+  env.pop("NPROC", None)
+  done = subprocess.run(
+    [sys.executable, "-m", f"benchmarks.{name}", *arguments],
+    cwd=ROOT, env=env, capture_output=True, text=True, timeout=200,
+  )  # fmt: skip
+  assert done.returncode == code, done.stderr
+  return done.stdout, done.stderr
+
+
+def test_train_step():
+  sizes = ("model.embed=32", "model.layers=1", "model.mlp=48", "model.attention.head_dim=8", "data.seq=32")
+  out, _ = benchmark("train_step", "--steps=1", *(f"--config.{size}" for size in (*sizes, "train.global_batch=2")))
+  for words in (
+    "config            tiny on 1 x cpu", "wall a step", "CPU a step", "tokens/s", "model FLOP/s", "matmul roof", "compile  ",
+    "peak memory",
+  ):  # fmt: skip
+    assert words in out, words
+
+
+def test_input(text, tmp_path):
+  out, _ = benchmark("input", f"--source={text}", f"--cache={tmp_path}", "--seq=32", "--batch=4", "--steps=5")
+  first, second = out.splitlines()
+  assert first.startswith("windows of 32 tokens, batches of 4: ") and first.endswith(" million tokens per core-second")
+  assert second.startswith("5 steps, 0.0 million tokens: ")
+
+
+@pytest.mark.parametrize("argument", ["--steps=0", "--source=/no/such/folder"])
+def test_input_says_what_is_wrong_in_one_line(argument):
+  out, err = benchmark("input", argument, code=2)
+  assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_byte_models(text, tmp_path):
+  settings = (f"data.sources={text}", f"data.cache={tmp_path}", "data.seq=32", "data.heldout_fraction=0.3")
+  out, _ = benchmark("byte_models", *(f"--config.{setting}" for setting in settings))
+  counts, *models = out.splitlines()
+  assert "held-out bytes after" in counts
+  assert [line[:14].strip() for line in models] == ["gzip -9", "xz -9", "order-2 bytes", "order-3 bytes"]
+  assert all(0 < float(line.split()[-4]) < 8 and line.endswith("bits per byte") for line in models)
