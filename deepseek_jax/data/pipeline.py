@@ -67,18 +67,24 @@ class Data:
     return np.array([self.shuffled[i] for i in range(first_sample, first_sample + count)], np.int64)
 
 
-def open_data(config, vocab, seed):
-  """The Data for `config` (a DataConfig), packed first where the cache does not have it.
-
-  Args: `vocab` of the model; `seed` of the order. Raises ConfigError when ids do not fit `vocab`, DataError for whatever
-  is wrong with sources, tokenizer or packed files, and when a split has not one window.
-  """
+def load_tokenizer(config, vocab):
+  """The tokenizer of `config` (a DataConfig). Raises ConfigError when its ids do not fit a model of `vocab` rows."""
   text_tokenizer = tokenizer.load(config.tokenizer)
   if text_tokenizer.vocab > vocab:
     raise ConfigError(
       f"data.tokenizer={config.tokenizer} has ids up to {text_tokenizer.vocab - 1} but model.vocab={vocab}: "
       f"raise model.vocab to at least {text_tokenizer.vocab}"
     )
+  return text_tokenizer
+
+
+def open_data(config, vocab, seed):
+  """The Data for `config` (a DataConfig), packed first where the cache does not have it.
+
+  Args: `vocab` of the model; `seed` of the order. Raises ConfigError when ids do not fit `vocab`, DataError for whatever
+  is wrong with sources, tokenizer or packed files, and when a split has not one window.
+  """
+  text_tokenizer = load_tokenizer(config, vocab)
   found = [sources.find(name) for name in config.sources]
   fingerprints, indexes, splits = [], [], []
   for source in found:

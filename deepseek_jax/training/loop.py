@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from deepseek_jax.checkpoint.compatibility import check_compatible
 from deepseek_jax.checkpoint.manager import FORMAT_VERSION, Checkpointer
 from deepseek_jax.config import Config
-from deepseek_jax.data.pipeline import batches, open_data
+from deepseek_jax.data.pipeline import batches, load_tokenizer, open_data
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.mesh import check_x64, make_mesh, resolve_mesh
 from deepseek_jax.model.transformer import graphdef
@@ -68,6 +68,7 @@ def run(config: Config, workdir: str, evaluate, sample, accept_data_change=False
     UserError: the config, the data or a checkpoint cannot be used. Diverged: `train.max_skipped` updates in a row.
   """
   check_x64(config)
+  load_tokenizer(config.data, config.model.vocab)  # an unfit one is an error before any device is touched
   on_mesh = resolve_mesh(config, len(jax.devices()))
   mesh = make_mesh(on_mesh.mesh)
   print(f"run      {config.name} in {os.path.abspath(workdir)}")
