@@ -56,9 +56,10 @@ class Section:
     cls.path = path
 
   def __post_init__(self):
+    kinds = typing.get_type_hints(type(self))
     for f in dataclasses.fields(self):
       value, path = getattr(self, f.name), f"{self.path}.{f.name}".lstrip(".")
-      kind = typing.get_type_hints(type(self))[f.name]
+      kind = kinds[f.name]
       if dataclasses.is_dataclass(kind):
         if not isinstance(value, kind):
           raise ConfigError(f"{path} must be a {kind.__name__}, got {value!r}")

@@ -28,6 +28,7 @@ def main(argv) -> int:
 
   # Imported late: --help and flag errors need no jax.
   from deepseek_jax.checkpoint.manager import CheckpointReader
+  from deepseek_jax.data.tokenizer import load
 
   reader = CheckpointReader(values.workdir)
   step = reader.latest()
@@ -35,21 +36,24 @@ def main(argv) -> int:
     raise CheckpointError(
       f"no checkpoint in {values.workdir}; train one: python -m deepseek_jax.train --config=FILE --workdir={values.workdir}"
     )
-  config = from_dict(Config, reader.meta(step)["config"])
+  meta = reader.meta(step)
+  config = from_dict(Config, meta["config"])
+  tokenizer = load(config.data.tokenizer)
+  if tokenizer.fingerprint != meta["tokenizer_fingerprint"]:
+    raise DataError(f"data.tokenizer={config.data.tokenizer} is not the one of the checkpoint: put that one back")
   given = {name: values[name].value for name in vars(config.sample) if values[name].value is not None}
   if "prompt" in given:  # bytes of the command line that are no text
     given["prompt"] = given["prompt"].encode(errors="surrogateescape").decode(errors="replace")
   settings = dataclasses.replace(config.sample, **given)
   print(f"checkpoint of step {step} in {values.workdir}", file=sys.stderr)
-  print(settings.prompt + continuation(reader, step, config, settings, values.seed, values.devices))
+  print(settings.prompt + continuation(reader, step, config, tokenizer, settings, values.seed, values.devices))
   return 0
 
 
-def continuation(reader, step, config, settings, seed, devices) -> str:
+def continuation(reader, step, config, tokenizer, settings, seed, devices) -> str:
   """Text after `settings.prompt`, from the parameters of a checkpoint spread over `devices` devices."""
   import jax
 
-  from deepseek_jax.data.tokenizer import load
   from deepseek_jax.generate.decoding import continue_prompt
   from deepseek_jax.mesh import check_x64, make_mesh
   from deepseek_jax.model.transformer import graphdef, new_params
@@ -64,9 +68,6 @@ def continuation(reader, step, config, settings, seed, devices) -> str:
     shapes = jax.eval_shape(lambda: new_params(config.model, jax.random.key(0)))
     abstract = dict(zip(("params", "buffers"), concrete(shapes, mesh), strict=True))
     weights = reader.restore(step, abstract)
-    tokenizer = load(config.data.tokenizer)
-    if tokenizer.fingerprint != reader.meta(step)["tokenizer_fingerprint"]:
-      raise DataError(f"data.tokenizer={config.data.tokenizer} is not the one of the checkpoint: put that one back")
     return continue_prompt(
       graphdef(config.model), weights["params"], weights["buffers"], tokenizer, settings, config.data.seq, seed, mesh
     )

@@ -6,7 +6,7 @@ from flax import nnx
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.dropout import dropout
-from deepseek_jax.model.linear import Linear
+from deepseek_jax.model.linear import Linear, at_least_float32
 from deepseek_jax.model.rope import rotate
 
 
@@ -27,10 +27,9 @@ def attend(q, k, v, *, scale, segment_ids=None, dropout_rate=0.0, dropout_key=No
   if dropout_key is None and q.shape[-1] == v.shape[-1] and q.dtype != jnp.float64:
     return jax.nn.dot_product_attention(q, k, v, mask=same_segment, scale=scale, is_causal=True)
   q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])  # [batch, seq, kv_heads, group, key width]
-  wide = jnp.promote_types(q.dtype, jnp.float32)
-  logits = scale * jnp.einsum(
-    "bqhgk,bshk->bhgqs", q, k, preferred_element_type=wide
-  )  # [batch, kv_heads, group, seq, seq]
+  wide = at_least_float32(q.dtype)
+  # [batch, kv_heads, group, seq, seq]
+  logits = scale * jnp.einsum("bqhgk,bshk->bhgqs", q, k, preferred_element_type=wide)
   mask = jnp.tril(jnp.ones(logits.shape[-2:], bool))
   mask = mask if same_segment is None else mask & same_segment[:, :, None]
   weights = jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(logits.dtype).min))

@@ -10,9 +10,9 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.sharding import gathered, spec
 
 
-def at_least_float32(x):
-  """`x` in float32, or as it is when wider: a float64 run stays float64 throughout."""
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+def at_least_float32(dtype):
+  """float32, or `dtype` when it is wider: a float64 run stays float64 throughout."""
+  return jnp.promote_types(dtype, jnp.float32)
 
 
 def matmul_precision(config: ModelConfig):

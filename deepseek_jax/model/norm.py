@@ -16,7 +16,7 @@ class RMSNorm(nnx.Module):
     self.eps = config.norm_eps
 
   def __call__(self, x):
-    wide = at_least_float32(x)
+    wide = x.astype(at_least_float32(x.dtype))
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.eps)
     # Cast down before the product with the scale, as the released models do (specs, trap 9).
     return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)

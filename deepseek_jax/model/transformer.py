@@ -6,7 +6,7 @@ from flax import nnx
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.block import Block
-from deepseek_jax.model.linear import Linear, matmul_precision, normal_param
+from deepseek_jax.model.linear import Linear, at_least_float32, matmul_precision, normal_param
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.model.rope import rotation
 from deepseek_jax.sharding import gathered, gathered_for_loop, spec
@@ -46,8 +46,8 @@ class Transformer(nnx.Module):
     """
     config, dtype = self.config, jnp.dtype(self.config.compute_dtype)
     positions = jnp.arange(tokens.shape[1])[None] if positions is None else positions
-    wide = jnp.promote_types(dtype, jnp.float32)
-    angles = rotation(positions, config.attention.head_dim, config.attention.rope_theta, wide)
+    attention = config.attention
+    angles = rotation(positions, attention.head_dim, attention.rope_theta, at_least_float32(dtype))
     table = gathered(self.embed[...].astype(dtype), "vocab", "embed")
     with matmul_precision(config):
       x = table.at[tokens].get(out_sharding=spec("batch", "seq", None))  # [batch, seq, embed]
@@ -71,7 +71,7 @@ class Transformer(nnx.Module):
       with matmul_precision(self.config):
         return jnp.einsum(
           "bsd,dv->bsv", hidden, head.astype(hidden.dtype),
-          preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32),
+          preferred_element_type=at_least_float32(hidden.dtype),
           out_sharding=spec("batch", "seq", "vocab"),
         )  # fmt: skip
 

@@ -1,14 +1,14 @@
 """How much memory a training step needs on each device: derived from shapes, before any device exists."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import Config
+from deepseek_jax.mesh import abstract_mesh
 from deepseek_jax.plan.flops import abstract_params
-from deepseek_jax.sharding import size_per_device
+from deepseek_jax.sharding import batch_parts, size_per_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ def estimate_memory(config: Config) -> Memory:
   m, mesh = config.model, config.mesh
   per_device = sum(size_per_device(leaf) for leaf in jax.tree.leaves(abstract_params(m, mesh)))
   width, wide = jnp.dtype(m.compute_dtype).itemsize, max(4, jnp.dtype(m.compute_dtype).itemsize)
-  rows = -(-(config.train.microbatch or config.train.global_batch) // math.prod((mesh.data, mesh.fsdp, mesh.expert)))
+  rows = -(-(config.train.microbatch or config.train.global_batch) // batch_parts(abstract_mesh(mesh)))
   tokens, tensor = rows * config.data.seq, mesh.tensor
 
   stream = tokens * m.embed * width  # one residual stream

@@ -77,7 +77,7 @@ def run(config: Config, workdir: str, evaluate, sample, accept_data_change=False
   with jax.set_mesh(mesh), Checkpointer(workdir, config.checkpoint) as checkpointer:
     data = open_data(config.data, config.model.vocab, config.seed)
     this = Run(config, workdir, mesh, data, checkpointer, evaluate, sample)
-    this.restore(accept_data_change)
+    this.find_start(accept_data_change)
     return this.main()
 
 
@@ -100,15 +100,11 @@ class Run:
     self.flops_per_token = training_flops(config.model, config.data.seq).causal
     self.interval = collections.Counter()  # seconds and tokens since the last logged line
 
-  def restore(self, accept_data_change):
-    """State, step and samples from the newest checkpoint that verifies, or fresh."""
-    self.step = self.checkpointer.latest() or 0
-    self.saved_step = self.step
+  def find_start(self, accept_data_change):
+    """Step and samples of the newest checkpoint that verifies and that this run may continue, or 0."""
+    self.step = self.saved_step = self.checkpointer.latest() or 0
+    self.samples = 0
     if not self.step:
-      state = jax.jit(new_state, static_argnums=0)(self.config, jax.random.key(self.config.seed))
-      self.state = jax.block_until_ready(state)
-      self.samples = 0
-      print("start    no checkpoint here: from scratch")
       return
     meta = self.checkpointer.meta(self.step)
     changes = check_compatible(
@@ -116,9 +112,15 @@ class Run:
     )
     for path, old, new in changes:
       print(f"changed  {path}: {old!r} -> {new!r}")
-    self.state = self.checkpointer.restore(self.step, abstract_state(self.config, self.mesh))
     self.samples = meta["samples"]
-    print(f"resume   from the checkpoint of step {self.step} ({self.samples:,} sequences seen)")
+
+  def first_state(self):
+    """The state to start from: the checkpoint's, or a new one."""
+    if self.step:
+      print(f"resume   from the checkpoint of step {self.step} ({self.samples:,} sequences seen)")
+      return self.checkpointer.restore(self.step, abstract_state(self.config, self.mesh))
+    print("start    no checkpoint here: from scratch")
+    return jax.block_until_ready(jax.jit(new_state, static_argnums=0)(self.config, jax.random.key(self.config.seed)))
 
   def main(self) -> int:
     """Trains and ends the run, unless it has ended before. Returns the exit code."""
@@ -127,6 +129,7 @@ class Run:
     if self.step >= self.config.train.steps and finished:
       print(f"finished already: step {self.step} of {self.config.train.steps}; raise --config.train.steps to go on")
       return 0
+    self.state = self.first_state()
     self.open_files()
     try:
       return self.run_to_the_end()
