@@ -1,4 +1,4 @@
-"""Every setting and its default: frozen dataclasses, checked when they are made.
+"""Every setting of a run and its default: frozen dataclasses, checked when they are made (`model_config.py`: the model's).
 
 A config file (`configs/*.py`) names only what differs from these defaults; its ConfigDict becomes a `Config` once, and
 each module is handed only its own section. Nothing here touches a device.
@@ -8,58 +8,11 @@ import dataclasses
 import math
 
 from deepseek_jax.errors import ConfigError
+from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.schema import Section, field
 
 # Ids that a tokenizer may emit, known without installing it (specs: 100,015 and 128,815 used ids; byte: 256 + separator).
 TOKENIZER_SIZES = {"byte": 257, "deepseek-llm": 100_015, "deepseek-v3": 128_815}
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionConfig(Section, path="model.attention"):
-  heads: int = field(4, "query heads", at_least=1)
-  kv_heads: int = field(4, "key and value heads; fewer than heads is grouped-query attention", at_least=1)
-  head_dim: int = field(32, "width of one head", at_least=2)
-  rope_theta: float = field(10_000.0, "base of the rotary frequencies", above=0)
-  dropout: float = field(0.0, "dropout of attention probabilities", at_least=0, below=1)
-
-  def check(self):
-    if self.heads % self.kv_heads:
-      raise ConfigError(
-        f"model.attention.heads={self.heads} is not a multiple of model.attention.kv_heads={self.kv_heads}: "
-        "every key head serves the same number of query heads; change one of them"
-      )
-    if self.head_dim % 2:
-      raise ConfigError(
-        f"model.attention.head_dim={self.head_dim} is odd: rotary embeddings need pairs; use an even width"
-      )
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig(Section, path="model"):
-  vocab: int = field(272, "rows of the embedding and of the output head", at_least=2)
-  embed: int = field(128, "width of the residual stream", at_least=1)
-  layers: int = field(4, "transformer blocks", at_least=1)
-  mlp: int = field(384, "inner width of the SwiGLU", at_least=1)
-  norm_eps: float = field(1e-6, "epsilon of RMSNorm", above=0)
-  init_std: float = field(0.006, "standard deviation of every initial matrix (all DeepSeek papers: 0.006)", above=0)
-  dropout: float = field(0.0, "dropout of each block's two outputs into the residual stream", at_least=0, below=1)
-  param_dtype: str = field("float32", "dtype of the master parameters", choices=("float32", "float64"))
-  compute_dtype: str = field(
-    "bfloat16", "dtype of activations and matrix products; float32 means full float32 products on every chip",
-    choices=("bfloat16", "float32", "float64"),
-  )  # fmt: skip
-  remat: str = field(
-    "full", "what the backward pass recomputes: none, full (each block), dots (all but matrix products)",
-    choices=("none", "full", "dots"),
-  )  # fmt: skip
-  attention: AttentionConfig = AttentionConfig()
-
-  def check(self):
-    if (self.param_dtype == "float64") != (self.compute_dtype == "float64"):
-      raise ConfigError(
-        f"model.param_dtype={self.param_dtype} with model.compute_dtype={self.compute_dtype}: "
-        "float64 runs are float64 throughout; set both to float64 or neither"
-      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +145,37 @@ class TrainConfig(Section, path="train"):
 
 
 @dataclasses.dataclass(frozen=True)
+class BalanceConfig(Section, path="balance"):
+  expert_loss: float = field(
+    0.0,
+    "weight of the expert-level loss per sequence (MoE eq. 12, V2 eq. 23; V3's sequence-wise loss, eq. 17)",
+    at_least=0,
+  )
+  device_loss: float = field(0.0, "weight of the device-level loss (MoE eq. 15, V2 eq. 26)", at_least=0)
+  communication_loss: float = field(0.0, "weight of the communication-level loss (V2 eq. 29)", at_least=0)
+  device_groups: int = field(
+    0, "groups of experts that the last two see as devices; 0: model.moe.num_expert_groups", at_least=0
+  )
+  router_z_loss: float = field(0.0, "weight of the squared log of the router's normaliser", at_least=0)
+  bias_speed: float = field(0.0, "how far a step moves the bias of each expert (V3: 0.001)", at_least=0)
+  bias_tokens: int = field(0, "tokens after which the bias stays (V3: 14.3T); 0: never", at_least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class MTPConfig(Section, path="mtp"):
+  weights: tuple[float, ...] = field(
+    (0.3,), "weight of the multi-token prediction loss: at first, then after each of `tokens`", at_least=0
+  )
+  tokens: tuple[int, ...] = field((), "tokens after which the next weight holds (V3: 0.3 to 10T, then 0.1)", at_least=0)
+
+  def check(self):
+    if len(self.weights) != len(self.tokens) + 1 or list(self.tokens) != sorted(self.tokens):
+      raise ConfigError(
+        f"mtp.weights={self.weights} with mtp.tokens={self.tokens}: give one weight more than tokens, which must rise"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig(Section, path="checkpoint"):
   every: int = field(1000, "steps between checkpoints", at_least=1)
   keep: int = field(2, "newest checkpoints kept", at_least=1)
@@ -229,12 +213,15 @@ class Config(Section):
   seed: int = field(
     0, "seed of the initial parameters, of dropout and of the data order", at_least=0, at_most=2**32 - 1
   )
+  init_from: str = field("", "folder whose weights start a new run: a Hugging Face checkpoint, or a workdir of ours")
   model: ModelConfig = ModelConfig()
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   schedule: ScheduleConfig = ScheduleConfig()
   mesh: MeshConfig = MeshConfig()
   train: TrainConfig = TrainConfig()
+  balance: BalanceConfig = BalanceConfig()
+  mtp: MTPConfig = MTPConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   eval: EvalConfig = EvalConfig()
   log: LogConfig = LogConfig()
@@ -251,14 +238,35 @@ class Config(Section):
       raise ConfigError(
         f"data.tokenizer={self.data.tokenizer} has {tokens} ids but model.vocab={self.model.vocab}: raise model.vocab to at least {tokens}"
       )
-    tensor, attention = self.mesh.tensor, self.model.attention
+    self.check_balance()
+    self.check_mesh()
+
+  def check_balance(self):
+    """What balances experts fits the experts that there are."""
+    moe, balance = self.model.moe, self.balance
+    if balance.bias_speed and not moe.router_bias:
+      raise ConfigError(f"balance.bias_speed={balance.bias_speed} moves model.moe.router_bias: set that to true")
+    groups = balance.device_groups or moe.num_expert_groups
+    if (balance.device_loss or balance.communication_loss) and (moe.num_routed_experts % groups or groups < 2):
+      raise ConfigError(
+        f"balance.device_loss and communication_loss need at least 2 equal groups of the {moe.num_routed_experts} "
+        f"experts, got {groups}: set balance.device_groups or model.moe.num_expert_groups"
+      )
+
+  def check_mesh(self):
+    """Every sharded dimension divides over its mesh axes."""
+    tensor, attention, moe = self.mesh.tensor, self.model.attention, self.model.moe
+    replicated = attention.kind == "mla" or attention.kv_heads == 1
     for path, size in (
       ("model.attention.heads", attention.heads),
-      ("model.attention.kv_heads", attention.kv_heads if attention.kv_heads > 1 else tensor),
+      ("model.attention.kv_heads", tensor if replicated else attention.kv_heads),
       ("model.mlp", self.model.mlp),
+      ("model.moe.mlp", moe.mlp if moe.num_routed_experts else tensor),
       ("model.vocab", self.model.vocab),
     ):
       check_divides(path, size, "mesh.tensor", tensor)
+    if moe.num_routed_experts:
+      check_divides("model.moe.num_routed_experts", moe.num_routed_experts, "mesh.expert", self.mesh.expert)
     check_divides("model.embed", self.model.embed, "mesh.fsdp", self.mesh.fsdp)
     batch_axes = (self.mesh.data, self.mesh.fsdp, self.mesh.expert)
     check_divides(

@@ -12,6 +12,7 @@ PACKAGE = "deepseek_jax"
 LAYERS = (
   {"errors"},
   {"schema"},
+  {"model_config"},
   {"config"},
   {"mesh", "sharding", "data", "flags"},
   {"kernels"},
@@ -20,11 +21,11 @@ LAYERS = (
   {"checkpoint"},
   {"training", "evaluate", "generate"},
   {"scaling"},
-  {"train"},
+  {"train", "api"},
 )
 # Imports between neighbours, and where less is allowed than what lies below.
 BESIDE = {"sharding": {"mesh"}}
-ONLY = {"errors": set(), "kernels": {"kernels"}, "data": {"data", "config", "errors"}}
+ONLY = {"errors": set(), "kernels": {"kernels"}, "data": {"data", "config", "errors"}, "__init__": {"api"}}
 
 MESH_FILES = {"config.py", "mesh.py", "sharding.py"}
 PARTITION_SPECS = ("jax.P", "jax.sharding.PartitionSpec", "jax.interpreters.pxla.PartitionSpec")

@@ -5,9 +5,10 @@ import pathlib
 
 import pytest
 
-from deepseek_jax.config import AttentionConfig, Config
+from deepseek_jax.config import Config
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import load_config
+from deepseek_jax.model_config import AttentionConfig
 from deepseek_jax.schema import flatten, from_dict, leaf_paths
 
 CONFIGS = sorted(pathlib.Path("configs").glob("*.py"))

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.dropout import dropout
 from deepseek_jax.model.linear import Linear, at_least_float32
 from deepseek_jax.model.rope import rotate
+from deepseek_jax.model_config import ModelConfig
 
 
 def attend(q, k, v, *, scale, segment_ids=None, dropout_rate=0.0, dropout_key=None):

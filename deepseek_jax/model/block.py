@@ -3,11 +3,11 @@
 import jax
 from flax import nnx
 
-from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.attention import Attention
 from deepseek_jax.model.dropout import dropout
 from deepseek_jax.model.mlp import SwiGLU
 from deepseek_jax.model.norm import RMSNorm
+from deepseek_jax.model_config import ModelConfig
 
 
 class Block(nnx.Module):

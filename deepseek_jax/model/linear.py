@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.sharding import gathered, spec
 
 

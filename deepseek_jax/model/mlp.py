@@ -3,8 +3,8 @@
 import jax
 from flax import nnx
 
-from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.linear import Linear
+from deepseek_jax.model_config import ModelConfig
 
 
 class SwiGLU(nnx.Module):

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.linear import at_least_float32
+from deepseek_jax.model_config import ModelConfig
 
 
 class RMSNorm(nnx.Module):

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.block import Block
 from deepseek_jax.model.linear import Linear, at_least_float32, matmul_precision, normal_param
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.model.rope import rotation
+from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.sharding import gathered, gathered_for_loop, spec
 
 

@@ -5,9 +5,10 @@ import math
 
 import jax
 
-from deepseek_jax.config import MeshConfig, ModelConfig
+from deepseek_jax.config import MeshConfig
 from deepseek_jax.mesh import abstract_mesh
 from deepseek_jax.model.transformer import new_params
+from deepseek_jax.model_config import ModelConfig
 
 
 def abstract_params(config: ModelConfig, mesh: MeshConfig):

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deepseek_jax.config import AttentionConfig, MeshConfig, ModelConfig, SampleConfig
+from deepseek_jax.config import MeshConfig, SampleConfig
 from deepseek_jax.data import tokenizer
 from deepseek_jax.generate.decoding import continue_prompt
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import graphdef, new_params
+from deepseek_jax.model_config import AttentionConfig, ModelConfig
 
 MODEL = ModelConfig(
   vocab=260, embed=32, layers=2, mlp=48, init_std=0.3, compute_dtype="float32",

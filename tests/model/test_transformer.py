@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deepseek_jax.config import AttentionConfig, MeshConfig, ModelConfig
+from deepseek_jax.config import MeshConfig
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.attention import attend
 from deepseek_jax.model.transformer import graphdef, new_params
+from deepseek_jax.model_config import AttentionConfig, ModelConfig
 from deepseek_jax.training.loss import cross_entropy
 
 TINY = ModelConfig(

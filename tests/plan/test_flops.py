@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deepseek_jax.config import AttentionConfig, Config, MeshConfig, ModelConfig, TrainConfig
+from deepseek_jax.config import Config, MeshConfig, TrainConfig
 from deepseek_jax.flags import load_config
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import graphdef, new_params
+from deepseek_jax.model_config import AttentionConfig, ModelConfig
 from deepseek_jax.plan.flops import count_parameters, peak_flops, training_flops
 from deepseek_jax.plan.memory import estimate_memory
 from deepseek_jax.plan.summary import planned_tokens

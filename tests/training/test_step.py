@@ -10,17 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from deepseek_jax.config import (
-  AttentionConfig,
-  Config,
-  DataConfig,
-  MeshConfig,
-  ModelConfig,
-  OptimizerConfig,
-  TrainConfig,
-)
+from deepseek_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import graphdef
+from deepseek_jax.model_config import AttentionConfig, ModelConfig
 from deepseek_jax.sharding import spec
 from deepseek_jax.training.state import abstract_state, new_state, state_sha256
 from deepseek_jax.training.step import document_positions, make_train_step

@@ -1,0 +1,156 @@
+"""Every setting of a model and its default: what fixes the shapes of its parameters and the function that they make."""
+
+import dataclasses
+
+from deepseek_jax.errors import ConfigError
+from deepseek_jax.schema import Section, field
+
+
+@dataclasses.dataclass(frozen=True)
+class YarnConfig(Section, path="model.attention.yarn"):
+  factor: float = field(1.0, "how many times the context was extended; 1: off, as in 4K pre-training", at_least=1)
+  original_seq: int = field(4096, "context before the extension", at_least=1)
+  beta_fast: float = field(32.0, "turns over original_seq above which a frequency stays", above=0)
+  beta_slow: float = field(1.0, "turns below which a frequency is divided by factor", above=0)
+  mscale: float = field(1.0, "weight of 0.1 ln(factor) in the scale of cos and sin; 0: unset", at_least=0)
+  mscale_all_dim: float = field(
+    1.0, "the same, to be divided by; MLA's softmax scale grows with its square. 0: unset", at_least=0
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig(Section, path="model.attention"):
+  kind: str = field("gqa", "gqa (also MHA and MQA) or mla (multi-head latent attention)", choices=("gqa", "mla"))
+  heads: int = field(4, "query heads", at_least=1)
+  kv_heads: int = field(4, "gqa: key and value heads; as many as heads is multi-head attention", at_least=1)
+  head_dim: int = field(32, "gqa: width of one head", at_least=2)
+  q_lora_rank: int = field(0, "mla: width of the query latent; 0: queries straight from the stream", at_least=0)
+  kv_lora_rank: int = field(0, "mla: width of the key and value latent, which is what the cache holds", at_least=0)
+  qk_nope_head_dim: int = field(0, "mla: part of a query or key head without position", at_least=0)
+  qk_rope_head_dim: int = field(0, "mla: part with rotary position, whose key all heads share", at_least=0)
+  v_head_dim: int = field(0, "mla: width of a value head", at_least=0)
+  latent_norm_eps: float = field(
+    1e-6, "mla: epsilon of the norms of both latents; every release hard-wires 1e-6", above=0
+  )
+  rope_theta: float = field(10_000.0, "base of the rotary frequencies", above=0)
+  dropout: float = field(0.0, "dropout of attention probabilities", at_least=0, below=1)
+  yarn: YarnConfig = YarnConfig()
+
+  def check(self):
+    if self.kind == "mla":
+      for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+        if not getattr(self, name):
+          raise ConfigError(f"model.attention.kind=mla needs model.attention.{name}: set it above 0")
+    elif self.heads % self.kv_heads:
+      raise ConfigError(
+        f"model.attention.heads={self.heads} is not a multiple of model.attention.kv_heads={self.kv_heads}: "
+        "every key head serves the same number of query heads; change one of them"
+      )
+    name = "qk_rope_head_dim" if self.kind == "mla" else "head_dim"
+    if getattr(self, name) % 2:
+      raise ConfigError(
+        f"model.attention.{name}={getattr(self, name)} is odd: rotary embeddings need pairs; use an even width"
+      )
+
+  @property
+  def rope_dim(self):
+    """Width that is rotated."""
+    return self.qk_rope_head_dim if self.kind == "mla" else self.head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig(Section, path="model.moe"):
+  num_routed_experts: int = field(0, "experts to choose from in each MoE layer; 0: a dense model", at_least=0)
+  num_shared_experts: int = field(0, "experts that every token passes, fused into one SwiGLU", at_least=0)
+  num_experts_per_token: int = field(0, "routed experts a token passes", at_least=0)
+  mlp: int = field(0, "inner width of one expert", at_least=0)
+  score: str = field(
+    "softmax", "affinity from the router's logits: softmax (MoE, V2) or sigmoid (V3)", choices=("softmax", "sigmoid")
+  )
+  num_expert_groups: int = field(1, "groups of experts (one a device in V2, a node in V3)", at_least=1)
+  topk_groups: int = field(1, "groups a token may choose its experts from", at_least=1)
+  group_score: str = field(
+    "max", "score of a group: its best expert (V2), or the sum of its best two (V3)", choices=("max", "top2_sum")
+  )
+  router_bias: bool = field(
+    False, "a bias per expert, added for the selection only and moved by load (V3 eq. 16); see balance.bias_speed"
+  )
+  norm_topk_prob: bool = field(False, "divide a token's chosen weights by their sum (V3)")
+  route_scale: float = field(1.0, "factor of the weights", above=0)
+  dispatch: str = field(
+    "ragged", "how tokens meet experts: ragged (sorted, dropless), dense (all on all: the reference), capacity (V2's drops)",
+    choices=("ragged", "dense", "capacity"),
+  )  # fmt: skip
+  capacity_factor: float = field(
+    1.0, "capacity: what a group of experts takes in training, as a multiple of its even share", above=0
+  )
+  capacity_exempt: float = field(
+    0.1, "capacity: share of sequences of which nothing is dropped (V2: about 10%)", at_least=0, at_most=1
+  )
+
+  def check(self):
+    experts, groups = self.num_routed_experts, self.num_expert_groups
+    if not experts:
+      return
+    for name in ("num_experts_per_token", "mlp"):
+      if not getattr(self, name):
+        raise ConfigError(f"model.moe.num_routed_experts={experts} needs model.moe.{name}: set it above 0")
+    if experts % groups or (groups > 1 and self.group_score == "top2_sum" and experts // groups < 2):
+      raise ConfigError(
+        f"model.moe.num_routed_experts={experts} does not fit model.moe.num_expert_groups={groups} with "
+        f"group_score={self.group_score}: groups are equal, and top2_sum needs two experts in each"
+      )
+    if self.topk_groups > groups:
+      raise ConfigError(f"model.moe.topk_groups={self.topk_groups} is above model.moe.num_expert_groups={groups}")
+    reachable = experts // groups * self.topk_groups
+    if self.num_experts_per_token > reachable:
+      raise ConfigError(
+        f"model.moe.num_experts_per_token={self.num_experts_per_token}, but {self.topk_groups} of {groups} groups hold "
+        f"{reachable} experts: choose fewer experts, or more groups"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Section, path="model"):
+  vocab: int = field(272, "rows of the embedding and of the output head", at_least=2)
+  embed: int = field(128, "width of the residual stream", at_least=1)
+  layers: int = field(4, "transformer blocks, without those of multi-token prediction", at_least=1)
+  first_dense_layers: int = field(0, "of an MoE model: first layers that have a dense SwiGLU", at_least=0)
+  num_mtp_layers: int = field(0, "depth of multi-token prediction (V3 section 2.2); 0: none", at_least=0)
+  mlp: int = field(384, "inner width of the SwiGLU of dense layers", at_least=1)
+  norm_eps: float = field(1e-6, "epsilon of RMSNorm", above=0)
+  init_std: float = field(0.006, "standard deviation of every initial matrix (all DeepSeek papers: 0.006)", above=0)
+  tied_embeddings: bool = field(False, "the output head is the embedding; no DeepSeek model does this")
+  dropout: float = field(0.0, "dropout of each block's two outputs into the residual stream", at_least=0, below=1)
+  param_dtype: str = field("float32", "dtype of the master parameters", choices=("float32", "float64"))
+  compute_dtype: str = field(
+    "bfloat16", "dtype of activations and matrix products; float32 means full float32 products on every chip",
+    choices=("bfloat16", "float32", "float64"),
+  )  # fmt: skip
+  remat: str = field(
+    "full", "what the backward pass recomputes: none, full (each block), dots (all but matrix products)",
+    choices=("none", "full", "dots"),
+  )  # fmt: skip
+  attention: AttentionConfig = AttentionConfig()
+  moe: MoEConfig = MoEConfig()
+
+  def check(self):
+    if (self.param_dtype == "float64") != (self.compute_dtype == "float64"):
+      raise ConfigError(
+        f"model.param_dtype={self.param_dtype} with model.compute_dtype={self.compute_dtype}: "
+        "float64 runs are float64 throughout; set both to float64 or neither"
+      )
+    if self.first_dense_layers and (not self.moe.num_routed_experts or self.first_dense_layers > self.layers):
+      raise ConfigError(
+        f"model.first_dense_layers={self.first_dense_layers} with model.layers={self.layers} and "
+        f"model.moe.num_routed_experts={self.moe.num_routed_experts}: it counts the dense layers before the MoE layers; "
+        "set it to 0 in a dense model, and to at most model.layers"
+      )
+
+  @property
+  def num_dense_layers(self):
+    return self.first_dense_layers if self.moe.num_routed_experts else self.layers
+
+  @property
+  def num_moe_layers(self):
+    return self.layers - self.num_dense_layers
