@@ -28,6 +28,7 @@ def main(argv) -> int:
   from deepseek_jax.model.transformer import graphdef
   from deepseek_jax.plan.flops import training_flops
   from deepseek_jax.sharding import spec
+  from deepseek_jax.training.schedule import rates
   from deepseek_jax.training.state import new_state
   from deepseek_jax.training.step import make_train_step
 
@@ -44,7 +45,7 @@ def main(argv) -> int:
     batch = jax.device_put(tokens, NamedSharding(mesh, spec(None, "batch", "seq")))
     step = make_train_step(config, graphdef(config.model), bos=0)
     step = jax.jit(step, donate_argnames="state", static_argnames="microbatches")
-    rate = np.asarray(1e-4, config.model.param_dtype)
+    rate = {name: np.asarray(value, config.model.param_dtype) for name, value in rates(config, 0, 0, 1).items()}
     started = time.perf_counter()
     compiled = step.lower(state, batch, shape[0], rate).compile()
     compile_seconds = time.perf_counter() - started

@@ -6,7 +6,7 @@ import jax
 from jax.sharding import NamedSharding
 
 # Activations: batch seq heads kv_heads head_dim mlp vocab. Parameters: the same, and `embed`, which fsdp shards.
-# The embed dimension of an activation is written None.
+# The embed dimension of an activation is written None, and so are a latent and the experts.
 RULES = {
   "batch": ("data", "fsdp", "expert"),
   "seq": None,
@@ -16,6 +16,8 @@ RULES = {
   "kv_heads": "tensor",
   "head_dim": None,
   "mlp": "tensor",
+  "latent": "fsdp",
+  "experts": "expert",
 }
 
 
@@ -50,6 +52,20 @@ def gathered_for_loop(parameter, *axes):
   layout = gathered(parameter, *axes)
   shards = [name for name in RULES["batch"] if jax.sharding.get_abstract_mesh().shape.get(name, 1) > 1]
   return jax.reshard(layout, jax.P(*jax.typeof(layout).sharding.spec, reduced=set(shards)))
+
+
+def on_each_device(function, in_axes, out_axes):
+  """`function` applied to what each device holds of arguments laid out by the logical axes `in_axes`.
+
+  A parameter that a device shares with others comes out with the sum of their gradients.
+  """
+  return jax.shard_map(function, in_specs=tuple(spec(*axes) for axes in in_axes), out_specs=spec(*out_axes))
+
+
+def summed(x, axis):
+  """Inside `on_each_device`: the sum of `x` over the devices that share the logical `axis`."""
+  names = tuple(name for name in spec(axis) if name)
+  return jax.lax.psum(x, names) if names else x
 
 
 def batch_parts(mesh) -> int:

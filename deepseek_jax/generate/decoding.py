@@ -1,4 +1,4 @@
-"""Continuing a prompt, one token at a time."""
+"""Continuing a prompt: the prompt in one pass, then one token at a time with a cache."""
 
 import functools
 
@@ -13,33 +13,40 @@ from deepseek_jax.generate.sampling import next_token
 from deepseek_jax.sharding import batch_parts, spec
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "window", "vocab", "eos", "config"))
-def decode(graphdef, params, buffers, tokens, seen, position, key, *, window, vocab, eos, config: SampleConfig):
-  """Fills `tokens` [batch, length] int32 from `position` on; returns it and the position that was reached.
+@functools.partial(jax.jit, static_argnames=("graphdef", "vocab", "eos", "config"))
+def decode(graphdef, params, buffers, tokens, seen, position, stop, key, *, vocab, eos, config: SampleConfig):
+  """Fills `tokens` [batch, window] int32 from `position` up to `stop`, at most window.
 
-  Each token is a forward pass over the `window` positions before it. `seen` [batch, vocab] marks ids already in the
-  text; ids from `vocab` on never come. Ends when every row's newest token is `eos`, or when the rows are full.
+  One forward pass over the window makes the cache (what it holds past `position` is overwritten before it is seen); each
+  token is then one step of `Transformer.decode`. `seen` [batch, vocab] marks ids already in the text; ids from `vocab` on
+  never come. Ends early when every row's newest token is `eos`.
+
+  Returns:
+    (tokens, seen, the position that was reached, whether every row has ended).
   """
-  model, length = nnx.merge(graphdef, params, buffers), tokens.shape[1]
+  model = nnx.merge(graphdef, params, buffers)
+  tokens = jax.reshard(tokens, spec("batch", "seq"))
 
   def unfinished(carry):
-    position, _, _, done = carry
-    return (position < length) & ~done
+    position, _, _, _, _, done = carry
+    return (position < stop) & ~done
 
   def step(carry):
-    position, tokens, seen, _ = carry
-    start = jnp.maximum(position - window, 0)
-    inputs = jax.lax.dynamic_slice_in_dim(tokens, start, window, 1)  # [batch, window]
-    hidden = model(jax.reshard(inputs, spec("batch", "seq")))  # [batch, window, embed]
-    last = jax.lax.dynamic_slice_in_dim(hidden, position - 1 - start, 1, 1)
+    position, tokens, seen, last, cache, _ = carry
     logits = jax.reshard(model.logits(last)[:, 0], spec(None, None))  # [batch, vocab]
     ids = jnp.arange(logits.shape[1])
     token = next_token(jnp.where(ids < vocab, logits, -jnp.inf), seen, jax.random.fold_in(key, position), config)
-    tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], position, 1)
-    return position + 1, tokens, seen | (ids == token[:, None]), jnp.all(token == eos)
+    done, seen = jnp.all(token == eos), seen | (ids == token[:, None])
+    token = jax.reshard(token[:, None], spec("batch", "seq"))
+    tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token, position, 1)
+    last, cache = model.decode(token, cache, position)  # last [batch, 1, embed]
+    return position + 1, tokens, seen, last, cache, done
 
-  position, tokens, _, _ = jax.lax.while_loop(unfinished, step, (position, tokens, seen, jnp.array(False)))
-  return tokens, position
+  hidden, cache = model.prefill(tokens)  # [batch, window, embed]
+  last = jax.lax.dynamic_slice_in_dim(hidden, position - 1, 1, 1)
+  carry = (position, tokens, seen, last, cache, jnp.array(False))
+  position, tokens, seen, _, _, done = jax.lax.while_loop(unfinished, step, carry)
+  return jax.reshard(tokens, spec(None, None)), seen, position, done
 
 
 def continue_prompt(graphdef, params, buffers, tokenizer, config: SampleConfig, seq, seed, mesh) -> str:
@@ -49,21 +56,27 @@ def continue_prompt(graphdef, params, buffers, tokenizer, config: SampleConfig, 
 
   Args:
     graphdef, params, buffers: the model. tokenizer: of the training data.
-    seq: positions that the model was trained on; older ones are forgotten. seed: of the sampling. mesh: the one set.
+    seq: positions that the model was trained on. When they are full the older half of the text is forgotten.
+    seed: of the sampling. mesh: the one set.
   """
   ids = [tokenizer.bos, *tokenizer.encode(config.prompt)]
+  prompt, end = len(ids), len(ids) + config.max_tokens
   rows = batch_parts(mesh)  # the same prompt on each shard of the batch: a batch of one divides over no mesh
-  tokens = np.zeros((rows, len(ids) + config.max_tokens), np.int32)
-  tokens[:, : len(ids)] = ids
+  window = min(seq, end)
   seen = np.zeros((rows, params["embed"].shape[0]), bool)
   seen[:, ids] = True
   replicated = NamedSharding(mesh, spec(None, None))
-  tokens, position = decode(
-    graphdef, params, buffers, jax.device_put(tokens, replicated), jax.device_put(seen, replicated),
-    len(ids), jax.random.key(seed),
-    window=min(seq, tokens.shape[1]), vocab=tokenizer.vocab, eos=tokenizer.eos, config=config,
-  )  # fmt: skip
-  new = np.asarray(tokens)[0, len(ids) : int(position)]
-  text = tokenizer.decode(new[new != tokenizer.eos].tolist())
+  seen, done = jax.device_put(seen, replicated), False
+  while len(ids) < end and not done:
+    context = ids if len(ids) < window else ids[-max(window // 2, 1) :]
+    tokens = np.zeros((rows, window), np.int32)
+    tokens[:, : len(context)] = context
+    stop = min(window, len(context) + end - len(ids))
+    tokens, seen, position, done = decode(
+      graphdef, params, buffers, jax.device_put(tokens, replicated), seen, len(context), stop,
+      jax.random.fold_in(jax.random.key(seed), len(ids)), vocab=tokenizer.vocab, eos=tokenizer.eos, config=config,
+    )  # fmt: skip
+    ids += np.asarray(tokens)[0, len(context) : int(position)].tolist()
+  text = tokenizer.decode([token for token in ids[prompt:] if token != tokenizer.eos])
   # What a young model writes could be a terminal's control sequences.
   return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

@@ -26,16 +26,31 @@ def attend(q, k, v, *, scale, segment_ids=None, dropout_rate=0.0, dropout_key=No
   # The library's kernel has no dropout, wants equal widths, and keeps its softmax in float32 in a float64 run.
   if dropout_key is None and q.shape[-1] == v.shape[-1] and q.dtype != jnp.float64:
     return jax.nn.dot_product_attention(q, k, v, mask=same_segment, scale=scale, is_causal=True)
-  q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])  # [batch, seq, kv_heads, group, key width]
-  wide = at_least_float32(q.dtype)
-  # [batch, kv_heads, group, seq, seq]
-  logits = scale * jnp.einsum("bqhgk,bshk->bhgqs", q, k, preferred_element_type=wide)
-  mask = jnp.tril(jnp.ones(logits.shape[-2:], bool))
-  mask = mask if same_segment is None else mask & same_segment[:, :, None]
+  mask = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool))
+  mask = mask if same_segment is None else mask & same_segment  # [seq, seq] or [batch, 1, seq, seq]
+  return attend_where(mask, q, k, v, scale=scale, dropout_rate=dropout_rate, dropout_key=dropout_key)
+
+
+def attend_where(mask, q, k, v, *, scale, dropout_rate=0.0, dropout_key=None):
+  """As `attend`, of queries and keys of any number: `mask` [queries, keys] or [batch, 1, queries, keys], True where seen."""
+  q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])  # [batch, queries, kv_heads, group, key width]
+  # [batch, kv_heads, group, queries, keys]
+  logits = scale * jnp.einsum("bqhgk,bshk->bhgqs", q, k, preferred_element_type=at_least_float32(q.dtype))
+  mask = mask if mask.ndim == 2 else mask[:, :, None]
   weights = jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(logits.dtype).min))
   weights = dropout(weights.astype(v.dtype), dropout_rate, dropout_key)
   y = jnp.einsum("bhgqs,bshv->bqhgv", weights, v)
-  return y.reshape(*y.shape[:2], -1, y.shape[-1])  # [batch, seq, heads, value width]
+  return y.reshape(*y.shape[:2], -1, y.shape[-1])  # [batch, queries, heads, value width]
+
+
+def attend_cached(q, k, v, position, *, scale):
+  """Attention of a new token, `q` [batch, 1, heads, key width], to positions 0 .. `position` of what a cache holds."""
+  return attend_where((jnp.arange(k.shape[1]) <= position)[None], q, k, v, scale=scale)
+
+
+def written(cache, new, position):
+  """Each array of `cache` [batch, length, ...] with its part of `new` [batch, 1, ...] at `position`."""
+  return jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, position, 1), cache, new)
 
 
 class Attention(nnx.Module):
@@ -51,11 +66,16 @@ class Attention(nnx.Module):
     self.o = Linear((a.heads, a.head_dim, config.embed), ("heads", "head_dim", "embed"), config, rngs)
     self.config = a
 
-  def __call__(self, x, rotation, segment_ids=None, key=None):
+  def heads(self, x, rotation):
+    """Queries [batch, seq, heads, head_dim]; keys and values [batch, seq, kv_heads, head_dim]."""
     q = self.q("bsd,dhk->bshk", x, ("batch", "seq", "heads", "head_dim"))
     k = self.k("bsd,dhk->bshk", x, ("batch", "seq", *self.kv_axes))
     v = self.v("bsd,dhk->bshk", x, ("batch", "seq", *self.kv_axes))
-    q, k = rotate(q, *rotation), rotate(k, *rotation)
+    return rotate(q, *rotation).astype(x.dtype), rotate(k, *rotation).astype(x.dtype), v
+
+  def __call__(self, x, rotation, segment_ids=None, key=None):
+    """([batch, seq, embed], what a cache keeps: keys and values)."""
+    q, k, v = self.heads(x, rotation)
     y = attend(
       q, k, v,
       scale=self.config.head_dim**-0.5,
@@ -63,4 +83,11 @@ class Attention(nnx.Module):
       dropout_rate=self.config.dropout,
       dropout_key=key if self.config.dropout else None,
     )  # fmt: skip
-    return self.o("bshk,hkd->bsd", y, ("batch", "seq", None))
+    return self.o("bshk,hkd->bsd", y, ("batch", "seq", None)), (k, v)
+
+  def decode(self, x, rotation, cache, position):
+    """As `__call__` for the token at `position`, `x` [batch, 1, embed], with the keys and values of those before it."""
+    q, *new = self.heads(x, rotation)
+    k, v = written(cache, tuple(new), position)
+    y = attend_cached(q, k, v, position, scale=self.config.head_dim**-0.5)
+    return self.o("bshk,hkd->bsd", y, ("batch", "seq", None)), (k, v)

@@ -1,4 +1,4 @@
-"""SwiGLU (Shazeer 2020): the dense feed-forward of every DeepSeek model."""
+"""SwiGLU (Shazeer 2020): the feed-forward of dense layers, and of the shared experts."""
 
 import jax
 from flax import nnx
@@ -8,10 +8,10 @@ from deepseek_jax.model_config import ModelConfig
 
 
 class SwiGLU(nnx.Module):
-  """down(silu(gate(x)) * up(x))."""
+  """down(silu(gate(x)) * up(x)), of inner width `mlp`."""
 
-  def __init__(self, config: ModelConfig, rngs):
-    shape = (config.embed, config.mlp)
+  def __init__(self, mlp, config: ModelConfig, rngs):
+    shape = (config.embed, mlp)
     self.gate = Linear(shape, ("embed", "mlp"), config, rngs)
     self.up = Linear(shape, ("embed", "mlp"), config, rngs)
     self.down = Linear(shape[::-1], ("mlp", "embed"), config, rngs)

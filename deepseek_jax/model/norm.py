@@ -11,9 +11,9 @@ from deepseek_jax.model_config import ModelConfig
 class RMSNorm(nnx.Module):
   """x / rms(x) * scale over the last dimension; statistics in at least float32."""
 
-  def __init__(self, width, config: ModelConfig):
+  def __init__(self, width, config: ModelConfig, eps=None):
     self.scale = nnx.Param(jnp.ones((width,), jnp.dtype(config.param_dtype)))
-    self.eps = config.norm_eps
+    self.eps = config.norm_eps if eps is None else eps
 
   def __call__(self, x):
     wide = x.astype(at_least_float32(x.dtype))

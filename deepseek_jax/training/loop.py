@@ -25,8 +25,9 @@ from deepseek_jax.plan.flops import peak_flops, training_flops
 from deepseek_jax.plan.summary import resolved, summary
 from deepseek_jax.sharding import spec
 from deepseek_jax.training import metrics, report
+from deepseek_jax.training.balance import load_metrics
 from deepseek_jax.training.progress import StepProgress
-from deepseek_jax.training.schedule import learning_rate
+from deepseek_jax.training.schedule import rates
 from deepseek_jax.training.signals import stop_requests
 from deepseek_jax.training.state import abstract_state, new_state, state_sha256
 from deepseek_jax.training.step import make_row_losses, make_train_step
@@ -98,6 +99,12 @@ class Run:
     row_losses = make_row_losses(config, self.graphdef, data.tokenizer.bos)
     self.row_nats = jax.jit(lambda params, buffers, tokens: row_losses(params, buffers, tokens)[0])
     self.flops_per_token = training_flops(config.model, config.data.seq).causal
+    shown = {
+      "learning_rate": True,
+      "mtp_weight": config.model.num_mtp_layers,
+      "bias_speed": config.model.moe.router_bias,
+    }
+    self.logged_rates = {name for name, wanted in shown.items() if wanted}
     self.interval = collections.Counter()  # seconds and tokens since the last logged line
 
   def find_start(self, accept_data_change):
@@ -204,25 +211,25 @@ class Run:
         self.record(*pending)
 
   def update(self, batch):
-    """Dispatches one update; returns its metrics with the learning rate among them."""
-    seq = self.config.data.seq
-    rate = learning_rate(self.config.schedule, self.step, self.samples * seq, batch.target_tokens)
-    dtype = self.config.model.param_dtype
+    """Dispatches one update; returns its metrics with its rates among them."""
+    now = rates(self.config, self.step, self.samples * self.config.data.seq, batch.target_tokens)
+    arrays = {name: np.asarray(rate, self.config.model.param_dtype) for name, rate in now.items()}
     started = time.monotonic()
-    self.state, values = self.train_step(self.state, batch.tokens, batch.microbatches, np.asarray(rate, dtype))
+    self.state, values = self.train_step(self.state, batch.tokens, batch.microbatches, arrays)
     if not self.compiled:
       self.compiled = True
       self.progress.say(f"compiled in {time.monotonic() - started:.1f} s")
       self.interval.clear()  # compilation is no part of the throughput
       self.marked = time.monotonic()
     self.step += 1
-    return {**values, "learning_rate": rate}
+    return {**values, **{name: rate for name, rate in now.items() if name in self.logged_rates}}
 
   def record(self, step, samples, batch, values):
     """Reads the metrics of a step, shows them, and logs them when due."""
     values = jax.device_get(values)
-    skipped = values.pop("skipped")
+    skipped, loads, ahead = values.pop("skipped"), values.pop("load"), values.pop("mtp_loss", ())
     values = {name: float(value) for name, value in values.items()}
+    values |= {f"mtp_loss_{depth}": float(loss) for depth, loss in enumerate(ahead, 1)}
     self.interval["tokens"] += batch.target_tokens
     if skipped["in_a_row"]:
       self.progress.say(f"step {step}: gradients are not finite, update skipped ({skipped['in_a_row']} in a row)")
@@ -247,7 +254,8 @@ class Run:
       values["mfu"] = values["model_flops_per_second"] / (peak * self.mesh.size)
     if memory := device.memory_stats():
       values["memory_bytes"] = memory["peak_bytes_in_use"]
-    self.writer.write(step, values)
+    scalars, shares = load_metrics(self.config.model, loads)
+    self.writer.write(step, values | scalars, histograms=shares)
     self.interval.clear()
     self.marked = time.monotonic()
 

@@ -32,10 +32,16 @@ class MetricsWriter:
     self._metrics, self._events = open(metrics, "ab"), open(events, "ab")
     self._tensorboard = _summary_writer(os.path.join(workdir, "tensorboard"), resume_step) if tensorboard else None
 
-  def write(self, step, values):
-    """One line of metrics at `step` completed updates; `values` maps names to Python, NumPy or JAX scalars."""
+  def write(self, step, values, histograms=None):
+    """One line of metrics at `step` completed updates; `values` maps names to Python, NumPy or JAX scalars.
+
+    `histograms` maps names to arrays, for TensorBoard alone: in the file they would outweigh all the rest.
+    """
     values = _plain(values)
     _append(self._metrics, {"step": step, **values})
+    if self._tensorboard:
+      for name, array in (histograms or {}).items():
+        self._tensorboard.add_histogram(name, array, step)
     self._mirror(step, values)
 
   def event(self, name, step, **values):

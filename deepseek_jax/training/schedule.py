@@ -1,9 +1,9 @@
-"""Learning-rate schedules: plain functions of steps and tokens, computed on the host and handed to each step."""
+"""What changes over a run: plain functions of steps and tokens, computed on the host and handed to each step."""
 
 import bisect
 import math
 
-from deepseek_jax.config import ScheduleConfig
+from deepseek_jax.config import Config, ScheduleConfig
 
 
 def constant(config, progress, start):
@@ -49,3 +49,13 @@ def learning_rate(config: ScheduleConfig, step, tokens, batch_tokens):
   else:
     progress, start = step / config.steps, config.warmup_steps / config.steps
   return config.peak * warmup * SCHEDULE[config.kind](config, progress, start)
+
+
+def rates(config: Config, step, tokens, batch_tokens):
+  """learning_rate, mtp_weight and bias_speed of that update, as Python floats."""
+  balance = config.balance
+  return {
+    "learning_rate": learning_rate(config.schedule, step, tokens, batch_tokens),
+    "mtp_weight": config.mtp.weights[bisect.bisect_right(config.mtp.tokens, tokens)],
+    "bias_speed": 0.0 if balance.bias_tokens and tokens >= balance.bias_tokens else balance.bias_speed,
+  }

@@ -6,6 +6,7 @@ import optax
 from flax import nnx
 
 from deepseek_jax.config import Config
+from deepseek_jax.training.balance import moved_biases, observer
 from deepseek_jax.training.loss import cross_entropy
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.state import TrainState
@@ -21,15 +22,44 @@ def document_positions(tokens, bos):
 
 
 def make_row_losses(config: Config, graphdef, bos):
-  """`(params, buffers, tokens [batch, seq + 1], key) -> (nats, objective)`, each [batch], summed over the sequence."""
+  """`(params, buffers, tokens [batch, seq + 1], key, mtp_weight) -> (nats, objective, observed)`.
 
-  def row_losses(params, buffers, tokens, key=None):
+  nats and objective are [batch], summed over the sequence: the cross entropy, and what is optimised. observed has what
+  the step reports, summed over the batch: `mtp_loss` [depth], `balance_loss`, `load` {stack: [layers, experts] int32}.
+  """
+  train, moe = config.train, config.model.moe
+  observe = observer(moe, config.balance)
+
+  def row_losses(params, buffers, tokens, key=None, mtp_weight=0.0):
     model = nnx.merge(graphdef, params, buffers)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]  # [batch, seq]
+    seq = inputs.shape[1]
     segment_ids, positions = document_positions(inputs, bos) if config.data.mask_documents else (None, None)
-    hidden = model(inputs, positions, segment_ids, key)  # [batch, seq, embed]
-    train = config.train
-    return cross_entropy(model.unembedding(), hidden, targets, train.loss_chunk, train.label_smoothing, train.z_loss)
+    logits_of = model.unembedding()
+
+    def losses(hidden, targets):
+      return cross_entropy(logits_of, hidden, targets, train.loss_chunk, train.label_smoothing, train.z_loss)
+
+    hidden, stacks = model(inputs, positions, segment_ids, key, observe)  # [batch, seq, embed]
+    nats, objective = losses(hidden, targets)
+    depths = model.mtp(hidden, inputs, positions, segment_ids, key, observe)
+    mtp_nats = []
+    for depth, (hidden, _) in enumerate(depths, 1):
+      nats_ahead, objective_ahead = losses(hidden, targets[:, depth:])
+      # A mean over the seq - depth targets that there are (V3 eq. 24 divides by seq), and over depths (eq. 25).
+      share = seq / (seq - depth)
+      objective += mtp_weight / len(depths) * share * objective_ahead
+      mtp_nats.append(share * nats_ahead.sum())
+    layers = {name: seen for name, seen in stacks.items() if seen is not None}
+    if depths and depths[0][1] is not None:
+      layers["mtp_layers"] = jax.tree.map(lambda *depth: jnp.stack(depth), *(seen for _, seen in depths))
+    observed = {"load": {name: seen["load"] for name, seen in layers.items()}}
+    if layers:
+      balance = seq * sum(seen["loss"].sum(0) for seen in layers.values())  # [batch]
+      observed["balance_loss"], objective = balance.sum(), objective + balance
+    if mtp_nats:
+      observed["mtp_loss"] = jnp.stack(mtp_nats)
+    return nats, objective, observed
 
   return row_losses
 
@@ -38,43 +68,47 @@ def make_train_step(config: Config, graphdef, bos):
   """The update, to be jitted with `donate_argnames="state"`.
 
   Returns:
-    `(state, batch, microbatches, learning_rate) -> (state, metrics)`. `batch` [microbatch, sequence, seq + 1] int32;
-    its first `microbatches` are used (a batch ramp changes this number and no shape). `metrics` are scalars: loss (mean
-    nats per token), total_loss (what is optimised), grad_norm, and the counts of skipped updates.
+    `(state, batch, microbatches, rates) -> (state, metrics)`. `batch` [microbatch, sequence, seq + 1] int32; its first
+    `microbatches` are used (a batch ramp changes this number and no shape). `rates` are those of `schedule.rates`.
+    `metrics`: loss (mean nats per token), total_loss (what is optimised), grad_norm, balance_loss, mtp_loss [depth],
+    load {stack: [layers, experts]}, and the counts of skipped updates.
   """
   row_losses, tx = make_row_losses(config, graphdef, bos), make_optimizer(config.optimizer)
-  has_dropout = config.model.dropout > 0 or config.model.attention.dropout > 0
+  model = config.model
+  random = model.dropout > 0 or model.attention.dropout > 0 or model.moe.dispatch == "capacity"
 
-  def gradients(state, batch, microbatches):
+  def gradients(state, batch, microbatches, mtp_weight):
     tokens_in_batch = microbatches * batch.shape[1] * (batch.shape[2] - 1)
 
     def loss_fn(params, tokens, key):
-      nats, objective = row_losses(params, state.buffers, tokens, key)
+      nats, objective, observed = row_losses(params, state.buffers, tokens, key, mtp_weight)
       # Divided by the whole batch, so that microbatches add up to the large batch's gradient.
-      return objective.sum() / tokens_in_batch, nats.sum() / tokens_in_batch
+      share = jax.tree.map(lambda x: x if x.dtype == jnp.int32 else x / tokens_in_batch, observed)
+      return objective.sum() / tokens_in_batch, (nats.sum() / tokens_in_batch, share)
 
-    def accumulate(i, sums):
+    def one(i):
       tokens = jax.lax.dynamic_index_in_dim(batch, i, keepdims=False)  # [sequence, seq + 1]
-      key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), state.step), i) if has_dropout else None
-      (objective, loss), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, tokens, key)
-      return jax.tree.map(jnp.add, sums, (grads, loss, objective))
+      key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), state.step), i) if random else None
+      (objective, (loss, observed)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, tokens, key)
+      return grads, {"loss": loss, "total_loss": objective, **observed}
 
-    grads = jax.tree.map(jnp.zeros_like, state.params)
-    zero = jnp.zeros((), jax.tree.leaves(grads)[0].dtype)
-    return jax.lax.fori_loop(0, microbatches, accumulate, (grads, zero, zero))
+    reported = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0)[1])
+    sums = jax.tree.map(jnp.zeros_like, state.params), reported
+    return jax.lax.fori_loop(0, microbatches, lambda i, sums: jax.tree.map(jnp.add, sums, one(i)), sums)
 
-  def train_step(state, batch, microbatches, learning_rate):
-    grads, loss, total_loss = gradients(state, batch, microbatches)
+  def train_step(state, batch, microbatches, rates):
+    grads, metrics = gradients(state, batch, microbatches, rates["mtp_weight"])
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = jax.tree.map(lambda p, u: p - learning_rate.astype(p.dtype) * u, state.params, updates)
-    params, opt_state = jax.tree.map(
-      lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
-    )
+    rate = rates["learning_rate"]
+    params = jax.tree.map(lambda p, u: p - rate.astype(p.dtype) * u, state.params, updates)
+    buffers = moved_biases(state.buffers, metrics["load"], rates["bias_speed"])
+    new, old = (params, buffers, opt_state), (state.params, state.buffers, state.opt_state)
+    params, buffers, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
     bad = 1 - finite.astype(jnp.int32)
     skipped = {"total": state.skipped["total"] + bad, "in_a_row": bad * (state.skipped["in_a_row"] + 1)}
-    metrics = {"loss": loss, "total_loss": total_loss, "grad_norm": grad_norm, "skipped": skipped}
-    return TrainState(state.step + 1, params, state.buffers, opt_state, skipped), metrics
+    metrics |= {"grad_norm": grad_norm, "skipped": skipped}
+    return TrainState(state.step + 1, params, buffers, opt_state, skipped), metrics
 
   return train_step

@@ -29,13 +29,14 @@ def generate(mesh_config, settings, seq=64, seed=0):
 
 
 def greedy_reference(window):
-  """The likeliest token after the last `window` ones, again and again, from whole forward passes."""
+  """The likeliest token again and again, from whole forward passes; a full window forgets its older half."""
   with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])):
     params, _ = jax.jit(new_params, static_argnums=0)(MODEL, jax.random.key(3))
     model = nnx.merge(graphdef(MODEL), params, {})
-    ids = [BYTES.bos, *b"ab"]
+    ids, start = [BYTES.bos, *b"ab"], 0
     for _ in range(GREEDY.max_tokens):
-      logits = np.array(model.logits(model(jnp.array([ids[-window:]])))[0, -1])
+      start = start if len(ids) - start < window else len(ids) - window // 2
+      logits = np.array(model.logits(model(jnp.array([ids[start:]]))[0])[0, -1])
       ids.append(int(logits[: BYTES.vocab].argmax()))
       if ids[-1] == BYTES.eos:
         break

@@ -43,7 +43,7 @@ def random_params(config, seed=0):
 def logits_of(config, params, ids, **kwargs):
   def forward(params, ids):
     model = nnx.merge(graphdef(config), params, {})
-    return model.logits(model(ids, **kwargs))
+    return model.logits(model(ids, **kwargs)[0])
 
   return np.asarray(jax.jit(forward)(params, jnp.asarray(ids)))
 
@@ -119,7 +119,7 @@ def test_remat_changes_no_gradient(remat):
   def gradient(config):
     def loss(params):
       model = nnx.merge(graphdef(config), params, {})
-      return jnp.square(model.logits(model(ids))).mean()
+      return jnp.square(model.logits(model(ids)[0])).mean()
 
     return jax.jit(jax.grad(loss))(params)
 
@@ -167,7 +167,7 @@ def test_float32_compute_is_full_precision_on_every_chip_forward_and_backward(dt
 
   def loss(params, ids):
     model = nnx.merge(graphdef(config), params, {})
-    return cross_entropy(model.unembedding(), model(ids), ids, 4)[0].sum()
+    return cross_entropy(model.unembedding(), model(ids)[0], ids, 4)[0].sum()
 
   jaxpr = jax.make_jaxpr(jax.grad(loss))(random_params(config), jnp.asarray(tokens()))
   full = (jax.lax.Precision.HIGHEST,) * 2

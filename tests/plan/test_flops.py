@@ -41,7 +41,7 @@ def loss_and_gradient(config):
 
   def loss(params, tokens):
     model = nnx.merge(graphdef(config), params, {})
-    nats, _ = cross_entropy(model.unembedding(), model(tokens[:, :-1]), tokens[:, 1:], SEQ)
+    nats, _ = cross_entropy(model.unembedding(), model(tokens[:, :-1])[0], tokens[:, 1:], SEQ)
     return nats.sum()
 
   params = jax.eval_shape(lambda: new_params(config, jax.random.key(0))[0])

@@ -45,6 +45,11 @@ def tokens(step, microbatches=1, batch=8):
   return ids.reshape(microbatches, batch // microbatches, SEQ + 1)
 
 
+def rates(learning_rate, dtype, mtp_weight=0.3, bias_speed=1e-3):
+  rates = {"learning_rate": learning_rate, "mtp_weight": mtp_weight, "bias_speed": bias_speed}
+  return {name: np.asarray(rate, dtype) for name, rate in rates.items()}
+
+
 def train(config, mesh_config=None, steps=1, microbatches=1, rate=1e-2, dynamic=False, batches=tokens):
   """(state, [metrics of each step]) after `steps` updates."""
   mesh_config = mesh_config or MeshConfig(data=1)
@@ -58,7 +63,7 @@ def train(config, mesh_config=None, steps=1, microbatches=1, rate=1e-2, dynamic=
     seen = []
     for i in range(steps):
       batch = jax.device_put(batches(i, microbatches), NamedSharding(mesh, spec(None, "batch", "seq")))
-      state, metrics = step(state, batch, microbatches, np.asarray(rate, config.model.param_dtype))
+      state, metrics = step(state, batch, microbatches, rates(rate, config.model.param_dtype))
       seen.append(jax.device_get(jax.block_until_ready((state, metrics))[1]))
     return jax.device_get(state), seen
 
@@ -175,13 +180,13 @@ def test_non_finite_gradients_skip_the_update_and_are_counted():
   with jax.set_mesh(mesh):
     step = jax.jit(make_train_step(CONFIG, graphdef(CONFIG.model), bos=0), static_argnames="microbatches")
     state = jax.jit(new_state, static_argnums=0)(CONFIG, jax.random.key(0))
-    state, _ = step(state, tokens(0), 1, np.float32(1e-2))
+    state, _ = step(state, tokens(0), 1, rates(1e-2, np.float32))
     poisoned = jax.tree.map(lambda x: x, state)
     poisoned.params["final_norm"]["scale"] = jnp.full_like(state.params["final_norm"]["scale"], jnp.inf)
-    after, metrics = step(poisoned, tokens(1), 1, np.float32(1e-2))
-    again, _ = step(after, tokens(1), 1, np.float32(1e-2))
+    after, metrics = step(poisoned, tokens(1), 1, rates(1e-2, np.float32))
+    again, _ = step(after, tokens(1), 1, rates(1e-2, np.float32))
     healed = dataclasses.replace(again, params=state.params)
-    fine, _ = step(healed, tokens(2), 1, np.float32(1e-2))
+    fine, _ = step(healed, tokens(2), 1, rates(1e-2, np.float32))
   assert not np.isfinite(metrics["grad_norm"])
   assert state_sha256((after.params, after.opt_state)) == state_sha256((poisoned.params, poisoned.opt_state))
   assert (int(after.step), int(again.step)) == (2, 3)

@@ -1,0 +1,101 @@
+"""Products of rows, sorted by group, with their group's own matrix: the arithmetic of a mixture of experts.
+
+`lax.ragged_dot` is this product, and on CPU and on TPUs other than v5p XLA expands it to every row times every matrix. The
+blocked form does the useful work alone: each block of rows belongs to one group, and a loop takes the blocks in use.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+def block_rows(rows: int, groups: int) -> int:
+  """Rows of a block for `rows` in all: about half a mean group, since each group is padded to whole blocks."""
+  mean = max(rows // groups, 1)
+  return min(max(1 << (mean.bit_length() - 2) if mean > 1 else 1, 8), 128)
+
+
+def grouped_matmul(x, w, group_sizes, *, block, implementation="auto"):
+  """`x` [rows, k] times `w` [groups, k, n], by group: [rows, n] in the dtype of `x`, accumulated in at least float32.
+
+  Args:
+    x: rows sorted by group; those past sum(group_sizes) belong to none and come out zero. rows is a multiple of `block`.
+    group_sizes: [groups] int32, each a multiple of `block`.
+    implementation: "blocked", "ragged_dot", or "auto": the one that does no more than the useful work on this platform.
+  """
+  if implementation == "auto":
+    implementation = "ragged_dot" if _native() else "blocked"
+  return IMPLEMENTATIONS[implementation](x, w, group_sizes, block)
+
+
+def _native():
+  return jax.default_backend() == "gpu" or "v5p" in jax.devices()[0].device_kind.lower()
+
+
+def _ragged_dot(x, w, group_sizes, block):
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  return jax.lax.ragged_dot(x, w, group_sizes, preferred_element_type=wide).astype(x.dtype)
+
+
+def _blocked(x, w, group_sizes, block):
+  # Inside shard_map every operand of the loop has to vary over the same devices; the transpose of this cast is the sum of
+  # the gradients that they contribute.
+  varying = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in (x, w, group_sizes)))
+
+  def vary(a):
+    missing = tuple(varying - jax.typeof(a).manual_axis_type.varying)
+    return jax.lax.pcast(a, missing, to="varying") if missing else a
+
+  return _blocked_product(vary(x), vary(w), vary(group_sizes), block)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _blocked_product(x, w, group_sizes, block):
+  return _rows_times(x, w, group_sizes, block, "rk,kn->rn")
+
+
+def _rows_times(x, w, group_sizes, block, equation):
+  """Each block of `x` times the matrix of its group, which `equation` may transpose."""
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  group_of = _group_of_block(group_sizes, x.shape[0] // block, block)
+  width = jax.eval_shape(functools.partial(jnp.einsum, equation), x, w[0]).shape[1]
+
+  def body(i, y):
+    rows = jax.lax.dynamic_slice_in_dim(x, i * block, block)
+    product = jnp.einsum(equation, rows, w[group_of[i]], preferred_element_type=wide).astype(x.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(y, product, i * block, 0)
+
+  # A zero that varies over the devices as x does.
+  zeros = jnp.zeros((x.shape[0], width), x.dtype) + 0 * x[:1, :1]
+  return jax.lax.fori_loop(0, group_sizes.sum() // block, body, zeros)
+
+
+def _forward(x, w, group_sizes, block):
+  return _blocked_product(x, w, group_sizes, block), (x, w, group_sizes)
+
+
+def _backward(block, residuals, dy):
+  x, w, group_sizes = residuals
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  group_of = _group_of_block(group_sizes, x.shape[0] // block, block)
+
+  def body(i, dw):
+    rows, d = (jax.lax.dynamic_slice_in_dim(a, i * block, block) for a in (x, dy))
+    return dw.at[group_of[i]].add(jnp.einsum("rk,rn->kn", rows, d, preferred_element_type=wide))  # in place
+
+  dx = _rows_times(dy, w, group_sizes, block, "rn,kn->rk")
+  dw = jax.lax.fori_loop(0, group_sizes.sum() // block, body, 0 * w.astype(wide))
+  return dx, dw.astype(w.dtype), None
+
+
+_blocked_product.defvjp(_forward, _backward)
+
+
+def _group_of_block(group_sizes, blocks, block):
+  """[blocks] int32: the group that each block belongs to."""
+  ends = jnp.cumsum(group_sizes) // block
+  return jnp.searchsorted(ends, jnp.arange(blocks), side="right").astype(jnp.int32)
+
+
+IMPLEMENTATIONS = {"blocked": _blocked, "ragged_dot": _ragged_dot}

@@ -1,0 +1,85 @@
+"""Multi-head latent attention (V2 section 2.1): keys and values come from one small latent, which is all a cache keeps."""
+
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.model.attention import attend, attend_cached, written
+from deepseek_jax.model.linear import Linear
+from deepseek_jax.model.norm import RMSNorm
+from deepseek_jax.model.rope import mscale, rotate
+from deepseek_jax.model_config import AttentionConfig, ModelConfig
+from deepseek_jax.sharding import gathered, spec
+
+HEADS = ("batch", "seq", "heads", "head_dim")
+LATENT = ("batch", "seq", None)
+
+
+def softmax_scale(config: AttentionConfig):
+  """(nope + rope)^-1/2, times YaRN's temperature (V2 section 3.1.4: 0.114721, V3: 0.135234 with YaRN on)."""
+  width = config.qk_nope_head_dim + config.qk_rope_head_dim
+  return width**-0.5 * mscale(config.yarn.factor, config.yarn.mscale_all_dim) ** 2
+
+
+class MLA(nnx.Module):
+  """Expanded for training (`__call__`), absorbed for decoding (`decode`): one function in two orders of its products."""
+
+  def __init__(self, config: ModelConfig, rngs):
+    a = config.attention
+    self.config, self.scale = a, softmax_scale(a)
+    query = (a.heads, a.qk_nope_head_dim + a.qk_rope_head_dim)
+    if a.q_lora_rank:
+      self.q_a = Linear((config.embed, a.q_lora_rank), ("embed", None), config, rngs)
+      self.q_norm = RMSNorm(a.q_lora_rank, config, a.latent_norm_eps)
+      self.q_b = Linear((a.q_lora_rank, *query), ("latent", "heads", "head_dim"), config, rngs)
+    else:
+      self.q = Linear((config.embed, *query), ("embed", "heads", "head_dim"), config, rngs)
+    self.kv_a = Linear((config.embed, a.kv_lora_rank + a.qk_rope_head_dim), ("embed", None), config, rngs)
+    self.kv_norm = RMSNorm(a.kv_lora_rank, config, a.latent_norm_eps)
+    key_value = (a.heads, a.qk_nope_head_dim + a.v_head_dim)
+    self.kv_b = Linear((a.kv_lora_rank, *key_value), ("latent", "heads", "head_dim"), config, rngs)
+    self.o = Linear((a.heads, a.v_head_dim, config.embed), ("heads", "head_dim", "embed"), config, rngs)
+
+  def queries(self, x, rotation):
+    """Parts without and with position, [batch, seq, heads, nope] and [batch, seq, heads, rope] (V2 eq. 37 to 39)."""
+    if self.config.q_lora_rank:
+      q = self.q_b("bsr,rhk->bshk", self.q_norm(self.q_a("bsd,dr->bsr", x, LATENT)), HEADS)
+    else:
+      q = self.q("bsd,dhk->bshk", x, HEADS)
+    nope, rope = jnp.split(q, [self.config.qk_nope_head_dim], -1)
+    return nope, rotate(rope, *rotation, interleaved=True).astype(x.dtype)
+
+  def latents(self, x, rotation):
+    """What a cache keeps: [batch, seq, kv_lora_rank] and the key all heads share, [batch, seq, rope] (V2 eq. 41, 43)."""
+    latent, rope = jnp.split(self.kv_a("bsd,dc->bsc", x, LATENT), [self.config.kv_lora_rank], -1)
+    return self.kv_norm(latent), rotate(rope[:, :, None], *rotation, interleaved=True)[:, :, 0].astype(x.dtype)
+
+  def __call__(self, x, rotation, segment_ids=None, key=None):
+    """([batch, seq, embed], what a cache keeps: latents and the shared keys)."""
+    (q_nope, q_rope), (latent, k_rope) = self.queries(x, rotation), self.latents(x, rotation)
+    key_value = self.kv_b("bsc,chk->bshk", latent, HEADS)
+    k_nope, v = jnp.split(key_value, [self.config.qk_nope_head_dim], -1)
+    shared = jnp.broadcast_to(k_rope[:, :, None], q_rope.shape, out_sharding=spec(*HEADS))
+    y = attend(
+      jnp.concatenate([q_nope, q_rope], -1), jnp.concatenate([k_nope, shared], -1), v,
+      scale=self.scale,
+      segment_ids=segment_ids,
+      dropout_rate=self.config.dropout,
+      dropout_key=key if self.config.dropout else None,
+    )  # fmt: skip
+    return self.o("bshv,hvd->bsd", y, ("batch", "seq", None)), (latent, k_rope)
+
+  def decode(self, x, rotation, cache, position):
+    """As `__call__` for the token at `position`, `x` [batch, 1, embed], with the latents of those before it.
+
+    The products with kv_b move over to the query and to the output (V2 section 2.1.2): each head attends to the latents
+    themselves, as if there were one key head of width kv_lora_rank + rope and one value head of width kv_lora_rank.
+    """
+    (q_nope, q_rope), new = self.queries(x, rotation), self.latents(x, rotation)
+    latent, k_rope = written(cache, new, position)
+    kernel = gathered(self.kv_b.kernel[...].astype(x.dtype), *self.kv_b.axes)
+    up_key, up_value = jnp.split(kernel, [self.config.qk_nope_head_dim], -1)
+    q_latent = jnp.einsum("bqhk,chk->bqhc", q_nope, up_key, out_sharding=spec(*HEADS))
+    q, k = jnp.concatenate([q_latent, q_rope], -1), jnp.concatenate([latent, k_rope], -1)
+    y = attend_cached(q, k[:, :, None], latent[:, :, None], position, scale=self.scale)  # [batch, 1, heads, kv_lora]
+    y = jnp.einsum("bqhc,chv->bqhv", y, up_value, out_sharding=spec(*HEADS))
+    return self.o("bshv,hvd->bsd", y, ("batch", "seq", None)), (latent, k_rope)

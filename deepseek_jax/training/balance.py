@@ -1,0 +1,88 @@
+"""Keeping experts equally busy: the papers' balance losses, V3's bias without a loss, and what there is to watch.
+
+Everything is per sequence (as in V2's released code and V3 eq. 17 to 20) or a sum over the whole batch, so that neither
+microbatches nor the mesh change it.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.config import BalanceConfig
+from deepseek_jax.model_config import ModelConfig, MoEConfig
+
+
+def observer(moe: MoEConfig, balance: BalanceConfig):
+  """For the model's `observe`: a layer's {load: [experts] int32 choices, loss: [batch], the weighted balance losses}."""
+
+  def observe(routing, kept):
+    if routing is None:
+      return None
+    counts = choices(routing.indices, moe.num_routed_experts)  # [batch, experts]
+    return {"load": counts.sum(0), "loss": balance_loss(routing, counts, moe, balance)}
+
+  return observe
+
+
+def choices(indices, experts):
+  """[batch, experts] int32: how many choices of `indices` [batch, seq, experts per token] each expert has."""
+  return (indices[..., None] == jnp.arange(experts)).sum((1, 2), dtype=jnp.int32)
+
+
+def balance_loss(routing, counts, moe: MoEConfig, balance: BalanceConfig):
+  """[batch]: the weighted sum of the losses of `balance`, each per sequence.
+
+  f counts the choices as they were made. V3 eq. 18 counts the best raw scores instead; implementations count as here.
+  """
+  seq = routing.indices.shape[1]
+  scores = routing.scores / routing.scores.sum(-1, keepdims=True)  # V3 eq. 19; a softmax has this sum already
+  p = scores.mean(1)  # [batch, experts]
+  f = counts * (moe.num_routed_experts / (moe.num_experts_per_token * seq))
+  loss = balance.expert_loss * (f * p).sum(-1)
+  groups = balance.device_groups or moe.num_expert_groups
+  device_p = p.reshape(p.shape[0], groups, -1).sum(-1)  # [batch, groups]
+  if balance.device_loss:
+    loss += balance.device_loss * (f.reshape(device_p.shape + (-1,)).mean(-1) * device_p).sum(-1)
+  if balance.communication_loss:
+    device = routing.indices // (moe.num_routed_experts // groups)
+    sent = (device[..., None] == jnp.arange(groups)).any(2).sum(1)  # [batch, groups]: tokens, however many experts
+    loss += balance.communication_loss * (sent * (groups / (moe.topk_groups * seq)) * device_p).sum(-1)
+  if balance.router_z_loss:
+    loss += balance.router_z_loss * jnp.square(jax.nn.logsumexp(routing.logits, -1)).mean(-1)
+  return loss
+
+
+def moved_biases(buffers, loads, speed):
+  """`buffers` with each router's bias moved by `speed`: up where the load is below the mean, down where above.
+
+  V3 section 2.1.2. `loads`: {name of the stack: [layers, experts] choices of the whole batch}.
+  """
+
+  def moved(path, bias):
+    load = loads[path[0].key].astype(bias.dtype)
+    return bias + speed.astype(bias.dtype) * jnp.sign(load.mean(-1, keepdims=True) - load)
+
+  return jax.tree.map_with_path(moved, buffers)
+
+
+def load_metrics(model: ModelConfig, loads):
+  """Scalars and shares to log, from the loads of a step as NumPy arrays.
+
+  Returns:
+    (scalars, {name of the layer: [experts] share of its choices}). max_vio is max / mean - 1 (0: balanced), entropy is
+    that of the shares over its maximum (1: balanced), dead_experts were chosen by no token.
+  """
+  names = {"moe_layers": ("layer", model.num_dense_layers), "mtp_layers": ("mtp", 1)}
+  scalars, shares = {}, {}
+  for stack, load in loads.items():
+    name, first = names[stack]
+    for i, layer in enumerate(np.asarray(load, np.float64), first):
+      share = layer / layer.sum()
+      shares[f"router/{name}_{i}/load"] = share
+      positive = share[share > 0]
+      scalars[f"router/{name}_{i}/max_vio"] = float(share.max() * share.size - 1)
+      scalars[f"router/{name}_{i}/entropy"] = float(-(positive * np.log(positive)).sum() / np.log(share.size))
+      scalars[f"router/{name}_{i}/dead_experts"] = int(share.size - positive.size)
+  if scalars:
+    scalars["max_vio"] = float(np.mean([v for key, v in scalars.items() if key.endswith("max_vio")]))
+  return scalars, shares
