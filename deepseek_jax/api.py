@@ -1,0 +1,204 @@
+"""Published weights in a notebook: load, look inside, differentiate, save. One device, no mesh to set up, no global state."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from deepseek_jax.checkpoint.hf_config import read_config, read_json, write_config
+from deepseek_jax.checkpoint.hf_files import DTYPES, HFReader, write_tensors
+from deepseek_jax.checkpoint.hf_names import entries
+from deepseek_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig
+from deepseek_jax.errors import ConfigError
+from deepseek_jax.mesh import make_mesh
+from deepseek_jax.model.transformer import graphdef, new_params
+from deepseek_jax.model_config import ModelConfig
+from deepseek_jax.sharding import concrete
+from deepseek_jax.training.step import make_row_losses
+
+# dtype of load_pretrained -> (parameters, computation)
+PRECISIONS = {"float32": ("float32", "float32"), "float64": ("float64",) * 2, "bfloat16": ("float32", "bfloat16")}
+SAVED_DTYPES = {str(dtype): dtype for code, dtype in DTYPES.items() if code != "F8_E4M3"}
+
+
+def load_pretrained(directory, dtype="float32"):
+  """The model of a Hugging Face folder (config.json and safetensors files) of any DeepSeek generation up to V3 and R1.
+
+  Args:
+    directory: the folder.
+    dtype: of the computation: float32, bfloat16 (with parameters in float32), or float64, which needs JAX's x64 mode.
+
+  Raises CheckpointError for a folder that is not whole, or holds another kind of model, listing everything that is wrong.
+  """
+  if dtype not in PRECISIONS:
+    raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(PRECISIONS)}")
+  if dtype == "float64" and not jax.config.jax_enable_x64:
+    raise ConfigError('dtype="float64" needs jax.config.update("jax_enable_x64", True) first, or JAX_ENABLE_X64=1')
+  param_dtype, compute_dtype = PRECISIONS[dtype]
+  config = dataclasses.replace(read_config(directory), param_dtype=param_dtype, compute_dtype=compute_dtype)
+  reader, table = HFReader(directory), entries(config)
+  reader.check(table)
+  mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    abstract = concrete(jax.eval_shape(functools.partial(new_params, config), jax.random.key(0)), mesh)
+    arrays = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), abstract)
+    for entry in table:
+      if not entry.copy:
+        below(arrays[entry.buffer], entry.path)[entry.index] = entry.to_ours(reader.read(entry.name))
+    reader.check_finite()
+    params, buffers = jax.tree.map(lambda array, a: jax.device_put(array, a.sharding), arrays, abstract)
+  dtypes = {entry.name: reader.dtype(entry.name) for entry in table if entry.name in reader.names}
+  return Model(config, params, buffers, mesh, dtypes, read_json(directory))
+
+
+def below(tree, path):
+  """The array at the keys `path` of nested dicts."""
+  return functools.reduce(lambda node, key: node[key], path, tree)
+
+
+class Model:
+  """A loaded model.
+
+  Attributes:
+    config: its ModelConfig. params: nested dict of arrays; may be assigned, from any tree of its structure and shapes.
+    buffers: nested dict with the bias of each router, empty without; no gradient trains it.
+
+  Tokens are integers [batch, seq] below the vocabulary, of NumPy, JAX or lists. A new shape of them compiles once.
+  """
+
+  def __init__(self, config: ModelConfig, params, buffers, mesh, dtypes, hf_config):
+    self.config, self.buffers = config, buffers
+    self._params, self._mesh, self._dtypes, self._hf_config = params, mesh, dtypes, hf_config
+    with jax.set_mesh(mesh):
+      self._graphdef = graphdef(config)
+
+  @property
+  def params(self):
+    return self._params
+
+  @params.setter
+  def params(self, tree):
+    self._params = fitted(tree, self._params)
+
+  def logits(self, tokens):
+    """[batch, seq, vocab] in float32, in float64 when loaded so: the scores of the token after each position."""
+    return self._run(self._logits, self._checked(tokens))
+
+  def loss_and_grads(self, tokens, mtp_weight=0.0):
+    """(loss, grads): mean cross entropy of the next token, and its gradients as a tree like `params`.
+
+    `mtp_weight` adds that much of the loss of multi-token prediction: at each depth the mean over the targets that there
+    are, averaged over depths. No term for balance is added.
+    """
+    depths = self.config.num_mtp_layers
+    if mtp_weight and not depths:
+      raise ConfigError(
+        f"mtp_weight={mtp_weight}, but this model has no layers for multi-token prediction: leave it at 0"
+      )
+    return self._run(self._loss_and_grads, self._checked(tokens, at_least=depths + 2), mtp_weight)
+
+  def routing(self, tokens):
+    """(indices, weights), each [moe_layers, batch, seq, experts per token]: who is chosen, and how much it counts."""
+    if not self.config.num_moe_layers:
+      raise ConfigError("routing() needs experts, and this model is dense: there is nothing to route")
+    return self._run(self._routing, self._checked(tokens))
+
+  def save_pretrained(self, directory, dtype=None):
+    """Writes a Hugging Face folder that transformers loads: `params` as they are now, the buffers as they were loaded.
+
+    Each tensor has the dtype that it was loaded with (FP8 comes out as float32), or `dtype`: float64, float32, float16 or
+    bfloat16. Buffers keep theirs. The copies that multi-token prediction has of embedding and head are the main ones'.
+    """
+    if dtype is not None and dtype not in SAVED_DTYPES:
+      raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(SAVED_DTYPES)}, nor None for each tensor's own")
+    table = {entry.name: entry for entry in entries(self.config)}
+    own = {entry.path: self._dtypes[entry.name] for entry in table.values() if not entry.copy}
+
+    def saved_dtype(entry):
+      kept = self._dtypes.get(entry.name, own[entry.path])
+      return kept if dtype is None or entry.buffer else SAVED_DTYPES[dtype]
+
+    arrays = jax.device_get((self.params, self.buffers))
+
+    def read(name):
+      entry = table[name]
+      return entry.to_hf(below(arrays[entry.buffer], entry.path)[entry.index])
+
+    write_tensors(directory, [(name, entry.shape, saved_dtype(entry)) for name, entry in table.items()], read)
+    write_config(self.config, directory, dtype or str(own["embed",]), self._hf_config)
+
+  def _run(self, function, *arguments):
+    with jax.set_mesh(self._mesh):
+      return function(self.params, self.buffers, *arguments)
+
+  def _checked(self, tokens, at_least=1):
+    """`tokens` as int32: JAX would clamp what is out of range without a word."""
+    tokens, vocab = np.asarray(tokens), self.config.vocab
+    if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
+      raise ConfigError(f"tokens are integers [batch, seq], got {tokens.dtype} {list(tokens.shape)}")
+    if not tokens.shape[0] or tokens.shape[1] < at_least:
+      raise ConfigError(
+        f"tokens {list(tokens.shape)} are too few: this takes a sequence or more of at least {at_least}"
+      )
+    if tokens.min() < 0 or tokens.max() >= vocab:
+      raise ConfigError(f"tokens from {tokens.min()} to {tokens.max()} are outside the vocabulary, 0 to {vocab - 1}")
+    return jnp.asarray(tokens, jnp.int32)
+
+  @functools.cached_property
+  def _logits(self):
+    def logits(params, buffers, tokens):
+      model = nnx.merge(self._graphdef, params, buffers)
+      hidden, _ = model(tokens)
+      return model.logits(hidden)
+
+    return jax.jit(logits)
+
+  @functools.cached_property
+  def _routing(self):
+    def observe(routing, kept):
+      return None if routing is None else (routing.indices, routing.weights)
+
+    def routing(params, buffers, tokens):
+      _, observed = nnx.merge(self._graphdef, params, buffers)(tokens, observe=observe)
+      return observed["moe_layers"]
+
+    return jax.jit(routing)
+
+  @functools.cached_property
+  def _loss_and_grads(self):
+    config = Config(
+      model=self.config,
+      # The path of a file that nothing opens: tokens come as they are, and the defaults add no term to the loss.
+      data=DataConfig(tokenizer="tokenizer.json"),
+      optimizer=OptimizerConfig(moments_dtype=self.config.param_dtype),
+    )
+    row_losses = make_row_losses(config, self._graphdef, bos=None)
+
+    def loss(params, buffers, tokens, mtp_weight):
+      _, objective, _ = row_losses(params, buffers, tokens, mtp_weight=mtp_weight)
+      return objective.sum() / (tokens.shape[0] * (tokens.shape[1] - 1))
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+def fitted(tree, old):
+  """`tree` with the dtypes and layouts of `old`. Raises ConfigError, listing all that differs, unless it has its shapes."""
+
+  def flat(tree):
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree.leaves_with_path(tree)}
+
+  given, wanted = flat(tree), flat(old)
+  problems = [f"{path} is missing" for path in wanted if path not in given]
+  problems += [f"{path} is not a parameter" for path in given if path not in wanted]
+  problems += [
+    f"{path} is {np.shape(given[path])} where {x.shape} is expected"
+    for path, x in wanted.items()
+    if path in given and np.shape(given[path]) != x.shape
+  ]
+  if problems:
+    raise ConfigError("params must keep their structure and shapes: " + "; ".join(problems))
+  leaves = [jax.device_put(jnp.asarray(given[path], x.dtype), x.sharding) for path, x in wanted.items()]
+  return jax.tree.unflatten(jax.tree.structure(old), leaves)
