@@ -19,7 +19,7 @@ def observer(moe: MoEConfig, balance: BalanceConfig):
     if routing is None:
       return None
     counts = choices(routing.indices, moe.num_routed_experts)  # [batch, experts]
-    return {"load": counts.sum(0), "loss": balance_loss(routing, counts, moe, balance)}
+    return {"load": counts.sum(0, dtype=jnp.int32), "loss": balance_loss(routing, counts, moe, balance)}
 
   return observe
 

@@ -14,8 +14,9 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from deepseek_jax.checkpoint.compatibility import check_compatible
-from deepseek_jax.checkpoint.manager import FORMAT_VERSION, Checkpointer
+from deepseek_jax.checkpoint.compatibility import check_compatible, check_fits
+from deepseek_jax.checkpoint.manager import FORMAT_VERSION, Checkpointer, CheckpointReader
+from deepseek_jax.checkpoint.weights import WorkdirWeights, open_weights
 from deepseek_jax.config import Config
 from deepseek_jax.data.pipeline import batches, load_tokenizer, open_data
 from deepseek_jax.errors import ConfigError
@@ -29,7 +30,7 @@ from deepseek_jax.training.balance import load_metrics
 from deepseek_jax.training.progress import StepProgress
 from deepseek_jax.training.schedule import rates
 from deepseek_jax.training.signals import stop_requests
-from deepseek_jax.training.state import abstract_state, new_state, state_sha256
+from deepseek_jax.training.state import abstract_state, first_state, new_state, state_sha256
 from deepseek_jax.training.step import make_row_losses, make_train_step
 
 
@@ -70,6 +71,10 @@ def run(config: Config, workdir: str, evaluate, sample, accept_data_change=False
   """
   check_x64(config)
   load_tokenizer(config.data, config.model.vocab)  # an unfit one is an error before any device is touched
+  weights = None
+  if config.init_from and not CheckpointReader(workdir).steps():  # a run that resumes has weights of its own
+    weights = open_weights(config.init_from)
+    check_fits(weights.directory, weights.model, config)
   on_mesh = resolve_mesh(config, len(jax.devices()))
   mesh = make_mesh(on_mesh.mesh)
   print(f"run      {config.name} in {os.path.abspath(workdir)}")
@@ -77,7 +82,7 @@ def run(config: Config, workdir: str, evaluate, sample, accept_data_change=False
   print(f"{summary(on_mesh)}\nconfig\n{resolved(on_mesh)}", flush=True)
   with jax.set_mesh(mesh), Checkpointer(workdir, config.checkpoint) as checkpointer:
     data = open_data(config.data, config.model.vocab, config.seed)
-    this = Run(config, workdir, mesh, data, checkpointer, evaluate, sample)
+    this = Run(config, workdir, mesh, data, checkpointer, evaluate, sample, weights)
     this.find_start(accept_data_change)
     return this.main()
 
@@ -85,7 +90,8 @@ def run(config: Config, workdir: str, evaluate, sample, accept_data_change=False
 class Run:
   """The mutable side of a run: state, counters, clocks and open files."""
 
-  def __init__(self, config, workdir, mesh, data, checkpointer, evaluate, sample):
+  def __init__(self, config, workdir, mesh, data, checkpointer, evaluate, sample, weights):
+    self.weights = weights  # to start from, or None
     self.config, self.workdir, self.mesh, self.data, self.checkpointer = config, workdir, mesh, data, checkpointer
     self.graphdef, self.evaluate_rows, self.sample_text = graphdef(config.model), evaluate, sample
     train = config.train
@@ -108,21 +114,35 @@ class Run:
     self.interval = collections.Counter()  # seconds and tokens since the last logged line
 
   def find_start(self, accept_data_change):
-    """Step and samples of the newest checkpoint that verifies and that this run may continue, or 0."""
-    self.step = self.saved_step = self.checkpointer.latest() or 0
-    self.samples = 0
-    if not self.step:
-      return
-    meta = self.checkpointer.meta(self.step)
-    changes = check_compatible(
-      meta["config"], self.config, meta["data_fingerprint"], self.data.fingerprint, accept_data_change
-    )
+    """Step and samples of the newest checkpoint that verifies and that this run may continue, or 0.
+
+    A checkpoint without a state of the optimizer, as a conversion writes it, is not continued but started from.
+    """
+    newest = self.checkpointer.latest()
+    self.step = self.saved_step = newest or 0
+    self.samples, changes = 0, []
+    if newest is not None:
+      meta = self.checkpointer.meta(newest)
+      self.samples = meta["samples"]
+      if "weights_only" in meta:
+        self.weights = WorkdirWeights(self.workdir, newest)
+      else:
+        changes = check_compatible(
+          meta["config"], self.config, meta["data_fingerprint"], self.data.fingerprint, accept_data_change
+        )
+    if self.weights:
+      changes = check_fits(self.weights.directory, self.weights.model, self.config)
     for path, old, new in changes:
       print(f"changed  {path}: {old!r} -> {new!r}")
-    self.samples = meta["samples"]
 
   def first_state(self):
-    """The state to start from: the checkpoint's, or a new one."""
+    """The state to start from: the checkpoint's, or a new one, of given weights or random."""
+    if self.weights:
+      print(f"start    from the weights in {self.weights.directory}: at step 0, the optimizer anew", flush=True)
+      abstract = abstract_state(self.config, self.mesh)
+      weights = self.weights.load({"params": abstract.params, "buffers": abstract.buffers})
+      start = jax.jit(first_state, static_argnums=0, donate_argnums=(1, 2))
+      return jax.block_until_ready(start(self.config, weights["params"], weights["buffers"]))
     if self.step:
       print(f"resume   from the checkpoint of step {self.step} ({self.samples:,} sequences seen)")
       return self.checkpointer.restore(self.step, abstract_state(self.config, self.mesh))

@@ -29,7 +29,11 @@ class TrainState:
 
 def new_state(config: Config, key) -> TrainState:
   """State before the first update. Run it under `jax.jit`, so that every array is born sharded."""
-  params, buffers = new_params(config.model, key)
+  return first_state(config, *new_params(config.model, key))
+
+
+def first_state(config: Config, params, buffers) -> TrainState:
+  """State before the first update of these weights, its moments sharded as they are. Run it under `jax.jit`."""
   zero = jnp.zeros((), jnp.int32)
   return TrainState(
     step=zero,

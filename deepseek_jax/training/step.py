@@ -83,7 +83,7 @@ def make_train_step(config: Config, graphdef, bos):
     def loss_fn(params, tokens, key):
       nats, objective, observed = row_losses(params, state.buffers, tokens, key, mtp_weight)
       # Divided by the whole batch, so that microbatches add up to the large batch's gradient.
-      share = jax.tree.map(lambda x: x if x.dtype == jnp.int32 else x / tokens_in_batch, observed)
+      share = jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.integer) else x / tokens_in_batch, observed)
       return objective.sum() / tokens_in_batch, (nats.sum() / tokens_in_batch, share)
 
     def one(i):

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from deepseek_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from deepseek_jax.config import BalanceConfig, Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import graphdef
-from deepseek_jax.model_config import AttentionConfig, ModelConfig
+from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
 from deepseek_jax.sharding import spec
 from deepseek_jax.training.state import abstract_state, new_state, state_sha256
 from deepseek_jax.training.step import document_positions, make_train_step
@@ -27,11 +27,31 @@ CONFIG = Config(
   data=DataConfig(seq=SEQ, tokenizer="tokenizer.json"),
   train=TrainConfig(global_batch=8, loss_chunk=7),
 )  # fmt: skip
-X64 = dataclasses.replace(
+# V3 in small: latent attention, a dense layer, groups of experts with a bias, every balance loss, two depths of MTP.
+V3 = dataclasses.replace(
   CONFIG,
-  model=dataclasses.replace(CONFIG.model, param_dtype="float64", compute_dtype="float64"),
-  optimizer=OptimizerConfig(moments_dtype="float64"),
-)
+  model=dataclasses.replace(
+    CONFIG.model, layers=3, first_dense_layers=1, num_mtp_layers=2,
+    attention=AttentionConfig(
+      kind="mla", heads=8, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6
+    ),
+    moe=MoEConfig(
+      num_routed_experts=8, num_shared_experts=1, num_experts_per_token=2, mlp=16, score="sigmoid", num_expert_groups=4,
+      topk_groups=2, group_score="top2_sum", router_bias=True, norm_topk_prob=True, route_scale=2.5,
+    ),
+  ),
+  balance=BalanceConfig(
+    expert_loss=0.01, device_loss=0.02, communication_loss=0.03, router_z_loss=0.001, bias_speed=0.01
+  ),
+)  # fmt: skip
+CONFIGS = {"dense": CONFIG, "v3": V3}
+
+
+def float64(config):
+  model = dataclasses.replace(config.model, param_dtype="float64", compute_dtype="float64")
+  return dataclasses.replace(config, model=model, optimizer=OptimizerConfig(moments_dtype="float64"))
+
+
 MESHES = {
   "fsdp=4": MeshConfig(data=1, fsdp=4),
   "tensor=4": MeshConfig(data=1, tensor=4),
@@ -70,30 +90,61 @@ def train(config, mesh_config=None, steps=1, microbatches=1, rate=1e-2, dynamic=
 
 @functools.cache
 def one_device(config, steps):
-  with jax.enable_x64(config is X64):
+  with jax.enable_x64(config.model.param_dtype == "float64"):
     return train(config, steps=steps)
 
 
-@pytest.mark.parametrize("name", MESHES)
-def test_float32_forward_and_backward_equal_one_device(name):
-  _, [ours] = train(CONFIG, MESHES[name])
-  _, [expected] = one_device(CONFIG, 1)
+# Two meshes hold all of fsdp, tensor and data for V3: its programs take several times as long to compile.
+ON_MESHES = [("dense", name) for name in MESHES] + [("v3", "data=2 x tensor=2"), ("v3", "fsdp=2 x tensor=2")]
+
+
+@pytest.mark.parametrize(("model", "name"), ON_MESHES[:-1])
+def test_float32_forward_and_backward_equal_one_device(model, name):
+  _, [ours] = train(CONFIGS[model], MESHES[name])
+  _, [expected] = one_device(CONFIGS[model], 1)
+  assert abs(ours["total_loss"] - expected["total_loss"]) < 5e-6
   assert abs(ours["loss"] - expected["loss"]) < 5e-6
   assert abs(ours["grad_norm"] / expected["grad_norm"] - 1) < 1e-6
 
 
-@pytest.mark.parametrize("name", MESHES)
-def test_ten_adam_steps_in_float64_equal_one_device(name):
-  expected_state, expected = one_device(X64, 10)
+@pytest.mark.parametrize(("model", "name"), ON_MESHES)
+def test_ten_adam_steps_in_float64_equal_one_device(model, name):
+  config = float64(CONFIGS[model])
+  expected_state, expected = one_device(config, 10)
   with jax.enable_x64(True):
-    state, ours = train(X64, MESHES[name], steps=10)
+    state, ours = train(config, MESHES[name], steps=10)
   for a, b in zip(ours, expected, strict=True):
-    assert abs(a["loss"] / b["loss"] - 1) < 1e-10
+    assert abs(a["total_loss"] / b["total_loss"] - 1) < 1e-10
     assert abs(a["grad_norm"] / b["grad_norm"] - 1) < 1e-10
-  assert np.abs(expected_state.params["embed"] - one_device(X64, 1)[0].params["embed"]).max() > 1e-3  # it trained
+    # The same experts were chosen: the loads, and so the biases, are equal to the last choice.
+    jax.tree.map(np.testing.assert_array_equal, a["load"], b["load"])
+  jax.tree.map(np.testing.assert_array_equal, state.buffers, expected_state.buffers)
+  assert np.abs(expected_state.params["embed"] - one_device(config, 1)[0].params["embed"]).max() > 1e-3  # it trained
   for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected_state.params), strict=True):
     assert a.dtype == np.float64
     assert np.abs(a - b).max() / np.abs(b).max() < 1e-10
+
+
+def test_the_step_balances_and_predicts_ahead():
+  state, seen = one_device(float64(V3), 10)
+  choices = 8 * SEQ * 2
+  assert (seen[0]["load"]["moe_layers"].sum(-1) == choices).all() and seen[0]["load"]["moe_layers"].shape == (2, 8)
+  assert seen[0]["load"]["mtp_layers"].sum(-1).tolist() == [8 * (SEQ - 1) * 2, 8 * (SEQ - 2) * 2]
+  assert seen[0]["mtp_loss"].shape == (2,) and np.abs(seen[0]["mtp_loss"] - np.log(64)).max() < 0.3
+  first = seen[0]
+  assert first["total_loss"] == pytest.approx(first["loss"] + 0.3 * first["mtp_loss"].mean() + first["balance_loss"])
+  bias = state.buffers["moe_layers"]["moe"]["router"]["bias"]
+  steps = np.sum([np.sign(m["load"]["moe_layers"].mean(-1, keepdims=True) - m["load"]["moe_layers"]) for m in seen], 0)
+  np.testing.assert_allclose(bias, 1e-3 * steps, rtol=1e-12)
+
+
+def test_dispatch_forms_agree_where_nothing_is_dropped():
+  _, [expected] = one_device(V3, 1)
+  for dispatch in ("dense", "capacity"):
+    moe = dataclasses.replace(V3.model.moe, dispatch=dispatch, capacity_factor=8.0)
+    _, [ours] = train(dataclasses.replace(V3, model=dataclasses.replace(V3.model, moe=moe)))
+    assert ours["total_loss"] == pytest.approx(expected["total_loss"], abs=5e-6)
+    assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-6)
 
 
 def test_the_head_is_gathered_once_and_its_gradient_reduced_once():
@@ -106,7 +157,7 @@ def test_the_head_is_gathered_once_and_its_gradient_reduced_once():
     sharding = NamedSharding(mesh, spec(None, "batch", "seq"))
     batch = jax.ShapeDtypeStruct((1, 8, SEQ + 1), jnp.int32, sharding=sharding)
     step = jax.jit(make_train_step(config, graphdef(model), bos=0), static_argnums=2)
-    text = step.lower(state, batch, 1, np.float32(0)).compile().as_text()
+    text = step.lower(state, batch, 1, rates(0, np.float32)).compile().as_text()
   head = r"f32\[(?:32,60|60,32|8,60|60,8)\]\S*"
   gathers = re.findall(rf"= {head} all-gather\(", text)
   reductions = [line for line in text.splitlines() if re.search(rf"= .*{head}.* (all-reduce|reduce-scatter)\(", line)]
@@ -133,12 +184,14 @@ def test_state_is_born_in_the_layout_that_abstract_state_says():
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_microbatches_equal_the_large_batch(dynamic):
-  _, [expected] = one_device(CONFIG, 1)
-  state, [ours] = train(CONFIG, microbatches=4, dynamic=dynamic)
+@pytest.mark.parametrize("model", CONFIGS)
+def test_microbatches_equal_the_large_batch(model, dynamic):
+  _, [expected] = one_device(CONFIGS[model], 1)
+  state, [ours] = train(CONFIGS[model], microbatches=4, dynamic=dynamic)
   assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-6)
   assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-6)
-  large, _ = one_device(CONFIG, 1)
+  large, _ = one_device(CONFIGS[model], 1)
+  jax.tree.map(np.testing.assert_array_equal, state.buffers, large.buffers)
   # Adam's first step is about the sign of the gradient: compare its first moment, which is the gradient.
   for a, b in zip(jax.tree.leaves(state.opt_state[1].mu), jax.tree.leaves(large.opt_state[1].mu), strict=True):
     np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-7)
@@ -151,10 +204,10 @@ def test_a_ramp_uses_the_first_microbatches_only_and_no_other_program():
     step = jax.jit(make_train_step(config, graphdef(config.model), bos=0))
     state = jax.jit(new_state, static_argnums=0)(config, jax.random.key(0))
     batch = tokens(0, 4)
-    _, two = step(state, batch, 2, np.float32(1e-2))
+    _, two = step(state, batch, 2, rates(1e-2, np.float32))
     batch[2:] = 0  # what does not count may be anything
-    _, same = step(state, batch, 2, np.float32(1e-2))
-    _, four = step(state, batch, 4, np.float32(1e-2))
+    _, same = step(state, batch, 2, rates(1e-2, np.float32))
+    _, four = step(state, batch, 4, rates(1e-2, np.float32))
     assert step._cache_size() == 1
   assert two["loss"] == same["loss"] != four["loss"]
   _, [half] = train(config, batches=lambda i, n: tokens(0)[:, :4])

@@ -1,0 +1,102 @@
+"""Multi-head latent attention: expanded and absorbed are one function, for a cache of the size that V2 promises."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deepseek_jax.config import MeshConfig
+from deepseek_jax.mesh import make_mesh
+from deepseek_jax.model.mla import softmax_scale
+from deepseek_jax.model.rope import frequencies, rotate, rotation
+from deepseek_jax.model.transformer import graphdef, new_params
+from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
+
+MLA = AttentionConfig(
+  kind="mla", heads=4, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=6, v_head_dim=10
+)
+V3 = ModelConfig(
+  vocab=64, embed=32, layers=3, first_dense_layers=1, mlp=48, init_std=0.3, compute_dtype="float32", remat="none",
+  attention=MLA,
+  moe=MoEConfig(
+    num_routed_experts=8, num_shared_experts=1, num_experts_per_token=2, mlp=16, score="sigmoid", num_expert_groups=4,
+    topk_groups=2, group_score="top2_sum", router_bias=True, norm_topk_prob=True, route_scale=2.5,
+  ),
+)  # fmt: skip
+YARN = YarnConfig(factor=40.0, original_seq=8, mscale=1.3, mscale_all_dim=0.6)
+GQA = AttentionConfig(heads=4, kv_heads=2, head_dim=8)
+ATTENTIONS = {
+  "mla": MLA,
+  "mla without q_lora": dataclasses.replace(MLA, q_lora_rank=0),
+  "mla with yarn": dataclasses.replace(MLA, yarn=YARN),
+  "gqa": GQA,
+  "mha": dataclasses.replace(GQA, kv_heads=4),
+}
+
+
+def model_of(config):
+  with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])):
+    params, buffers = jax.jit(new_params, static_argnums=0)(config, jax.random.key(0))
+    return nnx.merge(graphdef(config), params, buffers)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_decoding_equals_the_full_forward_pass(name):
+  config = dataclasses.replace(V3, attention=ATTENTIONS[name])
+  ids = np.random.default_rng(0).integers(0, 64, (2, 12))
+  with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])):
+    model = model_of(config)
+    expected = model.logits(jax.jit(lambda model, ids: model(ids)[0])(model, jnp.asarray(ids)))
+    prompt = np.concatenate([ids[:, :5], np.zeros((2, 7), int)], 1)  # the cache is filled past the prompt as well
+    hidden, cache = jax.jit(lambda model, ids: model.prefill(ids))(model, jnp.asarray(prompt))
+    np.testing.assert_allclose(model.logits(hidden)[:, 4], expected[:, 4], rtol=1e-5, atol=1e-5)
+    decode = jax.jit(lambda model, *arguments: model.decode(*arguments))
+    for position in range(5, 12):
+      hidden, cache = decode(model, jnp.asarray(ids[:, position : position + 1]), cache, position)
+      np.testing.assert_allclose(model.logits(hidden)[:, 0], expected[:, position], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mla", "gqa"])
+def test_bytes_of_the_cache(name):
+  config = dataclasses.replace(V3, attention=ATTENTIONS[name])
+  with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])):
+    _, cache = jax.eval_shape(lambda model, ids: model.prefill(ids), model_of(config), jnp.zeros((2, 12), int))
+  a = config.attention
+  width = a.kv_lora_rank + a.qk_rope_head_dim if a.kind == "mla" else 2 * a.kv_heads * a.head_dim
+  total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+  assert total == 2 * 12 * config.layers * width * 4
+
+
+def test_rotation_keeps_relative_positions_and_pairs_are_interleaved():
+  rng = np.random.default_rng(0)
+  q, k = rng.normal(size=(2, 1, 1, 1, 6)).astype(np.float32)
+
+  def product(i, j):
+    turned = [
+      rotate(jnp.asarray(x), *rotation(jnp.array([[at]]), MLA, jnp.float32), interleaved=True)
+      for x, at in ((q, i), (k, j))
+    ]
+    return float((turned[0] * turned[1]).sum())
+
+  assert product(3, 1) == pytest.approx(product(9, 7), rel=1e-5) != pytest.approx(product(3, 2), rel=1e-3)
+  # By hand, as complex numbers of the pairs (2i, 2i + 1).
+  z, w = (x.reshape(3, 2) @ np.array([1, 1j]) for x in (q[0, 0, 0], k[0, 0, 0]))
+  turn = np.exp(2j * 10000.0 ** (-np.arange(3) / 3))
+  assert product(3, 1) == pytest.approx((z * turn * w.conj()).real.sum(), rel=1e-5)
+
+
+def test_yarn_of_the_released_models():
+  v3 = AttentionConfig(
+    kind="mla", heads=2, kv_lora_rank=4, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+    yarn=YarnConfig(factor=40.0, mscale=1.0, mscale_all_dim=1.0),
+  )  # fmt: skip
+  assert softmax_scale(v3) == pytest.approx(0.135234, abs=1e-6)
+  v2 = dataclasses.replace(v3, yarn=YarnConfig(factor=40.0, mscale=0.707, mscale_all_dim=0.707))
+  assert softmax_scale(v2) == pytest.approx(0.114721, abs=1e-6)
+  assert softmax_scale(dataclasses.replace(v3, yarn=YarnConfig())) == pytest.approx(192**-0.5)
+  plain, stretched = (frequencies(64, 1e4, YarnConfig(factor=f)) for f in (1.0, 40.0))
+  ratio = plain / stretched
+  assert ratio[0] == 1 and ratio[-1] == pytest.approx(40) and (np.diff(ratio) >= 0).all()

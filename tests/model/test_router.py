@@ -1,0 +1,81 @@
+"""The router against the papers' rules, written one token at a time in NumPy."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deepseek_jax.config import MeshConfig
+from deepseek_jax.mesh import make_mesh
+from deepseek_jax.model.router import Router
+from deepseek_jax.model_config import ModelConfig, MoEConfig
+
+V3 = MoEConfig(
+  num_routed_experts=12, num_experts_per_token=3, mlp=8, score="sigmoid", num_expert_groups=4, topk_groups=2,
+  group_score="top2_sum", router_bias=True, norm_topk_prob=True, route_scale=2.5,
+)  # fmt: skip
+V2 = dataclasses.replace(
+  V3, score="softmax", group_score="max", router_bias=False, norm_topk_prob=False, route_scale=16.0
+)
+GREEDY = dataclasses.replace(V2, num_expert_groups=1, topk_groups=1, route_scale=1.0)
+NEGATIVE = "v3 with biases that make every choice negative"
+CASES = {"v3": V3, NEGATIVE: V3, "v2": V2, "greedy": GREEDY}
+
+
+def route(moe, shift=0.0):
+  """(Routing, x, kernel, bias) of random tokens."""
+  config = ModelConfig(embed=16, moe=moe, init_std=0.5, compute_dtype="float32")
+  with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])):
+    router = Router(config, nnx.Rngs(0))
+    bias = np.zeros(12, np.float32)
+    if moe.router_bias:
+      bias = np.random.default_rng(1).normal(size=12).astype(np.float32) * 0.2 + np.float32(shift)
+      router.bias = type(router.bias)(jnp.asarray(bias))
+    x = np.random.default_rng(0).normal(size=(2, 20, 16)).astype(np.float32)
+    return jax.device_get(router(jnp.asarray(x))), x, np.asarray(router.kernel[...]), bias
+
+
+def expected(moe, x, kernel, bias):
+  """(indices, weights) of one token."""
+  logits = x.astype(np.float64) @ kernel
+  exp = np.exp(logits - logits.max())
+  scores = 1 / (1 + np.exp(-logits)) if moe.score == "sigmoid" else exp / exp.sum()
+  groups = (scores + bias).reshape(moe.num_expert_groups, -1)
+  best = [sorted(g)[-1] if moe.group_score == "max" else sum(sorted(g)[-2:]) for g in groups]
+  allowed = np.argsort(best)[-moe.topk_groups :]
+  size = groups.shape[1]
+  candidates = [e for e in range(12) if e // size in allowed]
+  chosen = sorted(candidates, key=lambda e: -(scores + bias)[e])[: moe.num_experts_per_token]
+  weights = scores[chosen] / (scores[chosen].sum() if moe.norm_topk_prob else 1) * moe.route_scale
+  return chosen, weights
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_choice_and_weights(name):
+  moe = CASES[name]
+  routing, x, kernel, bias = route(moe, shift=-3.0 if name == NEGATIVE else 0.0)
+  for b in range(2):
+    for t in range(20):
+      chosen, weights = expected(moe, x[b, t], kernel, bias)
+      assert routing.indices[b, t].tolist() == chosen
+      np.testing.assert_allclose(routing.weights[b, t], weights, rtol=1e-5)
+
+
+def test_the_bias_moves_the_choice_and_not_the_weights_and_has_no_gradient():
+  config = ModelConfig(embed=16, moe=dataclasses.replace(V3, num_expert_groups=1, topk_groups=1), init_std=0.5)
+  with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])):
+    router = Router(config, nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 16)), jnp.float32)
+    router.bias = type(router.bias)(jnp.zeros(12).at[7].set(10.0))
+    routing = router(x)
+    assert (routing.indices[..., 0] == 7).all()
+    of_seven = routing.scores[..., 7] / jnp.take_along_axis(routing.scores, routing.indices, -1).sum(-1) * 2.5
+    np.testing.assert_allclose(routing.weights[..., 0], of_seven, rtol=1e-6)
+    graph, params, buffers = nnx.split(router, nnx.Param, ...)
+    weights = lambda buffers: jnp.square(nnx.merge(graph, params, buffers)(x).weights).sum()  # noqa: E731
+    assert all((g == 0).all() for g in jax.tree.leaves(jax.grad(weights)(buffers)))
+    by_kernel = jax.grad(lambda params: jnp.square(nnx.merge(graph, params, buffers)(x).weights).sum())(params)
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(by_kernel))
