@@ -1,11 +1,26 @@
 """Whether a run may continue from a checkpoint: the same model, moments and data, whatever else has changed."""
 
+import dataclasses
+
+from deepseek_jax.checkpoint.parts import layout
 from deepseek_jax.config import Config
 from deepseek_jax.errors import CheckpointError
 from deepseek_jax.schema import flatten
 
 # These change how a step is computed, not what the saved arrays mean.
 _FREE = {"model.remat", "model.dropout", "model.attention.dropout"}
+# Nor do these what weights mean that a run starts from.
+_FREE_AT_START = {
+  "model.init_std", "model.param_dtype", "model.compute_dtype", "model.moe.dispatch", "model.moe.capacity_factor",
+  "model.moe.capacity_exempt",
+}  # fmt: skip
+# The fields of the model that arrays and their shapes depend on.
+_SHAPES = {
+  "vocab", "embed", "layers", "first_dense_layers", "num_mtp_layers", "mlp", "tied_embeddings", "attention.kind",
+  "attention.heads", "attention.kv_heads", "attention.head_dim", "attention.q_lora_rank", "attention.kv_lora_rank",
+  "attention.qk_nope_head_dim", "attention.qk_rope_head_dim", "attention.v_head_dim", "moe.num_routed_experts",
+  "moe.num_shared_experts", "moe.mlp", "moe.router_bias",
+}  # fmt: skip
 # These of `data` do not change which tokens a sample has, so they are no reason for another fingerprint.
 _NOT_IN_FINGERPRINT = {"data.mask_documents", "data.cache", "data.verify"}
 
@@ -32,6 +47,21 @@ def check_compatible(saved_config, config, saved_fingerprint, fingerprint, accep
       "use another --workdir, or pass --accept_data_change to continue on the new data"
     )
   return differences
+
+
+def check_fits(directory, model, config):
+  """Compares `model`, the ModelConfig of the weights in `directory` from which a run starts, with that of its `config`.
+
+  Returns the differences that may be, as `check_compatible` does: those that change what the model computes. Raises
+  CheckpointError with the fields behind it where an array has another shape.
+  """
+  differences = [d for d in _differences({"model": dataclasses.asdict(model)}, config) if d[0].startswith("model.")]
+  if layout(model) != layout(config.model):
+    shapes = [d for d in differences if d[0].removeprefix("model.") in _SHAPES]
+    raise CheckpointError(
+      f"the weights in {directory} do not fit this config: {_listing(shapes)}; take these values from the checkpoint"
+    )
+  return [d for d in differences if d[0] not in _FREE | _FREE_AT_START and d[0].removeprefix("model.") not in _SHAPES]
 
 
 def _must_agree(path):

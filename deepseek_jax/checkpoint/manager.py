@@ -22,6 +22,7 @@ from deepseek_jax.errors import CheckpointError
 
 FORMAT_VERSION = 1
 _LISTED = 8
+_CHUNK_BYTES = 1 << 26  # at most this much is read or written for a part of an array
 _REJECTED = re.compile(r"\d+\.rejected(-\d+)?")
 _NONE, _REFUSED = -1, -2  # what stands for a step where there is none to continue from
 
@@ -72,7 +73,7 @@ class CheckpointReader:
     `abstract` may hold part of what was saved, such as {"params": ...}; each entry that it has must match in full.
     Raises CheckpointError listing the arrays whose path, shape or dtype differ, or when a file cannot be read.
     """
-    path, wanted = self._existing(step) / "state", _flatten(abstract)
+    path, wanted = self.state(step), _flatten(abstract)
     try:
       with ocp.PyTreeCheckpointer() as checkpointer:
         _check_fits(path, _flatten(checkpointer.metadata(path).item_metadata.tree), wanted, _entries(abstract))
@@ -87,14 +88,19 @@ class CheckpointReader:
       raise CheckpointError(f"{path} cannot be restored: {_brief(error)}; if it is damaged, move it away") from error
     return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in wanted])
 
+  def steps(self):
+    """Steps on disk, whole or damaged, in order."""
+    return sorted(int(name) for name in self._names() if name.isdecimal() and str(int(name)) == name)
+
+  def state(self, step):
+    """Folder of the arrays of `step`, for `arrays.open_arrays`."""
+    return self._existing(step) / "state"
+
   def _existing(self, step):
     path = self._directory / str(step)
     if not path.is_dir():
-      raise CheckpointError(f"no checkpoint {step} in {self._directory}: it holds {self._steps() or 'none'}")
+      raise CheckpointError(f"no checkpoint {step} in {self._directory}: it holds {self.steps() or 'none'}")
     return path
-
-  def _steps(self):
-    return sorted(int(name) for name in self._names() if name.isdecimal() and str(int(name)) == name)
 
   def _names(self):
     return os.listdir(self._directory) if self._directory.is_dir() else []
@@ -102,7 +108,7 @@ class CheckpointReader:
   def _newest_verified(self):
     """(step, "") or (_NONE, "") or (_REFUSED, why)."""
     reasons = {}
-    for step in reversed(self._steps()):
+    for step in reversed(self.steps()):
       reason = manifest.verify(self._directory / str(step))
       if reason is None:
         for newer, why in reasons.items():
@@ -154,10 +160,12 @@ class Checkpointer(CheckpointReader):
     Waits for the save before it first. Raises CheckpointError where that one or this one fails, or where `step` exists.
     """
     self.wait()
-    if step in self._steps():
+    if step in self.steps():
       raise CheckpointError(f"checkpoint {self._directory / str(step)} exists: restore it, or use another --workdir")
+    flat = _flatten(state)
     items = ocp.args.Composite(
-      state=ocp.args.PyTreeSave(_nest(_flatten(state))), meta=ocp.args.JsonSave(json.loads(json.dumps(meta)))
+      state=ocp.args.PyTreeSave(_nest(flat), save_args=_nest({path: _chunks(path, a) for path, a in flat.items()})),
+      meta=ocp.args.JsonSave(json.loads(json.dumps(meta))),
     )
     self._saving = step
     try:
@@ -215,6 +223,13 @@ def _handlers():
   registry.add("state", ocp.args.PyTreeSave, state)
   registry.add("meta", ocp.args.JsonSave, meta)
   return registry
+
+
+def _chunks(path, array):
+  """Chunks of one layer, or one expert of it: a conversion reads these, and a chunk is only ever read whole."""
+  stacked = array.ndim > 2 and any(name.endswith("_layers") for name in path)
+  axes = (0, 1) if stacked and "experts" in path else (0,) if stacked else ()
+  return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=axes)
 
 
 def _options(config, write_manifest):

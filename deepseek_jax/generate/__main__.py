@@ -39,7 +39,7 @@ def main(argv) -> int:
   meta = reader.meta(step)
   config = from_dict(Config, meta["config"])
   tokenizer = load(config.data.tokenizer)
-  if tokenizer.fingerprint != meta["tokenizer_fingerprint"]:
+  if meta["tokenizer_fingerprint"] not in (None, tokenizer.fingerprint):  # None: converted weights saw no text of ours
     raise DataError(f"data.tokenizer={config.data.tokenizer} is not the one of the checkpoint: put that one back")
   given = {name: values[name].value for name in vars(config.sample) if values[name].value is not None}
   if "prompt" in given:  # bytes of the command line that are no text
