@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -145,7 +144,7 @@ class Model:
       )
     if tokens.min() < 0 or tokens.max() >= vocab:
       raise ConfigError(f"tokens from {tokens.min()} to {tokens.max()} are outside the vocabulary, 0 to {vocab - 1}")
-    return jnp.asarray(tokens, jnp.int32)
+    return tokens.astype(np.int32)
 
   @functools.cached_property
   def _logits(self):
@@ -200,5 +199,12 @@ def fitted(tree, old):
   ]
   if problems:
     raise ConfigError("params must keep their structure and shapes: " + "; ".join(problems))
-  leaves = [jax.device_put(jnp.asarray(given[path], x.dtype), x.sharding) for path, x in wanted.items()]
+  leaves = [placed(given[path], x) for path, x in wanted.items()]
   return jax.tree.unflatten(jax.tree.structure(old), leaves)
+
+
+def placed(leaf, like):
+  """`leaf` with the dtype and layout of `like`; a copy unless it has them, so that no NumPy array of the caller is shared."""
+  if isinstance(leaf, jax.Array) and (leaf.dtype, leaf.sharding) == (like.dtype, like.sharding):
+    return leaf
+  return jax.device_put(np.array(leaf, like.dtype), like.sharding)

@@ -1,0 +1,230 @@
+"""The notebook API on small random checkpoints: what is loaded, what comes out, what is saved, what is refused."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+import deepseek_jax
+from deepseek_jax.checkpoint.hf_config import to_model_config
+from deepseek_jax.checkpoint.hf_files import HFReader, write_tensors
+from deepseek_jax.checkpoint.hf_names import entries
+from deepseek_jax.errors import CheckpointError, ConfigError
+
+SHAPE = {
+  "vocab_size": 40, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2,
+}  # fmt: skip
+LLAMA = {"model_type": "llama", **SHAPE}
+V3 = {
+  "model_type": "deepseek_v3", **SHAPE, "q_lora_rank": 10, "kv_lora_rank": 6, "qk_nope_head_dim": 4,
+  "qk_rope_head_dim": 2, "v_head_dim": 3, "moe_intermediate_size": 5, "n_routed_experts": 4, "n_shared_experts": 1,
+  "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1,
+}  # fmt: skip
+MTP = ["model.layers.2.enorm.weight"]
+TOKENS = np.random.default_rng(0).integers(0, 40, (2, 7))
+
+
+def make_checkpoint(folder, raw, names=(), dtype=np.float32):
+  """A folder of `raw` as config.json and noise of `dtype`; buffers are float32. `names` make its MTP layers."""
+  config = to_model_config(raw, names, "config.json")
+  tensors = {}
+  for entry in entries(config):
+    rng = np.random.default_rng([0, *entry.name.encode()])
+    noise = (
+      rng.uniform(0.5, 1.5, entry.shape) if entry.name.endswith("norm.weight") else rng.normal(0, 0.4, entry.shape)
+    )
+    tensors[entry.name] = noise.astype(np.float32 if entry.buffer else dtype)
+  for entry in entries(config):
+    if entry.copy:
+      tensors[entry.name] = tensors["model.embed_tokens.weight" if entry.path == ("embed",) else "lm_head.weight"]
+  write_tensors(folder, [(name, a.shape, a.dtype) for name, a in tensors.items()], tensors.__getitem__, 20_000)
+  (folder / "config.json").write_text(json.dumps(raw))
+  return tensors
+
+
+@pytest.fixture(scope="module")
+def v3(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("v3")
+  return folder, make_checkpoint(folder, V3, MTP), deepseek_jax.load_pretrained(folder)
+
+
+def saved(folder):
+  reader = HFReader(folder)
+  return {name: reader.read(name) for name in reader.names}
+
+
+def assert_same(a, b):
+  assert sorted(a) == sorted(b)
+  for name in a:
+    assert a[name].dtype == b[name].dtype and a[name].tobytes() == b[name].tobytes(), name
+
+
+def test_importing_the_package_imports_no_jax():
+  code = "import sys, deepseek_jax; assert 'jax' not in sys.modules; deepseek_jax.load_pretrained; assert 'jax' in sys.modules"
+  subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+  with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+    deepseek_jax.nothing  # noqa: B018
+
+
+def test_logits_and_loss_agree(v3):
+  model = v3[2]
+  logits = model.logits(TOKENS)
+  assert logits.shape == (2, 7, 40) and logits.dtype == np.float32
+  logp = np.asarray(jax.nn.log_softmax(logits[:, :-1]))
+  expected = -np.take_along_axis(logp, TOKENS[:, 1:, None], -1).mean()
+  loss, _ = model.loss_and_grads(TOKENS.tolist())
+  np.testing.assert_allclose(loss, expected, rtol=1e-6)
+
+
+def test_gradients_are_the_slope_of_the_loss(v3):
+  model = v3[2]
+  params, (loss, grads) = model.params, model.loss_and_grads(TOKENS, mtp_weight=0.3)
+  assert jax.tree.map(lambda g: (g.shape, g.dtype), grads) == jax.tree.map(lambda p: (p.shape, p.dtype), params)
+  squares = sum(float((np.asarray(g, np.float64) ** 2).sum()) for g in jax.tree.leaves(grads))
+  step = 1e-3 / math.sqrt(squares)
+  try:
+    model.params = jax.tree.map(lambda p, g: p - step * g, params, grads)
+    lower, _ = model.loss_and_grads(TOKENS, mtp_weight=0.3)
+  finally:
+    model.params = params
+  np.testing.assert_allclose((loss - lower) / (step * squares), 1, atol=0.02)
+
+
+def test_weight_of_multi_token_prediction(v3):
+  model = v3[2]
+  losses = [float(model.loss_and_grads(TOKENS, weight)[0]) for weight in (0.0, 1.0, 0.5)]
+  np.testing.assert_allclose(losses[2], (losses[0] + losses[1]) / 2, rtol=1e-6)
+  assert losses[1] - losses[0] > 1
+  mtp = model.loss_and_grads(TOKENS)[1]["mtp_layers"]
+  assert not any(np.any(g) for g in jax.tree.leaves(mtp))
+
+
+def test_routing(v3):
+  indices, weights = v3[2].routing(TOKENS)
+  assert indices.shape == weights.shape == (1, 2, 7, 2)
+  assert set(np.unique(np.asarray(indices) // 2, axis=-1).ravel()) <= {0, 1}
+  assert np.all(np.asarray(indices)[..., 0] // 2 == np.asarray(indices)[..., 1] // 2)  # one group of the two
+  np.testing.assert_allclose(np.sum(weights, -1), 2.5, rtol=1e-6)
+
+
+def test_works_inside_another_mesh(v3):
+  expected = v3[2].logits(TOKENS)
+  with jax.set_mesh(jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))):
+    np.testing.assert_array_equal(v3[2].logits(TOKENS), expected)
+    v3[2].params = jax.tree.map(np.asarray, v3[2].params)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize(
+  ("raw", "names"), [(LLAMA, ()), (LLAMA | {"tie_word_embeddings": True}, ()), (V3, MTP)], ids=("llama", "tied", "mtp")
+)
+def test_saving_gives_back_every_bit(tmp_path, raw, names, dtype):
+  tensors = make_checkpoint(tmp_path, raw, names, dtype)
+  deepseek_jax.load_pretrained(tmp_path).save_pretrained(tmp_path / "out")
+  assert_same(saved(tmp_path / "out"), tensors)
+  config = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert config["torch_dtype"] == np.dtype(dtype).name
+  assert "lm_head.weight" not in tensors or not raw.get("tie_word_embeddings")
+
+
+def test_buffers_keep_their_dtype_and_values(v3, tmp_path):
+  folder, tensors, model = v3
+  model.save_pretrained(tmp_path, dtype="bfloat16")
+  bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+  assert_same({bias: saved(tmp_path)[bias]}, {bias: tensors[bias]})
+  assert saved(tmp_path)["lm_head.weight"].dtype == ml_dtypes.bfloat16
+
+
+def test_assigned_params_are_saved_and_copied(v3, tmp_path):
+  model = deepseek_jax.load_pretrained(v3[0])
+  model.params = jax.tree.map(lambda p: np.asarray(2 * p, np.float64), model.params)
+  assert {p.dtype for p in jax.tree.leaves(model.params)} == {np.dtype(np.float32)}
+  model.save_pretrained(tmp_path)
+  tensors = {name: a if name.endswith("_bias") else 2 * a for name, a in v3[1].items()}
+  assert_same(saved(tmp_path), tensors)
+
+
+def test_copies_are_optional_when_read_and_written_from_the_main_ones(v3, tmp_path):
+  kept = {
+    name: a for name, a in v3[1].items() if not name.endswith(("2.embed_tokens.weight", "shared_head.head.weight"))
+  }
+  write_tensors(tmp_path, [(name, a.shape, a.dtype) for name, a in kept.items()], kept.__getitem__)
+  (tmp_path / "config.json").write_text(json.dumps(V3))
+  deepseek_jax.load_pretrained(tmp_path).save_pretrained(tmp_path / "out")
+  assert_same(saved(tmp_path / "out"), v3[1])
+
+
+def test_assigned_arrays_are_not_shared(v3):
+  model = deepseek_jax.load_pretrained(v3[0])
+  mine = jax.tree.map(np.array, model.params)
+  model.params, mine["embed"][:] = mine, 7
+  assert not np.any(model.params["embed"] == 7)
+
+
+def test_assigned_params_are_checked(v3):
+  model = v3[2]
+  tree = {name: value for name, value in model.params.items() if name != "embed"}
+  tree |= {"surplus": np.zeros(3), "head": {"kernel": np.zeros((3, 3))}}
+  with pytest.raises(ConfigError) as error:
+    model.params = tree
+  for part in ("embed is missing", "surplus is not a parameter", "head/kernel is (3, 3) where (16, 40) is expected"):
+    assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("tokens", "message"),
+  [([[1.0]], "integers"), ([1, 2], "integers"), ([[True]], "integers"), ([[40]], "outside the vocabulary, 0 to 39"),
+   ([[-1]], "outside"), ([[]], "integers"), (np.zeros((0, 3), int), "too few")],
+)  # fmt: skip
+def test_tokens_are_checked(v3, tokens, message):
+  with pytest.raises(ConfigError, match=message):
+    v3[2].logits(tokens)
+
+
+def test_refusals(v3, tmp_path):
+  folder, _, model = v3
+  with pytest.raises(ConfigError, match="too few.*at least 3"):
+    model.loss_and_grads(TOKENS[:, :2])
+  with pytest.raises(ConfigError, match="float16.*float32, float64, bfloat16"):
+    deepseek_jax.load_pretrained(folder, dtype="float16")
+  with pytest.raises(ConfigError, match="int8"):
+    model.save_pretrained(tmp_path, dtype="int8")
+  with pytest.raises(CheckpointError, match="config.json"):
+    deepseek_jax.load_pretrained(tmp_path)
+  make_checkpoint(tmp_path, LLAMA)
+  dense = deepseek_jax.load_pretrained(tmp_path)
+  with pytest.raises(ConfigError, match="no layers for multi-token prediction"):
+    dense.loss_and_grads(TOKENS, mtp_weight=0.3)
+  with pytest.raises(ConfigError, match="dense"):
+    dense.routing(TOKENS)
+  assert dense.buffers == {}
+
+
+def test_a_folder_that_does_not_fit_its_config(v3, tmp_path):
+  make_checkpoint(tmp_path, LLAMA)
+  (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": 3, "vocab_size": 41}))
+  with pytest.raises(CheckpointError, match="9 missing, 2 of another shape"):
+    deepseek_jax.load_pretrained(tmp_path)
+
+
+def test_float64_needs_x64_and_is_float64_throughout(v3):
+  with pytest.raises(ConfigError, match="jax_enable_x64"):
+    deepseek_jax.load_pretrained(v3[0], dtype="float64")
+  with jax.enable_x64(True):
+    model = deepseek_jax.load_pretrained(v3[0], dtype="float64")
+    logits = model.logits(TOKENS)
+    assert logits.dtype == np.float64
+    assert {p.dtype for p in jax.tree.leaves((model.params, model.buffers))} == {np.dtype(np.float64)}
+  np.testing.assert_allclose(v3[2].logits(TOKENS), logits, atol=2e-5 * float(np.abs(logits).max()))
+
+
+def test_bfloat16_keeps_float32_parameters(v3):
+  model = deepseek_jax.load_pretrained(v3[0], dtype="bfloat16")
+  assert {p.dtype for p in jax.tree.leaves(model.params)} == {np.dtype(np.float32)}
+  assert model.logits(TOKENS).dtype == np.float32 and model.config.compute_dtype == "bfloat16"
