@@ -29,12 +29,14 @@ def cross_entropy(logits_of, hidden, targets, chunk, label_smoothing=0.0, z_loss
     hidden: [batch, seq, embed]. targets: [batch, seq] int. chunk: positions whose logits exist at once.
   """
 
-  @jax.checkpoint  # the backward pass makes a chunk's logits again instead of keeping all of them
   def chunk_sums(hidden, targets):
     nats, objective = token_losses(logits_of(hidden), targets, label_smoothing, z_loss)
     return nats.sum(-1), objective.sum(-1)
 
   batch, seq, embed = hidden.shape
+  if seq <= chunk:  # these logits may exist at once, so the backward pass need not make them again
+    return chunk_sums(hidden, targets)
+  chunk_sums = jax.checkpoint(chunk_sums)  # the backward pass makes a chunk's logits again instead of keeping all
   chunks = seq // chunk
   whole = chunks * chunk
 
@@ -42,12 +44,11 @@ def cross_entropy(logits_of, hidden, targets, chunk, label_smoothing=0.0, z_loss
     return jax.tree.map(jnp.add, sums, chunk_sums(*piece)), None
 
   sums = jax.tree.map(jnp.zeros_like, jax.eval_shape(chunk_sums, hidden[:, :1], targets[:, :1]))
-  if chunks:
-    pieces = (
-      hidden[:, :whole].reshape(batch, chunks, chunk, embed).swapaxes(0, 1),  # [chunks, batch, chunk, embed]
-      targets[:, :whole].reshape(batch, chunks, chunk).swapaxes(0, 1),
-    )
-    sums, _ = jax.lax.scan(body, sums, pieces)
+  pieces = (
+    hidden[:, :whole].reshape(batch, chunks, chunk, embed).swapaxes(0, 1),  # [chunks, batch, chunk, embed]
+    targets[:, :whole].reshape(batch, chunks, chunk).swapaxes(0, 1),
+  )
+  sums, _ = jax.lax.scan(body, sums, pieces)
   if whole < seq:
     sums, _ = body(sums, (hidden[:, whole:], targets[:, whole:]))
   return sums
