@@ -1,6 +1,7 @@
 ## make train   build .venv, train configs/tiny.py on real text, write runs/tiny/report.html; again: resume
 ## make test    build .venv with the test requirements, check style, run the tests that are not long
 ## make chaos   the long tests that kill training processes
+## make parity  the long tests against transformers, which run in an environment of their own, .venv-parity
 ## make lint    ruff check and ruff format --check
 ## make clean   remove the environment and caches; runs/ stays
 ##
@@ -12,7 +13,7 @@ VENV ?= .venv
 ARGS ?=
 IN_VENV = $(VENV)/bin/python
 
-.PHONY: help train test chaos lint clean environment test-environment
+.PHONY: help train test chaos parity lint clean environment test-environment
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -26,6 +27,10 @@ test: lint
 chaos: test-environment
 	$(IN_VENV) -m pytest -m chaos $(ARGS)
 
+parity:
+	@$(PYTHON) .ci/environment.py $(VENV)-parity test parity
+	$(VENV)-parity/bin/python -m pytest -m parity $(ARGS)
+
 lint: test-environment
 	$(IN_VENV) -m ruff check .
 	$(IN_VENV) -m ruff format --check .
@@ -37,5 +42,5 @@ test-environment:
 	@$(PYTHON) .ci/environment.py $(VENV) test
 
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(VENV)-parity .cache .pytest_cache .ruff_cache build *.egg-info
 	find deepseek_jax tests configs .ci -name __pycache__ -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
 """Makes a virtual environment with what this checkout needs, unless exactly that was done before.
 
   python3 .ci/environment.py .venv          # requirements.txt
-  python3 .ci/environment.py .venv test     # and the extra `test` of pyproject.toml
+  python3 .ci/environment.py .venv test     # and the extra `test` of pyproject.toml; more of them may follow
 
 The interpreter that runs this file is the one that the environment gets. A stamp in the environment says what is in it,
 so that the package index is asked only when something changed; another interpreter builds the environment anew.

@@ -118,17 +118,28 @@ def published(modules, layers):
   return tensors
 
 
+def make_modules(case):
+  """{name of transformers' module: float32 array}; those of an FP8 case have values that FP8 holds."""
+  modules = {name: noise(name, shape, case) for name, shape in module_shapes(case.config).items()}
+  if "quantization_config" in case.config:
+    for name, array in modules.items():
+      if array.ndim == 3:
+        parts = 2 if name.endswith("gate_up_proj") else 1
+        matrices = [np.concatenate([round_trip(half) for half in np.split(m, parts)]) for m in array]
+        modules[name] = np.stack(matrices)
+      elif in_fp8(name):
+        modules[name] = round_trip(array)
+  return modules
+
+
 def make_tensors(case):
-  """{name: array} of the checkpoint, all float32; those of an FP8 case have values that FP8 holds."""
-  c = case.config
-  modules = {name: noise(name, shape, case) for name, shape in module_shapes(c).items()}
-  tensors = published(modules, c["num_hidden_layers"])
-  for depth in range(c.get("num_nextn_predict_layers", 0)):
-    name = f"model.layers.{c['num_hidden_layers'] + depth}."
+  """{name: float32 array} of the checkpoint, with the copies of embedding and head that MTP layers have."""
+  layers = case.config["num_hidden_layers"]
+  tensors = published(make_modules(case), layers)
+  for depth in range(case.config.get("num_nextn_predict_layers", 0)):
+    name = f"model.layers.{layers + depth}."
     tensors[name + "embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
     tensors[name + "shared_head.head.weight"] = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
-  if "quantization_config" in c:
-    tensors |= {name: dequantised(*quantised(a)) for name, a in tensors.items() if in_fp8(name)}
   return tensors
 
 
@@ -150,6 +161,10 @@ def quantised(array):
 
 def dequantised(array, scale):
   return array.astype(np.float32) * spread(scale, array.shape)
+
+
+def round_trip(array):
+  return dequantised(*quantised(array))
 
 
 def write_folder(folder, case):

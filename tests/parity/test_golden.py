@@ -1,0 +1,61 @@
+"""Every architecture against what transformers computed: golden/ was written by make_golden.py and needs no torch here."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import deepseek_jax
+from deepseek_jax.checkpoint.convert import convert
+from tests.parity import ours
+from tests.parity.cases import CASES
+from tests.parity.digest import errors
+from tests.parity.weights import write_folder
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module", params=CASES)
+def made(request, tmp_path_factory):
+  """(case, its folder, the tensors in it as float32, what transformers computed)."""
+  folder = tmp_path_factory.mktemp(request.param)
+  tensors = write_folder(folder, CASES[request.param])
+  with np.load(GOLDEN / f"{request.param}.npz") as file:
+    return CASES[request.param], folder, tensors, dict(file)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_outputs(made, tmp_path, dtype):
+  case, folder, _, golden = made
+  found = errors(golden, ours.compute(folder, case, dtype, tmp_path), case.mtp_weight)
+  assert {what: error for what, error in found.items() if not error <= ours.LIMITS[dtype][what]} == {}
+
+
+def test_saved_again_bit_for_bit(made, tmp_path):
+  case, folder, tensors, _ = made
+  deepseek_jax.load_pretrained(folder).save_pretrained(tmp_path)
+  ours.assert_same_tensors(tmp_path, tensors)
+  config = json.loads((tmp_path / "config.json").read_text())
+  expected = {name: value for name, value in case.config.items() if name != "quantization_config"}
+  assert {name: config.get(name) for name in expected} == expected and "quantization_config" not in config
+
+
+def test_through_our_checkpoint_bit_for_bit(made, tmp_path):
+  case, folder, tensors, _ = made
+  convert(folder, tmp_path / "ours")
+  convert(tmp_path / "ours", tmp_path / "back")
+  ours.assert_same_tensors(tmp_path / "back", tensors)
+  assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
+
+
+def test_command_that_converts(tmp_path):
+  folder = tmp_path / "folder"
+  folder.mkdir()
+  tensors = write_folder(folder, CASES["v3_first3"])
+  for source, target in (("folder", "ours"), ("ours", "back")):
+    command = [sys.executable, "-m", "deepseek_jax.checkpoint", "convert"]
+    subprocess.run([*command, f"--from={tmp_path / source}", f"--to={tmp_path / target}"], check=True)
+  ours.assert_same_tensors(tmp_path / "back", tensors)
