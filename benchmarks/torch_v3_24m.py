@@ -39,7 +39,9 @@ def main():
     wall.append(time.perf_counter() - clocks[0])
     cpu.append(time.process_time() - clocks[1])
   wall, cpu = wall[1:], cpu[1:]
-  print(f"torch {torch.__version__}, transformers {transformers.__version__}, {'bfloat16 autocast' if arguments.bfloat16 else 'float32'}")
+  print(
+    f"torch {torch.__version__}, transformers {transformers.__version__}, {'bfloat16 autocast' if arguments.bfloat16 else 'float32'}"
+  )
   print(f"wall a step       {statistics.median(wall):.4f} s median of {len(wall)} ({min(wall):.4f} to {max(wall):.4f})")
   print(f"CPU a step        {statistics.median(cpu):.4f} s")
 

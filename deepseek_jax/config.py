@@ -268,6 +268,9 @@ class Config(Section):
     if moe.num_routed_experts:
       check_divides("model.moe.num_routed_experts", moe.num_routed_experts, "mesh.expert", self.mesh.expert)
     check_divides("model.embed", self.model.embed, "mesh.fsdp", self.mesh.fsdp)
+    if attention.kind == "mla":
+      for name in ("q_lora_rank", "kv_lora_rank"):
+        check_divides(f"model.attention.{name}", getattr(attention, name), "mesh.fsdp", self.mesh.fsdp)
     batch_axes = (self.mesh.data, self.mesh.fsdp, self.mesh.expert)
     check_divides(
       "train.microbatch" if self.train.microbatch else "train.global_batch",

@@ -11,6 +11,7 @@ from deepseek_jax.flags import load_config
 from deepseek_jax.model_config import AttentionConfig
 from deepseek_jax.schema import flatten, from_dict, leaf_paths
 
+MOE = {"num_routed_experts": 8, "num_experts_per_token": 2, "mlp": 4}
 CONFIGS = sorted(pathlib.Path("configs").glob("*.py"))
 
 
@@ -29,6 +30,17 @@ def test_every_field_has_a_line_of_doc():
   ("tree", "words"),
   [
     ({"train": {"stepz": 3}}, ["'train.stepz'", "did you mean 'train.steps'"]),
+    ({"model": {"attention": {"kind": "mla", "kv_lora_rank": 8}}}, ["kind=mla needs model.attention.qk_nope_head_dim"]),
+    ({"model": {"first_dense_layers": 1}}, ["model.first_dense_layers=1", "set it to 0 in a dense model"]),
+    ({"model": {"moe": {"num_routed_experts": 8, "mlp": 4}}}, ["needs model.moe.num_experts_per_token"]),
+    ({"model": {"moe": {**MOE, "num_expert_groups": 3}}}, ["num_routed_experts=8", "num_expert_groups=3"]),
+    ({"model": {"moe": {**MOE, "num_expert_groups": 8, "topk_groups": 8, "group_score": "top2_sum"}}}, ["two experts"]),
+    ({"model": {"moe": {**MOE, "topk_groups": 2}}}, ["topk_groups=2 is above model.moe.num_expert_groups=1"]),
+    ({"model": {"moe": {**MOE, "num_expert_groups": 8}}}, ["num_experts_per_token=2", "1 of 8 groups hold 1 experts"]),
+    ({"balance": {"bias_speed": 0.1}}, ["balance.bias_speed=0.1 moves model.moe.router_bias: set that to true"]),
+    ({"model": {"moe": MOE}, "balance": {"device_loss": 0.1}}, ["at least 2 equal groups of the 8 experts, got 1"]),
+    ({"mtp": {"weights": (0.3, 0.1)}}, ["mtp.weights=(0.3, 0.1)", "one weight more than tokens"]),
+    ({"model": {"moe": MOE}, "mesh": {"expert": 3}}, ["num_routed_experts=8", "mesh.expert=3"]),
     ({"model": {"atention": {"heads": 3}}}, ["model.atention", "model.attention"]),
     ({"steps": 3}, ["'steps'", ".steps'"]),
     ({"model": 3}, ["model is a section", "model.layers"]),

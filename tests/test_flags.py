@@ -45,7 +45,7 @@ def test_error_has_no_traceback():
 def test_help_lists_every_field_without_importing_jax():
   code = "import sys; from deepseek_jax import train\ntry: train.main(['train', '--help'])\nexcept SystemExit: print('jax' in sys.modules)"
   out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-  assert "--config.model.attention.kv_heads=4\n      key and value heads" in out
+  assert "--config.model.attention.kv_heads=4\n      gqa: key and value heads" in out
   assert out.endswith("False\n")
 
 

@@ -12,37 +12,47 @@ from deepseek_jax.model_config import ModelConfig
 
 
 def abstract_params(config: ModelConfig, mesh: MeshConfig):
-  """Nested dict of abstract arrays: shapes, dtypes and layouts on a mesh of resolved sizes that need not exist."""
+  """(params, buffers) as abstract arrays: shapes, dtypes and layouts on a mesh of resolved sizes that need not exist."""
   with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
-    return jax.eval_shape(lambda: new_params(config, jax.random.key(0)))[0]
+    return jax.eval_shape(lambda: new_params(config, jax.random.key(0)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-  """Counts. `active` is what a token passes through; `non_embedding` is `active` less the input embedding."""
+  """Counts, router biases included. `active` is what a token passes through; `non_embedding` is `active` less the input
+  embedding. `mtp` is what multi-token prediction adds; the other counts leave it out."""
 
   total: int
   active: int
   non_embedding: int
+  mtp: int
 
 
 def count_parameters(config: ModelConfig) -> Parameters:
   """Parameters of the model that the config describes, counted on its shapes."""
-  total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config, MeshConfig(data=1))))
-  return Parameters(total, total, total - config.vocab * config.embed)
+  params, buffers = abstract_params(config, MeshConfig(data=1))
+  leaves = jax.tree.leaves_with_path(params) + jax.tree.leaves_with_path(buffers)
+  sizes = [(path[0].key, math.prod(leaf.shape)) for path, leaf in leaves]
+  mtp = sum(size for name, size in sizes if name == "mtp_layers")
+  total = sum(size for _, size in sizes) - mtp
+  moe = config.moe
+  idle = config.num_moe_layers * (moe.num_routed_experts - moe.num_experts_per_token) * 3 * config.embed * moe.mlp
+  return Parameters(total, total - idle, total - idle - config.vocab * config.embed, mtp)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingFlops:
   """FLOPs of matrix products per trained token, forward and backward, without recomputation.
 
-  `matmul` is 6 per parameter that multiplies. Attention scores and values come on top: `attention_full` counts every
-  pair of positions, as XLA does; `attention_causal` the pairs that a causal model needs, on average (seq + 1) / 2.
+  `matmul` is 6 per parameter that multiplies, of routed experts those that a token chose. Attention scores and values come
+  on top: `attention_full` counts every pair of positions, as XLA does; `attention_causal` the pairs that a causal model
+  needs, on average (seq + 1) / 2. Latent attention counts in its expanded form, multi-token prediction with its own pass
+  through the head.
   """
 
-  matmul: int
+  matmul: float
   attention_causal: float
-  attention_full: int
+  attention_full: float
 
   @property
   def causal(self):
@@ -55,14 +65,23 @@ class TrainingFlops:
 
 def training_flops(config: ModelConfig, seq: int) -> TrainingFlops:
   """FLOPs per token at sequence length `seq`: a product of [m, k] and [k, n] is 2mkn, its backward twice that."""
+  head, moe = config.vocab * config.embed, config.moe
+  depths = [seq - depth for depth in range(1, config.num_mtp_layers + 1)]  # positions of multi-token prediction
+  ahead = sum(depths) / seq / max(len(depths), 1)
+  matrices = head * (1 + len(depths) * ahead)
+  for path, leaf in jax.tree.leaves_with_path(abstract_params(config, MeshConfig(data=1))[0]):
+    names = [part.key for part in path]
+    if names[-1] == "kernel" and names[0] != "head":
+      share = moe.num_experts_per_token / moe.num_routed_experts if "experts" in names else 1
+      matrices += math.prod(leaf.shape) * share * (ahead if names[0] == "mtp_layers" else 1)
   a = config.attention
-  projections = 2 * config.embed * a.head_dim * (a.heads + a.kv_heads)  # q and o, k and v
-  matrices = config.layers * (projections + 3 * config.embed * config.mlp) + config.embed * config.vocab
-  scores_and_values = config.layers * 2 * a.heads * a.head_dim  # multiply-adds per pair of positions
+  key, value = (a.qk_nope_head_dim + a.qk_rope_head_dim, a.v_head_dim) if a.kind == "mla" else (a.head_dim,) * 2
+  pairs = a.heads * (key + value)  # multiply-adds per pair of positions
+  lengths = [seq] * config.layers + depths
   return TrainingFlops(
     matmul=6 * matrices,
-    attention_causal=6 * scores_and_values * (seq + 1) / 2,
-    attention_full=6 * scores_and_values * seq,
+    attention_causal=6 * pairs * sum(n * (n + 1) / 2 for n in lengths) / seq,
+    attention_full=6 * pairs * sum(n * n for n in lengths) / seq,
   )
 
 

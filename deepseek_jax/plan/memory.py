@@ -34,25 +34,40 @@ def estimate_memory(config: Config) -> Memory:
   own temporaries come on top.
   """
   m, mesh = config.model, config.mesh
-  per_device = sum(size_per_device(leaf) for leaf in jax.tree.leaves(abstract_params(m, mesh)))
+  per_device = sum(size_per_device(leaf) for leaf in jax.tree.leaves(abstract_params(m, mesh)[0]))
   width, wide = jnp.dtype(m.compute_dtype).itemsize, max(4, jnp.dtype(m.compute_dtype).itemsize)
   rows = -(-(config.train.microbatch or config.train.global_batch) // batch_parts(abstract_mesh(mesh)))
   tokens, tensor = rows * config.data.seq, mesh.tensor
 
   stream = tokens * m.embed * width  # one residual stream
-  a = m.attention
-  products = (
-    tokens * (2 * m.embed + (2 * a.heads + 2 * a.kv_heads) * a.head_dim // tensor + 2 * m.mlp // tensor) * width
-  )
+  a, moe = m.attention, m.moe
+  if a.kind == "mla":
+    key, value = a.qk_nope_head_dim + a.qk_rope_head_dim, a.v_head_dim
+    heads = a.heads * (2 * key + 2 * value + a.qk_nope_head_dim) // tensor + a.q_lora_rank + a.kv_lora_rank
+    attention_weights = a.q_lora_rank * m.embed + (a.q_lora_rank or m.embed) * a.heads * key // tensor
+    attention_weights += a.kv_lora_rank * (m.embed + a.heads * (a.qk_nope_head_dim + value) // tensor)
+    attention_weights += a.heads * value * m.embed // tensor
+  else:
+    heads = (2 * a.heads + 2 * a.kv_heads) * a.head_dim // tensor
+    attention_weights = 2 * m.embed * (a.heads + a.kv_heads) * a.head_dim // tensor
+  # The widest block: a mixture has the rows of its chosen experts, and for now all its experts' weights gathered.
+  inner, expert_weights = m.mlp, 3 * m.embed * m.mlp
+  if m.num_moe_layers:
+    rows_wide = (moe.num_experts_per_token + moe.num_shared_experts) * moe.mlp
+    inner = max(inner, rows_wide) if m.num_dense_layers else rows_wide
+    expert_weights = 3 * m.embed * moe.mlp * (moe.num_routed_experts + moe.num_shared_experts)
+    heads += 2 * moe.num_experts_per_token * m.embed  # rows sorted by expert, in and out
+  products = tokens * (2 * m.embed + heads + 2 * inner // tensor) * width
   scores = rows * a.heads // tensor * config.data.seq**2 * (width + wide)
-  block = stream * 6 + products + scores + tokens * m.mlp // tensor * 2 * width
-  kept = {"full": stream, "dots": stream + products, "none": block}[m.remat] * m.layers
-  weights = (2 * m.embed * (a.heads + a.kv_heads) * a.head_dim + 3 * m.embed * m.mlp) // tensor * width
+  block = stream * 6 + products + scores + tokens * inner // tensor * 2 * width
+  kept = {"full": stream, "dots": stream + products, "none": block}[m.remat] * (m.layers + m.num_mtp_layers)
+  weights = (attention_weights + expert_weights // tensor) * width
   chunk = min(config.train.loss_chunk, config.data.seq)
   return Memory(
     params=per_device * jnp.dtype(m.param_dtype).itemsize,
     gradients=2 * per_device * jnp.dtype(m.param_dtype).itemsize,
     moments=2 * per_device * jnp.dtype(config.optimizer.moments_dtype).itemsize,
-    activations=kept + block + weights,
+    # Blocks of multi-token prediction stand outside the loop over layers: XLA keeps their working sets beside its own.
+    activations=kept + (block + weights) * (1 + m.num_mtp_layers),
     logits=2 * rows * chunk * m.vocab // tensor * wide,
   )

@@ -22,10 +22,11 @@ def summary(config: Config) -> str:
   counts, flops = count_parameters(config.model), training_flops(config.model, config.data.seq)
   tokens, memory = planned_tokens(config), estimate_memory(config)
   parts = ", ".join(f"{name} {getattr(memory, name) / GIB:.2f}" for name in vars(memory))
+  ahead = f", and {counts.mtp:,} for multi-token prediction" if counts.mtp else ""
   mesh = " x ".join(f"{axis}={size}" for axis, size in vars(config.mesh).items())
   return "\n".join(
     (
-      f"parameters       {counts.total:,} ({counts.active:,} active, {counts.non_embedding:,} without the embedding)",
+      f"parameters       {counts.total:,} ({counts.active:,} active, {counts.non_embedding:,} without the embedding){ahead}",
       f"FLOPs per token  {flops.causal:.4g} causal attention, {flops.full:.4g} full attention (forward and backward)",
       f"tokens planned   {tokens:,} in {config.train.steps:,} steps ({tokens * flops.causal:.3g} FLOPs)",
       f"mesh             {mesh}",

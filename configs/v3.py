@@ -1,0 +1,52 @@
+"""DeepSeek-V3 671B, 37B active (arXiv:2412.19437, section 4.2), and so R1's base: bias-balanced experts, MTP, 14.8T tokens.
+
+Shape from the report and DeepSeek's inference/configs/config_671B.json. YaRN is off: it belongs to the extension to 128K
+that follows pre-training at 4K.
+"""
+
+import math
+
+from ml_collections import ConfigDict
+
+T = 1_000_000_000_000
+TOKENS = 14_800_000_000_000
+START, BATCH, SEQ = 3072, 15_360, 4096
+RAMP = 469_000_000_000
+
+
+def get_config():
+  ramp_steps = RAMP * math.log(BATCH / START) / ((BATCH - START) * SEQ)  # the batch grows linearly in tokens
+  steps = math.ceil(ramp_steps + (TOKENS - RAMP) / (BATCH * SEQ))
+  return ConfigDict(
+    dict(
+      name="v3",
+      model=dict(
+        vocab=129_280,
+        embed=7168,
+        layers=61,
+        first_dense_layers=3,
+        num_mtp_layers=1,
+        mlp=18_432,
+        init_std=0.006,  # the report; the released config.json has 0.02
+        attention=dict(
+          kind="mla", heads=128, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
+          v_head_dim=128,
+        ),
+        moe=dict(
+          num_routed_experts=256, num_shared_experts=1, num_experts_per_token=8, mlp=2048, score="sigmoid",
+          num_expert_groups=8, topk_groups=4, group_score="top2_sum", router_bias=True, norm_topk_prob=True,
+          route_scale=2.5,
+        ),
+      ),
+      data=dict(tokenizer="deepseek-v3", seq=SEQ),
+      optimizer=dict(clip=1.0, beta1=0.9, beta2=0.95, weight_decay=0.1, moments_dtype="bfloat16"),  # section 3.3.2
+      schedule=dict(  # constant to 10T, cosine over 4.3T to 2.2e-5, 333B of that, 167B at 7.3e-6
+        kind="wsd", peak=2.2e-4, warmup_steps=2000, tokens=TOKENS,
+        milestones=(10 * T / TOKENS, 14.3 * T / TOKENS, 14.633 * T / TOKENS), factors=(0.1, 7.3e-6 / 2.2e-4),
+      ),
+      balance=dict(bias_speed=0.001, bias_tokens=143 * T // 10, expert_loss=1e-4),  # config.json has 0.001 for the last
+      mtp=dict(weights=(0.3, 0.1), tokens=(10 * T,)),
+      mesh=dict(data=1, fsdp=-1),
+      train=dict(steps=steps, global_batch=BATCH, microbatch=1024, batch_ramp_from=START, batch_ramp_tokens=RAMP),
+    )
+  )  # fmt: skip
