@@ -80,9 +80,10 @@ def run(config: Config, workdir: str, evaluate, sample, accept_data_change=False
   print(f"run      {config.name} in {os.path.abspath(workdir)}")
   print(f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind} ({jax.default_backend()}), jax {jax.__version__}")
   print(f"{summary(on_mesh)}\nconfig\n{resolved(on_mesh)}", flush=True)
+  flops = training_flops(config.model, config.data.seq).causal
   with jax.set_mesh(mesh), Checkpointer(workdir, config.checkpoint) as checkpointer:
     data = open_data(config.data, config.model.vocab, config.seed)
-    this = Run(config, workdir, mesh, data, checkpointer, evaluate, sample, weights)
+    this = Run(config, workdir, mesh, data, checkpointer, evaluate, sample, weights, flops)
     this.find_start(accept_data_change)
     return this.main()
 
@@ -90,8 +91,8 @@ def run(config: Config, workdir: str, evaluate, sample, accept_data_change=False
 class Run:
   """The mutable side of a run: state, counters, clocks and open files."""
 
-  def __init__(self, config, workdir, mesh, data, checkpointer, evaluate, sample, weights):
-    self.weights = weights  # to start from, or None
+  def __init__(self, config, workdir, mesh, data, checkpointer, evaluate, sample, weights, flops_per_token):
+    self.weights, self.flops_per_token = weights, flops_per_token  # weights: to start from, or None
     self.config, self.workdir, self.mesh, self.data, self.checkpointer = config, workdir, mesh, data, checkpointer
     self.graphdef, self.evaluate_rows, self.sample_text = graphdef(config.model), evaluate, sample
     train = config.train
@@ -104,7 +105,6 @@ class Run:
     self.train_step = jax.jit(step, donate_argnames="state", static_argnames=static)
     row_losses = make_row_losses(config, self.graphdef, data.tokenizer.bos)
     self.row_nats = jax.jit(lambda params, buffers, tokens: row_losses(params, buffers, tokens)[0])
-    self.flops_per_token = training_flops(config.model, config.data.seq).causal
     shown = {
       "learning_rate": True,
       "mtp_weight": config.model.num_mtp_layers,
