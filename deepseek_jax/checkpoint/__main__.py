@@ -27,9 +27,9 @@ def main(argv) -> int:
     "data.tokenizer of a workdir that is written; default: tokenizer.json of --from, else by the size of its vocabulary",
     flag_values=values,
   )
-  words = [argument for argument in argv[1:] if not argument.startswith("-")]
-  parse([argument for argument in argv if argument != "convert"], values, __doc__)
-  if words[:1] != ["convert"]:
+  named = argv[1:2] == ["convert"]
+  parse(argv[:1] + argv[1 + named :], values, __doc__)
+  if not named:
     raise ConfigError(
       "what to do is missing: python -m deepseek_jax.checkpoint convert --from=DIR --to=DIR (see --help)"
     )

@@ -153,7 +153,7 @@ def new_folder(target):
     yield partial
     partial.rename(target)
   except OSError as error:
-    raise CheckpointError(f"cannot write {error.filename or target}: {error.strerror}; give another --to") from error
+    raise CheckpointError(f"{error.filename or target}: {error.strerror}; nothing was written to {target}") from error
   finally:
     shutil.rmtree(partial, ignore_errors=True)
 

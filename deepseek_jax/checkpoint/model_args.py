@@ -112,7 +112,6 @@ def _attention(args):
   return AttentionConfig(
     kind="mla",
     heads=args["n_heads"],
-    kv_heads=args["n_heads"],
     rope_theta=args["rope_theta"],
     yarn=yarn,
     **{name: args[name] for name in widths},

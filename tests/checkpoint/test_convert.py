@@ -1,0 +1,393 @@
+"""Checkpoints from Hugging Face's form to ours and back: values, refusals, interruptions, and runs that start from them."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from deepseek_jax.checkpoint import parts
+from deepseek_jax.checkpoint.__main__ import main
+from deepseek_jax.checkpoint.arrays import ArrayWriter, open_arrays
+from deepseek_jax.checkpoint.convert import convert
+from deepseek_jax.checkpoint.hf_config import write_config
+from deepseek_jax.checkpoint.hf_files import BLOCK, DTYPES, FP8, SCALE, HFReader, write_tensors
+from deepseek_jax.checkpoint.hf_names import entries
+from deepseek_jax.checkpoint.manager import FORMAT_VERSION, Checkpointer, CheckpointReader
+from deepseek_jax.checkpoint.parts import layout, tree_path
+from deepseek_jax.checkpoint.weights import open_weights, saved_config
+from deepseek_jax.config import CheckpointConfig, Config, DataConfig, MeshConfig
+from deepseek_jax.errors import CheckpointError
+from deepseek_jax.mesh import make_mesh
+from deepseek_jax.model.transformer import new_params
+from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
+from deepseek_jax.sharding import concrete
+
+MLA = AttentionConfig(
+  kind="mla", heads=2, q_lora_rank=12, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6
+)  # fmt: skip
+MOE = MoEConfig(
+  num_routed_experts=4, num_shared_experts=2, num_experts_per_token=2, mlp=12, score="sigmoid", num_expert_groups=2,
+  topk_groups=1, group_score="top2_sum", router_bias=True, norm_topk_prob=True,
+)  # fmt: skip
+V3 = ModelConfig(vocab=272, embed=16, layers=3, first_dense_layers=1, num_mtp_layers=1, mlp=24, attention=MLA, moe=MOE)
+DENSE = ModelConfig(
+  vocab=272, embed=16, layers=2, mlp=24, compute_dtype="float32", attention=AttentionConfig(heads=4, kv_heads=2, head_dim=4)
+)  # fmt: skip
+MODELS = {"v3": V3, "dense": DENSE, "tied": dataclasses.replace(DENSE, tied_embeddings=True)}
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def make_tensors(model, dtype=BFLOAT16):
+  """{name: array} of a checkpoint; the names of one array, where it has several, hold the same."""
+  rng, made, tensors = np.random.default_rng(0), {}, {}
+  for entry in sorted(entries(model), key=lambda e: e.copy):
+    if not entry.copy:
+      kind = np.float32 if entry.buffer else dtype
+      made[entry.path, entry.index] = (rng.standard_normal(entry.shape) * 0.1).astype(kind)
+    tensors[entry.name] = made[entry.path, entry.index]
+  return tensors
+
+
+def write(folder, model, tensors, shard_bytes=10**9):
+  write_tensors(folder, [(n, a.shape, a.dtype) for n, a in tensors.items()], tensors.__getitem__, shard_bytes)
+  write_config(model, folder, "bfloat16")
+  return folder
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+  """Cuts even small matrices."""
+  monkeypatch.setattr(parts, "PART_BYTES", 600)
+
+
+def stacked(model, tensors):
+  """{path: float32 array of ours}, put together from whole tensors in memory."""
+  arrays = {path: np.full(shape, np.nan, np.float32) for path, (shape, _) in layout(model).items()}
+  for entry in entries(model):
+    if not entry.copy:
+      arrays[tree_path(entry)][entry.index] = entry.to_ours(tensors[entry.name].astype(np.float32))
+  return arrays
+
+
+def abstract_weights(model, mesh):
+  shapes = jax.eval_shape(lambda: new_params(model, jax.random.key(0)))
+  return dict(zip(("params", "buffers"), concrete(shapes, mesh), strict=True))
+
+
+def flat(tree):
+  return {tuple(key.key for key in path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def restored(workdir, model):
+  """{path: array} of step 0, read by Orbax onto a mesh of four devices."""
+  mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2 if model.moe.num_routed_experts else 1, tensor=-1))
+  with jax.set_mesh(mesh):
+    return flat(CheckpointReader(workdir).restore(0, abstract_weights(model, mesh)))
+
+
+def assert_equal(got, want):
+  assert got.keys() == want.keys()
+  for name in want:
+    assert got[name].dtype == want[name].dtype and got[name].tobytes() == want[name].tobytes(), name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_there_and_back(tmp_path, name, small_parts):
+  model, tensors = MODELS[name], make_tensors(MODELS[name])
+  source = write(tmp_path / "hf", model, tensors, shard_bytes=4000)
+  assert len(list(source.glob("*.safetensors"))) > 2
+  convert(source, tmp_path / "ours")
+  reader = CheckpointReader(tmp_path / "ours")
+  assert reader.latest() == 0 and reader.meta(0)["weights_only"]
+  config = saved_config(reader, 0)
+  assert config.model == dataclasses.replace(model, compute_dtype="bfloat16") and config.data.tokenizer == "byte"
+  assert_equal(restored(tmp_path / "ours", model), stacked(model, tensors))
+  chunks = {path: a.chunk_layout.read_chunk.shape for path, a in open_arrays(reader.state(0)).items()}
+  assert all(4 * np.prod(chunk) <= 1200 for chunk in chunks.values())  # a row of a matrix may be longer than a part
+  convert(tmp_path / "ours", tmp_path / "back", dtype="bfloat16")
+  back = HFReader(tmp_path / "back")
+  assert_equal({name: back.read(name) for name in back.names}, tensors)
+  convert(tmp_path / "back", tmp_path / "again")
+  assert_equal(restored(tmp_path / "again", model), stacked(model, tensors))
+
+
+def test_float32_is_the_default_of_the_way_back(tmp_path):
+  tensors = make_tensors(V3, np.float32)
+  convert(write(tmp_path / "hf", V3, tensors), tmp_path / "ours")
+  convert(tmp_path / "ours", tmp_path / "back")
+  back = HFReader(tmp_path / "back")
+  assert_equal({name: back.read(name) for name in back.names}, tensors)
+
+
+@pytest.mark.parametrize("part_bytes", [1 << 26, 5000])
+def test_fp8_with_partial_blocks(tmp_path, monkeypatch, part_bytes):
+  monkeypatch.setattr(parts, "PART_BYTES", part_bytes)
+  model = dataclasses.replace(DENSE, mlp=200, embed=136)
+  tensors, rng = make_tensors(model), np.random.default_rng(1)
+  wanted = dict(tensors)
+  for name in [n for n in tensors if "mlp" in n]:
+    rows, columns = tensors[name].shape
+    scale = rng.uniform(0.5, 2, (-(-rows // BLOCK), -(-columns // BLOCK))).astype(np.float32)
+    tensors[name], tensors[name + SCALE] = tensors[name].astype(DTYPES[FP8]), scale
+    wanted[name] = tensors[name].astype(np.float32) * scale.repeat(BLOCK, 0).repeat(BLOCK, 1)[:rows, :columns]
+  convert(write(tmp_path / "hf", model, tensors), tmp_path / "ours")
+  assert_equal(restored(tmp_path / "ours", model), stacked(model, wanted))
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 2), (2, 1, 2), (2, 2, 1)], ids=str)
+def test_weights_are_placed_on_a_mesh_as_they_are_read(tmp_path, shape):
+  tensors = make_tensors(V3)
+  source = write(tmp_path / "hf", V3, tensors)
+  convert(source, tmp_path / "ours")
+  mesh = make_mesh(MeshConfig(data=1, fsdp=shape[0], expert=shape[1], tensor=shape[2]))
+  with jax.set_mesh(mesh):
+    wanted = abstract_weights(V3, mesh)
+    for folder in (source, tmp_path / "ours"):
+      weights = open_weights(folder)
+      assert weights.model == V3
+      arrays = weights.load(wanted)
+      assert jax.tree.map(lambda a: a.sharding, arrays) == jax.tree.map(lambda a: a.sharding, wanted)
+      assert_equal(flat(arrays), stacked(V3, tensors))
+
+
+def test_all_that_is_wrong_is_in_one_error_and_nothing_is_left(tmp_path):
+  tensors = make_tensors(V3)
+  missing, misshaped = "model.layers.1.mlp.experts.2.up_proj.weight", "model.layers.0.self_attn.o_proj.weight"
+  del tensors[missing]
+  tensors[misshaped] = tensors[misshaped][:-1]
+  tensors["model.layers.1.extra.weight"] = np.ones(3, np.float32)
+  infinite, nan = "model.norm.weight", "model.layers.2.mlp.gate.weight"
+  tensors[infinite][3], tensors[nan][1, 2] = np.inf, np.nan
+  source = write(tmp_path / "hf", V3, tensors)
+  with pytest.raises(CheckpointError) as caught:
+    convert(source, tmp_path / "ours")
+  for name in (missing, misshaped, "model.layers.1.extra.weight", infinite, nan):
+    assert str(caught.value).count(name) == 1
+  assert os.listdir(tmp_path) == ["hf"]
+
+
+def test_every_tensor_that_is_not_finite_is_listed_although_they_are_read_once(tmp_path, small_parts):
+  tensors = make_tensors(V3)
+  bad = ["model.embed_tokens.weight", "model.layers.1.mlp.experts.3.down_proj.weight", "lm_head.weight"]
+  for name in bad:
+    tensors[name] = tensors[name].copy()
+    tensors[name][-1, -1] = np.nan
+  source = write(tmp_path / "hf", V3, tensors)
+  with pytest.raises(CheckpointError) as caught:
+    convert(source, tmp_path / "ours")
+  assert all(name in str(caught.value) for name in bad) and os.listdir(tmp_path) == ["hf"]
+  mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  with jax.set_mesh(mesh), pytest.raises(CheckpointError) as caught:
+    open_weights(source).load(abstract_weights(V3, mesh))
+  assert all(name in str(caught.value) for name in bad)
+
+
+def save_ours(workdir, model, arrays):
+  """A checkpoint as a run saves it, of {path: array} and something that is no weight."""
+  state = {"step": jnp.zeros(()), "params": {}, "buffers": {}}
+  for path, array in arrays.items():
+    node = state
+    for name in path[:-1]:
+      node = node.setdefault(name, {})
+    node[path[-1]] = jnp.asarray(array)
+  config = Config(model=model)
+  meta = {"format_version": FORMAT_VERSION, "config": dataclasses.asdict(config), "samples": 8}
+  with Checkpointer(workdir, CheckpointConfig()) as checkpointer:
+    checkpointer.save(7, state, meta)
+  return workdir
+
+
+def test_a_checkpoint_of_a_run_becomes_a_folder_of_hugging_face(tmp_path, small_parts):
+  tensors = make_tensors(V3)
+  workdir = save_ours(tmp_path / "run", V3, stacked(V3, tensors))
+  chunks = {p: a.chunk_layout.read_chunk.shape for p, a in open_arrays(CheckpointReader(workdir).state(7)).items()}
+  assert chunks["params", "moe_layers", "moe", "experts", "gate", "kernel"] == (1, 1, 16, 12)  # not the whole array
+  assert chunks["params", "moe_layers", "attn", "q_b", "kernel"] == (1, 12, 2, 12)
+  convert(workdir, tmp_path / "hf", "bfloat16")
+  back = HFReader(tmp_path / "hf")
+  assert_equal({name: back.read(name) for name in back.names}, tensors)
+
+
+def test_a_checkpoint_of_a_run_that_does_not_fit_its_config_or_is_not_finite(tmp_path):
+  arrays = stacked(DENSE, make_tensors(DENSE))
+  arrays["params", "dense_layers", "mlp", "up", "kernel"][1, 2, 3] = np.inf
+  arrays["params", "embed"][5] = np.nan
+  with pytest.raises(CheckpointError, match=r"embed_tokens\.weight, model\.layers\.1\.mlp\.up_proj\.weight"):
+    convert(save_ours(tmp_path / "a", DENSE, arrays), tmp_path / "hf")
+  del arrays["params", "embed"]
+  arrays["params", "more"] = arrays["params", "final_norm", "scale"]
+  arrays["params", "head", "kernel"] = arrays["params", "head", "kernel"][:3]
+  with pytest.raises(
+    CheckpointError, match=r"3 arrays differ\n  params/embed: missing.*\n  params/head.*\n  params/more"
+  ):
+    convert(save_ours(tmp_path / "b", DENSE, arrays), tmp_path / "hf")
+  assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+def test_kinds_are_told_by_content(tmp_path):
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(CheckpointError, match=r"is no checkpoint: expected a Hugging Face folder.* or a workdir"):
+    convert(tmp_path / "empty", tmp_path / "to")
+  (tmp_path / "empty" / "checkpoints").mkdir()
+  with pytest.raises(CheckpointError, match="has no checkpoint"):
+    convert(tmp_path / "empty", tmp_path / "to")
+  (tmp_path / "hf").mkdir()
+  write_config(DENSE, tmp_path / "hf", "float32")
+  (tmp_path / "hf" / "pytorch_model.bin").write_bytes(b"")
+  with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is a pickle"):
+    convert(tmp_path / "hf", tmp_path / "to")
+
+
+def test_the_target_is_new_or_empty(tmp_path):
+  source = write(tmp_path / "hf", DENSE, make_tensors(DENSE))
+  (tmp_path / "to").mkdir()
+  (tmp_path / "to" / "note.txt").write_text("mine")
+  with pytest.raises(CheckpointError, match="not an empty folder"):
+    convert(source, tmp_path / "to")
+  assert os.listdir(tmp_path / "to") == ["note.txt"]
+  (tmp_path / "to" / "note.txt").unlink()
+  convert(source, tmp_path / "to")
+  assert sorted(os.listdir(tmp_path / "to")) == ["checkpoints", "config.json"]
+  assert sorted(os.listdir(tmp_path)) == ["hf", "to"]
+
+
+def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
+  source = write(tmp_path / "hf", DENSE, make_tensors(DENSE))
+  convert(source, tmp_path / "ours")
+  write_part, calls = ArrayWriter.write, []
+
+  def interrupted(*arguments):
+    calls.append(arguments)
+    if len(calls) == 6:
+      raise KeyboardInterrupt
+    write_part(*arguments)
+
+  monkeypatch.setattr(ArrayWriter, "write", interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    convert(source, tmp_path / "to")
+  assert sorted(os.listdir(tmp_path)) == ["hf", "ours"]
+
+
+KILLED = """
+import os, signal, sys
+from deepseek_jax.checkpoint.__main__ import main
+from deepseek_jax.checkpoint.hf_files import HFReader
+read, calls = HFReader.read, []
+def killed(*arguments):
+  calls.append(arguments)
+  if len(calls) == 6:
+    os.kill(os.getpid(), signal.SIGKILL)
+  return read(*arguments)
+HFReader.read = killed
+main(sys.argv)
+"""
+
+
+def test_a_killed_conversion_leaves_no_target(tmp_path):
+  source = write(tmp_path / "hf", DENSE, make_tensors(DENSE))
+  arguments = ["convert", f"--from={source}", f"--to={tmp_path / 'to'}"]
+  assert subprocess.run([sys.executable, "-c", KILLED, *arguments]).returncode == -signal.SIGKILL
+  assert sorted(os.listdir(tmp_path)) == ["hf", "to.partial"]
+  with pytest.raises(CheckpointError, match=r"to\.partial exists: a conversion is running, or was killed"):
+    main(["checkpoint", *arguments])
+
+
+@pytest.mark.parametrize(
+  ("vocab", "flag", "wanted"),
+  [(102400, "", "deepseek-llm"), (129280, "", "deepseek-v3"), (300, "", "byte"), (102400, "byte", "byte"), (100, "", "hf")],
+)  # fmt: skip
+def test_the_tokenizer_of_a_converted_checkpoint(tmp_path, vocab, flag, wanted):
+  model = dataclasses.replace(DENSE, vocab=vocab, embed=2)
+  source = write(tmp_path / "hf", model, make_tensors(model))
+  convert(source, tmp_path / "ours", tokenizer=flag)
+  wanted = str(source / "tokenizer.json") if wanted == "hf" else wanted
+  assert json.loads((tmp_path / "ours" / "config.json").read_text())["data"]["tokenizer"] == wanted
+
+
+def test_tokenizer_files_go_with_the_weights(tmp_path):
+  source = write(tmp_path / "hf", DENSE, make_tensors(DENSE))
+  (source / "tokenizer.json").write_text("{}")
+  convert(source, tmp_path / "ours")
+  convert(tmp_path / "ours", tmp_path / "back")
+  assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("text")
+  for i in range(12):
+    (folder / f"{i}.txt").write_text(f"def f{i}(x): return x + {i}\n" * 40)
+  return folder
+
+
+def run(text, workdir, model=DENSE, **fields):
+  """Trains on four devices; returns the lines of metrics.jsonl."""
+  from deepseek_jax.evaluate.heldout import evaluate
+  from deepseek_jax.training import loop
+
+  tree = Config(
+    model=model, data=DataConfig(sources=(str(text),), cache=str(text / "cache"), seq=16, heldout_fraction=0.2)
+  )
+  steps = fields.pop("steps", 2)
+  config = dataclasses.replace(
+    tree,
+    train=dataclasses.replace(tree.train, steps=steps, global_batch=4),
+    mesh=MeshConfig(data=1, fsdp=2, tensor=2),
+    log=dataclasses.replace(tree.log, every=1, tensorboard=False),
+    eval=dataclasses.replace(tree.eval, final_sequences=4),
+    **fields,
+  )
+  assert loop.run(config, str(workdir), evaluate, lambda *arguments: "") == 0
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_starts_from_weights_of_either_kind(tmp_path, text, capsys):
+  source = write(tmp_path / "hf", DENSE, make_tensors(DENSE))
+  convert(source, tmp_path / "ours")
+  from_hf = run(text, tmp_path / "a", init_from=str(source))
+  assert "start    from the weights in" in capsys.readouterr().out
+  from_ours = run(text, tmp_path / "b", init_from=str(tmp_path / "ours"))
+  in_place = run(text, tmp_path / "ours")
+  random = run(text, tmp_path / "c")
+  losses = [[line["loss"] for line in lines] for lines in (from_hf, from_ours, in_place, random)]
+  assert losses[0] == losses[1] == losses[2] != losses[3]
+  assert [line["samples"] for line in in_place] == [4, 8]
+  # What a run has itself goes before init_from, which is not even looked at.
+  source.rename(tmp_path / "gone")
+  capsys.readouterr()
+  assert len(run(text, tmp_path / "a", init_from=str(source), steps=3)) == 3
+  assert "resume   from the checkpoint of step 2" in capsys.readouterr().out
+  # And a workdir that trained is one to start from.
+  assert run(text, tmp_path / "d", init_from=str(tmp_path / "a"))[0]["loss"] < losses[0][0]
+
+
+def test_weights_of_another_shape_are_refused_by_field(tmp_path, text):
+  source = write(tmp_path / "hf", DENSE, make_tensors(DENSE))
+  other = dataclasses.replace(DENSE, mlp=32, layers=3)
+  with pytest.raises(
+    CheckpointError, match=r"model\.layers: checkpoint 2, config 3; model\.mlp: checkpoint 24, config 32"
+  ):
+    run(text, tmp_path / "run", other, init_from=str(source))
+  assert not (tmp_path / "run").exists()
+
+
+def test_fields_that_no_array_depends_on_may_differ(tmp_path, text, capsys):
+  source = write(tmp_path / "hf", DENSE, make_tensors(DENSE))
+  run(text, tmp_path / "run", dataclasses.replace(DENSE, norm_eps=1e-5), init_from=str(source))
+  assert "changed  model.norm_eps: 1e-06 -> 1e-05" in capsys.readouterr().out
+
+
+def test_generate_takes_a_converted_checkpoint(tmp_path, capsys):
+  from deepseek_jax.generate.__main__ import main as generate
+
+  convert(write(tmp_path / "hf", DENSE, make_tensors(DENSE)), tmp_path / "ours")
+  assert generate(["generate", f"--workdir={tmp_path / 'ours'}", "--prompt=ab", "--max_tokens=3"]) == 0
+  assert "ab" in capsys.readouterr().out
