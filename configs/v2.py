@@ -10,11 +10,13 @@ from ml_collections import ConfigDict
 
 TOKENS = 8_100_000_000_000
 START, BATCH, SEQ = 2304, 9216, 4096
+MICRO = 768  # of the whole mesh; the paper does not say its own
 RAMP = 225_000_000_000
 
 
 def get_config():
-  ramp_steps = RAMP * math.log(BATCH / START) / ((BATCH - START) * SEQ)  # the batch grows linearly in tokens
+  # The batch grows linearly in tokens, rounded down to whole microbatches: half of one less on average.
+  ramp_steps = RAMP * math.log((BATCH - MICRO / 2) / (START - MICRO / 2)) / ((BATCH - START) * SEQ)
   steps = math.ceil(ramp_steps + (TOKENS - RAMP) / (BATCH * SEQ))
   return ConfigDict(
     dict(
@@ -44,7 +46,7 @@ def get_config():
       balance=dict(expert_loss=0.003, device_loss=0.05, communication_loss=0.02),
       mesh=dict(data=1, fsdp=-1),
       train=dict(
-        steps=steps, global_batch=BATCH, microbatch=768, batch_ramp_from=START, batch_ramp_tokens=RAMP
-      ),  # the paper does not say its microbatch
+        steps=steps, global_batch=BATCH, microbatch=MICRO, batch_ramp_from=START, batch_ramp_tokens=RAMP
+      ),
     )
   )  # fmt: skip

@@ -11,11 +11,13 @@ from ml_collections import ConfigDict
 T = 1_000_000_000_000
 TOKENS = 14_800_000_000_000
 START, BATCH, SEQ = 3072, 15_360, 4096
+MICRO = 1024  # of the whole mesh; the paper does not say its own
 RAMP = 469_000_000_000
 
 
 def get_config():
-  ramp_steps = RAMP * math.log(BATCH / START) / ((BATCH - START) * SEQ)  # the batch grows linearly in tokens
+  # The batch grows linearly in tokens, rounded down to whole microbatches: half of one less on average.
+  ramp_steps = RAMP * math.log((BATCH - MICRO / 2) / (START - MICRO / 2)) / ((BATCH - START) * SEQ)
   steps = math.ceil(ramp_steps + (TOKENS - RAMP) / (BATCH * SEQ))
   return ConfigDict(
     dict(
@@ -47,6 +49,6 @@ def get_config():
       balance=dict(bias_speed=0.001, bias_tokens=143 * T // 10, expert_loss=1e-4),  # config.json has 0.001 for the last
       mtp=dict(weights=(0.3, 0.1), tokens=(10 * T,)),
       mesh=dict(data=1, fsdp=-1),
-      train=dict(steps=steps, global_batch=BATCH, microbatch=1024, batch_ramp_from=START, batch_ramp_tokens=RAMP),
+      train=dict(steps=steps, global_batch=BATCH, microbatch=MICRO, batch_ramp_from=START, batch_ramp_tokens=RAMP),
     )
   )  # fmt: skip

@@ -1,0 +1,41 @@
+"""What more experts cost at equal active size:  python -m benchmarks.experts --config=benchmarks/v3_24m.py
+
+Times the training step of a config with 8, 16, 32 and 64 experts, of which a token still passes as many, of the same width.
+Loops count once in what XLA says of a program: its FLOPs show that none of the work outside them grows.
+"""
+
+import dataclasses
+import statistics
+
+from absl import flags
+
+from benchmarks.train_step import time_steps
+from deepseek_jax.flags import load_config, parse, run_program
+
+
+def main(argv) -> int:
+  values = flags.FlagValues()
+  flags.DEFINE_string("config", "benchmarks/v3_24m.py", "a config file", flag_values=values)
+  flags.DEFINE_integer("steps", 5, "steps to time, after one that compiles", lower_bound=1, flag_values=values)
+  overrides = parse(argv, values, __doc__)
+  config = load_config(values.config, overrides)
+
+  import jax
+
+  from deepseek_jax.mesh import resolve_mesh
+
+  config, first = resolve_mesh(config, len(jax.devices())), None
+  print("experts  wall a step  CPU a step  compiled FLOPs  (times those of 8)")
+  for experts in (8, 16, 32, 64):
+    moe = dataclasses.replace(config.model.moe, num_routed_experts=experts)
+    timed = time_steps(dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe)), values.steps)
+    now = min(timed["wall"]), statistics.median(timed["cpu"]), timed["cost"]["flops"]
+    first = first or now
+    print(
+      f"{experts:7d}" + "".join(f"  {value:.4g} ({value / one:.2f})" for value, one in zip(now, first, strict=True))
+    )
+  return 0
+
+
+if __name__ == "__main__":
+  run_program(main)
