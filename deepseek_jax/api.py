@@ -178,7 +178,7 @@ class Model:
 
     def loss(params, buffers, tokens, mtp_weight):
       _, objective, _ = row_losses(params, buffers, tokens, mtp_weight=mtp_weight)
-      return objective.sum() / (tokens.shape[0] * (tokens.shape[1] - 1))
+      return objective / (tokens.shape[0] * (tokens.shape[1] - 1))
 
     return jax.jit(jax.value_and_grad(loss))
 

@@ -46,8 +46,8 @@ def gathered(parameter, *axes):
 def gathered_for_loop(parameter, *axes):
   """As `gathered`, for a parameter that every round of a loop uses.
 
-  Each device sums its own part of the gradient over the rounds, in the dtype of `parameter`, and the parts are reduced
-  over the shards of the batch once, after the loop, instead of in every round.
+  Its type says that its gradient may be `unreduced`: each device sums its own part over the rounds, and the parts are
+  reduced over the shards of the batch once, after the loop, instead of in every round.
   """
   layout = gathered(parameter, *axes)
   shards = [name for name in RULES["batch"] if jax.sharding.get_abstract_mesh().shape.get(name, 1) > 1]

@@ -10,7 +10,7 @@ from deepseek_jax.model.mtp import MTPLayer
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.model.rope import rotation
 from deepseek_jax.model_config import ModelConfig
-from deepseek_jax.sharding import gathered, gathered_for_loop, spec
+from deepseek_jax.sharding import gathered, spec
 
 STACKS = ("dense_layers", "moe_layers")  # in the order that the stream passes them
 
@@ -133,28 +133,18 @@ class Transformer(nnx.Module):
     return rotation(positions, self.config.attention, at_least_float32(self.config.compute_dtype))
 
   def unembedding(self):
-    """The function from hidden states [batch, seq, embed] to scores [batch, seq, vocab] in at least float32.
-
-    The head is gathered once, here, however often the function is called: the loss calls it chunk by chunk.
-    """
-    if self.config.tied_embeddings:
-      equation, head = "bsd,vd->bsv", gathered_for_loop(self.embed[...], "vocab", "embed")
-    else:
-      equation, head = "bsd,dv->bsv", gathered_for_loop(self.head.kernel[...], *self.head.axes)
-
-    def logits(hidden):
-      with matmul_precision(self.config):
-        return jnp.einsum(
-          equation, hidden, head.astype(hidden.dtype),
-          preferred_element_type=at_least_float32(hidden.dtype),
-          out_sharding=spec("batch", "seq", "vocab"),
-        )  # fmt: skip
-
-    return logits
+    """The head [embed, vocab] that turns hidden states into scores, in its parameter's dtype and layout."""
+    return self.embed[...].T if self.config.tied_embeddings else self.head.kernel[...]
 
   def logits(self, hidden):
     """Scores [batch, seq, vocab] of hidden states [batch, seq, embed], in at least float32."""
-    return self.unembedding()(hidden)
+    head = gathered(self.unembedding().astype(hidden.dtype), "embed", "vocab")
+    with matmul_precision(self.config):
+      return jnp.einsum(
+        "bsd,dv->bsv", hidden, head,
+        preferred_element_type=at_least_float32(hidden.dtype),
+        out_sharding=spec("batch", "seq", "vocab"),
+      )  # fmt: skip
 
 
 def graphdef(config: ModelConfig):

@@ -1,54 +1,99 @@
-"""Next-token cross entropy in chunks of the sequence: float32 logits of [batch, seq, vocab] never exist whole."""
+"""Next-token cross entropy of hidden states, with its gradient, a chunk of the sequence at a time.
+
+[batch, seq, vocab] never exists: the pass that makes a chunk's logits uses them for the loss and both gradients at once.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
-
-def token_losses(logits, targets, label_smoothing, z_loss):
-  """(nats, objective), each [batch, seq]: the cross entropy, and what is optimised.
-
-  `logits` [batch, seq, vocab] may be sharded over vocab: the target is picked by comparison, not by a gather.
-  objective = (1 - label_smoothing) * nats + label_smoothing * mean over vocab of -log p + z_loss * log(Z)^2.
-  """
-  log_z = jax.nn.logsumexp(logits, -1)
-  vocab = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2)
-  nats = log_z - jnp.where(vocab == targets[..., None], logits, 0).sum(-1)
-  objective = nats
-  if label_smoothing:
-    objective = (1 - label_smoothing) * nats + label_smoothing * (log_z - logits.mean(-1))
-  if z_loss:
-    objective = objective + z_loss * jnp.square(log_z)
-  return nats, objective
+from deepseek_jax.model.linear import at_least_float32
+from deepseek_jax.sharding import gathered_for_loop, spec
 
 
-def cross_entropy(logits_of, hidden, targets, chunk, label_smoothing=0.0, z_loss=0.0):
-  """(nats, objective), each [batch], summed over the sequence.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def cross_entropy(head, hidden, targets, chunk, label_smoothing=0.0, z_loss=0.0):
+  """(nats [batch], objective []): the cross entropy summed over the sequence; and what is optimised, summed over all.
+
+  objective = (1 - label_smoothing) * nats + label_smoothing * mean over vocab of -log p + z_loss * log(Z)^2. It alone
+  has a gradient.
 
   Args:
-    logits_of: hidden [batch, positions, embed] -> logits [batch, positions, vocab].
-    hidden: [batch, seq, embed]. targets: [batch, seq] int. chunk: positions whose logits exist at once.
+    head: [embed, vocab] in its parameter's layout. hidden: [batch, seq, embed], whose dtype the products are in.
+    targets: [batch, seq] int; a negative one does not count.
+    chunk: positions whose logits exist at once.
   """
+  return _in_chunks(head, hidden, targets, chunk, label_smoothing, z_loss, differentiate=False)[0]
 
-  def chunk_sums(hidden, targets):
-    nats, objective = token_losses(logits_of(hidden), targets, label_smoothing, z_loss)
-    return nats.sum(-1), objective.sum(-1)
 
+def _in_chunks(head, hidden, targets, chunk, label_smoothing, z_loss, differentiate):
+  """((nats, objective), (gradient of objective by head, by hidden) or None)."""
   batch, seq, embed = hidden.shape
-  if seq <= chunk:  # these logits may exist at once, so the backward pass need not make them again
-    return chunk_sums(hidden, targets)
-  chunk_sums = jax.checkpoint(chunk_sums)  # the backward pass makes a chunk's logits again instead of keeping all
-  chunks = seq // chunk
-  whole = chunks * chunk
+  wide, chunk = at_least_float32(hidden.dtype), min(chunk, seq)
+  product = functools.partial(jnp.einsum, precision=None if hidden.dtype == jnp.bfloat16 else "highest")
+  kernel = gathered_for_loop(head.astype(hidden.dtype), "embed", "vocab")  # once, for all chunks
+  layout = jax.typeof(kernel).sharding.spec
+  # Each device sums its own part of the head's gradient over the chunks; the parts are reduced once, after the loop.
+  parts = jax.P(*layout.partitions, unreduced=layout.reduced)
 
-  def body(sums, piece):
-    return jax.tree.map(jnp.add, sums, chunk_sums(*piece)), None
+  def body(dhead, piece):
+    hidden, targets = piece  # [batch, chunk, embed], [batch, chunk]
+    logits = product(
+      "bsd,dv->bsv", hidden, kernel, preferred_element_type=wide, out_sharding=spec("batch", "seq", "vocab")
+    )
+    nats, objective, dlogits = token_losses(logits, targets, label_smoothing, z_loss)
+    sums = nats.sum(-1), objective.sum(-1)  # [batch]
+    if not differentiate:
+      return None, (sums, None)
+    dlogits = dlogits.astype(hidden.dtype)
+    dhead += product("bsd,bsv->dv", hidden, dlogits, preferred_element_type=wide, out_sharding=parts)
+    return dhead, (sums, product("bsv,dv->bsd", dlogits, kernel, out_sharding=spec("batch", "seq", None)))
 
-  sums = jax.tree.map(jnp.zeros_like, jax.eval_shape(chunk_sums, hidden[:, :1], targets[:, :1]))
+  short = -seq % chunk
+  hidden = jnp.pad(hidden, ((0, 0), (0, short), (0, 0)))
+  targets = jnp.pad(targets, ((0, 0), (0, short)), constant_values=-1)
   pieces = (
-    hidden[:, :whole].reshape(batch, chunks, chunk, embed).swapaxes(0, 1),  # [chunks, batch, chunk, embed]
-    targets[:, :whole].reshape(batch, chunks, chunk).swapaxes(0, 1),
+    hidden.reshape(batch, -1, chunk, embed).swapaxes(0, 1),  # [chunks, batch, chunk, embed]
+    targets.reshape(batch, -1, chunk).swapaxes(0, 1),
   )
-  sums, _ = jax.lax.scan(body, sums, pieces)
-  if whole < seq:
-    sums, _ = body(sums, (hidden[:, whole:], targets[:, whole:]))
-  return sums
+  zero = jnp.zeros(head.shape, wide, out_sharding=parts) if differentiate else None
+  dhead, ((nats, objective), dhidden) = jax.lax.scan(body, zero, pieces)
+  sums = nats.sum(0), objective.sum()
+  if not differentiate:
+    return sums, None
+  dhead = jax.reshard(dhead, jax.typeof(head).sharding.spec).astype(head.dtype)
+  return sums, (dhead, dhidden.swapaxes(0, 1).reshape(batch, -1, embed)[:, :seq])
+
+
+def token_losses(logits, targets, label_smoothing, z_loss):
+  """(nats, objective, gradient of objective by logits) of `logits` [batch, positions, vocab], which may be sharded over vocab.
+
+  The target is picked by comparison: a gather from a sharded dimension would have to collect it.
+  """
+  counts = targets >= 0
+  log_z = jax.nn.logsumexp(logits, -1)
+  hit = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
+  nats = log_z - jnp.where(hit, logits, 0).sum(-1)
+  objective, dlog_z, wanted = nats, 1.0, hit.astype(logits.dtype)
+  if label_smoothing:
+    objective = (1 - label_smoothing) * nats + label_smoothing * (log_z - logits.mean(-1))
+    wanted = (1 - label_smoothing) * wanted + label_smoothing / logits.shape[-1]
+  if z_loss:
+    objective = objective + z_loss * jnp.square(log_z)
+    dlog_z = (1 + 2 * z_loss * log_z)[..., None]
+  dlogits = jnp.exp(logits - log_z[..., None]) * dlog_z - wanted
+  return jnp.where(counts, nats, 0), jnp.where(counts, objective, 0), jnp.where(counts[..., None], dlogits, 0)
+
+
+def _forward(head, hidden, targets, chunk, label_smoothing, z_loss):
+  return _in_chunks(head, hidden, targets, chunk, label_smoothing, z_loss, differentiate=True)
+
+
+def _backward(chunk, label_smoothing, z_loss, gradients, cotangents):
+  dhead, dhidden = gradients
+  scale = cotangents[1]
+  return dhead * scale.astype(dhead.dtype), dhidden * scale.astype(dhidden.dtype), None
+
+
+cross_entropy.defvjp(_forward, _backward)

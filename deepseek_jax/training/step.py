@@ -24,8 +24,8 @@ def document_positions(tokens, bos):
 def make_row_losses(config: Config, graphdef, bos):
   """`(params, buffers, tokens [batch, seq + 1], key, mtp_weight) -> (nats, objective, observed)`.
 
-  nats and objective are [batch], summed over the sequence: the cross entropy, and what is optimised. observed has what
-  the step reports, summed over the batch: `mtp_loss` [depth], `balance_loss`, `load` {stack: [layers, experts] int32}.
+  nats [batch] is the cross entropy summed over the sequence; objective [], what is optimised, summed over the batch too,
+  and so is observed, what the step reports: `mtp_loss` [depth], `balance_loss`, `load` {stack: [layers, experts] int32}.
   """
   train, moe = config.train, config.model.moe
   observe = observer(moe, config.balance)
@@ -35,10 +35,10 @@ def make_row_losses(config: Config, graphdef, bos):
     inputs, targets = tokens[:, :-1], tokens[:, 1:]  # [batch, seq]
     seq = inputs.shape[1]
     segment_ids, positions = document_positions(inputs, bos) if config.data.mask_documents else (None, None)
-    logits_of = model.unembedding()
+    head = model.unembedding()
 
     def losses(hidden, targets):
-      return cross_entropy(logits_of, hidden, targets, train.loss_chunk, train.label_smoothing, train.z_loss)
+      return cross_entropy(head, hidden, targets, train.loss_chunk, train.label_smoothing, train.z_loss)
 
     hidden, stacks = model(inputs, positions, segment_ids, key, observe)  # [batch, seq, embed]
     nats, objective = losses(hidden, targets)
@@ -55,8 +55,8 @@ def make_row_losses(config: Config, graphdef, bos):
       layers["mtp_layers"] = jax.tree.map(lambda *depth: jnp.stack(depth), *(seen for _, seen in depths))
     observed = {"load": {name: seen["load"] for name, seen in layers.items()}}
     if layers:
-      balance = seq * sum(seen["loss"].sum(0) for seen in layers.values())  # [batch]
-      observed["balance_loss"], objective = balance.sum(), objective + balance
+      observed["balance_loss"] = seq * sum(seen["loss"].sum() for seen in layers.values())  # of [layers, batch]
+      objective += observed["balance_loss"]
     if mtp_nats:
       observed["mtp_loss"] = jnp.stack(mtp_nats)
     return nats, objective, observed
@@ -84,7 +84,7 @@ def make_train_step(config: Config, graphdef, bos):
       nats, objective, observed = row_losses(params, state.buffers, tokens, key, mtp_weight)
       # Divided by the whole batch, so that microbatches add up to the large batch's gradient.
       share = jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.integer) else x / tokens_in_batch, observed)
-      return objective.sum() / tokens_in_batch, (nats.sum() / tokens_in_batch, share)
+      return objective / tokens_in_batch, (nats.sum() / tokens_in_batch, share)
 
     def one(i):
       tokens = jax.lax.dynamic_index_in_dim(batch, i, keepdims=False)  # [sequence, seq + 1]

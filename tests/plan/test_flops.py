@@ -87,9 +87,9 @@ def loss_and_gradient(config):
     model = nnx.merge(graphdef(config), params, buffers)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     hidden = model(inputs)[0]
-    total = cross_entropy(model.unembedding(), hidden, targets, SEQ)[0].sum()
+    total = cross_entropy(model.unembedding(), hidden, targets, SEQ)[1]
     for depth, (ahead, _) in enumerate(model.mtp(hidden, inputs), 1):
-      total += cross_entropy(model.unembedding(), ahead, targets[:, depth:], SEQ)[0].sum()
+      total += cross_entropy(model.unembedding(), ahead, targets[:, depth:], SEQ)[1]
     return total
 
   params, buffers = jax.eval_shape(lambda: new_params(config, jax.random.key(0)))
