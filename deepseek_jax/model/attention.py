@@ -1,5 +1,7 @@
 """Causal attention with grouped key and value heads (MHA when kv_heads = heads)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -28,7 +30,8 @@ def attend(q, k, v, *, scale, segment_ids=None, dropout_rate=0.0, dropout_key=No
     return jax.nn.dot_product_attention(q, k, v, mask=same_segment, scale=scale, is_causal=True)
   mask = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool))
   mask = mask if same_segment is None else mask & same_segment  # [seq, seq] or [batch, 1, seq, seq]
-  return attend_where(mask, q, k, v, scale=scale, dropout_rate=dropout_rate, dropout_key=dropout_key)
+  masked = functools.partial(attend_where, scale=scale, dropout_rate=dropout_rate)
+  return jax.checkpoint(masked, prevent_cse=False)(mask, q, k, v, dropout_key=dropout_key)
 
 
 def attend_where(mask, q, k, v, *, scale, dropout_rate=0.0, dropout_key=None):
