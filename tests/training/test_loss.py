@@ -1,61 +1,102 @@
-"""The chunked cross entropy against the whole one, and against its definition."""
+"""The chunked cross entropy and the gradients that it makes itself, against the definition and its automatic derivative."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.config import MeshConfig
+from deepseek_jax.mesh import make_mesh
+from deepseek_jax.sharding import spec
 from deepseek_jax.training.loss import cross_entropy
 
-BATCH, SEQ, EMBED, VOCAB = 3, 10, 6, 17
+BATCH, SEQ, EMBED, VOCAB = 4, 10, 8, 24
+DOES_NOT_COUNT = (2, 5)
 
 
-def inputs():
+@pytest.fixture
+def one_device():
+  with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+    yield
+
+
+def inputs(dtype=jnp.float32):
   rng = np.random.default_rng(0)
-  hidden, head = rng.normal(size=(BATCH, SEQ, EMBED)), rng.normal(size=(EMBED, VOCAB))
-  return (
-    jnp.asarray(hidden, jnp.float32),
-    jnp.asarray(head, jnp.float32),
-    jnp.asarray(rng.integers(0, VOCAB, (BATCH, SEQ))),
-  )
+  head, hidden = rng.normal(size=(EMBED, VOCAB)), rng.normal(size=(BATCH, SEQ, EMBED))
+  targets = rng.integers(0, VOCAB, (BATCH, SEQ))
+  targets[DOES_NOT_COUNT] = -1
+  return jnp.asarray(head, dtype), jnp.asarray(hidden, dtype), jnp.asarray(targets)
 
 
-def reference(hidden, head, targets, smoothing=0.0, z_loss=0.0):
-  logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64)
-  log_z = np.log(np.exp(logits).sum(-1))
+def reference(head, hidden, targets, smoothing=0.0, z_loss=0.0):
+  """(nats [batch], objective) by the definition, from whole logits in float64."""
+  logits = hidden.astype(jnp.float64) @ head.astype(jnp.float64)
+  log_z = jax.nn.logsumexp(logits, -1)
   log_p = logits - log_z[..., None]
-  nats = -np.take_along_axis(log_p, np.asarray(targets)[..., None], -1)[..., 0]
-  target = (1 - smoothing) * np.eye(VOCAB)[np.asarray(targets)] + smoothing / VOCAB
-  return nats.sum(1), (-(target * log_p).sum(-1) + z_loss * log_z**2).sum(1)
+  counts = targets >= 0
+  nats = -jnp.take_along_axis(log_p, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
+  objective = (1 - smoothing) * nats - smoothing * log_p.mean(-1) + z_loss * log_z**2
+  return jnp.where(counts, nats, 0).sum(1), jnp.where(counts, objective, 0).sum()
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 5, 10, 64])
+def derivative(function, *arguments):
+  """((nats, objective), (gradient of 3 * objective by head, by hidden)); 3, so that a scale that is lost is seen."""
+
+  def scaled(head, hidden):
+    nats, objective = function(head, hidden, *arguments)
+    return 3 * objective, (nats, objective)
+
+  def of(head, hidden):
+    (_, sums), gradients = jax.value_and_grad(scaled, (0, 1), has_aux=True)(head, hidden)
+    return sums, gradients
+
+  return of
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 10, 64])
 @pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.01)])
-def test_equal_to_the_definition_for_any_chunk(chunk, smoothing, z_loss):
-  hidden, head, targets = inputs()
-  ours = cross_entropy(lambda h: h @ head, hidden, targets, chunk, smoothing, z_loss)
-  for a, b in zip(ours, reference(hidden, head, targets, smoothing, z_loss), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-5)
+def test_value_and_gradients_are_the_definition_s_for_any_chunk(one_device, chunk, smoothing, z_loss):
+  with jax.enable_x64(True):
+    head, hidden, targets = inputs(jnp.float64)
+    whole = derivative(reference, targets, smoothing, z_loss)(head, hidden)
+    ours = derivative(cross_entropy, targets, chunk, smoothing, z_loss)(head, hidden)
+    undifferentiated = cross_entropy(head, hidden, targets, chunk, smoothing, z_loss)
+    for a, b in zip(jax.tree.leaves((ours, undifferentiated)), jax.tree.leaves((whole, whole[0])), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13)
+    assert not ours[1][1][DOES_NOT_COUNT].any()
 
 
-def test_gradient_does_not_depend_on_the_chunk():
-  hidden, head, targets = inputs()
+@pytest.mark.parametrize("axes", [{"data": 4}, {"fsdp": 4}, {"tensor": 4}, {"fsdp": 2, "tensor": 2}], ids=str)
+def test_every_mesh_equals_one_device(axes):
+  with jax.enable_x64(True):
+    head, hidden, targets = inputs(jnp.float64)
+    alone = derivative(reference, targets, 0.1, 0.01)(head, hidden)
+    with jax.set_mesh(make_mesh(MeshConfig(**{"data": 1, **axes}))):
+      batch = spec("batch", None)
+      head, hidden, targets = jax.device_put((head, hidden, targets), (spec("embed", "vocab"), batch, batch))
+      step = jax.jit(lambda head, hidden, targets: derivative(cross_entropy, targets, 4, 0.1, 0.01)(head, hidden))
+      sharded = step(head, hidden, targets)
+    assert sharded[1][0].sharding == head.sharding  # the gradient lies as its parameter does
+    for a, b in zip(jax.tree.leaves(sharded), jax.tree.leaves(alone), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13)
 
-  def gradient(chunk):
-    def loss(hidden, head):
-      return cross_entropy(lambda h: h @ head, hidden, targets, chunk, 0.1, 0.01)[1].sum()
 
-    return jax.grad(loss, (0, 1))(hidden, head)
+def test_gradients_in_bfloat16_have_the_dtypes_of_what_they_are_of(one_device):
+  """A float32 head with bfloat16 hidden states: products in bfloat16, sums over chunks in float32."""
+  head, hidden, targets = inputs()
+  hidden = hidden.astype(jnp.bfloat16)
+  _, (dhead, dhidden) = derivative(cross_entropy, targets, 2, 0.1, 0.01)(head, hidden)
+  assert (dhead.dtype, dhidden.dtype) == (jnp.float32, jnp.bfloat16)
+  _, whole = derivative(cross_entropy, targets, 2, 0.1, 0.01)(head, hidden.astype(jnp.float32))
+  for ours, exact in zip((dhead, dhidden), whole, strict=True):
+    assert jnp.linalg.norm(ours.astype(jnp.float32) - exact) < 0.01 * jnp.linalg.norm(exact)
 
-  for a, b in zip(gradient(SEQ), gradient(4), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
-
-def test_whole_logits_never_exist():
-  """No array of the compiled step has batch x seq x vocab elements, forward or backward."""
-  hidden, head, targets = inputs()
-  grad = jax.grad(lambda h, w: cross_entropy(lambda x: x @ w, h, targets, 2)[1].sum(), (0, 1))
-  text = jax.jit(grad).lower(hidden, head).compile().as_text()
+def test_whole_logits_never_exist(one_device):
+  """No array of the compiled gradient has batch x seq x vocab elements."""
+  head, hidden, targets = inputs()
+  grad = jax.grad(lambda head, hidden: cross_entropy(head, hidden, targets, 2)[1], (0, 1))
+  text = jax.jit(grad).lower(head, hidden).compile().as_text()
   assert f"f32[{BATCH},2,{VOCAB}]" in text.replace(" ", "") or f"f32[{BATCH * 2},{VOCAB}]" in text
   for shape in (f"[{BATCH},{SEQ},{VOCAB}]", f"[{BATCH * SEQ},{VOCAB}]", f"[{SEQ // 2},{BATCH},2,{VOCAB}]"):
     assert shape not in text
