@@ -1,8 +1,10 @@
 """Draws a run's bits per byte as an SVG:  python -m benchmarks.curve --workdir=runs/tiny --out=benchmarks/tiny.svg
 
-Blue: each training step. Orange: held-out. Violet: --line, a number to compare with, such as gzip's.
+--line adds a number to compare with, such as gzip's.
 """
 
+import html
+import math
 import os
 
 from absl import flags
@@ -10,19 +12,21 @@ from absl import flags
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import parse, run_program
 from deepseek_jax.training import metrics
-from deepseek_jax.training.plot import Series, line_chart
+from deepseek_jax.training.plot import HEIGHT, LEFT, WIDTH, Series, line_chart
 
+COLOURS = ("#4361ee", "#e8590c", "#9775fa", "#2b8a3e")  # of the first, second, ... series of a panel
 STYLE = (
   "text{font:11px sans-serif;fill:#667085}.y{text-anchor:end}.x{text-anchor:middle}path{fill:none}.grid{stroke:#e4e7ec}"
-  ".axis{stroke:#98a2b3}.curve{stroke-width:1.6}path.s0{stroke:#4361ee}path.s1{stroke:#e8590c}path.s2{stroke:#9775fa}"
-  "circle.s1{fill:#e8590c}.band{fill-opacity:0}"
-)
+  ".axis{stroke:#98a2b3}.curve{stroke-width:1.6}.band{fill-opacity:0}.title{font-weight:bold}"
+) + "".join(f"path.s{i}{{stroke:{c}}}circle.s{i},tspan.s{i}{{fill:{c}}}" for i, c in enumerate(COLOURS))
+HEADING = 22  # pixels above a panel, of its title and the names of its series
 
 
 def main(argv) -> int:
   values = flags.FlagValues()
   flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
   flags.DEFINE_string("out", None, "the SVG file to write", flag_values=values)
+  flags.DEFINE_string("name", "other", "name of --line", flag_values=values)
   flags.DEFINE_float("line", None, "bits per byte of another compressor", flag_values=values)
   parse(argv, values, __doc__)
   if not (values.workdir and values.out):
@@ -33,16 +37,28 @@ def main(argv) -> int:
     raise ConfigError(f"{values.workdir} has no metrics.jsonl of a run")
   heldout = [(e["step"], e["bits_per_byte"]) for e in events if e["event"] == "eval"]
   series = [
-    Series("train", [(line["step"], line["bits_per_byte"]) for line in lines]),
+    Series("training", [(line["step"], line["bits_per_byte"]) for line in lines]),
     Series("held-out", heldout, "dots"),
   ]
   if values.line:
-    series.append(Series("other", [(lines[0]["step"], values.line), (lines[-1]["step"], values.line)]))
-  chart = line_chart(series, scale="log").replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
-  chart = chart.replace(">", f'><style>{STYLE}</style><rect width="100%" height="100%" fill="#fff"/>', 1)
-  with open(values.out, "w", encoding="utf-8") as f:
-    f.write(chart + "\n")
+    series.append(Series(values.name, [(lines[0]["step"], values.line), (lines[-1]["step"], values.line)]))
+  write_picture(values.out, [("bits per byte over steps", series, "log")])
   return 0
+
+
+def write_picture(file, panels, columns=1):
+  """Writes `panels`, (title, [Series], scale) each, as an SVG file that stands alone, in rows of `columns`."""
+  parts = []
+  for i, (title, series, scale) in enumerate(panels):
+    x, y = i % columns * WIDTH, i // columns * (HEIGHT + HEADING)
+    names = "".join(f'<tspan class="s{j}" dx="12">{html.escape(s.name)}</tspan>' for j, s in enumerate(series))
+    parts.append(f'<text x="{x + LEFT}" y="{y + 15}"><tspan class="title">{html.escape(title)}</tspan>{names}</text>')
+    place = f'<svg x="{x}" y="{y + HEADING}" width="{WIDTH}" height="{HEIGHT}" '
+    parts.append(line_chart(series, scale=scale).replace("<svg ", place, 1))
+  width, height = columns * WIDTH, math.ceil(len(panels) / columns) * (HEIGHT + HEADING)
+  page = f'<style>{STYLE}</style><rect width="100%" height="100%" fill="#fff"/>'
+  with open(file, "w", encoding="utf-8") as f:
+    f.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{page}{"".join(parts)}</svg>\n')
 
 
 if __name__ == "__main__":

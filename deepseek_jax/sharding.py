@@ -43,15 +43,13 @@ def gathered(parameter, *axes):
   return jax.reshard(parameter, spec(*(None if RULES.get(axis) == "fsdp" else axis for axis in axes)))
 
 
-def gathered_for_loop(parameter, *axes):
-  """As `gathered`, for a parameter that every round of a loop uses.
+def partial_sums(*axes):
+  """`spec` of the gradient of a `gathered` parameter, of which each device holds the part of its own sequences.
 
-  Its type says that its gradient may be `unreduced`: each device sums its own part over the rounds, and the parts are
-  reduced over the shards of the batch once, after the loop, instead of in every round.
+  A loop adds up such parts; they are reduced over the devices once, after it, by jax.reshard to another layout.
   """
-  layout = gathered(parameter, *axes)
-  shards = [name for name in RULES["batch"] if jax.sharding.get_abstract_mesh().shape.get(name, 1) > 1]
-  return jax.reshard(layout, jax.P(*jax.typeof(layout).sharding.spec, reduced=set(shards)))
+  shards = {name for name in RULES["batch"] if jax.sharding.get_abstract_mesh().shape.get(name, 1) > 1}
+  return jax.P(*spec(*(None if RULES.get(axis) == "fsdp" else axis for axis in axes)), unreduced=shards)
 
 
 def on_each_device(function, in_axes, out_axes):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.model.linear import at_least_float32
-from deepseek_jax.sharding import gathered_for_loop, spec
+from deepseek_jax.sharding import gathered, partial_sums, spec
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -32,10 +32,8 @@ def _in_chunks(head, hidden, targets, chunk, label_smoothing, z_loss, differenti
   batch, seq, embed = hidden.shape
   wide, chunk = at_least_float32(hidden.dtype), min(chunk, seq)
   product = functools.partial(jnp.einsum, precision=None if hidden.dtype == jnp.bfloat16 else "highest")
-  kernel = gathered_for_loop(head.astype(hidden.dtype), "embed", "vocab")  # once, for all chunks
-  layout = jax.typeof(kernel).sharding.spec
-  # Each device sums its own part of the head's gradient over the chunks; the parts are reduced once, after the loop.
-  parts = jax.P(*layout.partitions, unreduced=layout.reduced)
+  kernel = gathered(head.astype(hidden.dtype), "embed", "vocab")  # once, for all chunks
+  parts = partial_sums("embed", "vocab")
 
   def body(dhead, piece):
     hidden, targets = piece  # [batch, chunk, embed], [batch, chunk]
