@@ -22,7 +22,7 @@ train: environment
 	$(IN_VENV) -m deepseek_jax.train --config=configs/tiny.py $(ARGS)
 
 test: lint
-	$(IN_VENV) -m pytest $(ARGS)
+	$(IN_VENV) -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 chaos: test-environment
 	$(IN_VENV) -m pytest -m chaos $(ARGS)

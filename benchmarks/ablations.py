@@ -13,7 +13,7 @@ import sys
 from absl import flags
 
 from benchmarks.curve import write_picture
-from deepseek_jax.errors import UserError
+from deepseek_jax.errors import ConfigError, UserError
 from deepseek_jax.flags import load_config, parse, run_program
 from deepseek_jax.plan.flops import count_parameters, training_flops
 from deepseek_jax.training import metrics
@@ -49,15 +49,18 @@ def main(argv) -> int:
   flags.DEFINE_string("out", None, "the SVG file to write", flag_values=values)
   flags.DEFINE_integer("steps", 700, "steps of the first variant", lower_bound=1, flag_values=values)
   flags.DEFINE_integer("seeds", 2, "runs of each variant", lower_bound=1, flag_values=values)
+  flags.DEFINE_list("variants", list(VARIANTS), "which to train", flag_values=values)
   overrides = parse(argv, values, __doc__)
+  if unknown := set(values.variants) - set(VARIANTS):
+    raise ConfigError(f"--variants knows {', '.join(VARIANTS)}, not {', '.join(sorted(unknown))}")
   runs = {}  # variant -> its runs, one per seed
   for seed in range(values.seeds):
-    for name in VARIANTS:
+    for name in values.variants:
       runs.setdefault(name, []).append(train(values, {**overrides, "seed": seed}, name))
   print(table(runs))
   if values.out:
     panels = [
-      (title, [Series(label, curve(runs[name], key)) for name, label in names.items()], scale)
+      (title, [Series(label, curve(runs[name], key)) for name, label in names.items() if name in runs], scale)
       for title, key, scale, names in PANELS
     ]
     write_picture(values.out, panels, columns=2)

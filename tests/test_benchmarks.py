@@ -5,6 +5,7 @@ import pathlib
 import random
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import pytest
 
@@ -65,3 +66,35 @@ def test_byte_models(text, tmp_path):
   assert "held-out bytes after" in counts
   assert [line[:14].strip() for line in models] == ["gzip -9", "xz -9", "order-2 bytes", "order-3 bytes"]
   assert all(0 < float(line.split()[-4]) < 8 and line.endswith("bits per byte") for line in models)
+
+
+def test_experts():
+  sizes = ("model.embed=32", "model.layers=2", "model.mlp=48", "model.vocab=272", "model.moe.mlp=16", "data.seq=32")
+  out, _ = benchmark("experts", "--steps=1", *(f"--config.{size}" for size in (*sizes, "train.global_batch=2")))
+  assert [line.split()[0] for line in out.splitlines()] == ["experts", "8", "16", "32", "64"]
+
+
+def test_convert(tmp_path):
+  out, _ = benchmark("convert", f"--folder={tmp_path}", "--vocab=512", "--embed=64", "--layers=2", "--experts=16")
+  assert "to ours" in out and "tensors came back with the same bytes" in out
+  assert not list(tmp_path.iterdir())
+
+
+def test_ablations_go_on_where_they_were(text, tmp_path):
+  sizes = (
+    "model.embed=32", "model.layers=2", "model.mlp=48", "model.moe.mlp=16", "data.seq=32", "train.global_batch=2",
+    f"data.sources={text}", f"data.cache={tmp_path}", "log.tensorboard=false", "sample.max_tokens=2",
+  )  # fmt: skip
+  arguments = (
+    "--steps=2",
+    "--seeds=1",
+    "--variants=none",
+    f"--workdir={tmp_path}/runs",
+    f"--out={tmp_path}/curves.svg",
+  )
+  for expected in ("held-out loss", "finished already: step 2 of 2"):
+    out, _ = benchmark("ablations", *arguments, *(f"--config.{size}" for size in sizes))
+    assert expected in out and out.splitlines()[-1].startswith("| none | ")
+  ElementTree.parse(tmp_path / "curves.svg")
+  _, err = benchmark("ablations", "--variants=mlp", code=2)
+  assert "knows mla, gqa" in err

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,6 +101,19 @@ def uninterrupted(folder):
   return out, end["state_sha256"], [line["loss"] for line in lines(folder, "reference")]
 
 
+@pytest.fixture(scope="module")
+def six_steps(folder):
+  """The workdir of a run that was asked for six steps only."""
+  finish(start(folder, "six", "--config.train.steps=6"))
+  return "six"
+
+
+def copied(folder, workdir, name):
+  """A copy of a run's folder, which costs less than the run."""
+  shutil.copytree(folder / workdir, folder / name)
+  return name
+
+
 def test_a_run_shows_and_leaves_what_it_should(folder, uninterrupted):
   out, _, losses = uninterrupted
   workdir = folder / "reference"
@@ -187,7 +201,7 @@ def test_a_stop_signal_saves_and_the_same_command_goes_on(folder, uninterrupted,
 
 
 def test_corrupt_checkpoint_falls_back_and_ends_the_same(folder, uninterrupted):
-  finish(start(folder, "corrupt"))
+  copied(folder, "reference", "corrupt")
   newest = folder / "corrupt" / "checkpoints" / "12"
   data = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
   content = bytearray(data.read_bytes())
@@ -200,7 +214,7 @@ def test_corrupt_checkpoint_falls_back_and_ends_the_same(folder, uninterrupted):
 
 
 def test_a_stop_in_the_last_step_still_gets_its_evaluation_and_sample(folder, uninterrupted):
-  finish(start(folder, "last"))
+  copied(folder, "reference", "last")
   path = folder / "last" / "events.jsonl"
   events = [e for e in lines(folder, "last", "events.jsonl") if e["event"] in ("start", "end")]
   path.write_text("".join(json.dumps(e | {"reason": "SIGTERM"}) + "\n" for e in events))
@@ -209,17 +223,18 @@ def test_a_stop_in_the_last_step_still_gets_its_evaluation_and_sample(folder, un
   assert [e["event"] for e in events[-3:]] == ["eval", "sample", "end"] and events[-1]["reason"] == "finished"
 
 
-def test_no_good_checkpoint_is_an_error_and_not_a_fresh_start(folder, uninterrupted):
-  finish(start(folder, "rotten", "--config.train.steps=4", "--config.checkpoint.every=4"))
-  (folder / "rotten" / "checkpoints" / "4" / "manifest.json").write_text("{}")
+def test_no_good_checkpoint_is_an_error_and_not_a_fresh_start(folder, six_steps):
+  copied(folder, six_steps, "rotten")
+  for step in ("3", "6"):
+    (folder / "rotten" / "checkpoints" / step / "manifest.json").write_text("{}")
   before = (folder / "rotten" / "metrics.jsonl").read_bytes()
   out = finish(start(folder, "rotten"), 2)
-  assert "4" in out and "--workdir" in out and "Traceback" not in out
+  assert out.count("malformed") == 2 and "--workdir" in out and "Traceback" not in out
   assert (folder / "rotten" / "metrics.jsonl").read_bytes() == before
 
 
-def test_raising_the_steps_continues_a_finished_run(folder, uninterrupted):
-  finish(start(folder, "longer", "--config.train.steps=6"))
+def test_raising_the_steps_continues_a_finished_run(folder, uninterrupted, six_steps):
+  copied(folder, six_steps, "longer")
   out = finish(start(folder, "longer"))
   assert "changed  train.steps: 6 -> 12" in out and "resume   from the checkpoint of step 6" in out
   assert lines(folder, "longer", "events.jsonl")[-1]["state_sha256"] == uninterrupted[1]
@@ -230,16 +245,17 @@ def test_another_model_is_refused_with_the_fields(folder, uninterrupted):
   assert "model.mlp: checkpoint 48, config 96" in out and "--workdir" in out and "Traceback" not in out
 
 
-def test_other_data_is_refused_unless_accepted(folder, uninterrupted):
+def test_other_data_is_refused_unless_accepted(folder, six_steps):
+  workdir = copied(folder, six_steps, "other")
   extra = folder / "text" / "extra.txt"
   extra.write_text("def new ( x ) = y " * 100)
   try:
-    out = finish(start(folder, "reference", "--config.train.steps=13"), 2)
+    out = finish(start(folder, workdir, "--config.train.steps=7"), 2)
     assert "fingerprint" in out and "--accept_data_change" in out and "Traceback" not in out
-    finish(start(folder, "longer", "--config.train.steps=13", "--accept_data_change"))
+    finish(start(folder, workdir, "--config.train.steps=7", "--accept_data_change"))
   finally:
     extra.unlink()
-  assert lines(folder, "longer")[-1]["step"] == 13
+  assert lines(folder, workdir)[-1]["step"] == 7
 
 
 def test_non_finite_losses_stop_the_run(folder):
@@ -249,9 +265,9 @@ def test_non_finite_losses_stop_the_run(folder):
   assert (folder / "diverged" / "report.html").exists()
 
 
-def test_a_run_resumes_on_another_mesh(folder, uninterrupted):
+def test_a_run_resumes_on_another_mesh(folder, uninterrupted, six_steps):
   """Four virtual devices continue what one began: the same batches, losses within float32's rounding."""
-  finish(start(folder, "mesh", "--config.train.steps=6"))
+  copied(folder, six_steps, "mesh")
   command = [sys.executable, "-m", "deepseek_jax.train", f"--config={folder}/config.py", f"--workdir={folder}/mesh"]
   mesh = ["--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
   env = environment() | {"XLA_FLAGS": os.environ["XLA_FLAGS"]}

@@ -27,11 +27,11 @@ CONFIG = Config(
   data=DataConfig(seq=SEQ, tokenizer="tokenizer.json"),
   train=TrainConfig(global_batch=8, loss_chunk=7),
 )  # fmt: skip
-# V3 in small: latent attention, a dense layer, groups of experts with a bias, every balance loss, two depths of MTP.
+# V3 in small: latent attention, a dense layer, groups of experts with a bias, every balance loss, multi-token prediction.
 V3 = dataclasses.replace(
   CONFIG,
   model=dataclasses.replace(
-    CONFIG.model, layers=3, first_dense_layers=1, num_mtp_layers=2,
+    CONFIG.model, layers=3, first_dense_layers=1, num_mtp_layers=1,
     attention=AttentionConfig(
       kind="mla", heads=8, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6
     ),
@@ -94,17 +94,17 @@ def one_device(config, steps):
     return train(config, steps=steps)
 
 
-# Two meshes hold all of fsdp, tensor and data for V3: its programs take several times as long to compile.
-ON_MESHES = [("dense", name) for name in MESHES] + [("v3", "data=2 x tensor=2"), ("v3", "fsdp=2 x tensor=2")]
-
-
-@pytest.mark.parametrize(("model", "name"), ON_MESHES[:-1])
-def test_float32_forward_and_backward_equal_one_device(model, name):
-  _, [ours] = train(CONFIGS[model], MESHES[name])
-  _, [expected] = one_device(CONFIGS[model], 1)
+@pytest.mark.parametrize("name", MESHES)
+def test_float32_forward_and_backward_equal_one_device(name):
+  _, [ours] = train(CONFIG, MESHES[name])
+  _, [expected] = one_device(CONFIG, 1)
   assert abs(ours["total_loss"] - expected["total_loss"]) < 5e-6
   assert abs(ours["loss"] - expected["loss"]) < 5e-6
   assert abs(ours["grad_norm"] / expected["grad_norm"] - 1) < 1e-6
+
+
+# Two meshes hold all of fsdp, tensor and data for V3: its programs take several times as long to compile.
+ON_MESHES = [("dense", name) for name in MESHES] + [("v3", "data=2 x tensor=2"), ("v3", "fsdp=2 x tensor=2")]
 
 
 @pytest.mark.parametrize(("model", "name"), ON_MESHES)
@@ -125,8 +125,11 @@ def test_ten_adam_steps_in_float64_equal_one_device(model, name):
     assert np.abs(a - b).max() / np.abs(b).max() < 1e-10
 
 
-def test_the_step_balances_and_predicts_ahead():
-  state, seen = one_device(float64(V3), 10)
+def test_the_step_balances_and_predicts_two_tokens_ahead():
+  with jax.enable_x64(True):
+    state, seen = train(
+      float64(dataclasses.replace(V3, model=dataclasses.replace(V3.model, num_mtp_layers=2))), steps=4
+    )
   choices = 8 * SEQ * 2
   assert (seen[0]["load"]["moe_layers"].sum(-1) == choices).all() and seen[0]["load"]["moe_layers"].shape == (2, 8)
   assert seen[0]["load"]["mtp_layers"].sum(-1).tolist() == [8 * (SEQ - 1) * 2, 8 * (SEQ - 2) * 2]
@@ -138,13 +141,12 @@ def test_the_step_balances_and_predicts_ahead():
   np.testing.assert_allclose(bias, 1e-3 * steps, rtol=1e-12)
 
 
-def test_dispatch_forms_agree_where_nothing_is_dropped():
+def test_capacity_for_all_equals_the_dropless_dispatch():
   _, [expected] = one_device(V3, 1)
-  for dispatch in ("dense", "capacity"):
-    moe = dataclasses.replace(V3.model.moe, dispatch=dispatch, capacity_factor=8.0)
-    _, [ours] = train(dataclasses.replace(V3, model=dataclasses.replace(V3.model, moe=moe)))
-    assert ours["total_loss"] == pytest.approx(expected["total_loss"], abs=5e-6)
-    assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-6)
+  moe = dataclasses.replace(V3.model.moe, dispatch="capacity", capacity_factor=8.0)
+  _, [ours] = train(dataclasses.replace(V3, model=dataclasses.replace(V3.model, moe=moe)))
+  assert ours["total_loss"] == pytest.approx(expected["total_loss"], abs=5e-6)
+  assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-6)
 
 
 def test_the_head_is_gathered_once_and_its_gradient_reduced_once():
@@ -184,8 +186,7 @@ def test_state_is_born_in_the_layout_that_abstract_state_says():
   assert moment.sharding == kernel.sharding
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("model", CONFIGS)
+@pytest.mark.parametrize(("model", "dynamic"), [("dense", False), ("dense", True), ("v3", True)])
 def test_microbatches_equal_the_large_batch(model, dynamic):
   _, [expected] = one_device(CONFIGS[model], 1)
   state, [ours] = train(CONFIGS[model], microbatches=4, dynamic=dynamic)
