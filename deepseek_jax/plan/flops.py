@@ -1,6 +1,7 @@
 """Parameters and training FLOPs of a config, exact, with nothing allocated."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -11,6 +12,7 @@ from deepseek_jax.model.transformer import new_params
 from deepseek_jax.model_config import ModelConfig
 
 
+@functools.cache  # a plan asks several times, and tracing the model takes a moment
 def abstract_params(config: ModelConfig, mesh: MeshConfig):
   """(params, buffers) as abstract arrays: shapes, dtypes and layouts on a mesh of resolved sizes that need not exist."""
   with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
