@@ -5,12 +5,11 @@ Shape from table 7 and the released config.json (dense inner width 10944, expert
 
 from ml_collections import ConfigDict
 
-TOKENS = 2_000_000_000_000
+STEPS = 106_449  # as the paper says, whose "2T tokens" are rounded: with its batch this is 2.009T
 BATCH, SEQ = 4608, 4096
 
 
 def get_config():
-  steps = -(-TOKENS // (BATCH * SEQ))
   return ConfigDict(
     dict(
       name="moe_16b",
@@ -27,10 +26,10 @@ def get_config():
       data=dict(tokenizer="deepseek-llm", seq=SEQ),
       optimizer=dict(clip=1.0, beta1=0.9, beta2=0.95, weight_decay=0.1),
       schedule=dict(
-        kind="multi_step", peak=4.2e-4, warmup_steps=2000, tokens=TOKENS, milestones=(0.8, 0.9), factors=(0.316, 0.1)
+        kind="multi_step", peak=4.2e-4, warmup_steps=2000, steps=STEPS, milestones=(0.8, 0.9), factors=(0.316, 0.1)
       ),
       balance=dict(expert_loss=0.001),  # no device-level loss: a layer's experts stand on one device
       mesh=dict(data=1, fsdp=-1),
-      train=dict(steps=steps, global_batch=BATCH, microbatch=512),  # the paper does not say its microbatch
+      train=dict(steps=STEPS, global_batch=BATCH, microbatch=512),  # the paper does not say its microbatch
     )
   )

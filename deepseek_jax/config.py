@@ -238,6 +238,11 @@ class Config(Section):
       raise ConfigError(
         f"data.tokenizer={self.data.tokenizer} has {tokens} ids but model.vocab={self.model.vocab}: raise model.vocab to at least {tokens}"
       )
+    if self.data.seq <= self.model.num_mtp_layers:
+      raise ConfigError(
+        f"data.seq={self.data.seq} leaves no position to depth {self.model.num_mtp_layers} of multi-token prediction: "
+        "raise data.seq above model.num_mtp_layers, or lower that"
+      )
     self.check_balance()
     self.check_mesh()
 
@@ -252,6 +257,11 @@ class Config(Section):
         f"balance.device_loss and communication_loss need at least 2 equal groups of the {moe.num_routed_experts} "
         f"experts, got {groups}: set balance.device_groups or model.moe.num_expert_groups"
       )
+    if balance.communication_loss and groups != moe.num_expert_groups:
+      raise ConfigError(
+        f"balance.communication_loss counts the groups that tokens are sent to, of model.moe.num_expert_groups="
+        f"{moe.num_expert_groups}, but balance.device_groups={groups}: set that to 0, or the loss"
+      )
 
   def check_mesh(self):
     """Every sharded dimension divides over its mesh axes."""
@@ -260,23 +270,28 @@ class Config(Section):
     for path, size in (
       ("model.attention.heads", attention.heads),
       ("model.attention.kv_heads", tensor if replicated else attention.kv_heads),
-      ("model.mlp", self.model.mlp),
+      ("model.mlp", self.model.mlp if self.model.num_dense_layers else tensor),
       ("model.moe.mlp", moe.mlp if moe.num_routed_experts else tensor),
       ("model.vocab", self.model.vocab),
     ):
       check_divides(path, size, "mesh.tensor", tensor)
     if moe.num_routed_experts:
       check_divides("model.moe.num_routed_experts", moe.num_routed_experts, "mesh.expert", self.mesh.expert)
-    check_divides("model.embed", self.model.embed, "mesh.fsdp", self.mesh.fsdp)
-    if attention.kind == "mla":
-      for name in ("q_lora_rank", "kv_lora_rank"):
-        check_divides(f"model.attention.{name}", getattr(attention, name), "mesh.fsdp", self.mesh.fsdp)
+    check_fsdp(self.model, "mesh.fsdp", self.mesh.fsdp)
     batch_axes = (self.mesh.data, self.mesh.fsdp, self.mesh.expert)
     check_divides(
       "train.microbatch" if self.train.microbatch else "train.global_batch",
       self.train.microbatch or self.train.global_batch,
       "mesh.data x mesh.fsdp x mesh.expert", math.prod(a for a in batch_axes if a > 0),
     )  # fmt: skip
+
+
+def check_fsdp(model: ModelConfig, axis, parts):
+  """Raises ConfigError unless what fsdp shards splits evenly over `parts` devices (-1: not yet known)."""
+  check_divides("model.embed", model.embed, axis, parts)
+  if model.attention.kind == "mla":
+    for name in ("q_lora_rank", "kv_lora_rank"):
+      check_divides(f"model.attention.{name}", getattr(model.attention, name), axis, parts)
 
 
 def check_divides(path, size, axis, parts):

@@ -17,6 +17,13 @@ class YarnConfig(Section, path="model.attention.yarn"):
     1.0, "the same, to be divided by; MLA's softmax scale grows with its square. 0: unset", at_least=0
   )
 
+  def check(self):
+    if self.beta_fast <= self.beta_slow:
+      raise ConfigError(
+        f"model.attention.yarn.beta_fast={self.beta_fast} must be above beta_slow={self.beta_slow}: frequencies between "
+        "the two numbers of turns are blended"
+      )
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig(Section, path="model.attention"):
@@ -32,7 +39,7 @@ class AttentionConfig(Section, path="model.attention"):
   latent_norm_eps: float = field(
     1e-6, "mla: epsilon of the norms of both latents; every release hard-wires 1e-6", above=0
   )
-  rope_theta: float = field(10_000.0, "base of the rotary frequencies", above=0)
+  rope_theta: float = field(10_000.0, "base of the rotary frequencies", above=1)
   dropout: float = field(0.0, "dropout of attention probabilities", at_least=0, below=1)
   yarn: YarnConfig = YarnConfig()
 
@@ -100,6 +107,11 @@ class MoEConfig(Section, path="model.moe"):
         f"model.moe.num_routed_experts={experts} does not fit model.moe.num_expert_groups={groups} with "
         f"group_score={self.group_score}: groups are equal, and top2_sum needs two experts in each"
       )
+    if self.dispatch == "capacity" and groups < 2:
+      raise ConfigError(
+        "model.moe.dispatch=capacity limits what each group of experts takes, and there is one group, which takes all: "
+        "set model.moe.num_expert_groups (topk_groups equal to it leaves the choice free), or dispatch=ragged"
+      )
     if self.topk_groups > groups:
       raise ConfigError(f"model.moe.topk_groups={self.topk_groups} is above model.moe.num_expert_groups={groups}")
     reachable = experts // groups * self.topk_groups
@@ -128,7 +140,7 @@ class ModelConfig(Section, path="model"):
     choices=("bfloat16", "float32", "float64"),
   )  # fmt: skip
   remat: str = field(
-    "full", "what the backward pass recomputes: none, full (each block), dots (all but matrix products)",
+    "full", "what the backward pass recomputes: none (but attention scores), full (each block), dots (all but matrix products)",
     choices=("none", "full", "dots"),
   )  # fmt: skip
   attention: AttentionConfig = AttentionConfig()

@@ -12,6 +12,7 @@ from deepseek_jax.model_config import AttentionConfig
 from deepseek_jax.schema import flatten, from_dict, leaf_paths
 
 MOE = {"num_routed_experts": 8, "num_experts_per_token": 2, "mlp": 4}
+MLA = {"kind": "mla", "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
 CONFIGS = sorted(pathlib.Path("configs").glob("*.py"))
 
 
@@ -37,6 +38,13 @@ def test_every_field_has_a_line_of_doc():
     ({"model": {"moe": {**MOE, "num_expert_groups": 8, "topk_groups": 8, "group_score": "top2_sum"}}}, ["two experts"]),
     ({"model": {"moe": {**MOE, "topk_groups": 2}}}, ["topk_groups=2 is above model.moe.num_expert_groups=1"]),
     ({"model": {"moe": {**MOE, "num_expert_groups": 8}}}, ["num_experts_per_token=2", "1 of 8 groups hold 1 experts"]),
+    ({"model": {"moe": {**MOE, "dispatch": "capacity"}}}, ["dispatch=capacity", "set model.moe.num_expert_groups"]),
+    ({"model": {"attention": {"yarn": {"beta_fast": 1, "beta_slow": 32}}}}, ["beta_fast=1.0", "above beta_slow=32.0"]),
+    ({"model": {"num_mtp_layers": 2}, "data": {"seq": 2}}, ["data.seq=2", "depth 2", "model.num_mtp_layers"]),
+    (
+      {"model": {"moe": MOE}, "balance": {"communication_loss": 0.1, "device_groups": 4}},
+      ["num_expert_groups=1", "device_groups=4"],
+    ),
     ({"balance": {"bias_speed": 0.1}}, ["balance.bias_speed=0.1 moves model.moe.router_bias: set that to true"]),
     ({"model": {"moe": MOE}, "balance": {"device_loss": 0.1}}, ["at least 2 equal groups of the 8 experts, got 1"]),
     ({"mtp": {"weights": (0.3, 0.1)}}, ["mtp.weights=(0.3, 0.1)", "one weight more than tokens"]),
@@ -56,6 +64,10 @@ def test_every_field_has_a_line_of_doc():
     ({"mesh": {"tensor": 3}}, ["model.attention.heads=4", "mesh.tensor=3", "1, 2, 4"]),
     ({"mesh": {"data": 3}}, ["train.global_batch=16", "=3", "1, 2, 4, 8, 16"]),
     ({"mesh": {"fsdp": 3, "data": 1}, "train": {"global_batch": 3}}, ["model.embed=128", "mesh.fsdp=3"]),
+    (
+      {"model": {"embed": 96, "attention": MLA}, "mesh": {"fsdp": 3, "data": 1}, "train": {"global_batch": 3}},
+      ["model.attention.kv_lora_rank=8", "mesh.fsdp=3"],
+    ),
     ({"mesh": {"fsdp": -1}}, ["only one mesh size may be -1"]),
     ({"mesh": {"tensor": 0}}, ["1 or more, or -1"]),
     ({"data": {"tokenizer": "deepseek-v3"}}, ["128815", "model.vocab=272"]),

@@ -1,7 +1,8 @@
 """Products of rows, sorted by group, with their group's own matrix: the arithmetic of a mixture of experts.
 
-`lax.ragged_dot` is this product, and on CPU and on TPUs other than v5p XLA expands it to every row times every matrix. The
-blocked form does the useful work alone: each block of rows belongs to one group, and a loop takes the blocks in use.
+`lax.ragged_dot` is this product, and on CPU and on TPUs other than v5p XLA expands it to every row times every matrix; on
+GPUs it does so at least in the backward pass (reported by XLA's users, not measured by us). The blocked form does the useful
+work alone: each block of rows belongs to one group, and a loop takes the blocks in use.
 """
 
 import functools
@@ -23,19 +24,32 @@ def grouped_matmul(x, w, group_sizes, *, block, implementation="auto"):
     x: rows sorted by group; those past sum(group_sizes) belong to none and come out zero. rows is a multiple of `block`.
     group_sizes: [groups] int32, each a multiple of `block`.
     implementation: "blocked", "ragged_dot", or "auto": the one that does no more than the useful work on this platform.
+
+  Raises:
+    ValueError: rows is not a multiple of `block`.
   """
+  if x.shape[0] % block:
+    raise ValueError(f"x has {x.shape[0]} rows, which is not a multiple of block={block}: pad it")
   if implementation == "auto":
     implementation = "ragged_dot" if _native() else "blocked"
   return IMPLEMENTATIONS[implementation](x, w, group_sizes, block)
 
 
 def _native():
-  return jax.default_backend() == "gpu" or "v5p" in jax.devices()[0].device_kind.lower()
+  return jax.devices()[0].device_kind.lower() in (
+    "tpu v5",
+    "tpu v5p",
+  )  # one chip, by its two names; v5e is "tpu v5 lite"
+
+
+def _accumulated(x):
+  """How products of `x` are made. Stated with each: backward passes are traced outside the model's matmul_precision."""
+  precision = None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+  return {"preferred_element_type": jnp.promote_types(x.dtype, jnp.float32), "precision": precision}
 
 
 def _ragged_dot(x, w, group_sizes, block):
-  wide = jnp.promote_types(x.dtype, jnp.float32)
-  return jax.lax.ragged_dot(x, w, group_sizes, preferred_element_type=wide).astype(x.dtype)
+  return jax.lax.ragged_dot(x, w, group_sizes, **_accumulated(x)).astype(x.dtype)
 
 
 def _blocked(x, w, group_sizes, block):
@@ -57,13 +71,12 @@ def _blocked_product(x, w, group_sizes, block):
 
 def _rows_times(x, w, group_sizes, block, equation):
   """Each block of `x` times the matrix of its group, which `equation` may transpose."""
-  wide = jnp.promote_types(x.dtype, jnp.float32)
   group_of = _group_of_block(group_sizes, x.shape[0] // block, block)
   width = jax.eval_shape(functools.partial(jnp.einsum, equation), x, w[0]).shape[1]
 
   def body(i, y):
     rows = jax.lax.dynamic_slice_in_dim(x, i * block, block)
-    product = jnp.einsum(equation, rows, w[group_of[i]], preferred_element_type=wide).astype(x.dtype)
+    product = jnp.einsum(equation, rows, w[group_of[i]], **_accumulated(x)).astype(x.dtype)
     return jax.lax.dynamic_update_slice_in_dim(y, product, i * block, 0)
 
   # A zero that varies over the devices as x does.
@@ -77,15 +90,14 @@ def _forward(x, w, group_sizes, block):
 
 def _backward(block, residuals, dy):
   x, w, group_sizes = residuals
-  wide = jnp.promote_types(x.dtype, jnp.float32)
   group_of = _group_of_block(group_sizes, x.shape[0] // block, block)
 
   def body(i, dw):
     rows, d = (jax.lax.dynamic_slice_in_dim(a, i * block, block) for a in (x, dy))
-    return dw.at[group_of[i]].add(jnp.einsum("rk,rn->kn", rows, d, preferred_element_type=wide))  # in place
+    return dw.at[group_of[i]].add(jnp.einsum("rk,rn->kn", rows, d, **_accumulated(x)))  # in place
 
   dx = _rows_times(dy, w, group_sizes, block, "rn,kn->rk")
-  dw = jax.lax.fori_loop(0, group_sizes.sum() // block, body, 0 * w.astype(wide))
+  dw = jax.lax.fori_loop(0, group_sizes.sum() // block, body, 0 * w.astype(jnp.promote_types(w.dtype, jnp.float32)))
   return dx, dw.astype(w.dtype), None
 
 

@@ -27,17 +27,17 @@ class Block(nnx.Module):
       self.mlp = SwiGLU(config.mlp, config, rngs)
     self.dropout, self.experts = config.dropout, experts
 
-  def feed_forward(self, x, key=None):
+  def feed_forward(self, x, exempt=None):
     """([batch, seq, embed], Routing, or None in a dense block)."""
-    return self.moe(x, key) if self.experts else (self.mlp(x), None)
+    return self.moe(x, exempt) if self.experts else (self.mlp(x), None)
 
-  def __call__(self, x, rotation, segment_ids=None, key=None):
-    """(x, Routing or None, what a cache keeps); x is [batch, seq, embed]."""
-    keys = (None,) * 4 if key is None else jax.random.split(key, 4)
+  def __call__(self, x, rotation, segment_ids=None, key=None, exempt=None):
+    """(x, Routing or None, what a cache keeps); x is [batch, seq, embed], `exempt` as in MoE."""
+    keys = (None,) * 3 if key is None else jax.random.split(key, 3)
     y, kept = self.attn(self.attn_norm(x), rotation, segment_ids, keys[0])
     x = x + dropout(y, self.dropout, keys[1])
-    y, routing = self.feed_forward(self.mlp_norm(x), keys[2])
-    return x + dropout(y, self.dropout, keys[3]), routing, kept
+    y, routing = self.feed_forward(self.mlp_norm(x), exempt)
+    return x + dropout(y, self.dropout, keys[2]), routing, kept
 
   def decode(self, x, rotation, cache, position):
     """(x, cache) after the token at `position`; x is [batch, 1, embed]."""

@@ -39,12 +39,10 @@ class MoE(nnx.Module):
       self.shared = SwiGLU(config.moe.num_shared_experts * config.moe.mlp, config, rngs)
     self.config = config.moe
 
-  def __call__(self, x, key=None):
-    """([batch, seq, embed], Routing). A `key` means training: only then does dispatch=capacity drop."""
+  def __call__(self, x, exempt=None):
+    """([batch, seq, embed], Routing). `exempt` [batch] bool: where dispatch=capacity drops nothing; default everywhere."""
     routing, config = self.router(x), self.config
-    share = 1.0 if key is None else config.capacity_exempt
-    key = jax.random.key(0) if key is None else key
-    exempt = jax.random.bernoulli(key, share, x.shape[:1], out_sharding=spec("batch"))  # [batch]
+    exempt = jnp.ones(x.shape[:1], bool, out_sharding=spec("batch")) if exempt is None else exempt
     tokens = ("batch", "seq", None)
     dispatch = on_each_device(
       functools.partial(self.dispatched, config),

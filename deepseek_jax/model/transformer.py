@@ -63,11 +63,12 @@ class Transformer(nnx.Module):
       (hidden, {name of the stack: trees of `observe` with a leading layers dimension}).
     """
     config, angles, observed = self.config, self.angles(tokens, positions), {}
+    exempt = self.exempt(tokens, dropout_key)
     keys = None if dropout_key is None else jax.random.split(dropout_key, config.layers)
 
     def layer(x, scanned):
       block, key = scanned
-      x, routing, kept = block(x, angles, segment_ids, key)
+      x, routing, kept = block(x, angles, segment_ids, key, exempt)
       return x, observe(routing, kept)
 
     with matmul_precision(config):
@@ -87,10 +88,13 @@ class Transformer(nnx.Module):
     """
     config, depths = self.config, []
     embedded, angles = self.embedded(tokens), self.angles(tokens, positions)
+    exempt = self.exempt(tokens, dropout_key)
     for depth in range(config.num_mtp_layers):
       layer = jax.tree.map(lambda p, depth=depth: p[depth], self.mtp_layers)
-      embedded, angles = embedded[:, 1:], jax.tree.map(lambda a: a[:, 1:], angles)
-      segment_ids = None if segment_ids is None else segment_ids[:, 1:]
+      # A position belongs to the document of its hidden state: a document's last one, which sees the next document's
+      # first token, must not be seen by that document. Rotation is relative, so that it may start anywhere.
+      embedded, angles = embedded[:, 1:], jax.tree.map(lambda a: a[:, :-1], angles)
+      segment_ids = None if segment_ids is None else segment_ids[:, :-1]
       key = None if dropout_key is None else jax.random.fold_in(dropout_key, config.layers + depth)
 
       def step(layer, *arguments):
@@ -99,7 +103,7 @@ class Transformer(nnx.Module):
 
       with matmul_precision(config):
         step = rematerialised(step, config.remat)
-        hidden, seen = step(layer, hidden[:, :-1], embedded, angles, segment_ids, key)
+        hidden, seen = step(layer, hidden[:, :-1], embedded, angles, segment_ids, key, exempt)
       depths.append((hidden, seen))
     return depths
 
@@ -126,6 +130,13 @@ class Transformer(nnx.Module):
     """[batch, seq, embed] in the compute dtype."""
     table = gathered(self.embed[...].astype(self.config.compute_dtype), "vocab", "embed")
     return table.at[tokens].get(out_sharding=spec("batch", "seq", None))
+
+  def exempt(self, tokens, key):
+    """[batch] bool: the sequences of which no layer drops a token in training (V2 section 2.2.4); None without a key."""
+    if key is None:
+      return None
+    key = jax.random.fold_in(key, self.config.layers + self.config.num_mtp_layers)
+    return jax.random.bernoulli(key, self.config.moe.capacity_exempt, tokens.shape[:1], out_sharding=spec("batch"))
 
   def angles(self, tokens, positions):
     """cos and sin of the rotation at `positions`, or at 0 .. seq - 1."""

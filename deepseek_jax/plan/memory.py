@@ -29,9 +29,10 @@ class Memory:
 def estimate_memory(config: Config) -> Memory:
   """Bytes per device of a step of `config`, whose mesh sizes are resolved.
 
-  Parameters and moments are exact. Gradients are counted twice: the newest, and the sum over microbatches. Activations count what the forward pass keeps for the backward pass
-  under the remat policy plus one block's working set, in the compute dtype, with gathered weights of one block; XLA's
-  own temporaries come on top.
+  Parameters and moments are exact. Gradients are counted twice: the newest, and the sum over microbatches. Activations
+  count what the forward pass keeps for the backward pass under the remat policy plus one block's working set, in the
+  compute dtype, with the gathered weights of one block and its experts' gradients; logits, the gathered head and its
+  gradient. XLA's own temporaries come on top.
   """
   m, mesh = config.model, config.mesh
   per_device = sum(size_per_device(leaf) for leaf in jax.tree.leaves(abstract_params(m, mesh)[0]))
@@ -60,8 +61,12 @@ def estimate_memory(config: Config) -> Memory:
   products = tokens * (2 * m.embed + heads + 2 * inner // tensor) * width
   scores = rows * a.heads // tensor * config.data.seq**2 * (width + wide)
   block = stream * 6 + products + scores + tokens * inner // tensor * 2 * width
-  kept = {"full": stream, "dots": stream + products, "none": block}[m.remat] * (m.layers + m.num_mtp_layers)
+  # attend() keeps no scores of MLA, of dropout or of float64.
+  whole = block if a.kind == "gqa" and not a.dropout and width < 8 else block - scores
+  kept = {"full": stream, "dots": stream + products, "none": whole}[m.remat] * (m.layers + m.num_mtp_layers)
   weights = (attention_weights + expert_weights // tensor) * width
+  if m.num_moe_layers:
+    weights += 3 * m.embed * moe.mlp * moe.num_routed_experts // tensor * wide  # their gradients, before they scatter
   chunk = min(config.train.loss_chunk, config.data.seq)
   return Memory(
     params=per_device * jnp.dtype(m.param_dtype).itemsize,
@@ -69,5 +74,5 @@ def estimate_memory(config: Config) -> Memory:
     moments=2 * per_device * jnp.dtype(config.optimizer.moments_dtype).itemsize,
     # Blocks of multi-token prediction stand outside the loop over layers: XLA keeps their working sets beside its own.
     activations=kept + (block + weights) * (1 + m.num_mtp_layers),
-    logits=2 * rows * chunk * m.vocab // tensor * wide,
+    logits=2 * rows * chunk * m.vocab // tensor * wide + m.embed * m.vocab // tensor * (width + wide),
   )

@@ -39,8 +39,9 @@ def balance_loss(routing, counts, moe: MoEConfig, balance: BalanceConfig):
   p = scores.mean(1)  # [batch, experts]
   f = counts * (moe.num_routed_experts / (moe.num_experts_per_token * seq))
   loss = balance.expert_loss * (f * p).sum(-1)
-  groups = balance.device_groups or moe.num_expert_groups
-  device_p = p.reshape(p.shape[0], groups, -1).sum(-1)  # [batch, groups]
+  if balance.device_loss or balance.communication_loss:
+    groups = balance.device_groups or moe.num_expert_groups
+    device_p = p.reshape(p.shape[0], groups, -1).sum(-1)  # [batch, groups]
   if balance.device_loss:
     loss += balance.device_loss * (f.reshape(device_p.shape + (-1,)).mean(-1) * device_p).sum(-1)
   if balance.communication_loss:
@@ -81,7 +82,7 @@ def load_metrics(model: ModelConfig, loads):
       shares[f"router/{name}_{i}/load"] = share
       positive = share[share > 0]
       scalars[f"router/{name}_{i}/max_vio"] = float(share.max() * share.size - 1)
-      scalars[f"router/{name}_{i}/entropy"] = float(-(positive * np.log(positive)).sum() / np.log(share.size))
+      scalars[f"router/{name}_{i}/entropy"] = float(-(positive * np.log(positive)).sum() / np.log(max(share.size, 2)))
       scalars[f"router/{name}_{i}/dead_experts"] = int(share.size - positive.size)
   if scalars:
     scalars["max_vio"] = float(np.mean([v for key, v in scalars.items() if key.endswith("max_vio")]))

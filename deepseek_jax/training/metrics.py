@@ -35,13 +35,19 @@ class MetricsWriter:
   def write(self, step, values, histograms=None):
     """One line of metrics at `step` completed updates; `values` maps names to Python, NumPy or JAX scalars.
 
-    `histograms` maps names to arrays, for TensorBoard alone: in the file they would outweigh all the rest.
+    `histograms` maps names to the heights of bars 0, 1, ..., for TensorBoard alone: in the file they would outweigh all
+    the rest.
     """
     values = _plain(values)
     _append(self._metrics, {"step": step, **values})
     if self._tensorboard:
-      for name, array in (histograms or {}).items():
-        self._tensorboard.add_histogram(name, array, step)
+      for name, heights in (histograms or {}).items():
+        bars = range(len(heights))
+        self._tensorboard.add_histogram_raw(
+          name, min=0, max=len(heights), num=sum(heights), sum=sum(h * i for i, h in zip(bars, heights, strict=True)),
+          sum_squares=sum(h * i**2 for i, h in zip(bars, heights, strict=True)),
+          bucket_limits=[i + 1 for i in bars], bucket_counts=heights, global_step=step,
+        )  # fmt: skip
     self._mirror(step, values)
 
   def event(self, name, step, **values):

@@ -1,6 +1,7 @@
 """The model against a plain float64 NumPy reference, and its parts against what defines them."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from deepseek_jax.config import MeshConfig
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.attention import attend
 from deepseek_jax.model.transformer import graphdef, new_params
-from deepseek_jax.model_config import AttentionConfig, ModelConfig
+from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
 from deepseek_jax.training.loss import cross_entropy
 
 TINY = ModelConfig(
@@ -112,6 +113,52 @@ def test_documents_do_not_see_each_other():
   assert np.abs(ours - logits_of(TINY, params, ids)).max() > 1e-2
 
 
+MTP = dataclasses.replace(TINY, num_mtp_layers=2)
+
+
+def test_multi_token_prediction_stays_within_documents():
+  params, ids, segments = random_params(MTP), tokens(batch=1, seq=8), jnp.array([[0, 0, 0, 0, 1, 1, 1, 1]])
+
+  def depths(ids):
+    model = nnx.merge(graphdef(MTP), params, {})
+    hidden, _ = model(ids, segment_ids=segments)
+    return [h for h, _ in model.mtp(hidden, ids, segment_ids=segments)]
+
+  other = ids.copy()
+  other[0, 3] += 1  # the last token of the first document
+  for depth, (ours, moved) in enumerate(zip(depths(jnp.asarray(ids)), depths(jnp.asarray(other)), strict=True), 1):
+    differs = np.abs(np.asarray(ours - moved)).max(-1)[0] > 0
+    # Position i has seen tokens 0 .. i + depth of its document, and later ones of the next.
+    assert differs.tolist() == [3 - depth <= i <= 3 for i in range(8 - depth)]
+
+
+CAPACITY = dataclasses.replace(
+  TINY, layers=2, num_mtp_layers=1,
+  moe=MoEConfig(
+    num_routed_experts=4, num_experts_per_token=2, mlp=8, num_expert_groups=2, topk_groups=2, dispatch="capacity",
+    capacity_factor=0.5, capacity_exempt=0.25,
+  ),
+)  # fmt: skip
+
+
+def test_capacity_drops_in_training_only_and_exempts_the_same_sequences_in_every_layer():
+  params, ids = random_params(CAPACITY), jnp.asarray(tokens(batch=32))
+
+  @functools.partial(jax.jit, static_argnames="dispatch")
+  def outputs(key, dispatch):
+    moe = dataclasses.replace(CAPACITY.moe, dispatch=dispatch)
+    model = nnx.merge(graphdef(dataclasses.replace(CAPACITY, moe=moe)), params, {})
+    hidden, _ = model(ids, dropout_key=key)
+    return hidden, model.mtp(hidden, ids, dropout_key=key)[0][0]
+
+  dropless, evaluated = outputs(None, "ragged"), outputs(None, "capacity")
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), dropless, evaluated)
+  trained = outputs(jax.random.key(3), "capacity")
+  main, mtp = (np.abs(np.asarray(a - b)).max((1, 2)) < 1e-4 for a, b in zip(dropless, trained, strict=True))
+  np.testing.assert_array_equal(main, mtp)  # nothing dropped in two layers and in that of multi-token prediction
+  assert 3 <= main.sum() <= 13, main.sum()  # about a quarter of 32
+
+
 @pytest.mark.parametrize("remat", ["full", "dots"])
 def test_remat_changes_no_gradient(remat):
   params, ids = random_params(TINY), jnp.asarray(tokens())
@@ -163,7 +210,8 @@ def dot_precisions(jaxpr):
 
 @pytest.mark.parametrize(("dtype", "highest"), [("float32", True), ("bfloat16", False)])
 def test_float32_compute_is_full_precision_on_every_chip_forward_and_backward(dtype, highest):
-  config = dataclasses.replace(TINY, compute_dtype=dtype, remat="full")
+  moe = MoEConfig(num_routed_experts=4, num_experts_per_token=2, mlp=8)
+  config = dataclasses.replace(TINY, compute_dtype=dtype, remat="full", first_dense_layers=1, moe=moe)
 
   def loss(params, ids):
     model = nnx.merge(graphdef(config), params, {})

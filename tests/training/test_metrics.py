@@ -99,20 +99,25 @@ def test_tensorboard_mirrors_numbers_and_hides_what_is_run_again(tmp_path):
 
   for start in (0, 2):
     writer = metrics.MetricsWriter(tmp_path, tensorboard=True, resume_step=start)
-    writer.write(start + 1, {"loss": 0.5, "grad_norm": math.nan})
+    writer.write(start + 1, {"loss": 0.5, "grad_norm": math.nan}, histograms={"load": np.array([0.25, 0.0, 0.75])})
     writer.event("eval", start + 1, bits_per_byte=1.25)
     writer.event("end", start + 1, parameters=3)
     writer.close()
-  tags, purged = set(), []
+  tags, purged, bars = set(), [], []
   for path in glob.glob(str(tmp_path / "tensorboard" / "*")):
     data = open(path, "rb").read()
     while data:  # TFRecord: length, its checksum, the event, its checksum
       size = int.from_bytes(data[:8], "little")
       event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
-      tags |= {(value.tag, event.step, value.simple_value) for value in event.summary.value}
+      for value in event.summary.value:
+        if value.HasField("histo"):
+          bars.append((value.tag, event.step, list(value.histo.bucket_limit), list(value.histo.bucket)))
+        else:
+          tags.add((value.tag, event.step, value.simple_value))
       purged += [event.step] if event.HasField("session_log") else []
   assert tags == {(tag, step, v) for step in (1, 3) for tag, v in (("loss", 0.5), ("eval/bits_per_byte", 1.25))}
   assert sorted(purged) == [1, 3]
+  assert sorted(bars) == [("load", step, [1, 2, 3], [0.25, 0.0, 0.75]) for step in (1, 3)]  # a bar for each expert
 
 
 def test_without_tensorboard_no_folder_is_made(tmp_path):
