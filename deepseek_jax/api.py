@@ -7,8 +7,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from deepseek_jax.checkpoint.hf_config import read_config, read_json, write_config
+from deepseek_jax.checkpoint.hf_config import to_json, write_config
 from deepseek_jax.checkpoint.hf_files import DTYPES, HFReader, write_tensors
+from deepseek_jax.checkpoint.hf_model import read_config, read_json
 from deepseek_jax.checkpoint.hf_names import entries
 from deepseek_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig
 from deepseek_jax.errors import ConfigError
@@ -30,12 +31,12 @@ def load_pretrained(directory, dtype="float32"):
     directory: the folder.
     dtype: of the computation: float32, bfloat16 (with parameters in float32), or float64, which needs JAX's x64 mode.
 
-  Raises CheckpointError for a folder that is not whole, or holds another kind of model, listing everything that is wrong.
+  Raises ConfigError for another dtype, or float64 without x64 mode; CheckpointError for a folder that is not whole, or
+  holds another kind of model, listing everything that is wrong.
   """
   if dtype not in PRECISIONS:
     raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(PRECISIONS)}")
-  if dtype == "float64" and not jax.config.jax_enable_x64:
-    raise ConfigError('dtype="float64" needs jax.config.update("jax_enable_x64", True) first, or JAX_ENABLE_X64=1')
+  check_x64(dtype)
   param_dtype, compute_dtype = PRECISIONS[dtype]
   config = dataclasses.replace(read_config(directory), param_dtype=param_dtype, compute_dtype=compute_dtype)
   reader, table = HFReader(directory), entries(config)
@@ -49,8 +50,15 @@ def load_pretrained(directory, dtype="float32"):
         below(arrays[entry.buffer], entry.path)[entry.index] = entry.to_ours(reader.read(entry.name))
     reader.check_finite()
     params, buffers = jax.tree.map(lambda array, a: jax.device_put(array, a.sharding), arrays, abstract)
-  dtypes = {entry.name: reader.dtype(entry.name) for entry in table if entry.name in reader.names}
+  names = set(reader.names)
+  dtypes = {entry.name: reader.dtype(entry.name) for entry in table if entry.name in names}
   return Model(config, params, buffers, mesh, dtypes, read_json(directory))
+
+
+def check_x64(dtype):
+  """Raises ConfigError where JAX would make float32 of float64."""
+  if dtype == "float64" and not jax.config.jax_enable_x64:
+    raise ConfigError('dtype="float64" needs jax.config.update("jax_enable_x64", True) first, or JAX_ENABLE_X64=1')
 
 
 def below(tree, path):
@@ -65,7 +73,8 @@ class Model:
     config: its ModelConfig. params: nested dict of arrays; may be assigned, from any tree of its structure and shapes.
     buffers: nested dict with the bias of each router, empty without; no gradient trains it.
 
-  Tokens are integers [batch, seq] below the vocabulary, of NumPy, JAX or lists. A new shape of them compiles once.
+  Tokens are integers [batch, seq] below the vocabulary, of NumPy, JAX or lists. A new shape of them compiles once. Methods
+  that take them raise ConfigError for others, as does all but saving for a float64 model without x64 mode.
   """
 
   def __init__(self, config: ModelConfig, params, buffers, mesh, dtypes, hf_config):
@@ -80,6 +89,7 @@ class Model:
 
   @params.setter
   def params(self, tree):
+    check_x64(self.config.param_dtype)
     self._params = fitted(tree, self._params)
 
   def logits(self, tokens):
@@ -90,17 +100,22 @@ class Model:
     """(loss, grads): mean cross entropy of the next token, and its gradients as a tree like `params`.
 
     `mtp_weight` adds that much of the loss of multi-token prediction: at each depth the mean over the targets that there
-    are, averaged over depths. No term for balance is added.
+    are, averaged over depths. No term for balance is added. Raises ConfigError for a model without it, and for fewer tokens
+    than 2, or than 2 and the depths with a weight.
     """
     depths = self.config.num_mtp_layers
     if mtp_weight and not depths:
       raise ConfigError(
         f"mtp_weight={mtp_weight}, but this model has no layers for multi-token prediction: leave it at 0"
       )
-    return self._run(self._loss_and_grads, self._checked(tokens, at_least=depths + 2), mtp_weight)
+    depths = depths if mtp_weight else 0
+    return self._run(self._loss_and_grads, self._checked(tokens, at_least=depths + 2), mtp_weight, depths)
 
   def routing(self, tokens):
-    """(indices, weights), each [moe_layers, batch, seq, experts per token]: who is chosen, and how much it counts."""
+    """(indices, weights), each [moe_layers, batch, seq, experts per token]: who is chosen, and how much it counts.
+
+    Raises ConfigError for a model without experts.
+    """
     if not self.config.num_moe_layers:
       raise ConfigError("routing() needs experts, and this model is dense: there is nothing to route")
     return self._run(self._routing, self._checked(tokens))
@@ -110,6 +125,10 @@ class Model:
 
     Each tensor has the dtype that it was loaded with (FP8 comes out as float32), or `dtype`: float64, float32, float16 or
     bfloat16. Buffers keep theirs. The copies that multi-token prediction has of embedding and head are the main ones'.
+
+    Raises ConfigError for another dtype; CheckpointError for values that are not finite in theirs, listing the tensors, for
+    a config that no config.json describes, and where the disk refuses. An earlier save in the folder is replaced only when
+    the new files are complete.
     """
     if dtype is not None and dtype not in SAVED_DTYPES:
       raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(SAVED_DTYPES)}, nor None for each tensor's own")
@@ -126,10 +145,13 @@ class Model:
       entry = table[name]
       return entry.to_hf(below(arrays[entry.buffer], entry.path)[entry.index])
 
+    main_dtype = dtype or str(own["embed",])
+    to_json(self.config, main_dtype, self._hf_config)  # a model that is refused is so before anything is replaced
     write_tensors(directory, [(name, entry.shape, saved_dtype(entry)) for name, entry in table.items()], read)
-    write_config(self.config, directory, dtype or str(own["embed",]), self._hf_config)
+    write_config(self.config, directory, main_dtype, self._hf_config)
 
   def _run(self, function, *arguments):
+    check_x64(self.config.param_dtype)
     with jax.set_mesh(self._mesh):
       return function(self.params, self.buffers, *arguments)
 
@@ -168,19 +190,20 @@ class Model:
 
   @functools.cached_property
   def _loss_and_grads(self):
-    config = Config(
-      model=self.config,
-      # The path of a file that nothing opens: tokens come as they are, and the defaults add no term to the loss.
-      data=DataConfig(tokenizer="tokenizer.json"),
-      optimizer=OptimizerConfig(moments_dtype=self.config.param_dtype),
-    )
-    row_losses = make_row_losses(config, self._graphdef, bos=None)
-
-    def loss(params, buffers, tokens, mtp_weight):
+    def loss(params, buffers, tokens, mtp_weight, depths):
+      config = Config(
+        model=dataclasses.replace(self.config, num_mtp_layers=depths),
+        # The path of a file that nothing opens: tokens come as they are, and the defaults add no term to the loss.
+        data=DataConfig(tokenizer="tokenizer.json"),
+        optimizer=OptimizerConfig(moments_dtype=self.config.param_dtype),
+      )
+      if not depths:
+        params, buffers = ({k: v for k, v in tree.items() if k != "mtp_layers"} for tree in (params, buffers))
+      row_losses = make_row_losses(config, graphdef(config.model), bos=None)
       _, objective, _ = row_losses(params, buffers, tokens, mtp_weight=mtp_weight)
       return objective / (tokens.shape[0] * (tokens.shape[1] - 1))
 
-    return jax.jit(jax.value_and_grad(loss))
+    return jax.jit(jax.value_and_grad(loss), static_argnums=4)
 
 
 def fitted(tree, old):

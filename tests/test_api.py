@@ -1,5 +1,7 @@
 """The notebook API on small random checkpoints: what is loaded, what comes out, what is saved, what is refused."""
 
+import dataclasses
+import errno
 import json
 import math
 import os
@@ -12,8 +14,9 @@ import numpy as np
 import pytest
 
 import deepseek_jax
-from deepseek_jax.checkpoint.hf_config import to_model_config
+from deepseek_jax.checkpoint import hf_files
 from deepseek_jax.checkpoint.hf_files import HFReader, write_tensors
+from deepseek_jax.checkpoint.hf_model import to_model_config
 from deepseek_jax.checkpoint.hf_names import entries
 from deepseek_jax.errors import CheckpointError, ConfigError
 
@@ -72,13 +75,14 @@ def test_importing_the_package_imports_no_jax():
     deepseek_jax.nothing  # noqa: B018
 
 
-def test_logits_and_loss_agree(v3):
-  model = v3[2]
-  logits = model.logits(TOKENS)
-  assert logits.shape == (2, 7, 40) and logits.dtype == np.float32
+@pytest.mark.parametrize("seq", [7, 2])
+def test_logits_and_loss_agree(v3, seq):
+  model, tokens = v3[2], TOKENS[:, :seq]
+  logits = model.logits(tokens)
+  assert logits.shape == (2, seq, 40) and logits.dtype == np.float32
   logp = np.asarray(jax.nn.log_softmax(logits[:, :-1]))
-  expected = -np.take_along_axis(logp, TOKENS[:, 1:, None], -1).mean()
-  loss, _ = model.loss_and_grads(TOKENS.tolist())
+  expected = -np.take_along_axis(logp, tokens[:, 1:, None], -1).mean()
+  loss, _ = model.loss_and_grads(tokens.tolist())
   np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
@@ -133,6 +137,73 @@ def test_saving_gives_back_every_bit(tmp_path, raw, names, dtype):
   assert "lm_head.weight" not in tensors or not raw.get("tie_word_embeddings")
 
 
+def test_a_sharded_save(v3, tmp_path, monkeypatch):
+  monkeypatch.setattr(hf_files, "SHARD_BYTES", 3000)
+  v3[2].save_pretrained(tmp_path)
+  index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+  assert index["metadata"]["total_size"] == sum(a.nbytes for a in v3[1].values())
+  files = {path.name for path in tmp_path.glob("*.safetensors")}
+  assert index["weight_map"].keys() == v3[1].keys() and set(index["weight_map"].values()) == files and len(files) > 2
+  np.testing.assert_array_equal(deepseek_jax.load_pretrained(tmp_path).logits(TOKENS), v3[2].logits(TOKENS))
+
+
+def contents(folder):
+  return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 3000])
+def test_a_save_that_fails_leaves_the_earlier_one(v3, tmp_path, monkeypatch, shard_bytes):
+  monkeypatch.setattr(hf_files, "SHARD_BYTES", shard_bytes)
+  model = deepseek_jax.load_pretrained(v3[0])
+  model.save_pretrained(tmp_path)
+  before = contents(tmp_path)
+
+  def full_disk(file):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(os, "fsync", full_disk)
+    with pytest.raises(CheckpointError, match=r"No space left on device; make room, or choose another folder"):
+      model.save_pretrained(tmp_path)
+  assert contents(tmp_path) == before
+  large = jax.tree.map(np.array, model.params)
+  large["embed"][3, 4], large["head"]["kernel"][5, 6] = 1e5, np.nan
+  model.params = large
+  with pytest.raises(CheckpointError, match="4 tensors .*: model.embed_tokens.weight, .*, lm_head.weight;"):
+    model.save_pretrained(tmp_path, dtype="float16")
+  attention = dataclasses.replace(model.config.attention, latent_norm_eps=1e-5)
+  model.params, model.config = v3[2].params, dataclasses.replace(model.config, attention=attention)
+  with pytest.raises(CheckpointError, match="latent_norm_eps"):
+    model.save_pretrained(tmp_path)
+  assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(("old", "new"), [(10**9, 3000), (3000, 10**9), (3000, 3000)])
+def test_a_save_that_is_cut_off_is_no_mixture(v3, tmp_path, monkeypatch, old, new):
+  model, replace, done = deepseek_jax.load_pretrained(v3[0]), os.replace, 0
+  model.params = jax.tree.map(lambda p: 2 * p, model.params)
+
+  def cut_off(*paths):
+    left.pop()
+    replace(*paths)
+
+  while True:  # after each of the files
+    with monkeypatch.context() as patch:
+      patch.setattr(hf_files, "SHARD_BYTES", old)
+      v3[2].save_pretrained(tmp_path)
+      patch.setattr(hf_files, "SHARD_BYTES", new)
+      patch.setattr(os, "replace", cut_off)
+      left = [None] * done
+      try:
+        model.save_pretrained(tmp_path)
+        break
+      except IndexError:
+        done += 1
+      with pytest.raises(CheckpointError):
+        deepseek_jax.load_pretrained(tmp_path)
+  assert done == len(contents(tmp_path)) and (done > 4) == (new == 3000)
+
+
 def test_buffers_keep_their_dtype_and_values(v3, tmp_path):
   folder, tensors, model = v3
   model.save_pretrained(tmp_path, dtype="bfloat16")
@@ -158,6 +229,17 @@ def test_copies_are_optional_when_read_and_written_from_the_main_ones(v3, tmp_pa
   (tmp_path / "config.json").write_text(json.dumps(V3))
   deepseek_jax.load_pretrained(tmp_path).save_pretrained(tmp_path / "out")
   assert_same(saved(tmp_path / "out"), v3[1])
+
+
+def test_copies_that_differ_are_noted(v3, tmp_path, capsys):
+  tensors = v3[1] | {"model.layers.2.shared_head.head.weight": v3[1]["lm_head.weight"] + 1}
+  write_tensors(tmp_path, [(name, a.shape, a.dtype) for name, a in tensors.items()], tensors.__getitem__)
+  (tmp_path / "config.json").write_text(json.dumps(V3))
+  deepseek_jax.load_pretrained(v3[0])
+  assert capsys.readouterr().out == ""
+  deepseek_jax.load_pretrained(tmp_path)
+  (line,) = capsys.readouterr().out.splitlines()
+  assert line.startswith("note     model.layers.2.shared_head.head.weight differs from lm_head.weight")
 
 
 def test_assigned_arrays_are_not_shared(v3):
@@ -190,7 +272,9 @@ def test_tokens_are_checked(v3, tokens, message):
 def test_refusals(v3, tmp_path):
   folder, _, model = v3
   with pytest.raises(ConfigError, match="too few.*at least 3"):
-    model.loss_and_grads(TOKENS[:, :2])
+    model.loss_and_grads(TOKENS[:, :2], mtp_weight=0.3)
+  with pytest.raises(ConfigError, match="too few.*at least 2"):
+    model.loss_and_grads(TOKENS[:, :1])
   with pytest.raises(ConfigError, match="float16.*float32, float64, bfloat16"):
     deepseek_jax.load_pretrained(folder, dtype="float16")
   with pytest.raises(ConfigError, match="int8"):
@@ -213,7 +297,15 @@ def test_a_folder_that_does_not_fit_its_config(v3, tmp_path):
     deepseek_jax.load_pretrained(tmp_path)
 
 
-def test_float64_needs_x64_and_is_float64_throughout(v3):
+def test_a_stray_layer_is_not_expected(v3, tmp_path):
+  tensors = v3[1] | {"model.layers.1000000.foo": np.ones(3, np.float32)}
+  write_tensors(tmp_path, [(name, a.shape, a.dtype) for name, a in tensors.items()], tensors.__getitem__)
+  (tmp_path / "config.json").write_text(json.dumps(V3))
+  with pytest.raises(CheckpointError, match=r"not expected: \n  model.layers.1000000.foo"):
+    deepseek_jax.load_pretrained(tmp_path)
+
+
+def test_float64_needs_x64_and_is_float64_throughout(v3, tmp_path):
   with pytest.raises(ConfigError, match="jax_enable_x64"):
     deepseek_jax.load_pretrained(v3[0], dtype="float64")
   with jax.enable_x64(True):
@@ -221,6 +313,15 @@ def test_float64_needs_x64_and_is_float64_throughout(v3):
     logits = model.logits(TOKENS)
     assert logits.dtype == np.float64
     assert {p.dtype for p in jax.tree.leaves((model.params, model.buffers))} == {np.dtype(np.float64)}
+  for use in (model.logits, model.loss_and_grads, model.routing):
+    with pytest.raises(ConfigError, match="jax_enable_x64"):
+      use(TOKENS)
+  with pytest.raises(ConfigError, match="jax_enable_x64"):
+    model.params = jax.tree.map(np.asarray, model.params)
+  model.save_pretrained(tmp_path, dtype="float64")
+  assert_same(
+    saved(tmp_path), {name: a if name.endswith("_bias") else a.astype(np.float64) for name, a in v3[1].items()}
+  )
   np.testing.assert_allclose(v3[2].logits(TOKENS), logits, atol=2e-5 * float(np.abs(logits).max()))
 
 

@@ -35,8 +35,14 @@ class ArrayWriter:
     return self
 
   def __exit__(self, kind, *exception):
-    while self._pending and kind is None:
-      self._wait()
+    failed = None
+    while self._pending:  # after an error too: who removes the folder must not race with writes into it
+      try:
+        self._wait()
+      except CheckpointError as error:
+        failed = failed or error
+    if failed and kind is None:
+      raise failed
 
   def write(self, path, index, value):
     """Starts to write `value` at `index`, whole chunks, of the array `path`; `value` must not change afterwards."""

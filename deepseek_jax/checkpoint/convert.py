@@ -15,18 +15,22 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 from deepseek_jax.checkpoint import manifest
 from deepseek_jax.checkpoint.arrays import ArrayWriter, open_arrays
-from deepseek_jax.checkpoint.hf_config import read_config, write_config
-from deepseek_jax.checkpoint.hf_files import HFReader, write_tensors
+from deepseek_jax.checkpoint.hf_config import to_json, write_config
+from deepseek_jax.checkpoint.hf_files import CONFIG, HFReader, write_tensors
+from deepseek_jax.checkpoint.hf_model import read_config, read_json
 from deepseek_jax.checkpoint.hf_names import entries
 from deepseek_jax.checkpoint.manager import FORMAT_VERSION, CheckpointReader
 from deepseek_jax.checkpoint.model_args import TOKENIZERS
 from deepseek_jax.checkpoint.parts import layout, parts, tree_path
 from deepseek_jax.checkpoint.weights import is_hugging_face, saved_config
 from deepseek_jax.config import TOKENIZER_SIZES, Config, DataConfig
-from deepseek_jax.errors import CheckpointError
+from deepseek_jax.data.tokenizer import load
+from deepseek_jax.errors import CheckpointError, DataError
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+ORIGINAL = "hugging_face"  # folder of a converted workdir: what its source says beside the weights, for the way back
+GENERATION = "generation_config.json"
 PRETRAINING_SEQ = 4096  # of every release; longer contexts are an extension
 
 
@@ -37,24 +41,28 @@ def convert(source, target, dtype="float32", tokenizer=""):
     source: a Hugging Face folder, or a workdir of ours, of which the newest checkpoint counts: told by its content.
     target: must be missing or empty. It appears when it is complete.
     dtype: of the matrices and vectors of a Hugging Face folder that is written; a router bias is always float32.
-    tokenizer: data.tokenizer of a workdir that is written; default: tokenizer.json of `source`, or by vocabulary.
+    tokenizer: data.tokenizer of a workdir that is written; default: a copy of tokenizer.json of `source`, or by vocabulary.
 
   Raises CheckpointError, one for all tensors that are missing, not expected, misshaped or not finite.
   """
   source, started = pathlib.Path(source), time.monotonic()
   with new_folder(target) as folder:
     if is_hugging_face(source):
-      written = to_ours(source, folder, pathlib.Path(target).absolute().name, tokenizer)
+      written = to_ours(source, folder, pathlib.Path(os.path.abspath(target)), tokenizer)
     else:
       written = to_hugging_face(source, folder, DTYPES[dtype])
     moved = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
   print(f"wrote    {os.path.abspath(target)}: {written}, {moved / 1e9:.2f} GB in {time.monotonic() - started:.1f} s")
 
 
-def to_ours(source, folder, name, tokenizer):
-  """A workdir with one checkpoint, of step 0, that has parameters and buffers only. Returns what it is, in words."""
+def to_ours(source, folder, target, tokenizer):
+  """A workdir with one checkpoint, of step 0, that has parameters and buffers only. Returns what it is, in words.
+
+  It is written to `folder`, which will become `target`.
+  """
   model = read_config(source)
-  config = Config(name=name, model=model, data=data_config(source, model.vocab, tokenizer))
+  copy_files(source, folder / ORIGINAL, (CONFIG, GENERATION, *(() if tokenizer else TOKENIZER_FILES)))
+  config = Config(name=target.name, model=model, data=data_config(folder, target, model.vocab, tokenizer))
   step = folder / "checkpoints" / "0"
   table, reader = [entry for entry in entries(model) if not entry.copy], HFReader(source)
   reader.check(entries(model))
@@ -84,7 +92,7 @@ def to_hugging_face(source, folder, dtype):
   model, table = config.model, entries(config.model)
   arrays = {path: array for path, array in open_arrays(reader.state(step)).items() if path[0] in ("params", "buffers")}
   check_shapes(reader.state(step), arrays, layout(model))
-  by_name, not_finite = {entry.name: entry for entry in table}, []
+  by_name = {entry.name: entry for entry in table}
 
   def read(name):
     entry = by_name[name]
@@ -93,23 +101,40 @@ def to_hugging_face(source, folder, dtype):
       part = arrays[tree_path(entry)][index].read().result()
       tensor[rows] = part.reshape(entry.shape[1], -1).T if entry.transposed else part
       advance(part.size)
-    if not np.isfinite(tensor).all():
-      not_finite.append(name)
     return tensor
 
   def kept(entry):
     return DTYPES["float32"] if entry.buffer else dtype
 
-  write_config(model, folder, dtype.name)
+  kept_files = source / ORIGINAL
+  original = read_json(kept_files) if (kept_files / CONFIG).exists() else special_ids(config.data.tokenizer)
+  to_json(model, dtype.name, original)  # a model that is refused is so before the work
   with progress(table) as advance:
     write_tensors(folder, [(entry.name, entry.shape, kept(entry)) for entry in table], read)
-  if not_finite:
-    raise CheckpointError(f"tensors of {reader.state(step)} that are not finite in {dtype}: {', '.join(not_finite)}")
+  write_config(model, folder, dtype.name, original)
+  copy_files(kept_files, folder, (GENERATION, *TOKENIZER_FILES))
   tokenizer = pathlib.Path(config.data.tokenizer)
-  for file in (tokenizer.with_name(name) for name in TOKENIZER_FILES):
-    if tokenizer.name in TOKENIZER_FILES and file.is_file():
-      shutil.copy(file, folder)
+  if tokenizer.name in TOKENIZER_FILES:
+    copy_files(tokenizer.parent, folder, TOKENIZER_FILES)
   return f"a Hugging Face folder of {len(table)} tensors in {dtype}, from step {step}"
+
+
+def copy_files(source, folder, names):
+  """Copies those of `names` that `source` has."""
+  folder.mkdir(exist_ok=True)
+  for file in (source / name for name in names):
+    if file.is_file():
+      shutil.copyfile(file, folder / file.name)
+
+
+def special_ids(tokenizer):
+  """What a config.json says of `tokenizer`: transformers would take 1 and 2 where it says nothing."""
+  try:
+    found = load(tokenizer)
+  except DataError as error:
+    print(f"note     config.json has no bos_token_id and no eos_token_id: {error}")
+    return {}
+  return {"bos_token_id": found.bos, "eos_token_id": found.eos}
 
 
 def check_shapes(where, arrays, wanted):
@@ -124,13 +149,15 @@ def check_shapes(where, arrays, wanted):
     raise CheckpointError(f"{where} does not hold what its config says: {len(wrong)} arrays differ" + "".join(lines))
 
 
-def data_config(source, vocab, tokenizer):
-  """The data section of a converted checkpoint: the tokenizer that is given, or found, or known by `vocab`."""
-  found = source.absolute() / TOKENIZER_FILES[0]
-  name = tokenizer or (str(found) if found.is_file() else TOKENIZERS.get(vocab, "byte"))
+def data_config(folder, target, vocab, tokenizer):
+  """The data section of a converted checkpoint: the tokenizer that is given, or was copied, or is known by `vocab`."""
+  place = pathlib.Path(ORIGINAL, TOKENIZER_FILES[0])
+  name = tokenizer or (str(target / place) if (folder / place).exists() else TOKENIZERS.get(vocab, "byte"))
   if name == "byte" and vocab < TOKENIZER_SIZES[name]:
-    print(f"note     no tokenizer is known for a vocabulary of {vocab}: give --tokenizer, or put one at {found}")
-    name = str(found)
+    print(
+      f"note     no tokenizer is known for a vocabulary of {vocab}: give --tokenizer, or put one at {target / place}"
+    )
+    name = str(target / place)
   if name not in TOKENIZER_SIZES:
     name = os.path.abspath(name)
   return DataConfig(tokenizer=name, seq=PRETRAINING_SEQ)

@@ -1,5 +1,6 @@
 """Folders of safetensors files: checked and read one tensor at a time, written one tensor at a time."""
 
+import contextlib
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import safetensors
 
 from deepseek_jax.errors import CheckpointError
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
   "F64": np.dtype(np.float64),
   "F32": np.dtype(np.float32),
@@ -24,7 +25,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 FP8 = "F8_E4M3"
 SCALE = "_scale_inv"  # X.weight is FP8, X.weight_scale_inv has the factor of each of its blocks
 BLOCK = 128
-SHARD_BYTES = 5 * 10**9
+SHARD_BYTES = 5 * 10**9  # the most that a file holds, unless a single tensor is larger
 # Old releases keep the rotary frequencies, which follow from the config; lm_head.weight is no entry only if it is tied.
 IGNORED = ("rotary_emb.inv_freq", "lm_head.weight")
 
@@ -51,6 +52,7 @@ class HFReader:
     return name.endswith(SCALE) and self._tensors.get(name.removesuffix(SCALE), {}).get("dtype") == FP8
 
   def shape(self, name):
+    """Shape of what `read` gives, (out, in) of a matrix: that of the file's header."""
     return tuple(self._tensors[name]["shape"])
 
   def dtype(self, name):
@@ -81,7 +83,10 @@ class HFReader:
     return np.fromfile(tensor["path"], dtype, count, offset=tensor["offset"] + start * dtype.itemsize).reshape(shape)
 
   def check(self, entries):
-    """Raises one CheckpointError that lists every tensor that is missing, extra, misshaped, or else not finite."""
+    """Raises one CheckpointError that lists every tensor that is missing, extra, misshaped, or else not finite.
+
+    Copies need not be there, and are not used; a note names those that differ from what they copy.
+    """
     wanted, missing, misshaped = {entry.name: entry for entry in entries}, [], []
     for name, entry in wanted.items():
       if name not in self._tensors:
@@ -101,7 +106,18 @@ class HFReader:
       for name in wanted:
         if name in self._tensors and not bad & {name, name + SCALE}:
           self.read(name)
-      raise self._error({"missing": missing, "not expected": extra, "of another shape": misshaped})
+      raise self._error({"missing": missing, "not expected": extra, "of another shape or dtype": misshaped})
+    self._note_copies(wanted.values())
+
+  def _note_copies(self, entries):
+    """Prints a line for every copy that is not equal to what it copies: an array of ours cannot be both."""
+    main = {entry.path: entry.name for entry in entries if not entry.copy}
+    for entry in entries:
+      if entry.copy and entry.name in self._tensors:
+        # In pieces: the embedding of V3 has 1.9 GB.
+        pieces = [slice(start, start + 32 * BLOCK) for start in range(0, entry.shape[0], 32 * BLOCK)]
+        if not all(np.array_equal(self.read(entry.name, p), self.read(main[entry.path], p)) for p in pieces):
+          print(f"note     {entry.name} differs from {main[entry.path]}, whose values are used for both")
 
   def _check_scale(self, name, missing, misshaped):
     shape, scale = self.shape(name), name + SCALE
@@ -169,18 +185,44 @@ def read_header(path):
   }
 
 
-def write_tensors(directory, tensors, read, shard_bytes=SHARD_BYTES):
+@contextlib.contextmanager
+def replacing(directory, names):
+  """Yields {name: path to write}; they become `names` in `directory`, in that order, when the block ends well.
+
+  Raises CheckpointError where the disk refuses. Of a block that fails no file is left.
+  """
+  directory = pathlib.Path(directory)
+  partial = {name: directory / (name + ".tmp") for name in names}
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    yield partial
+    for name, path in partial.items():
+      os.replace(path, directory / name)
+  except OSError as error:
+    raise CheckpointError(
+      f"cannot write {error.filename or directory}: {error.strerror}; make room, or choose another folder"
+    ) from error
+  finally:
+    for path in partial.values():
+      with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def write_tensors(directory, tensors, read, shard_bytes=None):
   """Writes a folder that transformers loads: one file, or several and their index.
 
   Args:
     tensors: (name, shape, NumPy dtype) of all tensors, in order. read: name -> array of that shape, cast to that dtype;
       called once for each, in order, so that one tensor is in memory at a time.
-    shard_bytes: the most that a file holds, unless a single tensor is larger.
+    shard_bytes: instead of SHARD_BYTES.
 
-  Files get their names when all are complete; weights that an earlier save left in the folder are deleted then.
+  Files get their names when all are complete. What an earlier save left in the folder is deleted then, its config.json
+  too, so that a folder in between is refused and no mixture of two: write config.json last.
+
+  Raises CheckpointError where the disk refuses, or listing the tensors that are not finite in their dtype; the folder is
+  as it was.
   """
-  directory = pathlib.Path(directory)
-  directory.mkdir(parents=True, exist_ok=True)
+  directory, shard_bytes = pathlib.Path(directory), shard_bytes or SHARD_BYTES
   files, total = [[]], 0
   held = 0
   for name, shape, dtype in tensors:
@@ -192,23 +234,24 @@ def write_tensors(directory, tensors, read, shard_bytes=SHARD_BYTES):
     held, total = held + size, total + size
   several = len(files) > 1
   names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)] if several else [SINGLE]
-  for file, content in zip(names, files, strict=True):
-    write_file(directory / (file + ".tmp"), content, read)
-  if several:
-    weight_map = {name: file for file, content in zip(names, files, strict=True) for name, _, _ in content}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / (INDEX + ".tmp")).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    names.append(INDEX)
-  for name in names:
-    os.replace(directory / (name + ".tmp"), directory / name)
-  for old in [directory / INDEX, *directory.glob("model*.safetensors")]:
-    if old.name not in names:
+  with replacing(directory, [*names, INDEX] if several else names) as partial:
+    bad = [n for file, content in zip(names, files, strict=True) for n in write_file(partial[file], content, read)]
+    if bad:
+      raise CheckpointError(
+        f"{len(bad)} tensors for {directory} are not finite in the dtype that they would have there: {', '.join(bad)}; "
+        "mend them, or save in a wider dtype"
+      )
+    if several:
+      weight_map = {name: file for file, content in zip(names, files, strict=True) for name, _, _ in content}
+      index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+      partial[INDEX].write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for old in [directory / CONFIG, directory / INDEX, *directory.glob("model*.safetensors")]:
       old.unlink(missing_ok=True)
 
 
 def write_file(path, tensors, read):
-  """One safetensors file: the size of the header, the header, the tensors one after another."""
-  header, offset = {"__metadata__": {"format": "pt"}}, 0
+  """One safetensors file: size of the header, header, tensors one after another. Returns the names of those not finite."""
+  header, offset, bad = {"__metadata__": {"format": "pt"}}, 0, []
   for name, shape, dtype in tensors:
     end = offset + math.prod(shape) * dtype.itemsize
     header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [offset, end]}
@@ -218,9 +261,12 @@ def write_file(path, tensors, read):
   with open(path, "wb") as file:
     file.write(struct.pack("<Q", len(text)) + text)
     for name, shape, dtype in tensors:
-      array = np.ascontiguousarray(read(name), dtype)
+      with np.errstate(over="ignore"):
+        array = np.ascontiguousarray(read(name), dtype)
       if array.shape != shape:
         raise ValueError(f"{name}: {array.shape} was read, {shape} announced")
+      bad += [] if np.isfinite(array).all() else [name]
       file.write(array.reshape(-1).view(np.uint8).data)
     file.flush()
     os.fsync(file.fileno())
+  return bad

@@ -25,9 +25,11 @@ class Entry:
   copy: bool = False
 
   def to_ours(self, tensor):
+    """[shape], as in the checkpoint, to our [ours]."""
     return tensor.T.reshape(self.ours) if self.transposed else tensor
 
   def to_hf(self, part):
+    """Our [ours] to [shape], as in the checkpoint."""
     return part.reshape(self.shape[::-1]).T if self.transposed else part
 
 
@@ -43,6 +45,7 @@ def vector(name, path, width, index=(), **kwargs):
 
 
 def swiglu(name, path, embed, mlp, index):
+  """The three matrices of a SwiGLU (LlamaMLP): gate and up are [mlp, embed] in the checkpoint, down is [embed, mlp]."""
   return [
     matrix(f"{name}.gate_proj", (*path, "gate"), (embed,), (mlp,), index),
     matrix(f"{name}.up_proj", (*path, "up"), (embed,), (mlp,), index),
@@ -51,6 +54,7 @@ def swiglu(name, path, embed, mlp, index):
 
 
 def attention(config: ModelConfig, name, path, index):
+  """Grouped-query (LlamaAttention) or latent attention (DeepseekV3Attention): [heads * width, inputs] in the checkpoint."""
   a, embed = config.attention, (config.embed,)
   if a.kind == "gqa":
     return [
@@ -78,6 +82,7 @@ def attention(config: ModelConfig, name, path, index):
 
 
 def experts(config: ModelConfig, name, path, index):
+  """Router [experts, embed], its bias [experts], each expert and the shared ones, fused with us too (DeepseekV3MoE)."""
   moe, embed = config.moe, config.embed
   rows = [matrix(f"{name}.gate", (*path, "router"), (embed,), (moe.num_routed_experts,), index)]
   if moe.router_bias:
@@ -106,11 +111,13 @@ def block(config: ModelConfig, layer, path, index, is_moe):
 
 
 def embedding(config: ModelConfig, name="model.embed_tokens.weight", **kwargs):
+  """[vocab, embed] on both sides."""
   shape = (config.vocab, config.embed)
   return Entry(name, ("embed",), (), shape, shape, **kwargs)
 
 
 def head(config: ModelConfig, name="lm_head", **kwargs):
+  """[vocab, embed] in the checkpoint, [embed, vocab] with us; the embedding where the two are tied."""
   if config.tied_embeddings:
     return embedding(config, name + ".weight", **kwargs)
   return matrix(name, ("head",), (config.embed,), (config.vocab,), **kwargs)

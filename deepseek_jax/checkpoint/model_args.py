@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 
+from deepseek_jax.checkpoint.hf_files import replacing
 from deepseek_jax.config import Config, DataConfig
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
@@ -57,16 +58,17 @@ def read_model_args(path):
 
 
 def write_config(config: Config, path):
-  """Writes `config` as the JSON that `train --config` takes: its model section, name, sequence and tokenizer."""
+  """Writes `config` as the JSON that `train --config` takes: its model section, name, sequence and tokenizer.
+
+  Raises ConfigError where `path` exists, CheckpointError where the disk refuses.
+  """
   path = pathlib.Path(path)
   if path.exists():
     raise ConfigError(f"--to={path} exists: give another name, or remove it")
   data = {"seq": config.data.seq, "tokenizer": config.data.tokenizer}
   tree = {"name": config.name, "model": dataclasses.asdict(config.model), "data": data}
-  try:
-    path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-  except OSError as error:
-    raise ConfigError(f"cannot write --to={path}: {error.strerror}") from None
+  with replacing(path.parent, [path.name]) as partial:
+    partial[path.name].write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
 
 def _model(args):

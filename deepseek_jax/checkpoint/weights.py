@@ -6,8 +6,8 @@ import pathlib
 import jax
 import numpy as np
 
-from deepseek_jax.checkpoint.hf_config import read_config
 from deepseek_jax.checkpoint.hf_files import HFReader
+from deepseek_jax.checkpoint.hf_model import read_config
 from deepseek_jax.checkpoint.hf_names import entries
 from deepseek_jax.checkpoint.manager import CheckpointReader
 from deepseek_jax.checkpoint.parts import tree_path
@@ -92,11 +92,18 @@ class WorkdirWeights:
     if not steps:
       raise CheckpointError(f"{directory} has no checkpoint yet: its run has to save one before another starts from it")
     # All steps of a workdir have the same model; which is the newest that verifies is known after reading it all.
-    self.model = saved_config(self._reader, steps[-1] if step is None else step).model
+    for candidate in reversed(steps) if step is None else [step]:
+      try:
+        self.model = saved_config(self._reader, candidate).model
+        break
+      except CheckpointError:
+        if candidate in (step, steps[0]):
+          raise
 
   def load(self, abstract):
     """As of a Hugging Face folder."""
     step = self._reader.latest() if self._step is None else self._step
+    self._reader.meta(step)  # refuses a newer format
     saved = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, self.model.param_dtype, sharding=a.sharding), abstract)
     return jax.tree.map(lambda array, a: array.astype(a.dtype), self._reader.restore(step, saved), abstract)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -13,12 +14,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from deepseek_jax.checkpoint import parts
+import deepseek_jax
+from deepseek_jax.checkpoint import hf_files, manifest, parts
 from deepseek_jax.checkpoint.__main__ import main
 from deepseek_jax.checkpoint.arrays import ArrayWriter, open_arrays
 from deepseek_jax.checkpoint.convert import convert
 from deepseek_jax.checkpoint.hf_config import write_config
-from deepseek_jax.checkpoint.hf_files import BLOCK, DTYPES, FP8, SCALE, HFReader, write_tensors
+from deepseek_jax.checkpoint.hf_files import BLOCK, DTYPES, FP8, SCALE, HFReader, write_file, write_tensors
 from deepseek_jax.checkpoint.hf_names import entries
 from deepseek_jax.checkpoint.manager import FORMAT_VERSION, Checkpointer, CheckpointReader
 from deepseek_jax.checkpoint.parts import layout, tree_path
@@ -56,9 +58,17 @@ def make_tensors(model, dtype=BFLOAT16):
   return tensors
 
 
-def write(folder, model, tensors, shard_bytes=10**9):
-  write_tensors(folder, [(n, a.shape, a.dtype) for n, a in tensors.items()], tensors.__getitem__, shard_bytes)
+def write(folder, model, tensors):
+  write_tensors(folder, [(n, a.shape, a.dtype) for n, a in tensors.items()], tensors.__getitem__)
   write_config(model, folder, "bfloat16")
+  return folder
+
+
+def write_damaged(folder, model, tensors):
+  """As `write`, which refuses what is not finite."""
+  write_config(model, folder, "bfloat16")
+  table = [(n, a.shape, a.dtype) for n, a in tensors.items()]
+  write_file(folder / "model.safetensors", table, tensors.__getitem__)
   return folder
 
 
@@ -100,9 +110,10 @@ def assert_equal(got, want):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_there_and_back(tmp_path, name, small_parts):
+def test_there_and_back(tmp_path, name, small_parts, monkeypatch):
+  monkeypatch.setattr(hf_files, "SHARD_BYTES", 4000)
   model, tensors = MODELS[name], make_tensors(MODELS[name])
-  source = write(tmp_path / "hf", model, tensors, shard_bytes=4000)
+  source = write(tmp_path / "hf", model, tensors)
   assert len(list(source.glob("*.safetensors"))) > 2
   convert(source, tmp_path / "ours")
   reader = CheckpointReader(tmp_path / "ours")
@@ -115,6 +126,11 @@ def test_there_and_back(tmp_path, name, small_parts):
   convert(tmp_path / "ours", tmp_path / "back", dtype="bfloat16")
   back = HFReader(tmp_path / "back")
   assert_equal({name: back.read(name) for name in back.names}, tensors)
+  index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())["weight_map"]
+  assert index.keys() == tensors.keys()
+  files = {path.name for path in (tmp_path / "back").glob("*.safetensors")}
+  assert set(index.values()) == files and len(files) > 2 and not list((tmp_path / "back").glob("*.tmp"))
+  assert set(deepseek_jax.load_pretrained(tmp_path / "back").params) >= {"embed", "final_norm"}
   convert(tmp_path / "back", tmp_path / "again")
   assert_equal(restored(tmp_path / "again", model), stacked(model, tensors))
 
@@ -166,7 +182,7 @@ def test_all_that_is_wrong_is_in_one_error_and_nothing_is_left(tmp_path):
   tensors["model.layers.1.extra.weight"] = np.ones(3, np.float32)
   infinite, nan = "model.norm.weight", "model.layers.2.mlp.gate.weight"
   tensors[infinite][3], tensors[nan][1, 2] = np.inf, np.nan
-  source = write(tmp_path / "hf", V3, tensors)
+  source = write_damaged(tmp_path / "hf", V3, tensors)
   with pytest.raises(CheckpointError) as caught:
     convert(source, tmp_path / "ours")
   for name in (missing, misshaped, "model.layers.1.extra.weight", infinite, nan):
@@ -180,7 +196,7 @@ def test_every_tensor_that_is_not_finite_is_listed_although_they_are_read_once(t
   for name in bad:
     tensors[name] = tensors[name].copy()
     tensors[name][-1, -1] = np.nan
-  source = write(tmp_path / "hf", V3, tensors)
+  source = write_damaged(tmp_path / "hf", V3, tensors)
   with pytest.raises(CheckpointError) as caught:
     convert(source, tmp_path / "ours")
   assert all(name in str(caught.value) for name in bad) and os.listdir(tmp_path) == ["hf"]
@@ -190,7 +206,7 @@ def test_every_tensor_that_is_not_finite_is_listed_although_they_are_read_once(t
   assert all(name in str(caught.value) for name in bad)
 
 
-def save_ours(workdir, model, arrays):
+def save_ours(workdir, model, arrays, steps=(7,)):
   """A checkpoint as a run saves it, of {path: array} and something that is no weight."""
   state = {"step": jnp.zeros(()), "params": {}, "buffers": {}}
   for path, array in arrays.items():
@@ -201,7 +217,8 @@ def save_ours(workdir, model, arrays):
   config = Config(model=model)
   meta = {"format_version": FORMAT_VERSION, "config": dataclasses.asdict(config), "samples": 8}
   with Checkpointer(workdir, CheckpointConfig()) as checkpointer:
-    checkpointer.save(7, state, meta)
+    for step in steps:
+      checkpointer.save(step, state, meta)
   return workdir
 
 
@@ -212,8 +229,28 @@ def test_a_checkpoint_of_a_run_becomes_a_folder_of_hugging_face(tmp_path, small_
   assert chunks["params", "moe_layers", "moe", "experts", "gate", "kernel"] == (1, 1, 16, 12)  # not the whole array
   assert chunks["params", "moe_layers", "attn", "q_b", "kernel"] == (1, 12, 2, 12)
   convert(workdir, tmp_path / "hf", "bfloat16")
+  config = json.loads((tmp_path / "hf" / "config.json").read_text())
+  assert (config["bos_token_id"], config["eos_token_id"]) == (256, 256)  # the tokenizer of the run: byte
   back = HFReader(tmp_path / "hf")
   assert_equal({name: back.read(name) for name in back.names}, tensors)
+
+
+def test_the_model_is_that_of_an_older_step_where_the_newest_is_damaged(tmp_path):
+  arrays = stacked(DENSE, make_tensors(DENSE))
+  save_ours(tmp_path, DENSE, arrays, steps=(7, 8))
+  newest = tmp_path / "checkpoints" / "8"
+  (newest / "meta" / "metadata").write_text("damaged")
+  weights, mesh = open_weights(tmp_path), make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  assert weights.model == DENSE
+  with jax.set_mesh(mesh):
+    assert_equal(flat(weights.load(abstract_weights(DENSE, mesh))), arrays)
+    (newest / "meta" / "metadata").write_text(json.dumps({"format_version": FORMAT_VERSION + 1}))
+    manifest.write(newest)
+    with pytest.raises(CheckpointError, match="update deepseek_jax"):  # it is whole, and not for this code
+      open_weights(tmp_path).load(abstract_weights(DENSE, mesh))
+  (tmp_path / "checkpoints" / "7" / "meta" / "metadata").write_text("damaged too")
+  with pytest.raises(CheckpointError, match="7/meta/metadata is not the JSON"):
+    open_weights(tmp_path)
 
 
 def test_a_checkpoint_of_a_run_that_does_not_fit_its_config_or_is_not_finite(tmp_path):
@@ -255,7 +292,7 @@ def test_the_target_is_new_or_empty(tmp_path):
   assert os.listdir(tmp_path / "to") == ["note.txt"]
   (tmp_path / "to" / "note.txt").unlink()
   convert(source, tmp_path / "to")
-  assert sorted(os.listdir(tmp_path / "to")) == ["checkpoints", "config.json"]
+  assert sorted(os.listdir(tmp_path / "to")) == ["checkpoints", "config.json", "hugging_face"]
   assert sorted(os.listdir(tmp_path)) == ["hf", "to"]
 
 
@@ -274,6 +311,19 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
   with pytest.raises(KeyboardInterrupt):
     convert(source, tmp_path / "to")
   assert sorted(os.listdir(tmp_path)) == ["hf", "ours"]
+
+
+def test_nothing_is_written_after_an_error(tmp_path):
+  value = np.ones((1, 1 << 19), np.float32)
+  with (
+    pytest.raises(KeyboardInterrupt),
+    ArrayWriter(tmp_path / "state", {("a",): ((48, 1 << 19), value.shape)}) as writer,
+  ):
+    for row in range(48):
+      writer.write(("a",), slice(row, row + 1), value)
+    raise KeyboardInterrupt
+  chunks = [path for path in (tmp_path / "state" / "a").iterdir() if path.name[0].isdigit()]
+  assert [path.stat().st_size for path in chunks] == [value.nbytes] * 48
 
 
 KILLED = """
@@ -308,16 +358,27 @@ def test_the_tokenizer_of_a_converted_checkpoint(tmp_path, vocab, flag, wanted):
   model = dataclasses.replace(DENSE, vocab=vocab, embed=2)
   source = write(tmp_path / "hf", model, make_tensors(model))
   convert(source, tmp_path / "ours", tokenizer=flag)
-  wanted = str(source / "tokenizer.json") if wanted == "hf" else wanted
+  wanted = str(tmp_path / "ours" / "hugging_face" / "tokenizer.json") if wanted == "hf" else wanted
   assert json.loads((tmp_path / "ours" / "config.json").read_text())["data"]["tokenizer"] == wanted
 
 
-def test_tokenizer_files_go_with_the_weights(tmp_path):
+def test_what_lies_beside_the_weights_goes_with_them(tmp_path):
   source = write(tmp_path / "hf", DENSE, make_tensors(DENSE))
-  (source / "tokenizer.json").write_text("{}")
+  write_config(DENSE, source, "bfloat16", {"bos_token_id": 7, "eos_token_id": [8, 9], "max_position_embeddings": 99})
+  files = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+  for name in files:
+    (source / name).write_text(f'{{"name": "{name}"}}')
   convert(source, tmp_path / "ours")
-  convert(tmp_path / "ours", tmp_path / "back")
-  assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
+  source.rename(tmp_path / "gone")
+  tokenizer = json.loads((tmp_path / "ours" / "config.json").read_text())["data"]["tokenizer"]
+  assert json.loads(pathlib.Path(tokenizer).read_text()) == {"name": "tokenizer.json"}
+  convert(tmp_path / "ours", tmp_path / "back", "bfloat16")
+  for name in ("config.json", *files):
+    assert json.loads((tmp_path / "back" / name).read_text()) == json.loads((tmp_path / "gone" / name).read_text())
+  # A tokenizer that was given takes the place of theirs.
+  convert(tmp_path / "gone", tmp_path / "other", tokenizer="byte")
+  convert(tmp_path / "other", tmp_path / "again")
+  assert not (tmp_path / "again" / "tokenizer.json").exists() and (tmp_path / "again" / files[2]).exists()
 
 
 @pytest.fixture(scope="module")

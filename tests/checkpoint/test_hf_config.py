@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from deepseek_jax.checkpoint.hf_config import to_json, to_model_config, write_config
+from deepseek_jax.checkpoint.hf_config import to_json, write_config
+from deepseek_jax.checkpoint.hf_model import to_model_config
 from deepseek_jax.errors import CheckpointError
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
 
@@ -96,6 +97,8 @@ def test_depth_of_multi_token_prediction_is_what_the_tensors_say():
   claims = V3 | {"num_nextn_predict_layers": 1}
   assert read(claims, ["model.layers.2.mlp.gate.weight"]).num_mtp_layers == 0
   assert read(V3, [f"model.layers.{n}.enorm.weight" for n in (0, 3, 4)]).num_mtp_layers == 2
+  strays = ["model.layers.1000000.enorm.weight", "model.layers.4.mlp.gate.weight"]
+  assert read(V3, ["model.layers.3.enorm.weight", *strays]).num_mtp_layers == 1
 
 
 @pytest.mark.parametrize(
@@ -113,6 +116,9 @@ def test_depth_of_multi_token_prediction_is_what_the_tensors_say():
     (V3 | {"scoring_func": "softmax"}, "scoring_func"),
     (V3 | {"num_key_value_heads": 2}, "num_key_value_heads=2"),
     (V3 | {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+    (V3 | {"quantization_config": "fp8"}, "config.json: a value is not of the type"),
+    ({"model_type": ["x"]}, "model_type=.'x'. is not supported"),
+    (V1 | {"head_dim": 24}, "head_dim=24"),
     (V3 | {"n_group": 5}, "config.json: model.moe.num_routed_experts=16 does not fit"),
     (LLAMA | {"hidden_size": "wide"}, "config.json"),
   ],
@@ -124,7 +130,7 @@ def test_what_is_not_supported_is_one_error(raw, message):
 
 @pytest.mark.parametrize(
   "raw",
-  [LLAMA, LLAMA | {"head_dim": 24}, V1, V2, V2 | {"topk_method": "group_limited_greedy"}, V3, V3 | {"q_lora_rank": None},
+  [LLAMA, LLAMA | {"head_dim": 24}, V1, V1 | {"head_dim": 16}, V2, V2 | {"topk_method": "group_limited_greedy"}, V3, V3 | {"q_lora_rank": None},
    V3 | {"rope_scaling": {"type": "yarn", **YARN}}, V2 | {"rope_scaling": {"type": "yarn", "factor": 8}}],
 )  # fmt: skip
 def test_written_configs_come_back(raw):
@@ -153,6 +159,9 @@ def test_a_model_that_hugging_face_has_no_class_for_is_refused():
   attention = dataclasses.replace(v2.attention, latent_norm_eps=1e-5)
   with pytest.raises(CheckpointError, match="latent_norm_eps=1e-05"):
     to_json(dataclasses.replace(v2, attention=attention), "float32")
+  v1 = read(V1)
+  with pytest.raises(CheckpointError, match="head_dim=24"):
+    to_json(dataclasses.replace(v1, attention=dataclasses.replace(v1.attention, head_dim=24)), "float32")
   # What only training sees is no reason.
   moe = dataclasses.replace(v2.moe, dispatch="dense")
   assert to_json(dataclasses.replace(v2, dropout=0.1, moe=moe), "float32")["model_type"] == "deepseek_v2"

@@ -105,13 +105,14 @@ def test_folders_come_back_bit_by_bit(tmp_path, shard_bytes):
 
 def test_a_new_save_replaces_the_old_one_only_when_it_is_whole(tmp_path):
   save(tmp_path, {"a": random((8, 8)), "b": random((8, 8))}, shard_bytes=256)
+  before = sorted(tmp_path.iterdir())
 
   def fails(name):
     raise RuntimeError("disk")
 
   with pytest.raises(RuntimeError):
     write_tensors(tmp_path, [("a", (8, 8), F32)], fails)
-  assert sorted(HFReader(tmp_path).names) == ["a", "b"]
+  assert sorted(HFReader(tmp_path).names) == ["a", "b"] and sorted(tmp_path.iterdir()) == before
   save(tmp_path, {"c": random((8, 8))})
   assert HFReader(tmp_path).names == ["c"]
   assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
@@ -159,14 +160,15 @@ def test_one_error_lists_all_that_is_wrong(tmp_path):
   with pytest.raises(CheckpointError) as error:
     reader.check(wanted(**shapes))
   text = str(error.value)
-  assert "2 missing, 1 not expected, 2 of another shape, 2 not finite" in text and str(tmp_path) in text
+  assert "2 missing, 1 not expected, 2 of another shape or dtype, 2 not finite" in text and str(tmp_path) in text
   for part in ("gone", "lost", "extra", "shape ((2, 3) where (3, 2)", "counts (dtype I32", "nan", "inf"):
     assert f"\n  {part}" in text
   assert "good" not in text
 
 
 def test_non_finite_tensors_are_listed_after_reading(tmp_path):
-  save(tmp_path, {name: np.array([value], np.float32) for name, value in zip("abc", (1, np.nan, np.inf), strict=True)})
+  values = {name: np.array([value], np.float32) for name, value in zip("abc", (1, np.nan, np.inf), strict=True)}
+  save_file(values, tmp_path / "model.safetensors")
   reader = HFReader(tmp_path)
   reader.check(wanted(a=(1,), b=(1,), c=(1,)))
   reader.check_finite()

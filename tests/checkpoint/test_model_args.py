@@ -1,13 +1,15 @@
 """DeepSeek's ModelArgs files: what becomes of each key, and what is refused."""
 
+import errno
 import json
 import math
+import os
 
 import pytest
 
 from deepseek_jax.checkpoint.__main__ import main
 from deepseek_jax.checkpoint.model_args import read_model_args
-from deepseek_jax.errors import ConfigError
+from deepseek_jax.errors import CheckpointError, ConfigError
 from deepseek_jax.flags import load_config
 from deepseek_jax.model.mla import softmax_scale
 
@@ -105,3 +107,14 @@ def test_the_written_config_is_one_that_train_takes(tmp_path, capsys):
   assert load_config(str(tmp_path / "config.json")) == config
   with pytest.raises(ConfigError, match="exists"):
     main(arguments)
+
+
+def test_a_config_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+  def full(*arguments, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  (tmp_path / "args.json").write_text(json.dumps(V3))
+  monkeypatch.setattr(os, "replace", full)
+  with pytest.raises(CheckpointError, match="No space left on device; make room"):
+    main(["checkpoint", "convert", f"--from_model_args={tmp_path}/args.json", f"--to={tmp_path}/config.json"])
+  assert os.listdir(tmp_path) == ["args.json"]

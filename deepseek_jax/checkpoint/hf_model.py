@@ -1,0 +1,208 @@
+"""config.json of Hugging Face checkpoints, as published and as transformers 5 writes it, to our ModelConfig."""
+
+import json
+import pathlib
+
+from deepseek_jax.checkpoint.hf_files import BLOCK, CONFIG, HFReader
+from deepseek_jax.errors import CheckpointError, ConfigError
+from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
+
+# What a config.json that leaves a key out means: the defaults of the classes in transformers 5, and for `deepseek`
+# (MoE-16B) those of the code that DeepSeek published with it.
+_ALL = {
+  "hidden_act": "silu", "initializer_range": 0.02, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+  "attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False, "moe_layer_freq": 1, "rope_interleave": True,
+  "num_key_value_heads": None, "head_dim": None,
+}  # fmt: skip
+MLA = {"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+DEFAULTS = {
+  "llama": _ALL | {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "max_position_embeddings": 2048,
+  },
+  "deepseek": _ALL | {
+    "vocab_size": 102400, "hidden_size": 4096, "intermediate_size": 11008, "moe_intermediate_size": 1407,
+    "num_hidden_layers": 30, "num_attention_heads": 32, "max_position_embeddings": 2048, "n_shared_experts": None,
+    "n_routed_experts": None, "num_experts_per_tok": None, "first_k_dense_replace": 0, "norm_topk_prob": False,
+    "scoring_func": "softmax",
+  },
+  "deepseek_v2": _ALL | MLA | {
+    "vocab_size": 102400, "hidden_size": 4096, "intermediate_size": 11008, "moe_intermediate_size": 1407,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 2048, "n_shared_experts": 2,
+    "n_routed_experts": 64, "num_experts_per_tok": None, "first_k_dense_replace": 0, "n_group": None, "topk_group": None,
+    "topk_method": "greedy", "routed_scaling_factor": 1.0, "scoring_func": "softmax",
+  },
+  "deepseek_v3": _ALL | MLA | {
+    "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61, "num_attention_heads": 128, "max_position_embeddings": 4096, "n_shared_experts": 1,
+    "n_routed_experts": 256, "num_experts_per_tok": 8, "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4,
+    "topk_method": "noaux_tc", "norm_topk_prob": True, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid",
+  },
+}  # fmt: skip
+# Keys of which only these values are implemented here.
+ONLY = {
+  "hidden_act": ("silu",),
+  "attention_bias": (False,),
+  "mlp_bias": (False,),
+  "moe_layer_freq": (1,),
+  "rope_interleave": (True,),
+}
+SCORING = {"deepseek": "softmax", "deepseek_v2": "softmax", "deepseek_v3": "sigmoid"}
+METHODS = {"deepseek": ("greedy",), "deepseek_v2": ("greedy", "group_limited_greedy"), "deepseek_v3": ("noaux_tc",)}
+
+
+def read_json(directory) -> dict:
+  """config.json of `directory` as it is."""
+  path = pathlib.Path(directory) / CONFIG
+  try:
+    raw = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise CheckpointError(f"{path} cannot be read: {error}; a Hugging Face checkpoint has one") from None
+  if not isinstance(raw, dict):
+    raise CheckpointError(f"{path} holds {type(raw).__name__} where an object is expected")
+  return raw
+
+
+def read_config(directory) -> ModelConfig:
+  """The model of a Hugging Face folder. Raises CheckpointError for what is not implemented here, naming key and value."""
+  raw = read_json(directory)
+  return to_model_config(raw, HFReader(directory).names, pathlib.Path(directory) / CONFIG)
+
+
+def to_model_config(raw, names, source) -> ModelConfig:
+  """`raw`, the content of the config.json `source`, of a checkpoint with the tensors `names`.
+
+  The depth of multi-token prediction is what the tensors say: transformers writes num_nextn_predict_layers = 1 by default.
+  """
+  kind = raw.get("model_type")
+  if kind not in list(DEFAULTS):  # it need not be hashable
+    raise CheckpointError(f"{source}: model_type={kind!r} is not supported; {', '.join(DEFAULTS)} are")
+  values = DEFAULTS[kind] | raw
+  try:
+    check_supported(kind, values, source)
+    depth = mtp_depth(names, values["num_hidden_layers"]) if kind == "deepseek_v3" else 0
+    moe = moe_config(kind, values) if values.get("n_routed_experts") else MoEConfig()
+    return ModelConfig(
+      vocab=values["vocab_size"],
+      embed=values["hidden_size"],
+      layers=values["num_hidden_layers"],
+      first_dense_layers=min(values["first_k_dense_replace"], values["num_hidden_layers"])
+      if moe.num_routed_experts
+      else 0,
+      num_mtp_layers=depth,
+      mlp=values["intermediate_size"],
+      norm_eps=values["rms_norm_eps"],
+      init_std=values["initializer_range"],
+      tied_embeddings=values["tie_word_embeddings"],
+      attention=attention_config(kind, values, source),
+      moe=moe,
+    )
+  except ConfigError as error:
+    raise CheckpointError(f"{source}: {error}") from None
+  except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+    raise CheckpointError(f"{source}: a value is not of the type that its key has ({error})") from None
+
+
+def check_supported(kind, values, source):
+  """One error that lists every key whose value is not implemented."""
+  wrong = [f"{key}={values[key]!r} (only {only[0]!r} is)" for key, only in ONLY.items() if values[key] not in only]
+  if values.get("scoring_func", SCORING.get(kind)) != SCORING.get(kind):
+    wrong.append(f"scoring_func={values['scoring_func']!r} (of {kind} only {SCORING.get(kind)!r} is)")
+  if kind in METHODS and (values.get("topk_method") or METHODS[kind][0]) not in METHODS[kind]:
+    wrong.append(f"topk_method={values['topk_method']!r} (of {kind} only {' and '.join(METHODS[kind])} is)")
+  quantization = values.get("quantization_config") or {}
+  block = quantization.get("weight_block_size", [BLOCK, BLOCK])
+  if quantization and (quantization.get("quant_method") != "fp8" or block != [BLOCK, BLOCK]):
+    wrong.append(f"quantization_config={quantization} (only fp8 with a weight_block_size of [{BLOCK}, {BLOCK}] is)")
+  heads = values["num_attention_heads"]
+  if kind in ("deepseek_v2", "deepseek_v3") and values["num_key_value_heads"] not in (None, heads):
+    wrong.append(
+      f"num_key_value_heads={values['num_key_value_heads']} (latent attention has as many as heads, {heads})"
+    )
+  if kind == "deepseek" and values["head_dim"] and values["head_dim"] * heads != values["hidden_size"]:
+    wrong.append(f"head_dim={values['head_dim']} (the code of {kind} takes hidden_size / num_attention_heads alone)")
+  if wrong:
+    raise CheckpointError(f"{source} asks for what is not supported: {'; '.join(wrong)}")
+
+
+def mtp_depth(names, layers):
+  """How many layers in a row, from the first that the config does not count, have a norm of multi-token prediction."""
+  names, depth = set(names), 0
+  while f"model.layers.{layers + depth}.enorm.weight" in names:
+    depth += 1
+  return depth
+
+
+def attention_config(kind, values, source) -> AttentionConfig:
+  """Attention as the classes of transformers build it from `values`."""
+  heads = values["num_attention_heads"]
+  theta, yarn = rope(values, source)
+  common = dict(heads=heads, rope_theta=theta, yarn=yarn, dropout=values["attention_dropout"] or 0.0)
+  if kind in ("deepseek_v2", "deepseek_v3"):
+    ranks = {key: values[key] for key in MLA} | {"q_lora_rank": values["q_lora_rank"] or 0}
+    return AttentionConfig(kind="mla", **common, **ranks)
+  head_dim = values["head_dim"] or values["hidden_size"] // heads
+  return AttentionConfig(kind="gqa", kv_heads=values["num_key_value_heads"] or heads, head_dim=head_dim, **common)
+
+
+def rope(values, source) -> tuple[float, YarnConfig]:
+  """(theta, YaRN). Published: rope_theta and rope_scaling {type}; transformers 5: rope_parameters {rope_type, rope_theta}."""
+  given = values.get("rope_scaling") or values.get("rope_parameters") or {}
+  theta = given.get("rope_theta") or values.get("rope_theta") or 10_000.0
+  kind = given.get("rope_type", given.get("type", "default"))
+  partial = given.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1
+  if partial != 1 or kind not in ("default", "yarn"):
+    raise CheckpointError(
+      f"{source}: rotary embeddings of type {kind!r} with partial_rotary_factor={partial} are not supported; "
+      "default and yarn are, over the whole head"
+    )
+  if kind == "default":
+    return theta, YarnConfig()
+  refused = {
+    key: given[key] for key in ("attention_factor", "truncate") if given.get(key) not in (None, key == "truncate")
+  }
+  if refused or not given.get("factor"):
+    raise CheckpointError(
+      f"{source}: YaRN needs a factor and takes no {refused or 'other way to give it'}: attention_factor follows from "
+      "mscale and mscale_all_dim, and the ramp has whole ends (truncate)"
+    )
+  original = values.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
+  return theta, YarnConfig(
+    factor=given["factor"],
+    original_seq=original or values["max_position_embeddings"],
+    beta_fast=given.get("beta_fast") or 32.0,
+    beta_slow=given.get("beta_slow") or 1.0,
+    mscale=given.get("mscale") or 0.0,
+    mscale_all_dim=given.get("mscale_all_dim") or 0.0,
+  )
+
+
+def moe_config(kind, values) -> MoEConfig:
+  """The experts. Only the keys that transformers reads for this kind of model count, as its function is the reference."""
+  common = dict(
+    num_routed_experts=values["n_routed_experts"],
+    num_shared_experts=values["n_shared_experts"] or 0,
+    num_experts_per_token=values["num_experts_per_tok"] or 0,
+    mlp=values["moe_intermediate_size"],
+    score=SCORING[kind],
+  )
+  if kind == "deepseek":
+    # DeepSeek's code does not normalise the weight of a single expert: that would make it 1.
+    norm = bool(values["norm_topk_prob"]) and common["num_experts_per_token"] > 1
+    return MoEConfig(norm_topk_prob=norm, **common)
+  scale, groups, topk_groups = values["routed_scaling_factor"], values["n_group"] or 1, values["topk_group"] or 1
+  if kind == "deepseek_v2":
+    # transformers ignores V2's norm_topk_prob and always multiplies by routed_scaling_factor; DeepSeek's own code
+    # multiplies only where it does not normalise. All released V2 models have norm_topk_prob false.
+    limited = (groups, topk_groups) if values["topk_method"] == "group_limited_greedy" else (1, 1)
+    return MoEConfig(num_expert_groups=limited[0], topk_groups=limited[1], route_scale=scale, **common)
+  return MoEConfig(
+    num_expert_groups=groups,
+    topk_groups=topk_groups,
+    group_score="top2_sum",
+    router_bias=True,
+    # DeepSeek's inference code normalises whenever the scores are sigmoids; transformers does as this says.
+    norm_topk_prob=bool(values["norm_topk_prob"]),
+    route_scale=scale,
+    **common,
+  )
