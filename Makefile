@@ -3,7 +3,7 @@
 ## make chaos   the long tests that kill training processes
 ## make parity  the long tests against transformers, which run in an environment of their own, .venv-parity
 ## make lint    ruff check and ruff format --check
-## make clean   remove the environment and caches; runs/ stays
+## make clean   remove the environments and caches; runs/ stays
 ##
 ## PYTHON=python3.12 chooses the interpreter, VENV=folder the environment, ARGS=... adds arguments:
 ##   make train ARGS=--config.train.steps=100        make test ARGS="tests/data -x"
@@ -42,5 +42,5 @@ test-environment:
 	@$(PYTHON) .ci/environment.py $(VENV) test
 
 clean:
-	rm -rf $(VENV) $(VENV)-parity .cache .pytest_cache .ruff_cache build *.egg-info
-	find deepseek_jax tests configs .ci -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf $(VENV) $(VENV)-3.12 $(VENV)-parity .cache .pytest_cache .ruff_cache build *.egg-info
+	find deepseek_jax benchmarks tests configs .ci -name __pycache__ -prune -exec rm -rf {} +

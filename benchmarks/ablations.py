@@ -1,10 +1,12 @@
 """What each part of the architecture gives, trained side by side:  python -m benchmarks.ablations --workdir=runs/ablations
 
 Every variant of configs/tiny.py gets the training FLOPs that VARIANTS["mla"] spends in --steps steps, on the same text, once
-per seed. Runs that are there already are not repeated, and one that was cut short goes on: start the command again. It
-ends with a table and, for --out, a picture: losses over the FLOPs spent, smoothed, the mean over seeds.
+per seed. Runs that are there already are not repeated, and one that was cut short goes on: start the command again; other
+settings need another --workdir. It ends with a table and, for --out, a picture: losses over the FLOPs spent, smoothed,
+the mean over seeds.
 """
 
+import json
 import os
 import statistics
 import subprocess
@@ -13,6 +15,7 @@ import sys
 from absl import flags
 
 from benchmarks.curve import write_picture
+from deepseek_jax.checkpoint.compatibility import check_compatible
 from deepseek_jax.errors import ConfigError, UserError
 from deepseek_jax.flags import load_config, parse, run_program
 from deepseek_jax.plan.flops import count_parameters, training_flops
@@ -40,6 +43,7 @@ PANELS = (
 )
 POINTS = 40  # means that a curve is smoothed to
 SKIPPED = 4  # of them, at the start, where all losses fall from 5.6 alike
+HARMLESS = ("data.cache", "data.verify", "checkpoint.", "log.tensorboard", "sample.")  # results do not depend on these
 
 
 def main(argv) -> int:
@@ -80,6 +84,7 @@ def train(values, overrides, name):
   steps = values.steps if name == "mtp_tokens" else round(values.steps * spent / cost)
   chosen = settings(overrides, name, steps)
   workdir = os.path.join(values.workdir, f"{name}-{config.seed}")
+  check_settings(workdir, load_config(values.config, chosen))
   command = [sys.executable, "-m", "deepseek_jax.train", f"--config={values.config}", f"--workdir={workdir}"]
   print(f"== {name}, seed {config.seed}: {steps} steps", flush=True)
   code = subprocess.call([*command, *(f"--config.{path}={value}" for path, value in chosen.items())])
@@ -88,6 +93,17 @@ def train(values, overrides, name):
   lines = metrics.read(os.path.join(workdir, metrics.METRICS))
   evaluations = [e for e in metrics.read(os.path.join(workdir, metrics.EVENTS)) if e["event"] == "eval"]
   return config, lines, evaluations[-1]
+
+
+def check_settings(workdir, config):
+  """Raises UserError if there is a run in `workdir` that had other settings: its results would pass for those of `config`."""
+  path = os.path.join(workdir, "config.json")
+  if not os.path.exists(path):
+    return
+  with open(path, encoding="utf-8") as f:
+    differences = check_compatible(json.load(f), config, None, None)
+  if changed := [f"{p}: {old} there, {new} now" for p, old, new in differences if not p.startswith(HARMLESS)]:
+    raise UserError(f"the run in {workdir} has other settings ({'; '.join(changed)}): give another --workdir")
 
 
 def table(runs):

@@ -1,6 +1,7 @@
 """The grouped product against one NumPy product a group, forward and backward, in every implementation."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from jax.sharding import AxisType
 
 from deepseek_jax.kernels.grouped_matmul import IMPLEMENTATIONS, block_rows, grouped_matmul
+from deepseek_jax.model.dispatch import ragged
 
 SIZES = {
   "several": (4, 8, 4),
@@ -82,16 +84,39 @@ def test_a_block_is_at_most_half_a_mean_group_so_that_padding_stays_small():
       assert block == 8 or 2 * block <= rows // groups
 
 
-def test_work_follows_the_rows_and_not_the_groups():
-  """Rows multiplied in the loop: the trip count times the block, at 1024 tokens of 2 choices each."""
+@pytest.mark.parametrize("experts", [8, 64])
+def test_work_follows_the_rows_and_not_the_groups(monkeypatch, experts):
+  """Products are counted as they run, inside loops too: three matrices, in three products each, meet a padded row once.
 
-  def worked(groups):
-    counts = np.bincount(np.random.default_rng(0).integers(0, groups, 2048), minlength=groups)
-    block = block_rows(2048, groups)
-    return (-(-counts // block) * block).sum()
+  A group is padded by less than a block, which is at most half a mean group: so rows grow by less than half.
+  """
+  einsum, multiplied = jnp.einsum, []
 
-  assert worked(64) < 1.3 * worked(8)
-  # And the body of the loop is one product of a block, whatever the number of groups.
+  def counted(equation, a, b, **how):
+    sizes = dict(zip(equation.split("->")[0].replace(",", ""), a.shape + b.shape, strict=True))
+    jax.debug.callback(lambda: multiplied.append(math.prod(sizes.values())))
+    return einsum(equation, a, b, **how)
+
+  monkeypatch.setattr(jnp, "einsum", counted)
+  rng, tokens, k, embed, mlp = np.random.default_rng(0), 1024, 2, 4, 3
+  x, *matrices = (
+    jnp.asarray(rng.normal(size=shape), jnp.float32)
+    for shape in ((tokens, embed), (experts, embed, mlp), (experts, embed, mlp), (experts, mlp, embed))
+  )
+  indices, weights = rng.integers(0, experts, (tokens, k)), jnp.ones((tokens, k))
+  gradients = jax.grad(
+    lambda *arrays: ragged(None, arrays[0], jnp.asarray(indices), weights, None, *arrays[1:]).sum(), argnums=range(4)
+  )
+  jax.block_until_ready(gradients(x, *matrices))
+  jax.effects_barrier()
+  rows = sum(multiplied) / (3 * 3 * embed * mlp)
+  block = block_rows(tokens * k, experts)
+  padded = (-(-np.bincount(indices.reshape(-1)) // block) * block).sum()
+  assert tokens * k <= rows <= padded < 1.5 * tokens * k
+
+
+def test_compiled_work_does_not_follow_the_groups():
+  """XLA counts a loop's body once: what is outside of loops, and one product of a block, are as large for more groups."""
   flops = []
   for groups in (8, 64):
     arrays = jax.ShapeDtypeStruct((2048, 32), jnp.float32), jax.ShapeDtypeStruct((groups, 32, 16), jnp.float32)

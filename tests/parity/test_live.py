@@ -5,13 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
+import deepseek_jax
 from tests.parity import ours
 from tests.parity.cases import CASES, LLAMA, MOE_V1, V2, V3, yarn
 from tests.parity.weights import make_modules, write_folder
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="make parity runs these in an environment with torch and transformers")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 from tests.parity import reference  # noqa: E402 - it imports torch
 
@@ -36,34 +37,43 @@ def made(request, tmp_path_factory):
   return case, folder, reference.compute(folder, case, make_modules(case))
 
 
+def error(mine, theirs):
+  """The largest difference, over the largest magnitude of `theirs`."""
+  return np.abs(mine - theirs).max() / max(np.abs(theirs).max(), np.finfo(np.float32).tiny)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_every_number(made, tmp_path, dtype):
   case, folder, theirs = made
   mine, limits = ours.compute(folder, case, dtype, tmp_path), ours.LIMITS[dtype]
-  np.testing.assert_array_less(
-    np.abs(mine["logits"] - theirs["logits"]) / np.abs(theirs["logits"]).max(), limits["logits"]
-  )
-  if "indices" in mine:
+  theirs = theirs | {"loss": theirs["loss"] + case.mtp_weight * theirs["mtp_loss"]}
+  found = {what: error(mine[what], theirs[what]) for what in ("logits", "loss", "weights") if what in theirs}
+  assert {what: error for what, error in found.items() if not error <= limits[what]} == {}
+  if "indices" in theirs:
     np.testing.assert_array_equal(mine["indices"], theirs["indices"])
   assert mine["grads"].keys() == theirs["grads"].keys()
-  wrong = {}
-  for name, grad in theirs["grads"].items():
-    error = np.abs(mine["grads"][name] - grad).max() / max(np.abs(grad).max(), np.finfo(np.float32).tiny)
-    if not error <= limits["grads"]:
-      wrong[name] = error
-  assert wrong == {}
+  found = {name: error(mine["grads"][name], grad) for name, grad in theirs["grads"].items()}
+  assert {name: error for name, error in found.items() if not error <= limits["grads"]} == {}
 
 
-def test_transformers_loads_what_we_save(made, tmp_path):
+@pytest.fixture
+def has_class(made):
+  if made[0].config["model_type"] == "deepseek":
+    pytest.skip("transformers has no class for DeepSeekMoE 16B")
+
+
+def test_transformers_loads_what_we_save(made, has_class, tmp_path):
   case, folder, theirs = made
-  if case.config["model_type"] == "deepseek":
-    return  # transformers has no class for it
-  import transformers
-
-  import deepseek_jax
-
   deepseek_jax.load_pretrained(folder).save_pretrained(tmp_path)
   model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
   with torch.no_grad():
     logits = model.eval()(torch.from_numpy(case.tokens), use_cache=False).logits.numpy()
-  assert np.abs(logits - theirs["logits"]).max() / np.abs(theirs["logits"]).max() < 2e-5
+  assert error(logits, theirs["logits"]) < 2e-5
+
+
+def test_we_load_what_transformers_saves(made, has_class, tmp_path):
+  case, folder, theirs = made
+  model, _ = reference.make_modules(folder, case, make_modules(case))
+  model.float().save_pretrained(tmp_path, max_shard_size="60KB")
+  assert len(list(tmp_path.glob("*.safetensors"))) > 2
+  assert error(deepseek_jax.load_pretrained(tmp_path).logits(case.tokens), theirs["logits"]) < 2e-5

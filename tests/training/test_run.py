@@ -9,7 +9,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+
+from deepseek_jax.checkpoint.hf_files import HFReader
+from tests.parity.cases import V3, Case
+from tests.parity.weights import write_folder
 
 STEPS = 12
 CONFIG = """
@@ -35,6 +40,14 @@ def get_config():
     sample=dict(max_tokens=5),
   ))
 """
+
+# The config.json of the model of CONFIG.
+HUGGING_FACE = V3 | {
+  "vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 2, "num_nextn_predict_layers": 1, "intermediate_size": 48,
+  "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+  "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+  "routed_scaling_factor": 1.0, "rope_scaling": None,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +89,14 @@ def finish(process, code=0):
   out, _ = process.communicate(timeout=200)
   assert process.returncode == code, out
   return out
+
+
+def program(name, *arguments):
+  """What `python -m deepseek_jax.<name>` prints, which ends well."""
+  command = [sys.executable, "-m", f"deepseek_jax.{name}", *arguments]
+  done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=100)
+  assert done.returncode == 0, done.stdout + done.stderr
+  return done.stdout
 
 
 def lines(folder, workdir, name="metrics.jsonl"):
@@ -289,6 +310,29 @@ def test_generate_continues_the_prompt(folder, uninterrupted):
   assert first.startswith("def x") and len(first) > len("def x\n")
   assert generate("--max_tokens=12", "--seed=1") == first
   assert generate("--max_tokens=12", "--temperature=0") == generate("--max_tokens=12", "--temperature=0", "--seed=5")
+
+
+def test_a_published_v3_is_trained_on_and_goes_back(folder):
+  """With router bias and multi-token prediction: names and shapes stay, and every tensor moves as far as two updates can."""
+  published, written = folder / "published", folder / "written"
+  published.mkdir()
+  before = write_folder(published, Case(HUGGING_FACE))
+  out = finish(start(folder, "continued", f"--config.init_from={published}", "--config.train.steps=2"))
+  assert f"start    from the weights in {published}" in out
+  program("checkpoint", "convert", f"--from={folder}/continued", f"--to={written}")
+  reader = HFReader(written)
+  after = {name: reader.read(name) for name in reader.names}
+  assert {name: a.shape for name, a in after.items()} == {name: a.shape for name, a in before.items()}
+  moved = {name: np.abs(after[name] - before[name]).max() for name in before}
+  assert {name: far for name, far in moved.items() if not 0 < far < 0.03} == {}
+  assert program("generate", f"--workdir={folder}/continued", "--prompt=def x", "--max_tokens=3").startswith("def x")
+
+
+def test_deepseeks_own_model_args_become_a_config_that_train_takes(tmp_path):
+  (tmp_path / "args.json").write_text('{"dtype": "bf16"}')  # what a ModelArgs leaves out is V2-Lite
+  program("checkpoint", "convert", f"--from_model_args={tmp_path}/args.json", f"--to={tmp_path}/config.json")
+  out = program("train", f"--config={tmp_path}/config.json", "--dry_run")
+  assert "parameters       15,706,484,224 (2,661,150,208 active" in out and "data.tokenizer = 'deepseek-llm'" in out
 
 
 def test_errors_of_the_workdir_and_the_data_exit_2(folder, tmp_path):
