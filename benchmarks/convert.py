@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from absl import flags
 
-from deepseek_jax.checkpoint.hf_config import write_config
+from deepseek_jax.checkpoint.hf_config import to_json
 from deepseek_jax.checkpoint.hf_files import HFReader, write_tensors
 from deepseek_jax.checkpoint.hf_names import entries
 from deepseek_jax.flags import parse, run_program
@@ -66,8 +66,7 @@ def write_random(folder, config):
 
   folder.mkdir()
   tensors = [(e.name, e.shape, np.dtype(np.float32) if e.buffer else BFLOAT16) for e in table.values()]
-  write_tensors(folder, tensors, read, shard_bytes=10**9)
-  write_config(config, folder, "bfloat16")
+  write_tensors(folder, tensors, read, 10**9, to_json(config, "bfloat16"))
   for file in copied.values():
     file.unlink()
   return max(np.prod(shape) * dtype.itemsize for _, shape, dtype in tensors)

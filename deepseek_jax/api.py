@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from deepseek_jax.checkpoint.hf_config import to_json, write_config
+from deepseek_jax.checkpoint.hf_config import to_json
 from deepseek_jax.checkpoint.hf_files import DTYPES, HFReader, write_tensors
 from deepseek_jax.checkpoint.hf_model import read_config, read_json
 from deepseek_jax.checkpoint.hf_names import entries
@@ -146,9 +146,9 @@ class Model:
       return entry.to_hf(below(arrays[entry.buffer], entry.path)[entry.index])
 
     main_dtype = dtype or str(own["embed",])
-    to_json(self.config, main_dtype, self._hf_config)  # a model that is refused is so before anything is replaced
-    write_tensors(directory, [(name, entry.shape, saved_dtype(entry)) for name, entry in table.items()], read)
-    write_config(self.config, directory, main_dtype, self._hf_config)
+    config = to_json(self.config, main_dtype, self._hf_config)
+    tensors = [(name, entry.shape, saved_dtype(entry)) for name, entry in table.items()]
+    write_tensors(directory, tensors, read, config=config)
 
   def _run(self, function, *arguments):
     check_x64(self.config.param_dtype)

@@ -140,7 +140,7 @@ class ModelConfig(Section, path="model"):
     choices=("bfloat16", "float32", "float64"),
   )  # fmt: skip
   remat: str = field(
-    "full", "what the backward pass recomputes: none (but attention scores), full (each block), dots (all but matrix products)",
+    "full", "what the backward pass recomputes: none (but scores of MLA, dropout or float64), full (each block), dots (all but matrix products)",
     choices=("none", "full", "dots"),
   )  # fmt: skip
   attention: AttentionConfig = AttentionConfig()

@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ import pytest
 
 import deepseek_jax
 from deepseek_jax.checkpoint import hf_files
-from deepseek_jax.checkpoint.hf_files import HFReader, write_tensors
+from deepseek_jax.checkpoint.hf_files import HFReader, write_file, write_tensors
 from deepseek_jax.checkpoint.hf_model import to_model_config
 from deepseek_jax.checkpoint.hf_names import entries
 from deepseek_jax.errors import CheckpointError, ConfigError
@@ -158,14 +159,15 @@ def test_a_save_that_fails_leaves_the_earlier_one(v3, tmp_path, monkeypatch, sha
   model.save_pretrained(tmp_path)
   before = contents(tmp_path)
 
-  def full_disk(file):
+  def full_disk(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
-  with monkeypatch.context() as patch:
-    patch.setattr(os, "fsync", full_disk)
-    with pytest.raises(CheckpointError, match=r"No space left on device; make room, or choose another folder"):
-      model.save_pretrained(tmp_path)
-  assert contents(tmp_path) == before
+  for place, name in ((os, "fsync"), (pathlib.Path, "write_text")):  # of the tensors; of index and config.json
+    with monkeypatch.context() as patch:
+      patch.setattr(place, name, full_disk)
+      with pytest.raises(CheckpointError, match=r"No space left on device; make room, or choose another folder"):
+        model.save_pretrained(tmp_path)
+    assert contents(tmp_path) == before
   large = jax.tree.map(np.array, model.params)
   large["embed"][3, 4], large["head"]["kernel"][5, 6] = 1e5, np.nan
   model.params = large
@@ -232,9 +234,10 @@ def test_copies_are_optional_when_read_and_written_from_the_main_ones(v3, tmp_pa
 
 
 def test_copies_that_differ_are_noted(v3, tmp_path, capsys):
-  tensors = v3[1] | {"model.layers.2.shared_head.head.weight": v3[1]["lm_head.weight"] + 1}
-  write_tensors(tmp_path, [(name, a.shape, a.dtype) for name, a in tensors.items()], tensors.__getitem__)
+  tensors = v3[1] | {"model.layers.2.shared_head.head.weight": v3[1]["lm_head.weight"] * np.nan}
+  table = [(name, a.shape, a.dtype) for name, a in tensors.items()]
   (tmp_path / "config.json").write_text(json.dumps(V3))
+  write_file(tmp_path / "model.safetensors", table, tensors.__getitem__)  # not used, so that it may be NaN
   deepseek_jax.load_pretrained(v3[0])
   assert capsys.readouterr().out == ""
   deepseek_jax.load_pretrained(tmp_path)
@@ -257,6 +260,14 @@ def test_assigned_params_are_checked(v3):
     model.params = tree
   for part in ("embed is missing", "surplus is not a parameter", "head/kernel is (3, 3) where (16, 40) is expected"):
     assert part in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["enorm", "hnorm", "eh_proj", "shared_head.norm"])
+def test_a_missing_part_of_multi_token_prediction_is_missing(v3, tmp_path, part):
+  tensors = {name: a for name, a in v3[1].items() if name != f"model.layers.2.{part}.weight"}
+  write_tensors(tmp_path, [(name, a.shape, a.dtype) for name, a in tensors.items()], tensors.__getitem__, config=V3)
+  with pytest.raises(CheckpointError, match=rf": 1 missing\.[^,]*\nmissing: \n  model.layers.2.{part}.weight$"):
+    deepseek_jax.load_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def main(argv) -> int:
   flags.DEFINE_string(
     "tokenizer",
     "",
-    "data.tokenizer of a workdir that is written; default: tokenizer.json of --from, else by the size of its vocabulary",
+    "data.tokenizer of a workdir that is written; default: a copy of --from's tokenizer.json, else by the size of its vocabulary",
     flag_values=values,
   )
   named = argv[1:2] == ["convert"]

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 from deepseek_jax.checkpoint import manifest
 from deepseek_jax.checkpoint.arrays import ArrayWriter, open_arrays
-from deepseek_jax.checkpoint.hf_config import to_json, write_config
+from deepseek_jax.checkpoint.hf_config import to_json
 from deepseek_jax.checkpoint.hf_files import CONFIG, HFReader, write_tensors
 from deepseek_jax.checkpoint.hf_model import read_config, read_json
 from deepseek_jax.checkpoint.hf_names import entries
@@ -106,16 +106,18 @@ def to_hugging_face(source, folder, dtype):
   def kept(entry):
     return DTYPES["float32"] if entry.buffer else dtype
 
-  kept_files = source / ORIGINAL
-  original = read_json(kept_files) if (kept_files / CONFIG).exists() else special_ids(config.data.tokenizer)
-  to_json(model, dtype.name, original)  # a model that is refused is so before the work
+  kept_files, tokenizer = source / ORIGINAL, pathlib.Path(config.data.tokenizer)
+  original = read_json(kept_files) if (kept_files / CONFIG).exists() else {}
+  if original and (tokenizer.parent.name == ORIGINAL or str(tokenizer) == TOKENIZERS.get(model.vocab)):
+    files = ((kept_files, (GENERATION, *TOKENIZER_FILES)),)
+  else:  # another tokenizer than the source's, whose special ids hold no longer
+    original |= special_ids(config.data.tokenizer)
+    files = ((tokenizer.parent, TOKENIZER_FILES),) if tokenizer.name in TOKENIZER_FILES else ()
+  config_json = to_json(model, dtype.name, original)
   with progress(table) as advance:
-    write_tensors(folder, [(entry.name, entry.shape, kept(entry)) for entry in table], read)
-  write_config(model, folder, dtype.name, original)
-  copy_files(kept_files, folder, (GENERATION, *TOKENIZER_FILES))
-  tokenizer = pathlib.Path(config.data.tokenizer)
-  if tokenizer.name in TOKENIZER_FILES:
-    copy_files(tokenizer.parent, folder, TOKENIZER_FILES)
+    write_tensors(folder, [(entry.name, entry.shape, kept(entry)) for entry in table], read, config=config_json)
+  for place, names in files:
+    copy_files(place, folder, names)
   return f"a Hugging Face folder of {len(table)} tensors in {dtype}, from step {step}"
 
 

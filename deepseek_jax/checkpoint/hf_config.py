@@ -1,9 +1,8 @@
 """Our ModelConfig to the config.json of a Hugging Face checkpoint, in the published layout."""
 
 import dataclasses
-import json
 
-from deepseek_jax.checkpoint.hf_files import CONFIG, replacing
+from deepseek_jax.checkpoint.hf_files import CONFIG
 from deepseek_jax.checkpoint.hf_model import MLA, to_model_config
 from deepseek_jax.errors import CheckpointError
 from deepseek_jax.model_config import ModelConfig
@@ -119,10 +118,3 @@ def differences(a, b):
       yield from differences(x, y)
     elif x != y:
       yield f"{a.path}.{field.name}={x}"
-
-
-def write_config(config: ModelConfig, directory, dtype, original=None):
-  """Writes config.json for weights of `dtype` (float32, bfloat16, ...); see `to_json`, whose errors it raises."""
-  raw = to_json(config, dtype, original)
-  with replacing(directory, [CONFIG]) as partial:
-    partial[CONFIG].write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")

@@ -62,14 +62,18 @@ class HFReader:
 
   def read(self, name, rows=slice(None)):
     """The tensor, or `rows` of its first dimension, as NumPy. What is not finite is noted in `non_finite`."""
+    array = self._dequantised(name, rows)
+    if name not in self.non_finite and not np.isfinite(array).all():
+      self.non_finite.append(name)
+    return array
+
+  def _dequantised(self, name, rows):
     array = self._raw(name, rows)
     if self._tensors[name]["dtype"] == FP8:
       scales = np.repeat(self._raw(name + SCALE).astype(np.float32), BLOCK, 0)[: self.shape(name)[0]][rows]
       array = array.astype(np.float32)
       for block in range(scales.shape[1]):
         array[:, block * BLOCK : (block + 1) * BLOCK] *= scales[:, block : block + 1]
-    if name not in self.non_finite and not np.isfinite(array).all():
-      self.non_finite.append(name)
     return array
 
   def _raw(self, name, rows=slice(None)):
@@ -116,7 +120,8 @@ class HFReader:
       if entry.copy and entry.name in self._tensors:
         # In pieces: the embedding of V3 has 1.9 GB.
         pieces = [slice(start, start + 32 * BLOCK) for start in range(0, entry.shape[0], 32 * BLOCK)]
-        if not all(np.array_equal(self.read(entry.name, p), self.read(main[entry.path], p)) for p in pieces):
+        both = ((self._dequantised(name, rows) for name in (entry.name, main[entry.path])) for rows in pieces)
+        if not all(np.array_equal(*pair) for pair in both):
           print(f"note     {entry.name} differs from {main[entry.path]}, whose values are used for both")
 
   def _check_scale(self, name, missing, misshaped):
@@ -208,19 +213,19 @@ def replacing(directory, names):
         path.unlink()
 
 
-def write_tensors(directory, tensors, read, shard_bytes=None):
+def write_tensors(directory, tensors, read, shard_bytes=None, config=None):
   """Writes a folder that transformers loads: one file, or several and their index.
 
   Args:
     tensors: (name, shape, NumPy dtype) of all tensors, in order. read: name -> array of that shape, cast to that dtype;
       called once for each, in order, so that one tensor is in memory at a time.
-    shard_bytes: instead of SHARD_BYTES.
+    shard_bytes: instead of SHARD_BYTES. config: what config.json is to hold; None: it is written apart, later.
 
-  Files get their names when all are complete. What an earlier save left in the folder is deleted then, its config.json
-  too, so that a folder in between is refused and no mixture of two: write config.json last.
+  When all files are complete, what an earlier save left in the folder is deleted, its config.json first, and they get their
+  names, config.json last: a folder in between is refused, and is no mixture of two.
 
-  Raises CheckpointError where the disk refuses, or listing the tensors that are not finite in their dtype; the folder is
-  as it was.
+  Raises CheckpointError where the disk refuses, or listing the tensors that are not finite in their dtype. The folder is
+  as it was then, unless it is a renaming that the disk refuses.
   """
   directory, shard_bytes = pathlib.Path(directory), shard_bytes or SHARD_BYTES
   files, total = [[]], 0
@@ -234,17 +239,20 @@ def write_tensors(directory, tensors, read, shard_bytes=None):
     held, total = held + size, total + size
   several = len(files) > 1
   names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)] if several else [SINGLE]
-  with replacing(directory, [*names, INDEX] if several else names) as partial:
-    bad = [n for file, content in zip(names, files, strict=True) for n in write_file(partial[file], content, read)]
+  names += [INDEX] * several + [CONFIG] * (config is not None)
+  with replacing(directory, names) as partial:
+    bad = [n for file, content in zip(names, files, strict=False) for n in write_file(partial[file], content, read)]
     if bad:
       raise CheckpointError(
         f"{len(bad)} tensors for {directory} are not finite in the dtype that they would have there: {', '.join(bad)}; "
         "mend them, or save in a wider dtype"
       )
     if several:
-      weight_map = {name: file for file, content in zip(names, files, strict=True) for name, _, _ in content}
+      weight_map = {name: file for file, content in zip(names, files, strict=False) for name, _, _ in content}
       index = {"metadata": {"total_size": total}, "weight_map": weight_map}
       partial[INDEX].write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    if config is not None:
+      partial[CONFIG].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for old in [directory / CONFIG, directory / INDEX, *directory.glob("model*.safetensors")]:
       old.unlink(missing_ok=True)
 

@@ -47,6 +47,7 @@ ONLY = {
   "moe_layer_freq": (1,),
   "rope_interleave": (True,),
 }
+MTP_PARTS = ("enorm", "hnorm", "eh_proj", "shared_head.norm")
 SCORING = {"deepseek": "softmax", "deepseek_v2": "softmax", "deepseek_v3": "sigmoid"}
 METHODS = {"deepseek": ("greedy",), "deepseek_v2": ("greedy", "group_limited_greedy"), "deepseek_v3": ("noaux_tc",)}
 
@@ -126,9 +127,9 @@ def check_supported(kind, values, source):
 
 
 def mtp_depth(names, layers):
-  """How many layers in a row, from the first that the config does not count, have a norm of multi-token prediction."""
+  """How many layers in a row, from the first that the config does not count, have a part of multi-token prediction."""
   names, depth = set(names), 0
-  while f"model.layers.{layers + depth}.enorm.weight" in names:
+  while any(f"model.layers.{layers + depth}.{part}.weight" in names for part in MTP_PARTS):
     depth += 1
   return depth
 

@@ -45,7 +45,8 @@ class HuggingFaceWeights:
   def load(self, abstract):
     """Arrays for `abstract`, {"params", "buffers"} of jax.ShapeDtypeStruct with NamedShardings, in its dtypes.
 
-    Every tensor is read once, and the host holds one array of ours at a time. Raises CheckpointError that lists all
+    Every tensor is read once (what multi-token prediction copies: once more, to compare), and the host holds one array of
+    ours at a time. Raises CheckpointError that lists all
     tensors that do not fit.
     """
     reader, table = HFReader(self.directory), entries(self.model)

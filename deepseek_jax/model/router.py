@@ -58,7 +58,10 @@ class Router(nnx.Module):
     """Routing of `x` [batch, seq, embed]. Gradients flow through the chosen scores, not through the choice."""
     config, wide = self.config, at_least_float32(x.dtype)
     kernel = gathered(self.kernel[...].astype(wide), "embed", None)
-    logits = jnp.einsum("bsd,de->bse", x.astype(wide), kernel, out_sharding=spec("batch", "seq", None))
+    # Stated here: in a bfloat16 model, chips would multiply these float32 operands in fewer bits.
+    logits = jnp.einsum(
+      "bsd,de->bse", x.astype(wide), kernel, precision="highest", out_sharding=spec("batch", "seq", None)
+    )
     scores = SCORES[config.score](logits)  # [batch, seq, experts]
     choice = jax.lax.stop_gradient(scores)
     if config.router_bias:

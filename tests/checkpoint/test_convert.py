@@ -19,7 +19,7 @@ from deepseek_jax.checkpoint import hf_files, manifest, parts
 from deepseek_jax.checkpoint.__main__ import main
 from deepseek_jax.checkpoint.arrays import ArrayWriter, open_arrays
 from deepseek_jax.checkpoint.convert import convert
-from deepseek_jax.checkpoint.hf_config import write_config
+from deepseek_jax.checkpoint.hf_config import to_json
 from deepseek_jax.checkpoint.hf_files import BLOCK, DTYPES, FP8, SCALE, HFReader, write_file, write_tensors
 from deepseek_jax.checkpoint.hf_names import entries
 from deepseek_jax.checkpoint.manager import FORMAT_VERSION, Checkpointer, CheckpointReader
@@ -59,14 +59,19 @@ def make_tensors(model, dtype=BFLOAT16):
 
 
 def write(folder, model, tensors):
-  write_tensors(folder, [(n, a.shape, a.dtype) for n, a in tensors.items()], tensors.__getitem__)
-  write_config(model, folder, "bfloat16")
+  table = [(n, a.shape, a.dtype) for n, a in tensors.items()]
+  write_tensors(folder, table, tensors.__getitem__, config=to_json(model, "bfloat16"))
   return folder
+
+
+def write_config(folder, model, original=None):
+  folder.mkdir(exist_ok=True)
+  (folder / "config.json").write_text(json.dumps(to_json(model, "bfloat16", original)))
 
 
 def write_damaged(folder, model, tensors):
   """As `write`, which refuses what is not finite."""
-  write_config(model, folder, "bfloat16")
+  write_config(folder, model)
   table = [(n, a.shape, a.dtype) for n, a in tensors.items()]
   write_file(folder / "model.safetensors", table, tensors.__getitem__)
   return folder
@@ -276,8 +281,7 @@ def test_kinds_are_told_by_content(tmp_path):
   (tmp_path / "empty" / "checkpoints").mkdir()
   with pytest.raises(CheckpointError, match="has no checkpoint"):
     convert(tmp_path / "empty", tmp_path / "to")
-  (tmp_path / "hf").mkdir()
-  write_config(DENSE, tmp_path / "hf", "float32")
+  write_config(tmp_path / "hf", DENSE)
   (tmp_path / "hf" / "pytorch_model.bin").write_bytes(b"")
   with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is a pickle"):
     convert(tmp_path / "hf", tmp_path / "to")
@@ -364,7 +368,7 @@ def test_the_tokenizer_of_a_converted_checkpoint(tmp_path, vocab, flag, wanted):
 
 def test_what_lies_beside_the_weights_goes_with_them(tmp_path):
   source = write(tmp_path / "hf", DENSE, make_tensors(DENSE))
-  write_config(DENSE, source, "bfloat16", {"bos_token_id": 7, "eos_token_id": [8, 9], "max_position_embeddings": 99})
+  write_config(source, DENSE, {"bos_token_id": 7, "eos_token_id": [8, 9], "max_position_embeddings": 99})
   files = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
   for name in files:
     (source / name).write_text(f'{{"name": "{name}"}}')
@@ -378,7 +382,9 @@ def test_what_lies_beside_the_weights_goes_with_them(tmp_path):
   # A tokenizer that was given takes the place of theirs.
   convert(tmp_path / "gone", tmp_path / "other", tokenizer="byte")
   convert(tmp_path / "other", tmp_path / "again")
-  assert not (tmp_path / "again" / "tokenizer.json").exists() and (tmp_path / "again" / files[2]).exists()
+  assert not any((tmp_path / "again" / name).exists() for name in files)
+  again = json.loads((tmp_path / "again" / "config.json").read_text())
+  assert (again["bos_token_id"], again["eos_token_id"], again["max_position_embeddings"]) == (256, 256, 99)
 
 
 @pytest.fixture(scope="module")
