@@ -25,7 +25,7 @@ def main(argv) -> int:
   from deepseek_jax.mesh import check_x64, resolve_mesh
   from deepseek_jax.plan.flops import training_flops
 
-  check_x64(config)
+  check_x64(config.model)
   config = resolve_mesh(config, len(jax.devices()))
   # Virtual CPU devices share the cores that one of them measures.
   roof = matmul_rate(config.model) * (1 if jax.default_backend() == "cpu" else len(jax.devices()))

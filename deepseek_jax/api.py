@@ -13,7 +13,7 @@ from deepseek_jax.checkpoint.hf_model import read_config, read_json
 from deepseek_jax.checkpoint.hf_names import entries
 from deepseek_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.mesh import make_mesh
+from deepseek_jax.mesh import check_x64, make_mesh
 from deepseek_jax.model.transformer import graphdef, new_params
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.sharding import concrete
@@ -36,9 +36,9 @@ def load_pretrained(directory, dtype="float32"):
   """
   if dtype not in PRECISIONS:
     raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(PRECISIONS)}")
-  check_x64(dtype)
   param_dtype, compute_dtype = PRECISIONS[dtype]
   config = dataclasses.replace(read_config(directory), param_dtype=param_dtype, compute_dtype=compute_dtype)
+  check_x64(config)
   reader, table = HFReader(directory), entries(config)
   reader.check(table)
   mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
@@ -53,12 +53,6 @@ def load_pretrained(directory, dtype="float32"):
   names = set(reader.names)
   dtypes = {entry.name: reader.dtype(entry.name) for entry in table if entry.name in names}
   return Model(config, params, buffers, mesh, dtypes, read_json(directory))
-
-
-def check_x64(dtype):
-  """Raises ConfigError where JAX would make float32 of float64."""
-  if dtype == "float64" and not jax.config.jax_enable_x64:
-    raise ConfigError('dtype="float64" needs jax.config.update("jax_enable_x64", True) first, or JAX_ENABLE_X64=1')
 
 
 def below(tree, path):
@@ -89,7 +83,7 @@ class Model:
 
   @params.setter
   def params(self, tree):
-    check_x64(self.config.param_dtype)
+    check_x64(self.config)
     self._params = fitted(tree, self._params)
 
   def logits(self, tokens):
@@ -151,7 +145,7 @@ class Model:
     write_tensors(directory, tensors, read, config=config)
 
   def _run(self, function, *arguments):
-    check_x64(self.config.param_dtype)
+    check_x64(self.config)
     with jax.set_mesh(self._mesh):
       return function(self.params, self.buffers, *arguments)
 

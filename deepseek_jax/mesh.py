@@ -8,6 +8,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from deepseek_jax.config import Config, MeshConfig
 from deepseek_jax.errors import ConfigError
+from deepseek_jax.model_config import ModelConfig
 
 AXES = ("data", "fsdp", "expert", "tensor")
 
@@ -43,10 +44,12 @@ def abstract_mesh(config: MeshConfig) -> AbstractMesh:
   return AbstractMesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
-def check_x64(config: Config):
-  """Raises ConfigError where a float64 config would run in float32, as JAX does without its x64 mode."""
-  if config.model.param_dtype == "float64" and not jax.config.jax_enable_x64:
-    raise ConfigError("model.param_dtype=float64 needs JAX_ENABLE_X64=1 in the environment")
+def check_x64(model: ModelConfig):
+  """Raises ConfigError where a float64 model would run in float32, as JAX does without its x64 mode."""
+  if model.param_dtype == "float64" and not jax.config.jax_enable_x64:
+    raise ConfigError(
+      'model.param_dtype=float64 needs JAX_ENABLE_X64=1 in the environment, or jax.config.update("jax_enable_x64", True)'
+    )
 
 
 def resolve_mesh(config: Config, devices: int) -> Config:

@@ -239,16 +239,16 @@ def write_tensors(directory, tensors, read, shard_bytes=None, config=None):
     held, total = held + size, total + size
   several = len(files) > 1
   names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)] if several else [SINGLE]
-  names += [INDEX] * several + [CONFIG] * (config is not None)
-  with replacing(directory, names) as partial:
-    bad = [n for file, content in zip(names, files, strict=False) for n in write_file(partial[file], content, read)]
+  contents = dict(zip(names, files, strict=True))
+  with replacing(directory, [*names, *[INDEX] * several, *[CONFIG] * (config is not None)]) as partial:
+    bad = [n for file, content in contents.items() for n in write_file(partial[file], content, read)]
     if bad:
       raise CheckpointError(
         f"{len(bad)} tensors for {directory} are not finite in the dtype that they would have there: {', '.join(bad)}; "
         "mend them, or save in a wider dtype"
       )
     if several:
-      weight_map = {name: file for file, content in zip(names, files, strict=False) for name, _, _ in content}
+      weight_map = {name: file for file, content in contents.items() for name, _, _ in content}
       index = {"metadata": {"total_size": total}, "weight_map": weight_map}
       partial[INDEX].write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     if config is not None:

@@ -59,7 +59,7 @@ def continuation(reader, step, config, tokenizer, settings, seed, devices) -> st
   from deepseek_jax.model.transformer import graphdef, new_params
   from deepseek_jax.sharding import concrete
 
-  check_x64(config)
+  check_x64(config.model)
   if devices > len(jax.devices()):
     raise ConfigError(f"--devices={devices}, but {len(jax.devices())} are here")
   check_fsdp(config.model, "--devices", devices)

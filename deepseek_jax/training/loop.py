@@ -69,7 +69,7 @@ def run(config: Config, workdir: str, evaluate, sample, accept_data_change=False
   Raises:
     UserError: the config, the data or a checkpoint cannot be used. Diverged: `train.max_skipped` updates in a row.
   """
-  check_x64(config)
+  check_x64(config.model)
   load_tokenizer(config.data, config.model.vocab)  # an unfit one is an error before any device is touched
   weights = None
   if config.init_from and not CheckpointReader(workdir).steps():  # a run that resumes has weights of its own

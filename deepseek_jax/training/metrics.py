@@ -42,11 +42,10 @@ class MetricsWriter:
     _append(self._metrics, {"step": step, **values})
     if self._tensorboard:
       for name, heights in (histograms or {}).items():
-        bars = range(len(heights))
         self._tensorboard.add_histogram_raw(
-          name, min=0, max=len(heights), num=sum(heights), sum=sum(h * i for i, h in zip(bars, heights, strict=True)),
-          sum_squares=sum(h * i**2 for i, h in zip(bars, heights, strict=True)),
-          bucket_limits=[i + 1 for i in bars], bucket_counts=heights, global_step=step,
+          name, min=0, max=len(heights), num=sum(heights), sum=sum(i * h for i, h in enumerate(heights)),
+          sum_squares=sum(i**2 * h for i, h in enumerate(heights)),
+          bucket_limits=range(1, len(heights) + 1), bucket_counts=heights, global_step=step,
         )  # fmt: skip
     self._mirror(step, values)
 
