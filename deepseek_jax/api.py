@@ -17,7 +17,7 @@ from deepseek_jax.mesh import check_x64, make_mesh
 from deepseek_jax.model.transformer import graphdef, new_params
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.sharding import concrete
-from deepseek_jax.training.step import make_row_losses
+from deepseek_jax.training.objective import Objective
 
 # dtype of load_pretrained -> (parameters, computation)
 PRECISIONS = {"float32": ("float32", "float32"), "float64": ("float64",) * 2, "bfloat16": ("float32", "bfloat16")}
@@ -193,8 +193,8 @@ class Model:
       )
       if not depths:
         params, buffers = ({k: v for k, v in tree.items() if k != "mtp_layers"} for tree in (params, buffers))
-      row_losses = make_row_losses(config, graphdef(config.model), bos=None)
-      _, objective, _ = row_losses(params, buffers, tokens, mtp_weight=mtp_weight)
+      model = nnx.merge(graphdef(config.model), params, buffers)
+      _, objective, _ = Objective(config, bos=None)(model, tokens, mtp_weight=mtp_weight)
       return objective / (tokens.shape[0] * (tokens.shape[1] - 1))
 
     return jax.jit(jax.value_and_grad(loss), static_argnums=4)

@@ -104,7 +104,11 @@ class MeshConfig(Section, path="mesh"):
   data: int = field(-1, "devices that hold copies of the model and share the batch; -1: the rest", at_least=-1)
   fsdp: int = field(1, "devices that share the batch and shard parameters and moments; -1: the rest", at_least=-1)
   expert: int = field(1, "devices that share experts (and the batch); -1: the rest", at_least=-1)
-  tensor: int = field(1, "devices that share heads, inner widths and the vocabulary; -1: the rest", at_least=-1)
+  tensor: int = field(
+    1, "devices that share heads, inner widths, the vocabulary, and positions between blocks; -1: the rest", at_least=-1
+  )
+  stage: int = field(1, "devices that share layers, which microbatches pass in turn; -1: the rest", at_least=-1)
+  context: int = field(1, "devices that share the positions of each sequence; -1: the rest", at_least=-1)
 
   def check(self):
     sizes = dataclasses.asdict(self)
@@ -112,6 +116,22 @@ class MeshConfig(Section, path="mesh"):
       raise ConfigError(f"mesh sizes are 1 or more, or -1 for the rest, got {sizes}")
     if list(sizes.values()).count(-1) > 1:
       raise ConfigError(f"only one mesh size may be -1, got {sizes}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig(Section, path="parallel"):
+  zero: int = field(
+    3, "what stays in shards through a step: 1 moments and masters, 2 gradients as well, 3 the weights in use as well",
+    at_least=1, at_most=3,
+  )  # fmt: skip
+  latent: str = field(
+    "replicated", "MLA on a tensor mesh: each device makes all latents, or those of its own positions (sharded)",
+    choices=("replicated", "sharded"),
+  )  # fmt: skip
+  circuits: int = field(1, "times that a microbatch goes round the stages, a part of each stage's layers at a time", at_least=1)
+  stage_layers: tuple[int, ...] = field(
+    (), "layers of each of the stage x circuits parts, in order; empty: as even as it goes", at_least=0
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +239,7 @@ class Config(Section):
   optimizer: OptimizerConfig = OptimizerConfig()
   schedule: ScheduleConfig = ScheduleConfig()
   mesh: MeshConfig = MeshConfig()
+  parallel: ParallelConfig = ParallelConfig()
   train: TrainConfig = TrainConfig()
   balance: BalanceConfig = BalanceConfig()
   mtp: MTPConfig = MTPConfig()
@@ -265,33 +286,64 @@ class Config(Section):
 
   def check_mesh(self):
     """Every sharded dimension divides over its mesh axes."""
-    tensor, attention, moe = self.mesh.tensor, self.model.attention, self.model.moe
+    mesh, attention, moe = self.mesh, self.model.attention, self.model.moe
     replicated = attention.kind == "mla" or attention.kv_heads == 1
     for path, size in (
       ("model.attention.heads", attention.heads),
-      ("model.attention.kv_heads", tensor if replicated else attention.kv_heads),
-      ("model.mlp", self.model.mlp if self.model.num_dense_layers else tensor),
-      ("model.moe.mlp", moe.mlp if moe.num_routed_experts else tensor),
+      ("model.attention.kv_heads", mesh.tensor if replicated else attention.kv_heads),
+      ("model.mlp", self.model.mlp if self.model.num_dense_layers else mesh.tensor),
+      ("model.moe.mlp", moe.mlp if moe.num_routed_experts else mesh.tensor),
       ("model.vocab", self.model.vocab),
     ):
-      check_divides(path, size, "mesh.tensor", tensor)
+      check_divides(path, size, "mesh.tensor", mesh.tensor)
     if moe.num_routed_experts:
-      check_divides("model.moe.num_routed_experts", moe.num_routed_experts, "mesh.expert", self.mesh.expert)
-    check_fsdp(self.model, "mesh.fsdp", self.mesh.fsdp)
-    batch_axes = (self.mesh.data, self.mesh.fsdp, self.mesh.expert)
+      check_divides("model.moe.num_routed_experts", moe.num_routed_experts, "mesh.expert", mesh.expert)
+    check_weights(self.model, mesh)
+    check_divides("data.seq", self.data.seq, *product(mesh, "context", "tensor"))
+    if mesh.context > 1:
+      check_divides("data.seq", self.data.seq, "2 x mesh.context", 2 * mesh.context)  # each device has two chunks
+      if attention.dropout:
+        raise ConfigError(
+          f"model.attention.dropout={attention.dropout} with mesh.context={mesh.context}: attention over a shared "
+          "sequence has no dropout; set one of them to 0 and 1"
+        )
     check_divides(
       "train.microbatch" if self.train.microbatch else "train.global_batch",
       self.train.microbatch or self.train.global_batch,
-      "mesh.data x mesh.fsdp x mesh.expert", math.prod(a for a in batch_axes if a > 0),
-    )  # fmt: skip
+      *product(mesh, "data", "fsdp", "expert"),
+    )
+    self.check_stages()
+
+  def check_stages(self):
+    """Layers and stages fit each other."""
+    stages, circuits, given = self.mesh.stage, self.parallel.circuits, self.parallel.stage_layers
+    layers = self.model.num_moe_layers or self.model.num_dense_layers
+    if stages == 1 and (circuits > 1 or given):
+      raise ConfigError("parallel.circuits and parallel.stage_layers are for a pipeline: set mesh.stage above 1")
+    if stages > 1 and layers < stages * circuits:
+      raise ConfigError(
+        f"mesh.stage={stages} x parallel.circuits={circuits} makes {stages * circuits} parts of {layers} layers "
+        "(of an MoE model: of its MoE layers): lower one of them"
+      )
+    if stages > 1 and given and (len(given), sum(given)) != (stages * circuits, layers):
+      raise ConfigError(
+        f"parallel.stage_layers={given} has {len(given)} parts and {sum(given)} layers: give the layers of each of the "
+        f"{stages * circuits} parts (mesh.stage={stages} x parallel.circuits={circuits}), {layers} in all"
+      )
 
 
-def check_fsdp(model: ModelConfig, axis, parts):
-  """Raises ConfigError unless what fsdp shards splits evenly over `parts` devices (-1: not yet known)."""
-  check_divides("model.embed", model.embed, axis, parts)
+def product(mesh: MeshConfig, *names):
+  """(what to call it, the product of the sizes of these axes, those not yet known counted as 1)."""
+  sizes = [getattr(mesh, name) for name in names]
+  return " x ".join(f"mesh.{name}" for name in names), math.prod(size for size in sizes if size > 0)
+
+
+def check_weights(model: ModelConfig, mesh: MeshConfig):
+  """Raises ConfigError unless what shards the weights, whatever the batch, divides them evenly."""
+  check_divides("model.embed", model.embed, *product(mesh, "fsdp", "expert", "context", "stage"))
   if model.attention.kind == "mla":
     for name in ("q_lora_rank", "kv_lora_rank"):
-      check_divides(f"model.attention.{name}", getattr(model.attention, name), axis, parts)
+      check_divides(f"model.attention.{name}", getattr(model.attention, name), *product(mesh, "fsdp", "stage"))
 
 
 def check_divides(path, size, axis, parts):

@@ -1,16 +1,18 @@
-"""The device mesh: four named axes, all Explicit, so that every array's layout is part of its type."""
+"""The device mesh: six named axes, all Explicit, so that every array's layout is part of its type."""
 
 import dataclasses
 import math
 
 import jax
-from jax.sharding import AbstractMesh, AxisType
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from deepseek_jax.config import Config, MeshConfig
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.model_config import ModelConfig
 
-AXES = ("data", "fsdp", "expert", "tensor")
+# From the slowest network to the fastest: neighbours on the last axes are neighbours in the machine.
+AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
 
 
 def least_devices(config: MeshConfig) -> int:
@@ -32,10 +34,23 @@ def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
-  """An all-Explicit mesh over `devices` (default: all). One device is a 1 x 1 x 1 x 1 mesh."""
+  """An all-Explicit mesh over `devices` (default: all). One device is a mesh too, of sizes 1.
+
+  Devices of several slices (TPU pods joined by a data-centre network) share them out over `data`, so that the other axes
+  stay within a slice. Raises ConfigError when `data` is not a multiple of the number of slices.
+  """
   devices = devices if devices is not None else jax.devices()
-  sizes = mesh_sizes(config, len(devices))
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+  sizes, types = mesh_sizes(config, len(devices)), (AxisType.Explicit,) * len(AXES)
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices == 1:
+    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+  if sizes[0] % slices:
+    raise ConfigError(
+      f"mesh.data={sizes[0]} on {slices} slices: the network between slices carries `data` alone, so make it a multiple "
+      f"of {slices}, or -1"
+    )
+  inside, across = (sizes[0] // slices, *sizes[1:]), (slices, *(1,) * (len(AXES) - 1))
+  return Mesh(create_hybrid_device_mesh(inside, across, devices), AXES, axis_types=types)
 
 
 def abstract_mesh(config: MeshConfig) -> AbstractMesh:

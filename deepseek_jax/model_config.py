@@ -41,6 +41,10 @@ class AttentionConfig(Section, path="model.attention"):
   )
   rope_theta: float = field(10_000.0, "base of the rotary frequencies", above=1)
   dropout: float = field(0.0, "dropout of attention probabilities", at_least=0, below=1)
+  context: str = field(
+    "gather", "on a context mesh: keys are gathered (of MLA the latents), or travel around a ring",
+    choices=("gather", "ring"),
+  )  # fmt: skip
   yarn: YarnConfig = YarnConfig()
 
   def check(self):
@@ -88,6 +92,9 @@ class MoEConfig(Section, path="model.moe"):
     "ragged", "how tokens meet experts: ragged (sorted, dropless), dense (all on all: the reference), capacity (V2's drops)",
     choices=("ragged", "dense", "capacity"),
   )  # fmt: skip
+  buffer_factor: float = field(
+    0.0, "on an expert mesh: room for what a device receives, as a multiple of an even load; 0: for the worst case", at_least=0
+  )
   capacity_factor: float = field(
     1.0, "capacity: what a group of experts takes in training, as a multiple of its even share", above=0
   )
@@ -106,6 +113,10 @@ class MoEConfig(Section, path="model.moe"):
       raise ConfigError(
         f"model.moe.num_routed_experts={experts} does not fit model.moe.num_expert_groups={groups} with "
         f"group_score={self.group_score}: groups are equal, and top2_sum needs two experts in each"
+      )
+    if 0 < self.buffer_factor < 1:
+      raise ConfigError(
+        f"model.moe.buffer_factor={self.buffer_factor} has no room for an even load: set it to 1 or more, or 0 for the worst case"
       )
     if self.dispatch == "capacity" and groups < 2:
       raise ConfigError(

@@ -1,69 +1,191 @@
-"""Logical axis names and the one table that maps them to mesh axes. Mesh axes are named here and nowhere in the model."""
+"""Logical axis names, the one table that maps them to mesh axes, and the collectives. Mesh axes are named here and nowhere in the model.
 
+Two views of one mesh. Outside, arrays are whole and `spec` is the layout in their type: parameters, moments, batches. The
+model runs inside `on_every_device`, where each array is what one device holds, and all communication is one of the
+functions below, called where it happens.
+"""
+
+import contextlib
+import contextvars
 import math
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-# Activations: batch seq heads kv_heads head_dim mlp vocab. Parameters: the same, and `embed`, which fsdp shards.
-# The embed dimension of an activation is written None, and so are a latent and the experts.
 RULES = {
+  # What the dimensions of activations are shared over. `stream` is the sequence between blocks, `seq` inside them.
   "batch": ("data", "fsdp", "expert"),
-  "seq": None,
-  "embed": "fsdp",
-  "vocab": "tensor",
-  "heads": "tensor",
-  "kv_heads": "tensor",
-  "head_dim": None,
-  "mlp": "tensor",
-  "latent": "fsdp",
-  "experts": "expert",
+  "seq": ("context",),
+  "stream": ("context", "tensor"),
+  "latent_seq": ("context",),
+  # Of activations and parameters both.
+  "vocab": ("tensor",),
+  "heads": ("tensor",),
+  "kv_heads": ("tensor",),
+  "mlp": ("tensor",),
+  "head_dim": (),
+  "experts": ("expert",),
+  "stages": ("stage",),
+  # Of parameters, which are kept in shards and made whole for use (`gathered`). `stage` comes last: see parallel/stages.
+  "embed": ("fsdp", "expert", "context", "stage"),
+  "latent": ("fsdp", "stage"),
+  "expert_embed": ("fsdp", "context", "stage"),
 }
+KEPT_IN_SHARDS = ("embed", "latent", "expert_embed")
+
+# Changes to the table, for `rules`.
+WHOLE_WEIGHTS = {name: () for name in KEPT_IN_SHARDS}  # made whole once, before the model runs
+WHOLE_SEQUENCES = {"seq": (), "stream": (), "latent_seq": ()}  # decoding: a token at a time
+LATENTS = {"replicated": {}, "sharded": {"latent_seq": ("context", "tensor")}}
+
+_rules = contextvars.ContextVar("rules", default=RULES)
 
 
-def spec(*axes):
-  """PartitionSpec of an array whose dimensions are the logical `axes`; None is a dimension that nothing shards.
+@contextlib.contextmanager
+def rules(changes):
+  """While it lasts, rows of the table read as `changes` says: {logical axis: mesh axes}. It acts at trace time."""
+  token = _rules.set(_rules.get() | changes)
+  try:
+    yield
+  finally:
+    _rules.reset(token)
 
-  Mesh axes of size 1 in the mesh that is set are left out: they shard nothing, and a dimension of size 1 that carries
-  their names loses them in a reshape that adds another one, which then is a type error.
+
+def axes(name) -> tuple[str, ...]:
+  """Mesh axes that share the logical axis `name`, which may be None; those of size 1 share nothing, nor does any without a mesh.
+
+  A dimension of size 1 that carries such names loses them in a reshape that adds another one, which then is a type error.
   """
   sizes = jax.sharding.get_abstract_mesh().shape
-
-  def placement(axis):
-    names = RULES[axis] if axis else None
-    names = (names,) if isinstance(names, str) else names or ()
-    names = tuple(name for name in names if sizes.get(name) != 1)
-    return names if len(names) > 1 else names[0] if names else None
-
-  return jax.P(*map(placement, axes))
+  return tuple(axis for axis in (_rules.get()[name] if name else ()) if sizes.get(axis, 1) > 1)
 
 
-def gathered(parameter, *axes):
-  """`parameter` with its fsdp shards all-gathered for use; the transpose reduce-scatters its gradient."""
-  return jax.reshard(parameter, spec(*(None if RULES.get(axis) == "fsdp" else axis for axis in axes)))
+def spec(*names):
+  """PartitionSpec of a whole array whose dimensions are the logical axes `names`; None is a dimension that nothing shards."""
+  found = map(axes, names)
+  return jax.P(*(a if len(a) > 1 else a[0] if a else None for a in found))
 
 
-def partial_sums(*axes):
-  """`spec` of the gradient of a `gathered` parameter, of which each device holds the part of its own sequences.
+def on_every_device(function, in_specs, out_specs, differentiable=True):
+  """`function` as the program of each device of the mesh that is set: of whole arrays it sees, and returns, its shards.
 
-  A loop adds up such parts; they are reduced over the devices once, after it, by jax.reshard to another layout.
+  What is to be differentiated has its types checked: a value that varies over devices is told from one that they share.
   """
-  shards = {name for name in RULES["batch"] if jax.sharding.get_abstract_mesh().shape.get(name, 1) > 1}
-  return jax.P(*spec(*(None if RULES.get(axis) == "fsdp" else axis for axis in axes)), unreduced=shards)
+  return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=differentiable)
 
 
-def on_each_device(function, in_axes, out_axes):
-  """`function` applied to what each device holds of arguments laid out by the logical axes `in_axes`.
+# The rest is called inside `on_every_device`, or anywhere on one device.
 
-  A parameter that a device shares with others comes out with the sum of their gradients.
+
+def varying(tree):
+  """`tree` typed as different on every device, so that its gradients stay what each device found: none is summed unseen."""
+
+  def leaf(x):
+    missing = _mesh_axes() - jax.typeof(x).manual_axis_type.varying
+    return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+  return jax.tree.map(leaf, tree) if _manual() else tree
+
+
+def gathered(parameter, *names):
+  """`parameter`, of dimensions `names`, with the dimensions that are KEPT_IN_SHARDS whole; the transpose reduce-scatters."""
+  for dimension, name in enumerate(names):
+    if name in KEPT_IN_SHARDS and axes(name):
+      parameter = jax.lax.all_gather(parameter, axes(name), axis=dimension, tiled=True)
+  return parameter
+
+
+def joined(x, held="stream", wanted="seq"):
+  """`x` [batch, positions of `held`, ...] with all positions of `wanted`, of which `held` shares out each device's."""
+  inner = tuple(axis for axis in axes(held) if axis not in axes(wanted))
+  return jax.lax.all_gather(x, inner, axis=1, tiled=True) if inner else x
+
+
+def scattered(partial):
+  """`partial` [batch, seq, embed], terms of a sum over the devices that share `mlp` or `heads`, as the sum's own positions."""
+  inner = tuple(axis for axis in axes("stream") if axis not in axes("seq"))
+  whole = tuple(axis for axis in axes("mlp") if axis not in inner)
+  partial = jax.lax.psum(partial, whole) if whole else partial
+  return jax.lax.psum_scatter(partial, inner, scatter_dimension=1, tiled=True) if inner else partial
+
+
+def whole(x, name, dimension):
+  """`x` with all of its `dimension`, which devices share as the logical axis `name`."""
+  return jax.lax.all_gather(x, axes(name), axis=dimension, tiled=True) if axes(name) else x
+
+
+def summed(x, *names):
+  """The sum of `x` over the devices that share the logical axes `names`."""
+  over = _union(names)
+  return jax.lax.psum(x, over) if over else x
+
+
+def greatest(x, *names):
+  """The maximum of `x` over the devices that share the logical axes `names`. Not differentiable."""
+  over = _union(names)
+  return jax.lax.pmax(x, over) if over else x
+
+
+def agreed(tree):
+  """`tree`, whose values are the same on every device, typed so."""
+
+  def leaf(x):
+    over = tuple(jax.typeof(x).manual_axis_type.varying)
+    return jax.lax.pmax(x, over) if over else x
+
+  return jax.tree.map(leaf, tree)
+
+
+def reduced(gradient, *names, shards=True):
+  """The sum of what every device has found as `gradient` of a parameter, laid out as its dimensions `names` say.
+
+  shards: whether `gradient` is of the parameter made whole by `gathered`; otherwise it is of the shard.
   """
-  return jax.shard_map(function, in_specs=tuple(spec(*axes) for axes in in_axes), out_specs=spec(*out_axes))
+  if shards:
+    gradient = in_shards(gradient, *names)
+  held = {axis for name in names for axis in axes(name)}
+  others = tuple(_mesh_axes() - held)
+  return jax.lax.psum(gradient, others) if others else gradient
 
 
-def summed(x, axis):
-  """Inside `on_each_device`: the sum of `x` over the devices that share the logical `axis`."""
-  names = tuple(name for name in spec(axis) if name)
-  return jax.lax.psum(x, names) if names else x
+def in_shards(gradient, *names):
+  """The transpose of `gathered`: terms of a sum over devices, of the whole parameter -> each device's shard of the sum."""
+  for dimension, name in enumerate(names):
+    if name in KEPT_IN_SHARDS and axes(name):
+      gradient = jax.lax.psum_scatter(gradient, axes(name), scatter_dimension=dimension, tiled=True)
+  return gradient
+
+
+def parts(*names) -> int:
+  """Number of devices that share the logical axes `names`."""
+  return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in _union(names))
+
+
+def part(name):
+  """Index of this device among those that share the logical axis `name`: which of its parts it holds."""
+  return jax.lax.axis_index(axes(name)) if axes(name) else jnp.zeros((), jnp.int32)
+
+
+def own_positions(x, dimension, held="stream", wanted="seq"):
+  """The inverse of `joined`: this device's positions of `held`, of an `x` that has those of `wanted` along `dimension`."""
+  inner = tuple(axis for axis in axes(held) if axis not in axes(wanted))
+  if not inner:
+    return x
+  size = x.shape[dimension] // jax.lax.axis_size(inner)
+  return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(inner) * size, size, dimension)
+
+
+def _union(names):
+  return tuple(dict.fromkeys(axis for name in names for axis in axes(name)))
+
+
+def _mesh_axes():
+  return frozenset(axis for axis, size in jax.sharding.get_abstract_mesh().shape.items() if size > 1)
+
+
+def _manual():
+  return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def batch_parts(mesh) -> int:

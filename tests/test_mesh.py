@@ -6,16 +6,16 @@ import pytest
 from deepseek_jax.config import Config, MeshConfig
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.mesh import AXES, make_mesh, mesh_sizes, resolve_mesh
-from deepseek_jax.sharding import RULES, batch_parts, spec
+from deepseek_jax.sharding import RULES, batch_parts, rules, spec
 
 
 @pytest.mark.parametrize(
   ("config", "devices", "sizes"),
   [
-    (MeshConfig(), 1, (1, 1, 1, 1)),
-    (MeshConfig(), 8, (8, 1, 1, 1)),
-    (MeshConfig(data=2, fsdp=-1, tensor=2), 16, (2, 4, 1, 2)),
-    (MeshConfig(data=1, tensor=4), 4, (1, 1, 1, 4)),
+    (MeshConfig(), 1, (1, 1, 1, 1, 1, 1)),
+    (MeshConfig(), 8, (8, 1, 1, 1, 1, 1)),
+    (MeshConfig(data=2, fsdp=-1, tensor=2), 16, (2, 1, 4, 1, 1, 2)),
+    (MeshConfig(data=1, tensor=4), 4, (1, 1, 1, 1, 1, 4)),
   ],
 )
 def test_sizes(config, devices, sizes):
@@ -39,10 +39,10 @@ def test_axes_are_explicit_and_logical_names_resolve():
   mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=-1))
   assert mesh.axis_names == AXES and set(mesh.axis_types) == {jax.sharding.AxisType.Explicit}
   assert batch_parts(mesh) == 2
-  assert spec("embed", None, "mlp") == jax.P("fsdp", None, "tensor")
-  assert spec("batch", "seq") == jax.P(("data", "fsdp", "expert"), None)
+  assert spec("embed", "mlp") == jax.P(None, None)  # without a mesh nothing is shared
   with jax.set_mesh(mesh):
-    assert spec("batch", "seq", "heads") == jax.P("fsdp", None, "tensor")
-  assert {axis for value in RULES.values() if value for axis in ([value] if isinstance(value, str) else value)} == set(
-    AXES
-  )
+    assert spec("embed", None, "mlp") == jax.P("fsdp", None, "tensor")
+    assert spec("batch", "stream", "heads") == jax.P("fsdp", "tensor", "tensor")
+    with rules({"stream": ()}):
+      assert spec("batch", "stream") == jax.P("fsdp", None)
+  assert {axis for value in RULES.values() for axis in value} == set(AXES)

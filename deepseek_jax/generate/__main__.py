@@ -8,7 +8,7 @@ import sys
 
 from absl import flags
 
-from deepseek_jax.config import Config, MeshConfig, SampleConfig, check_fsdp
+from deepseek_jax.config import Config, MeshConfig, SampleConfig, check_weights
 from deepseek_jax.errors import CheckpointError, ConfigError, DataError
 from deepseek_jax.flags import parse, run_program
 from deepseek_jax.schema import from_dict, leaf_paths
@@ -62,7 +62,7 @@ def continuation(reader, step, config, tokenizer, settings, seed, devices) -> st
   check_x64(config.model)
   if devices > len(jax.devices()):
     raise ConfigError(f"--devices={devices}, but {len(jax.devices())} are here")
-  check_fsdp(config.model, "--devices", devices)
+  check_weights(config.model, MeshConfig(data=1, fsdp=devices))
   mesh = make_mesh(MeshConfig(data=1, fsdp=devices), jax.devices()[:devices])
   with jax.set_mesh(mesh):
     shapes = jax.eval_shape(lambda: new_params(config.model, jax.random.key(0)))

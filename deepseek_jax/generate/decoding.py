@@ -10,11 +10,26 @@ from jax.sharding import NamedSharding
 
 from deepseek_jax.config import SampleConfig
 from deepseek_jax.generate.sampling import next_token
-from deepseek_jax.sharding import batch_parts, spec
+from deepseek_jax.sharding import WHOLE_SEQUENCES, batch_parts, on_every_device, rules, spec, summed
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "vocab", "eos", "config"))
-def decode(graphdef, params, buffers, tokens, seen, position, stop, key, *, vocab, eos, config: SampleConfig):
+def decode(graphdef, params, buffers, *arguments, vocab, eos, config: SampleConfig):
+  """`decode_rows(model, *arguments)` on every device, of the rows that each has, with what it returns whole again."""
+
+  def local(params, buffers, *arguments):
+    model = nnx.merge(graphdef, params, buffers)
+    return decode_rows(model, *arguments, vocab=vocab, eos=eos, config=config)
+
+  layouts = [jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree) for tree in (params, buffers)]
+  rows, shared = spec("batch", None), spec()
+  with rules(WHOLE_SEQUENCES):
+    outputs = rows, rows, shared, shared
+    run = on_every_device(local, (*layouts, rows, rows, shared, shared, shared), outputs, differentiable=False)
+    return run(params, buffers, *arguments)
+
+
+def decode_rows(model, tokens, seen, position, stop, key, *, vocab, eos, config: SampleConfig):
   """Fills `tokens` [batch, window] int32 from `position` up to `stop`, at most window.
 
   One forward pass over the window makes the cache (what it holds past `position` is overwritten before it is seen); each
@@ -24,8 +39,6 @@ def decode(graphdef, params, buffers, tokens, seen, position, stop, key, *, voca
   Returns:
     (tokens, seen, the position that was reached, whether every row has ended).
   """
-  model = nnx.merge(graphdef, params, buffers)
-  tokens = jax.reshard(tokens, spec("batch", "seq"))
 
   def unfinished(carry):
     position, _, _, _, _, done = carry
@@ -33,11 +46,11 @@ def decode(graphdef, params, buffers, tokens, seen, position, stop, key, *, voca
 
   def step(carry):
     position, tokens, seen, last, cache, _ = carry
-    logits = jax.reshard(model.logits(last)[:, 0], spec(None, None))  # [batch, vocab]
+    logits = model.logits(last)[:, 0]  # [batch, vocab]
     ids = jnp.arange(logits.shape[1])
     token = next_token(jnp.where(ids < vocab, logits, -jnp.inf), seen, jax.random.fold_in(key, position), config)
-    done, seen = jnp.all(token == eos), seen | (ids == token[:, None])
-    token = jax.reshard(token[:, None], spec("batch", "seq"))
+    done = summed(jnp.sum(token != eos), "batch") == 0
+    seen, token = seen | (ids == token[:, None]), token[:, None]
     tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token, position, 1)
     last, cache = model.decode(token, cache, position)  # last [batch, 1, embed]
     return position + 1, tokens, seen, last, cache, done
@@ -46,7 +59,7 @@ def decode(graphdef, params, buffers, tokens, seen, position, stop, key, *, voca
   last = jax.lax.dynamic_slice_in_dim(hidden, position - 1, 1, 1)
   carry = (position, tokens, seen, last, cache, jnp.array(False))
   position, tokens, seen, _, _, done = jax.lax.while_loop(unfinished, step, carry)
-  return jax.reshard(tokens, spec(None, None)), seen, position, done
+  return tokens, seen, position, done
 
 
 def continue_prompt(graphdef, params, buffers, tokenizer, config: SampleConfig, seq, seed, mesh) -> str:
@@ -65,15 +78,15 @@ def continue_prompt(graphdef, params, buffers, tokenizer, config: SampleConfig, 
   window = min(seq, end)
   seen = np.zeros((rows, params["embed"].shape[0]), bool)
   seen[:, ids] = True
-  replicated = NamedSharding(mesh, spec(None, None))
-  seen, done = jax.device_put(seen, replicated), False
+  by_row = NamedSharding(mesh, spec("batch", None))
+  seen, done = jax.device_put(seen, by_row), False
   while len(ids) < end and not done:
     context = ids if len(ids) < window else ids[-max(window // 2, 1) :]
     tokens = np.zeros((rows, window), np.int32)
     tokens[:, : len(context)] = context
     stop = min(window, len(context) + end - len(ids))
     tokens, seen, position, done = decode(
-      graphdef, params, buffers, jax.device_put(tokens, replicated), seen, len(context), stop,
+      graphdef, params, buffers, jax.device_put(tokens, by_row), seen, len(context), stop,
       jax.random.fold_in(jax.random.key(seed), len(ids)), vocab=tokenizer.vocab, eos=tokenizer.eos, config=config,
     )  # fmt: skip
     ids += np.asarray(tokens)[0, len(context) : int(position)].tolist()

@@ -6,44 +6,64 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.model.dropout import dropout
+from deepseek_jax.model.context import attend_context
+from deepseek_jax.model.dropout import dropout, keys_at
 from deepseek_jax.model.linear import Linear, at_least_float32
 from deepseek_jax.model.rope import rotate
-from deepseek_jax.model_config import ModelConfig
+from deepseek_jax.model_config import AttentionConfig, ModelConfig
+from deepseek_jax.sharding import axes, joined, part
 
 
-def attend(q, k, v, *, scale, segment_ids=None, dropout_rate=0.0, dropout_key=None):
+def attend(q, k, v, *, scale, segment_ids=None, dropout_rate=0.0, dropout_keys=None):
   """Causal attention.
 
   Args:
     q: [batch, seq, heads, key width]. k: [batch, seq, kv_heads, key width]. v: [batch, seq, kv_heads, value width].
     scale: factor of the logits.
     segment_ids: [batch, seq] int; positions attend within their segment only.
-    dropout_rate, dropout_key: dropout of the probabilities; no key is no dropout.
+    dropout_rate, dropout_keys [batch, heads]: dropout of the probabilities; no keys is no dropout.
 
   Returns:
     [batch, seq, heads, value width] in the dtype of `v`.
   """
   same_segment = None if segment_ids is None else (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
   # The library's kernel has no dropout, wants equal widths, and keeps its softmax in float32 in a float64 run.
-  if dropout_key is None and q.shape[-1] == v.shape[-1] and q.dtype != jnp.float64:
+  if dropout_keys is None and q.shape[-1] == v.shape[-1] and q.dtype != jnp.float64:
     return jax.nn.dot_product_attention(q, k, v, mask=same_segment, scale=scale, is_causal=True)
   mask = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool))
   mask = mask if same_segment is None else mask & same_segment  # [seq, seq] or [batch, 1, seq, seq]
   masked = functools.partial(attend_where, scale=scale, dropout_rate=dropout_rate)
-  return jax.checkpoint(masked, prevent_cse=False)(mask, q, k, v, dropout_key=dropout_key)
+  return jax.checkpoint(masked, prevent_cse=False)(mask, q, k, v, dropout_keys=dropout_keys)
 
 
-def attend_where(mask, q, k, v, *, scale, dropout_rate=0.0, dropout_key=None):
+def attend_where(mask, q, k, v, *, scale, dropout_rate=0.0, dropout_keys=None):
   """As `attend`, of queries and keys of any number: `mask` [queries, keys] or [batch, 1, queries, keys], True where seen."""
   q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])  # [batch, queries, kv_heads, group, key width]
   # [batch, kv_heads, group, queries, keys]
   logits = scale * jnp.einsum("bqhgk,bshk->bhgqs", q, k, preferred_element_type=at_least_float32(q.dtype))
   mask = mask if mask.ndim == 2 else mask[:, :, None]
   weights = jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(logits.dtype).min))
-  weights = dropout(weights.astype(v.dtype), dropout_rate, dropout_key)
+  dropout_keys = None if dropout_keys is None else dropout_keys.reshape(weights.shape[:3])
+  weights = dropout(weights.astype(v.dtype), dropout_rate, dropout_keys)
   y = jnp.einsum("bhgqs,bshv->bqhgv", weights, v)
   return y.reshape(*y.shape[:2], -1, y.shape[-1])  # [batch, queries, heads, value width]
+
+
+def attend_causally(q, keys, expand, scale, config: AttentionConfig, tokens, key):
+  """Attention of `q` [batch, seq, heads, key width] to the keys and values that `expand` makes of `keys`.
+
+  Where devices share the sequence, `keys`, [batch, seq, ...] each, is what they send each other.
+  """
+  if axes("seq"):
+    segments = tokens.segment_ids
+    return attend_context(q, keys, expand, scale=scale, axis=axes("seq")[0], kind=config.context, segment_ids=segments)
+  drawn = None
+  if key is not None and config.dropout:
+    drawn = keys_at(key, tokens.rows, part("heads") * q.shape[2] + jnp.arange(q.shape[2]))  # [batch, heads]
+  return attend(
+    q, *expand(keys),
+    scale=scale, segment_ids=tokens.segment_ids, dropout_rate=config.dropout, dropout_keys=drawn,
+  )  # fmt: skip
 
 
 def attend_cached(q, k, v, position, *, scale):
@@ -61,36 +81,28 @@ class Attention(nnx.Module):
 
   def __init__(self, config: ModelConfig, rngs):
     a = config.attention
-    # A single key head is a copy on every device of the tensor axis.
-    self.kv_axes = (None if a.kv_heads == 1 else "kv_heads", "head_dim")
+    # A single key head is a copy on every device that shares the heads.
+    kv_axes = (None if a.kv_heads == 1 else "kv_heads", "head_dim")
     self.q = Linear((config.embed, a.heads, a.head_dim), ("embed", "heads", "head_dim"), config, rngs)
-    self.k = Linear((config.embed, a.kv_heads, a.head_dim), ("embed", *self.kv_axes), config, rngs)
-    self.v = Linear((config.embed, a.kv_heads, a.head_dim), ("embed", *self.kv_axes), config, rngs)
+    self.k = Linear((config.embed, a.kv_heads, a.head_dim), ("embed", *kv_axes), config, rngs)
+    self.v = Linear((config.embed, a.kv_heads, a.head_dim), ("embed", *kv_axes), config, rngs)
     self.o = Linear((a.heads, a.head_dim, config.embed), ("heads", "head_dim", "embed"), config, rngs)
     self.config = a
 
   def heads(self, x, rotation):
     """Queries [batch, seq, heads, head_dim]; keys and values [batch, seq, kv_heads, head_dim]."""
-    q = self.q("bsd,dhk->bshk", x, ("batch", "seq", "heads", "head_dim"))
-    k = self.k("bsd,dhk->bshk", x, ("batch", "seq", *self.kv_axes))
-    v = self.v("bsd,dhk->bshk", x, ("batch", "seq", *self.kv_axes))
+    q, k, v = (linear("bsd,dhk->bshk", x) for linear in (self.q, self.k, self.v))
     return rotate(q, *rotation).astype(x.dtype), rotate(k, *rotation).astype(x.dtype), v
 
-  def __call__(self, x, rotation, segment_ids=None, key=None):
-    """([batch, seq, embed], what a cache keeps: keys and values)."""
-    q, k, v = self.heads(x, rotation)
-    y = attend(
-      q, k, v,
-      scale=self.config.head_dim**-0.5,
-      segment_ids=segment_ids,
-      dropout_rate=self.config.dropout,
-      dropout_key=key if self.config.dropout else None,
-    )  # fmt: skip
-    return self.o("bshk,hkd->bsd", y, ("batch", "seq", None)), (k, v)
+  def __call__(self, x, tokens, key=None):
+    """(terms of the sum [batch, seq, embed], what a cache keeps: keys and values); x is [batch, stream, embed]."""
+    q, k, v = self.heads(joined(x), tokens.rotation)
+    y = attend_causally(q, (k, v), lambda keys: keys, self.config.head_dim**-0.5, self.config, tokens, key)
+    return self.o("bshk,hkd->bsd", y), (k, v)
 
   def decode(self, x, rotation, cache, position):
     """As `__call__` for the token at `position`, `x` [batch, 1, embed], with the keys and values of those before it."""
     q, *new = self.heads(x, rotation)
     k, v = written(cache, tuple(new), position)
     y = attend_cached(q, k, v, position, scale=self.config.head_dim**-0.5)
-    return self.o("bshk,hkd->bsd", y, ("batch", "seq", None)), (k, v)
+    return self.o("bshk,hkd->bsd", y), (k, v)

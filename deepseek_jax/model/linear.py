@@ -21,19 +21,25 @@ def matmul_precision(config: ModelConfig):
 
 
 def normal_param(shape, axes, config: ModelConfig, rngs):
-  """An initial matrix, N(0, init_std^2), born in the layout of its logical `axes`."""
+  """An initial matrix, N(0, init_std^2), born in the layout of its logical `axes`, which the parameter remembers."""
   init = jax.nn.initializers.normal(config.init_std)
-  return nnx.Param(init(rngs.params(), shape, jnp.dtype(config.param_dtype), out_sharding=spec(*axes)))
+  matrix = init(rngs.params(), shape, jnp.dtype(config.param_dtype), out_sharding=spec(*axes))
+  return nnx.Param(matrix, logical=axes)
 
 
 class Linear(nnx.Module):
-  """A product without bias: the einsum says which dimensions of the kernel contract."""
+  """A product without bias: the einsum says which dimensions of the kernel contract.
+
+  Where devices share a dimension that contracts, the result is their terms of a sum.
+  """
 
   def __init__(self, shape, axes, config: ModelConfig, rngs):
     self.kernel = normal_param(shape, axes, config, rngs)
     self.axes = axes
 
-  def __call__(self, equation, x, out_axes):
-    # Cast before the all-gather: half the bytes travel in bfloat16.
-    kernel = gathered(self.kernel[...].astype(x.dtype), *self.axes)
-    return jnp.einsum(equation, x, kernel, out_sharding=spec(*out_axes))
+  def weight(self, dtype):
+    """The kernel for use. Cast before the all-gather: half the bytes travel in bfloat16."""
+    return gathered(self.kernel[...].astype(dtype), *self.axes)
+
+  def __call__(self, equation, x):
+    return jnp.einsum(equation, x, self.weight(x.dtype))

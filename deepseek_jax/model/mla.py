@@ -3,15 +3,12 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.model.attention import attend, attend_cached, written
+from deepseek_jax.model.attention import attend_causally, attend_cached, written
 from deepseek_jax.model.linear import Linear
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.model.rope import mscale, rotate
 from deepseek_jax.model_config import AttentionConfig, ModelConfig
-from deepseek_jax.sharding import gathered, spec
-
-HEADS = ("batch", "seq", "heads", "head_dim")
-LATENT = ("batch", "seq", None)
+from deepseek_jax.sharding import joined
 
 
 def softmax_scale(config: AttentionConfig):
@@ -40,33 +37,39 @@ class MLA(nnx.Module):
     self.o = Linear((a.heads, a.v_head_dim, config.embed), ("heads", "head_dim", "embed"), config, rngs)
 
   def queries(self, x, rotation):
-    """Parts without and with position, [batch, seq, heads, nope] and [batch, seq, heads, rope] (V2 eq. 37 to 39)."""
+    """Parts without and with position, [batch, seq, heads, nope] and [batch, seq, heads, rope] (V2 eq. 37 to 39).
+
+    Here and in `latents`, x is [batch, latent_seq, embed]: the products down may be made of a device's own positions.
+    """
     if self.config.q_lora_rank:
-      q = self.q_b("bsr,rhk->bshk", self.q_norm(self.q_a("bsd,dr->bsr", x, LATENT)), HEADS)
+      latent = joined(self.q_a("bsd,dr->bsr", x), "latent_seq")
+      q = self.q_b("bsr,rhk->bshk", self.q_norm(latent))
     else:
-      q = self.q("bsd,dhk->bshk", x, HEADS)
+      q = self.q("bsd,dhk->bshk", joined(x, "latent_seq"))
     nope, rope = jnp.split(q, [self.config.qk_nope_head_dim], -1)
     return nope, rotate(rope, *rotation, interleaved=True).astype(x.dtype)
 
   def latents(self, x, rotation):
     """What a cache keeps: [batch, seq, kv_lora_rank] and the key all heads share, [batch, seq, rope] (V2 eq. 41, 43)."""
-    latent, rope = jnp.split(self.kv_a("bsd,dc->bsc", x, LATENT), [self.config.kv_lora_rank], -1)
+    both = joined(self.kv_a("bsd,dc->bsc", x), "latent_seq")
+    latent, rope = jnp.split(both, [self.config.kv_lora_rank], -1)
     return self.kv_norm(latent), rotate(rope[:, :, None], *rotation, interleaved=True)[:, :, 0].astype(x.dtype)
 
-  def __call__(self, x, rotation, segment_ids=None, key=None):
-    """([batch, seq, embed], what a cache keeps: latents and the shared keys)."""
-    (q_nope, q_rope), (latent, k_rope) = self.queries(x, rotation), self.latents(x, rotation)
-    key_value = self.kv_b("bsc,chk->bshk", latent, HEADS)
-    k_nope, v = jnp.split(key_value, [self.config.qk_nope_head_dim], -1)
-    shared = jnp.broadcast_to(k_rope[:, :, None], q_rope.shape, out_sharding=spec(*HEADS))
-    y = attend(
-      jnp.concatenate([q_nope, q_rope], -1), jnp.concatenate([k_nope, shared], -1), v,
-      scale=self.scale,
-      segment_ids=segment_ids,
-      dropout_rate=self.config.dropout,
-      dropout_key=key if self.config.dropout else None,
-    )  # fmt: skip
-    return self.o("bshv,hvd->bsd", y, ("batch", "seq", None)), (latent, k_rope)
+  def __call__(self, x, tokens, key=None):
+    """(terms of the sum [batch, seq, embed], what a cache keeps: latents and the shared keys); x is [batch, stream, embed]."""
+    x = joined(x, "stream", "latent_seq")
+    q, kept = jnp.concatenate(self.queries(x, tokens.rotation), -1), self.latents(x, tokens.rotation)
+    up = self.kv_b.weight(x.dtype)
+
+    def expand(kept):
+      """Keys [batch, seq, heads, nope + rope] and values [batch, seq, heads, v_head_dim] (V2 eq. 42)."""
+      latent, k_rope = kept
+      k_nope, v = jnp.split(jnp.einsum("bsc,chk->bshk", latent, up), [self.config.qk_nope_head_dim], -1)
+      shared = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
+      return jnp.concatenate([k_nope, shared], -1), v
+
+    y = attend_causally(q, kept, expand, self.scale, self.config, tokens, key)
+    return self.o("bshv,hvd->bsd", y), kept
 
   def decode(self, x, rotation, cache, position):
     """As `__call__` for the token at `position`, `x` [batch, 1, embed], with the latents of those before it.
@@ -76,10 +79,9 @@ class MLA(nnx.Module):
     """
     (q_nope, q_rope), new = self.queries(x, rotation), self.latents(x, rotation)
     latent, k_rope = written(cache, new, position)
-    kernel = gathered(self.kv_b.kernel[...].astype(x.dtype), *self.kv_b.axes)
-    up_key, up_value = jnp.split(kernel, [self.config.qk_nope_head_dim], -1)
-    q_latent = jnp.einsum("bqhk,chk->bqhc", q_nope, up_key, out_sharding=spec(*HEADS))
+    up_key, up_value = jnp.split(self.kv_b.weight(x.dtype), [self.config.qk_nope_head_dim], -1)
+    q_latent = jnp.einsum("bqhk,chk->bqhc", q_nope, up_key)
     q, k = jnp.concatenate([q_latent, q_rope], -1), jnp.concatenate([latent, k_rope], -1)
     y = attend_cached(q, k[:, :, None], latent[:, :, None], position, scale=self.scale)  # [batch, 1, heads, kv_lora]
-    y = jnp.einsum("bqhc,chv->bqhv", y, up_value, out_sharding=spec(*HEADS))
-    return self.o("bshv,hvd->bsd", y, ("batch", "seq", None)), (latent, k_rope)
+    y = jnp.einsum("bqhc,chv->bqhv", y, up_value)
+    return self.o("bshv,hvd->bsd", y), (latent, k_rope)

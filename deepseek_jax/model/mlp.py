@@ -8,7 +8,7 @@ from deepseek_jax.model_config import ModelConfig
 
 
 class SwiGLU(nnx.Module):
-  """down(silu(gate(x)) * up(x)), of inner width `mlp`."""
+  """down(silu(gate(x)) * up(x)), of inner width `mlp`: a sum of which each device that shares `mlp` has its terms."""
 
   def __init__(self, mlp, config: ModelConfig, rngs):
     shape = (config.embed, mlp)
@@ -17,6 +17,5 @@ class SwiGLU(nnx.Module):
     self.down = Linear(shape[::-1], ("mlp", "embed"), config, rngs)
 
   def __call__(self, x):
-    inner = ("batch", "seq", "mlp")
-    h = jax.nn.silu(self.gate("bsd,df->bsf", x, inner)) * self.up("bsd,df->bsf", x, inner)  # [batch, seq, mlp]
-    return self.down("bsf,fd->bsd", h, ("batch", "seq", None))  # [batch, seq, embed]
+    h = jax.nn.silu(self.gate("bsd,df->bsf", x)) * self.up("bsd,df->bsf", x)  # [batch, seq, mlp]
+    return self.down("bsf,fd->bsd", h)  # [batch, seq, embed]

@@ -1,17 +1,16 @@
 """The mixture-of-experts feed-forward: shared experts for every token, routed experts for those that chose them."""
 
-import functools
+import dataclasses
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.model.dispatch import DISPATCH
+from deepseek_jax.model.dispatch import DISPATCH, kept
+from deepseek_jax.model.exchange import exchanged
 from deepseek_jax.model.linear import Linear
 from deepseek_jax.model.mlp import SwiGLU
 from deepseek_jax.model.router import Router
 from deepseek_jax.model_config import ModelConfig
-from deepseek_jax.sharding import on_each_device, spec, summed
 
 
 class Experts(nnx.Module):
@@ -19,14 +18,13 @@ class Experts(nnx.Module):
 
   def __init__(self, config: ModelConfig, rngs):
     shape = (config.moe.num_routed_experts, config.embed, config.moe.mlp)
-    self.gate = Linear(shape, ("experts", "embed", "mlp"), config, rngs)
-    self.up = Linear(shape, ("experts", "embed", "mlp"), config, rngs)
-    self.down = Linear((shape[0], shape[2], shape[1]), ("experts", "mlp", "embed"), config, rngs)
+    self.gate = Linear(shape, ("experts", "expert_embed", "mlp"), config, rngs)
+    self.up = Linear(shape, ("experts", "expert_embed", "mlp"), config, rngs)
+    self.down = Linear((shape[0], shape[2], shape[1]), ("experts", "mlp", "expert_embed"), config, rngs)
 
-  def gathered(self, dtype):
-    """(gate, up, down) with all experts on every device, of which `mlp` stays sharded."""
-    layouts = ((self.gate, (None, None, "mlp")), (self.up, (None, None, "mlp")), (self.down, (None, "mlp", None)))
-    return [jax.reshard(linear.kernel[...].astype(dtype), spec(*axes)) for linear, axes in layouts]
+  def weights(self, dtype):
+    """(gate, up, down) of the experts that this device holds."""
+    return [linear.weight(dtype) for linear in (self.gate, self.up, self.down)]
 
 
 class MoE(nnx.Module):
@@ -39,26 +37,31 @@ class MoE(nnx.Module):
       self.shared = SwiGLU(config.moe.num_shared_experts * config.moe.mlp, config, rngs)
     self.config = config.moe
 
-  def __call__(self, x, exempt=None):
-    """([batch, seq, embed], Routing). `exempt` [batch] bool: where dispatch=capacity drops nothing; default everywhere."""
-    routing, config = self.router(x), self.config
-    exempt = jnp.ones(x.shape[:1], bool, out_sharding=spec("batch")) if exempt is None else exempt
-    tokens = ("batch", "seq", None)
-    dispatch = on_each_device(
-      functools.partial(self.dispatched, config),
-      (tokens, tokens, tokens, ("batch",), (None, None, "mlp"), (None, None, "mlp"), (None, "mlp", None)),
-      tokens,
-    )
-    y = dispatch(x, routing.indices, routing.weights, exempt, *self.experts.gathered(x.dtype))
+  def __call__(self, x, tokens=None):
+    """(terms of the sum [batch, seq, embed], Routing); `tokens` a Tokens, of which dispatch=capacity needs `exempt`."""
+    config, (batch, seq, _) = self.config, x.shape
+    routing = self.router(x)
+    indices = routing.indices
+    if tokens is not None and tokens.counted is not None:  # the others choose no expert
+      indices = jnp.where(tokens.counted[..., None], indices, config.num_routed_experts)
+    flat = (a.reshape(batch * seq, -1) for a in (x, indices, routing.weights))
+    y, overflow = self.routed(*flat, None if tokens is None else tokens.exempt)
+    y = y.reshape(x.shape)
     if config.num_shared_experts:
+      # Needs nothing of what travels: a scheduler computes it meanwhile.
       y = y + self.shared(x)
-    return y, routing
+    counted = None if tokens is None else tokens.counted
+    return y, dataclasses.replace(routing, indices=indices, counted=counted, overflow=overflow)
 
-  @staticmethod
-  def dispatched(config, x, indices, weights, exempt, gate, up, down):
-    """Output of the routed experts for one device's sequences: all arrays are its own shards."""
-    batch, seq, embed = x.shape
-    exempt = jnp.repeat(exempt, seq)  # [tokens]
-    flat = (x.reshape(-1, embed), indices.reshape(batch * seq, -1), weights.reshape(batch * seq, -1))
-    y = DISPATCH[config.dispatch](config, *flat, exempt, gate, up, down)  # [tokens, embed]
-    return summed(y, "mlp").reshape(x.shape)
+  def routed(self, x, indices, weights, exempt):
+    """(y [tokens, embed], choices that found no room) of `x` [tokens, embed]."""
+    config, kernels = self.config, self.experts.weights(x.dtype)
+    travel = indices
+    if config.dispatch == "capacity" and exempt is not None:
+      exempt = jnp.repeat(exempt, x.shape[0] // exempt.size)  # [tokens]
+      travel = jnp.where(kept(config, indices, weights, exempt), indices, config.num_routed_experts)
+
+    def compute(x, indices, weights, load, most):
+      return DISPATCH[config.dispatch](x, indices, weights, *kernels, load, most)
+
+    return exchanged(x, travel, weights, config.num_routed_experts, compute, config.buffer_factor)

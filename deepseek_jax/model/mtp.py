@@ -23,9 +23,8 @@ class MTPLayer(nnx.Module):
     self.block = Block(config, rngs, experts=config.moe.num_routed_experts > 0)
     self.norm = RMSNorm(config.embed, config)
 
-  def __call__(self, hidden, embedded, rotation, segment_ids=None, key=None, exempt=None):
-    """(hidden, Routing, what a cache keeps): `hidden` of the depth before and `embedded` next tokens [batch, seq, embed]."""
-    x = jnp.concatenate([self.embed_norm(embedded), self.hidden_norm(hidden)], -1)  # [batch, seq, 2 embed]
-    x = self.proj("bsd,de->bse", x, ("batch", "seq", None))
-    x, routing, kept = self.block(x, rotation, segment_ids, key, exempt)
+  def __call__(self, hidden, embedded, tokens, key=None):
+    """(hidden, Routing, what a cache keeps): `hidden` of the depth before and `embedded` next tokens [batch, stream, embed]."""
+    x = jnp.concatenate([self.embed_norm(embedded), self.hidden_norm(hidden)], -1)  # [batch, stream, 2 embed]
+    x, routing, kept = self.block(self.proj("bsd,de->bse", x), tokens, key)
     return self.norm(x), routing, kept

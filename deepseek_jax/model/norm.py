@@ -12,7 +12,7 @@ class RMSNorm(nnx.Module):
   """x / rms(x) * scale over the last dimension; statistics in at least float32."""
 
   def __init__(self, width, config: ModelConfig, eps=None):
-    self.scale = nnx.Param(jnp.ones((width,), jnp.dtype(config.param_dtype)))
+    self.scale = nnx.Param(jnp.ones((width,), jnp.dtype(config.param_dtype)), logical=(None,))
     self.eps = config.norm_eps if eps is None else eps
 
   def __call__(self, x):

@@ -8,7 +8,7 @@ from flax import nnx
 
 from deepseek_jax.model.linear import at_least_float32, normal_param
 from deepseek_jax.model_config import ModelConfig, MoEConfig
-from deepseek_jax.sharding import gathered, spec
+from deepseek_jax.sharding import gathered
 
 
 class Buffer(nnx.Variable):
@@ -18,12 +18,18 @@ class Buffer(nnx.Variable):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
-  """`indices` int32 and `weights` [batch, seq, experts per token]; `logits` and `scores` [batch, seq, experts]."""
+  """`indices` int32 and `weights` [batch, seq, experts per token]; `logits` and `scores` [batch, seq, experts].
+
+  counted: as in Tokens; where False the indices are the number of experts. overflow: [] int32, choices that found no room
+  on the device that they were sent to.
+  """
 
   indices: jax.Array
   weights: jax.Array
   logits: jax.Array
   scores: jax.Array
+  counted: jax.Array | None = None
+  overflow: jax.Array | int = 0
 
 
 SCORES = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
@@ -59,9 +65,7 @@ class Router(nnx.Module):
     config, wide = self.config, at_least_float32(x.dtype)
     kernel = gathered(self.kernel[...].astype(wide), "embed", None)
     # Stated here: in a bfloat16 model, chips would multiply these float32 operands in fewer bits.
-    logits = jnp.einsum(
-      "bsd,de->bse", x.astype(wide), kernel, precision="highest", out_sharding=spec("batch", "seq", None)
-    )
+    logits = jnp.einsum("bsd,de->bse", x.astype(wide), kernel, precision="highest")
     scores = SCORES[config.score](logits)  # [batch, seq, experts]
     choice = jax.lax.stop_gradient(scores)
     if config.router_bias:

@@ -1,5 +1,7 @@
 """The decoder: embedding, scanned stacks of blocks, final norm, output head, and multi-token prediction on top."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,8 +11,9 @@ from deepseek_jax.model.linear import Linear, at_least_float32, matmul_precision
 from deepseek_jax.model.mtp import MTPLayer
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.model.rope import rotation
+from deepseek_jax.model.tokens import Tokens
 from deepseek_jax.model_config import ModelConfig
-from deepseek_jax.sharding import gathered, spec
+from deepseek_jax.sharding import gathered, own_positions, part, parts, scattered, whole
 
 STACKS = ("dense_layers", "moe_layers")  # in the order that the stream passes them
 
@@ -18,6 +21,11 @@ STACKS = ("dense_layers", "moe_layers")  # in the order that the stream passes t
 def stacked(make, layers, key):
   """`layers` modules made from as many keys, each parameter with a leading `layers` dimension."""
   return jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(key, layers))
+
+
+def layer_keys(key, start, count):
+  """[count] keys of the layers from `start` on; None for no key."""
+  return None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(start + jnp.arange(count))
 
 
 def rematerialised(layer, policy):
@@ -50,97 +58,118 @@ class Transformer(nnx.Module):
       self.mtp_layers = stacked(lambda rngs: MTPLayer(config, rngs), config.num_mtp_layers, keys[4])
     self.config = config
 
-  def __call__(self, tokens, positions=None, segment_ids=None, dropout_key=None, observe=nothing):
-    """Final hidden states [batch, seq, embed], normed, in the compute dtype, and what was observed.
+  def __call__(self, ids, tokens=None, dropout_key=None, observe=nothing):
+    """Final hidden states [batch, stream, embed], normed, in the compute dtype, and what was observed.
 
     Args:
-      tokens: [batch, seq] int. positions: [batch, seq] int, default 0 .. seq - 1.
-      segment_ids: [batch, seq] int; attention stays within a segment. Default: one segment.
-      dropout_key: randomness of dropout and of the capacity dispatch; None is neither.
+      ids: [batch, seq] int. tokens: a Tokens, by default `facts(ids)`.
+      dropout_key: randomness of dropout; None is none.
       observe: (Routing or None, what a cache keeps) of a layer -> a tree, or None.
 
     Returns:
       (hidden, {name of the stack: trees of `observe` with a leading layers dimension}).
     """
-    config, angles, observed = self.config, self.angles(tokens, positions), {}
-    exempt = self.exempt(tokens, dropout_key)
-    keys = None if dropout_key is None else jax.random.split(dropout_key, config.layers)
-
-    def layer(x, scanned):
-      block, key = scanned
-      x, routing, kept = block(x, angles, segment_ids, key, exempt)
-      return x, observe(routing, kept)
-
-    with matmul_precision(config):
-      x, start = self.embedded(tokens), 0
-      for name, layers in ((s, getattr(self, s)) for s in STACKS if hasattr(self, s)):
-        count = getattr(config, f"num_{name}")
-        scanned = (layers, None if keys is None else keys[start : start + count])
-        x, observed[name] = jax.lax.scan(rematerialised(layer, config.remat), x, scanned)
+    tokens, observed = self.facts(ids) if tokens is None else tokens, {}
+    with matmul_precision(self.config):
+      x, start = self.embedded(ids), 0
+      for name, layers in self.stacks():
+        count = getattr(self.config, f"num_{name}")
+        keys = layer_keys(dropout_key, start, count)
+        x, observed[name] = self.passed(layers, x, tokens, keys, observe)
         start += count
       return self.final_norm(x), observed
 
-  def mtp(self, hidden, tokens, positions=None, segment_ids=None, dropout_key=None, observe=nothing):
+  def stacks(self):
+    """(name, blocks stacked along their first dimension) of each stack, in the order that the stream passes them."""
+    return [(name, getattr(self, name)) for name in STACKS if hasattr(self, name)]
+
+  def passed(self, layers, x, tokens, keys, observe):
+    """(x, trees of `observe`, stacked) after the stacked blocks `layers`; `keys` [layers] or None."""
+
+    def layer(x, scanned):
+      block, key = scanned
+      x, routing, kept = block(x, tokens, key)
+      return x, observe(routing, kept)
+
+    return jax.lax.scan(rematerialised(layer, self.config.remat), x, (layers, keys))
+
+  def mtp(self, hidden, ahead, tokens, dropout_key=None, observe=nothing):
     """Hidden states and observations of each depth of multi-token prediction, a list of pairs.
 
-    `hidden` [batch, seq, embed] is what `tokens` [batch, seq] gave; the other arguments are those of that call. Depth k
-    has seq - k positions: its position i has seen tokens 0 .. i + k, and predicts token i + k + 1 (V3 eq. 24).
+    `hidden` [batch, stream, embed] and `tokens` are those of the main model. `ahead` [depth, batch, seq] int: the ids k + 1
+    positions on, for k = 0, 1, ...; -1 where the sequence has ended, and what comes out there means nothing. Position i of
+    depth k + 1 has seen ids 0 .. i + k + 1, and predicts id i + k + 2 (V3 eq. 24).
     """
-    config, depths = self.config, []
-    embedded, angles = self.embedded(tokens), self.angles(tokens, positions)
-    exempt = self.exempt(tokens, dropout_key)
-    for depth in range(config.num_mtp_layers):
+    depths = []
+    for depth, ids in enumerate(ahead):
       layer = jax.tree.map(lambda p, depth=depth: p[depth], self.mtp_layers)
+      key = None if dropout_key is None else jax.random.fold_in(dropout_key, self.config.layers + depth)
       # A position belongs to the document of its hidden state: a document's last one, which sees the next document's
       # first token, must not be seen by that document. Rotation is relative, so that it may start anywhere.
-      embedded, angles = embedded[:, 1:], jax.tree.map(lambda a: a[:, :-1], angles)
-      segment_ids = None if segment_ids is None else segment_ids[:, :-1]
-      key = None if dropout_key is None else jax.random.fold_in(dropout_key, config.layers + depth)
+      tokens = dataclasses.replace(tokens, counted=ids >= 0)
 
-      def step(layer, *arguments):
-        hidden, routing, kept = layer(*arguments)
+      def step(layer, hidden, embedded, tokens, key):
+        hidden, routing, kept = layer(hidden, embedded, tokens, key)
         return hidden, observe(routing, kept)
 
-      with matmul_precision(config):
-        step = rematerialised(step, config.remat)
-        hidden, seen = step(layer, hidden[:, :-1], embedded, angles, segment_ids, key, exempt)
+      with matmul_precision(self.config):
+        step = rematerialised(step, self.config.remat)
+        hidden, seen = step(layer, hidden, self.embedded(jnp.maximum(ids, 0)), tokens, key)
       depths.append((hidden, seen))
     return depths
 
-  def prefill(self, tokens):
-    """(hidden [batch, seq, embed], cache): a cache of seq positions for `decode`, of what attention keeps of `tokens`."""
-    return self(tokens, observe=lambda routing, kept: kept)
+  def prefill(self, ids):
+    """(hidden [batch, seq, embed], cache): a cache of seq positions for `decode`, of what attention keeps of `ids`."""
+    return self(ids, observe=lambda routing, kept: kept)
 
-  def decode(self, tokens, cache, position):
-    """(hidden [batch, 1, embed], cache) after `tokens` [batch, 1] at `position`; the cache holds what came before."""
-    config, new = self.config, {}
-    angles = self.angles(tokens, jnp.reshape(position, (1, 1)))
+  def decode(self, ids, cache, position):
+    """(hidden [batch, 1, embed], cache) after `ids` [batch, 1] at `position`; the cache holds what came before."""
+    new, rotation = {}, self.rotation(jnp.reshape(position, (1, 1)))
 
     def layer(x, scanned):
       block, cache = scanned
-      return block.decode(x, angles, cache, position)
+      return block.decode(x, rotation, cache, position)
 
-    with matmul_precision(config):
-      x = self.embedded(tokens)
+    with matmul_precision(self.config):
+      x = self.embedded(ids)
       for name in cache:
         x, new[name] = jax.lax.scan(layer, x, (getattr(self, name), cache[name]))
       return self.final_norm(x), new
 
-  def embedded(self, tokens):
-    """[batch, seq, embed] in the compute dtype."""
+  def embedded(self, ids):
+    """[batch, stream, embed] in the compute dtype, of `ids` [batch, seq]."""
     table = gathered(self.embed[...].astype(self.config.compute_dtype), "vocab", "embed")
-    return table.at[tokens].get(out_sharding=spec("batch", "seq", None))
+    if parts("vocab") == 1:
+      return table[ids]
+    row = ids - part("vocab") * table.shape[0]
+    inside = (row >= 0) & (row < table.shape[0])  # the other devices have the rest
+    return scattered(jnp.where(inside[..., None], table[jnp.where(inside, row, 0)], 0))
 
-  def exempt(self, tokens, key):
-    """[batch] bool: the sequences of which no layer drops a token in training (V2 section 2.2.4); None without a key."""
-    if key is None:
-      return None
-    key = jax.random.fold_in(key, self.config.layers + self.config.num_mtp_layers)
-    return jax.random.bernoulli(key, self.config.moe.capacity_exempt, tokens.shape[:1], out_sharding=spec("batch"))
+  def facts(self, ids, places=None, positions=None, segment_ids=None, key=None):
+    """The Tokens of `ids` [batch, seq], which are at `places` [seq] of their sequence: by default 0 .. seq - 1.
 
-  def angles(self, tokens, positions):
-    """cos and sin of the rotation at `positions`, or at 0 .. seq - 1."""
-    positions = jnp.arange(tokens.shape[1])[None] if positions is None else positions
+    positions: [batch, seq] int, default `places`, of the rotation. segment_ids: as in Tokens. key: of the draw that
+    exempts sequences from dispatch=capacity; None exempts all.
+    """
+    batch, seq = ids.shape
+    places = jnp.arange(seq) if places is None else places
+    rows = part("batch") * batch + jnp.arange(batch)
+    return Tokens(
+      rotation=self.rotation(places[None] if positions is None else positions),
+      segment_ids=segment_ids,
+      counted=None,
+      exempt=None if key is None else self.exempt(rows, key),
+      rows=rows,
+      places=own_positions(places, 0),
+    )
+
+  def exempt(self, rows, key):
+    """[batch] bool: the sequences `rows` of which no layer drops a token in training (V2 section 2.2.4)."""
+    share = self.config.moe.capacity_exempt
+    return jax.vmap(lambda row: jax.random.bernoulli(jax.random.fold_in(key, row), share))(rows)
+
+  def rotation(self, positions):
+    """cos and sin of the rotation at `positions` [batch or 1, seq]."""
     return rotation(positions, self.config.attention, at_least_float32(self.config.compute_dtype))
 
   def unembedding(self):
@@ -148,14 +177,11 @@ class Transformer(nnx.Module):
     return self.embed[...].T if self.config.tied_embeddings else self.head.kernel[...]
 
   def logits(self, hidden):
-    """Scores [batch, seq, vocab] of hidden states [batch, seq, embed], in at least float32."""
+    """Scores [batch, stream, vocab] of hidden states [batch, stream, embed], in at least float32."""
     head = gathered(self.unembedding().astype(hidden.dtype), "embed", "vocab")
     with matmul_precision(self.config):
-      return jnp.einsum(
-        "bsd,dv->bsv", hidden, head,
-        preferred_element_type=at_least_float32(hidden.dtype),
-        out_sharding=spec("batch", "seq", "vocab"),
-      )  # fmt: skip
+      logits = jnp.einsum("bsd,dv->bsv", hidden, head, preferred_element_type=at_least_float32(hidden.dtype))
+    return whole(logits, "vocab", 2)
 
 
 def graphdef(config: ModelConfig):
@@ -167,3 +193,14 @@ def new_params(config: ModelConfig, key):
   """(params, buffers): plain nested dicts of a freshly initialised model."""
   _, params, buffers = nnx.split(Transformer(config, key), nnx.Param, ...)
   return nnx.to_pure_dict(params), nnx.to_pure_dict(buffers)
+
+
+def param_axes(config: ModelConfig):
+  """The tree of params with the logical axes of each, a tuple of names: stacked layers are its first dimension, None."""
+  state = nnx.state(jax.eval_shape(lambda key: Transformer(config, key), jax.random.key(0)), nnx.Param)
+  return nnx.to_pure_dict(jax.tree.map(_axes, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
+
+
+def _axes(param):
+  logical = param.get_metadata()["logical"]
+  return (None,) * (len(param.shape) - len(logical)) + logical

@@ -48,8 +48,8 @@ class TrainingFlops:
 
   `matmul` is 6 per parameter that multiplies, of routed experts those that a token chose. Attention scores and values come
   on top: `attention_full` counts every pair of positions, as XLA does; `attention_causal` the pairs that a causal model
-  needs, on average (seq + 1) / 2. Latent attention counts in its expanded form, multi-token prediction with its own pass
-  through the head.
+  needs, on average (seq + 1) / 2. Latent attention counts in its expanded form, each depth of multi-token prediction
+  as a layer of all positions (as it runs: the last ones mean nothing) with its own pass through the head.
   """
 
   matmul: float
@@ -68,23 +68,17 @@ class TrainingFlops:
 def training_flops(config: ModelConfig, seq: int) -> TrainingFlops:
   """FLOPs per token at sequence length `seq`: a product of [m, k] and [k, n] is 2mkn, its backward twice that."""
   head, moe = config.vocab * config.embed, config.moe
-  depths = [seq - depth for depth in range(1, config.num_mtp_layers + 1)]  # positions of multi-token prediction
-  ahead = sum(depths) / seq / max(len(depths), 1)
-  matrices = head * (1 + len(depths) * ahead)
+  matrices = head * (1 + config.num_mtp_layers)
   for path, leaf in jax.tree.leaves_with_path(abstract_params(config, MeshConfig(data=1))[0]):
     names = [part.key for part in path]
     if names[-1] == "kernel" and names[0] != "head":
       share = moe.num_experts_per_token / moe.num_routed_experts if "experts" in names else 1
-      matrices += math.prod(leaf.shape) * share * (ahead if names[0] == "mtp_layers" else 1)
+      matrices += math.prod(leaf.shape) * share
   a = config.attention
   key, value = (a.qk_nope_head_dim + a.qk_rope_head_dim, a.v_head_dim) if a.kind == "mla" else (a.head_dim,) * 2
   pairs = a.heads * (key + value)  # multiply-adds per pair of positions
-  lengths = [seq] * config.layers + depths
-  return TrainingFlops(
-    matmul=6 * matrices,
-    attention_causal=6 * pairs * sum(n * (n + 1) / 2 for n in lengths) / seq,
-    attention_full=6 * pairs * sum(n * n for n in lengths) / seq,
-  )
+  pairs *= config.layers + config.num_mtp_layers
+  return TrainingFlops(6 * matrices, attention_causal=6 * pairs * (seq + 1) / 2, attention_full=6 * pairs * seq)
 
 
 # Dense bfloat16 peak of a chip in FLOP/s, from the vendors' data sheets, by a part of `device_kind`.

@@ -10,34 +10,48 @@ import numpy as np
 
 from deepseek_jax.config import BalanceConfig
 from deepseek_jax.model_config import ModelConfig, MoEConfig
+from deepseek_jax.sharding import summed
 
 
 def observer(moe: MoEConfig, balance: BalanceConfig):
-  """For the model's `observe`: a layer's {load: [experts] int32 choices, loss: [batch], the weighted balance losses}."""
+  """For the model's `observe`, of what a device has of the batch: a layer's {load: [experts] int32 choices; loss: [batch], the
+  weighted balance losses; overflow: [] int32, choices that found no room}."""
 
   def observe(routing, kept):
     if routing is None:
       return None
     counts = choices(routing.indices, moe.num_routed_experts)  # [batch, experts]
-    return {"load": counts.sum(0, dtype=jnp.int32), "loss": balance_loss(routing, counts, moe, balance)}
+    loss = balance_loss(routing, counts, moe, balance)
+    return {"load": counts.sum(0, dtype=jnp.int32), "loss": loss, "overflow": routing.overflow}
 
   return observe
 
 
 def choices(indices, experts):
-  """[batch, experts] int32: how many choices of `indices` [batch, seq, experts per token] each expert has."""
-  return (indices[..., None] == jnp.arange(experts)).sum((1, 2), dtype=jnp.int32)
+  """[batch, experts] int32: how many choices of `indices` [batch, seq, experts per token] each expert has.
+
+  Of the whole sequence, whatever part of it a device has.
+  """
+  return summed((indices[..., None] == jnp.arange(experts)).sum((1, 2), dtype=jnp.int32), "seq")
 
 
 def balance_loss(routing, counts, moe: MoEConfig, balance: BalanceConfig):
-  """[batch]: the weighted sum of the losses of `balance`, each per sequence.
+  """[batch]: the weighted sum of the losses of `balance`, each of a whole sequence.
 
   f counts the choices as they were made. V3 eq. 18 counts the best raw scores instead; implementations count as here.
   """
-  seq = routing.indices.shape[1]
+  here = jnp.ones((1, routing.indices.shape[1]), bool) if routing.counted is None else routing.counted
+  here = here.astype(routing.scores.dtype)  # [batch or 1, seq]
+  tokens = summed(here.sum(1, keepdims=True), "seq")  # [batch or 1, 1]
+
+  def mean(x):
+    """Of `x` [batch, seq, ...] over the tokens of each sequence."""
+    weight = here.reshape(*here.shape, *(1,) * (x.ndim - 2))
+    return summed((x * weight).sum(1), "seq") / tokens.reshape(-1, *(1,) * (x.ndim - 2))
+
   scores = routing.scores / routing.scores.sum(-1, keepdims=True)  # V3 eq. 19; a softmax has this sum already
-  p = scores.mean(1)  # [batch, experts]
-  f = counts * (moe.num_routed_experts / (moe.num_experts_per_token * seq))
+  p = mean(scores)  # [batch, experts]
+  f = counts * (moe.num_routed_experts / (moe.num_experts_per_token * tokens))
   loss = balance.expert_loss * (f * p).sum(-1)
   if balance.device_loss or balance.communication_loss:
     groups = balance.device_groups or moe.num_expert_groups
@@ -46,10 +60,10 @@ def balance_loss(routing, counts, moe: MoEConfig, balance: BalanceConfig):
     loss += balance.device_loss * (f.reshape(device_p.shape + (-1,)).mean(-1) * device_p).sum(-1)
   if balance.communication_loss:
     device = routing.indices // (moe.num_routed_experts // groups)
-    sent = (device[..., None] == jnp.arange(groups)).any(2).sum(1)  # [batch, groups]: tokens, however many experts
-    loss += balance.communication_loss * (sent * (groups / (moe.topk_groups * seq)) * device_p).sum(-1)
+    sent = (device[..., None] == jnp.arange(groups)).any(2)  # [batch, seq, groups]: tokens, however many experts
+    loss += balance.communication_loss * (groups / moe.topk_groups * mean(sent) * device_p).sum(-1)
   if balance.router_z_loss:
-    loss += balance.router_z_loss * jnp.square(jax.nn.logsumexp(routing.logits, -1)).mean(-1)
+    loss += balance.router_z_loss * mean(jnp.square(jax.nn.logsumexp(routing.logits, -1)))
   return loss
 
 

@@ -31,7 +31,7 @@ from deepseek_jax.training.progress import StepProgress
 from deepseek_jax.training.schedule import rates
 from deepseek_jax.training.signals import stop_requests
 from deepseek_jax.training.state import abstract_state, first_state, new_state, state_sha256
-from deepseek_jax.training.step import make_row_losses, make_train_step
+from deepseek_jax.training.step import make_row_nats, make_train_step
 
 
 class Diverged(RuntimeError):
@@ -98,13 +98,12 @@ class Run:
     train = config.train
     self.microbatch = train.microbatch or train.global_batch
     # Made here, because the thread that reads ahead has no mesh set.
-    self.batch_sharding = NamedSharding(mesh, spec(None, "batch", "seq"))
+    self.batch_sharding = NamedSharding(mesh, spec(None, "batch", None))
     # Without a ramp the number of microbatches is a constant of the program; with one it is an argument of it.
     static = () if train.batch_ramp_from else ("microbatches",)
     step = make_train_step(config, self.graphdef, data.tokenizer.bos)
     self.train_step = jax.jit(step, donate_argnames="state", static_argnames=static)
-    row_losses = make_row_losses(config, self.graphdef, data.tokenizer.bos)
-    self.row_nats = jax.jit(lambda params, buffers, tokens: row_losses(params, buffers, tokens)[0])
+    self.row_nats = jax.jit(make_row_nats(config, self.graphdef, data.tokenizer.bos))
     shown = {
       "learning_rate": True,
       "mtp_weight": config.model.num_mtp_layers,
@@ -281,7 +280,7 @@ class Run:
 
   def evaluate(self, sequences):
     """Loss and bits per byte on the held-out split, shown and logged."""
-    heldout = NamedSharding(self.mesh, spec("batch", "seq"))
+    heldout = NamedSharding(self.mesh, spec("batch", None))
     with self.clock("eval"):
       result = self.evaluate_rows(
         lambda tokens: self.row_nats(self.state.params, self.state.buffers, tokens),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.model.linear import at_least_float32
-from deepseek_jax.sharding import gathered, partial_sums, spec
+from deepseek_jax.sharding import gathered, greatest, part, parts, summed, varying
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -17,10 +17,10 @@ def cross_entropy(head, hidden, targets, chunk, label_smoothing=0.0, z_loss=0.0)
   """(nats [batch], objective []): the cross entropy summed over the sequence; and what is optimised, summed over all.
 
   objective = (1 - label_smoothing) * nats + label_smoothing * mean over vocab of -log p + z_loss * log(Z)^2. It alone
-  has a gradient.
+  has a gradient. Both are of the sequences and positions that this device has, and the same on all that share `vocab`.
 
   Args:
-    head: [embed, vocab] in its parameter's layout. hidden: [batch, seq, embed], whose dtype the products are in.
+    head: [embed, vocab] as parameters are kept. hidden: [batch, seq, embed], whose dtype the products are in.
     targets: [batch, seq] int; a negative one does not count.
     chunk: positions whose logits exist at once.
   """
@@ -30,23 +30,20 @@ def cross_entropy(head, hidden, targets, chunk, label_smoothing=0.0, z_loss=0.0)
 def _in_chunks(head, hidden, targets, chunk, label_smoothing, z_loss, differentiate):
   """((nats, objective), (gradient of objective by head, by hidden) or None)."""
   batch, seq, embed = hidden.shape
+  kernel = gathered(head.astype(hidden.dtype), "embed", "vocab")  # once, for all chunks
   wide, chunk = at_least_float32(hidden.dtype), min(chunk, seq)
   product = functools.partial(jnp.einsum, precision=None if hidden.dtype == jnp.bfloat16 else "highest")
-  kernel = gathered(head.astype(hidden.dtype), "embed", "vocab")  # once, for all chunks
-  parts = partial_sums("embed", "vocab")
 
-  def body(dhead, piece):
+  def body(dkernel, piece):
     hidden, targets = piece  # [batch, chunk, embed], [batch, chunk]
-    logits = product(
-      "bsd,dv->bsv", hidden, kernel, preferred_element_type=wide, out_sharding=spec("batch", "seq", "vocab")
-    )
+    logits = product("bsd,dv->bsv", hidden, kernel, preferred_element_type=wide)
     nats, objective, dlogits = token_losses(logits, targets, label_smoothing, z_loss)
     sums = nats.sum(-1), objective.sum(-1)  # [batch]
     if not differentiate:
       return None, (sums, None)
     dlogits = dlogits.astype(hidden.dtype)
-    dhead += product("bsd,bsv->dv", hidden, dlogits, preferred_element_type=wide, out_sharding=parts)
-    return dhead, (sums, product("bsv,dv->bsd", dlogits, kernel, out_sharding=spec("batch", "seq", None)))
+    dkernel += product("bsd,bsv->dv", hidden, dlogits, preferred_element_type=wide)
+    return dkernel, (sums, product("bsv,dv->bsd", dlogits, kernel))
 
   short = -seq % chunk
   hidden = jnp.pad(hidden, ((0, 0), (0, short), (0, 0)))
@@ -55,28 +52,32 @@ def _in_chunks(head, hidden, targets, chunk, label_smoothing, z_loss, differenti
     hidden.reshape(batch, -1, chunk, embed).swapaxes(0, 1),  # [chunks, batch, chunk, embed]
     targets.reshape(batch, -1, chunk).swapaxes(0, 1),
   )
-  zero = jnp.zeros(head.shape, wide, out_sharding=parts) if differentiate else None
-  dhead, ((nats, objective), dhidden) = jax.lax.scan(body, zero, pieces)
+  # The sum over sequences varies over the devices as hidden does.
+  zero = jnp.zeros_like(kernel, wide) + 0 * hidden[0, 0, :, None].astype(wide) if differentiate else None
+  dkernel, ((nats, objective), dhidden) = jax.lax.scan(body, zero, pieces)
   sums = nats.sum(0), objective.sum()
   if not differentiate:
     return sums, None
-  dhead = jax.reshard(dhead, jax.typeof(head).sharding.spec).astype(head.dtype)
-  return sums, (dhead, dhidden.swapaxes(0, 1).reshape(batch, -1, embed)[:, :seq])
+  # Reduced over the devices in `wide`, in which it was summed.
+  (dhead,) = jax.vjp(lambda head: gathered(head, "embed", "vocab"), varying(jnp.zeros(head.shape, wide)))[1](dkernel)
+  return sums, (dhead.astype(head.dtype), dhidden.swapaxes(0, 1).reshape(batch, -1, embed)[:, :seq])
 
 
 def token_losses(logits, targets, label_smoothing, z_loss):
-  """(nats, objective, gradient of objective by logits) of `logits` [batch, positions, vocab], which may be sharded over vocab.
+  """(nats, objective, gradient of objective by logits) of `logits` [batch, positions, vocab], of which devices may share vocab.
 
-  The target is picked by comparison: a gather from a sharded dimension would have to collect it.
+  The target is picked by comparison: it may be another device's.
   """
-  counts = targets >= 0
-  log_z = jax.nn.logsumexp(logits, -1)
-  hit = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
-  nats = log_z - jnp.where(hit, logits, 0).sum(-1)
+  counts, here = targets >= 0, logits.shape[-1]
+  vocab = here * parts("vocab")
+  top = greatest(logits.max(-1), "vocab")
+  log_z = top + jnp.log(summed(jnp.exp(logits - top[..., None]).sum(-1), "vocab"))
+  hit = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) == (targets - part("vocab") * here)[..., None]
+  nats = log_z - summed(jnp.where(hit, logits, 0).sum(-1), "vocab")
   objective, dlog_z, wanted = nats, 1.0, hit.astype(logits.dtype)
   if label_smoothing:
-    objective = (1 - label_smoothing) * nats + label_smoothing * (log_z - logits.mean(-1))
-    wanted = (1 - label_smoothing) * wanted + label_smoothing / logits.shape[-1]
+    objective = (1 - label_smoothing) * nats + label_smoothing * (log_z - summed(logits.sum(-1), "vocab") / vocab)
+    wanted = (1 - label_smoothing) * wanted + label_smoothing / vocab
   if z_loss:
     objective = objective + z_loss * jnp.square(log_z)
     dlog_z = (1 + 2 * z_loss * log_z)[..., None]
@@ -90,7 +91,8 @@ def _forward(head, hidden, targets, chunk, label_smoothing, z_loss):
 
 def _backward(chunk, label_smoothing, z_loss, gradients, cotangents):
   dhead, dhidden = gradients
-  scale = cotangents[1]
+  # Each device that shares `vocab` has the same objective, and its logits count in all of them.
+  scale = summed(cotangents[1], "vocab")
   return dhead * scale.astype(dhead.dtype), dhidden * scale.astype(dhidden.dtype), None
 
 

@@ -105,7 +105,8 @@ def test_work_follows_the_rows_and_not_the_groups(monkeypatch, experts):
   )
   indices, weights = rng.integers(0, experts, (tokens, k)), jnp.ones((tokens, k))
   gradients = jax.grad(
-    lambda *arrays: ragged(None, arrays[0], jnp.asarray(indices), weights, None, *arrays[1:]).sum(), argnums=range(4)
+    lambda *arrays: ragged(arrays[0], jnp.asarray(indices), weights, *arrays[1:], indices.size, indices.size)[0].sum(),
+    argnums=range(4),
   )
   jax.block_until_ready(gradients(x, *matrices))
   jax.effects_barrier()

@@ -23,22 +23,34 @@ def problem(tokens=17, skewed=False, seed=0):
   return x, jnp.asarray(indices, jnp.int32), jnp.asarray(weights, jnp.float32), gate, up, down
 
 
-def value_and_gradients(form, moe, arrays, exempt):
+def value_and_gradients(form, arrays, most=34):
   x, indices, *trained = arrays
 
   def loss(x, weights, gate, up, down):
-    return jnp.sin(DISPATCH[form](moe, x, indices, weights, exempt, gate, up, down)).sum()
+    y, lost = DISPATCH[form](x, indices, weights, gate, up, down, 34, most)
+    return jnp.sin(y).sum(), lost
 
-  return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4)))(x, *trained)
+  return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True))(x, *trained)
 
 
 @pytest.mark.parametrize("skewed", [False, True])
-@pytest.mark.parametrize("form", ["ragged", "capacity"])
-def test_equal_to_dense(form, skewed):
+def test_equal_to_dense(skewed):
   arrays = problem(skewed=skewed)
-  exempt = jnp.ones(17, bool)
-  ours, reference = (value_and_gradients(f, MOE, arrays, exempt) for f in (form, "dense"))
+  ours, reference = (value_and_gradients(form, arrays) for form in ("ragged", "dense"))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), ours, reference)
+
+
+def test_choices_that_do_not_count_cost_no_room():
+  x, indices, weights, *kernels = problem()
+  half = jnp.where(jnp.arange(17)[:, None] % 2 == 0, indices, 6)  # 18 of 34
+  ours, reference = (value_and_gradients(f, (x, half, weights, *kernels), 18) for f in ("ragged", "dense"))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), ours, reference)
+
+
+def test_choices_over_the_room_are_counted():
+  for most, lost in ((33, 1), (20, 14)):
+    (_, ours), _ = value_and_gradients("ragged", problem(), most)
+    assert int(ours) == lost
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.5])
@@ -58,19 +70,8 @@ def test_capacity_drops_the_lowest_affinities_of_overfull_groups(factor):
   assert factor > 1 or not ours.all()
 
 
-def test_a_dropped_choice_adds_nothing():
-  arrays = problem(tokens=30)
-  moe, exempt = dataclasses.replace(MOE, capacity_factor=0.5), jnp.zeros(30, bool)
-  stays = kept(moe, arrays[1], arrays[2], exempt)
-  ours = DISPATCH["capacity"](moe, *arrays[:3], exempt, *arrays[3:])
-  weights = jnp.where(stays, arrays[2], 0)
-  expected = DISPATCH["dense"](moe, arrays[0], arrays[1], weights, exempt, *arrays[3:])
-  np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=2e-5)
-  assert not stays.all()
-
-
 def test_slots_are_sorted_by_expert_and_padded_to_blocks():
   choices = jnp.array([3, 0, 3, 2, 4, 0, 3], jnp.int32)  # 4 is no expert
-  slots, sizes = expert_slots(choices, 4, 2)
-  assert sizes.tolist() == [2, 0, 2, 4]
+  slots, sizes, counted = expert_slots(choices, 4, 2)
+  assert sizes.tolist() == [2, 0, 2, 4] and int(counted) == 6
   assert slots.tolist()[:4] == [4, 0, 5, 2] and slots.tolist()[5:] == [1, 6] and int(slots[4]) > 100

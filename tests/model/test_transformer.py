@@ -41,10 +41,15 @@ def random_params(config, seed=0):
   )
 
 
-def logits_of(config, params, ids, **kwargs):
+def ahead(ids, depths):
+  """[depth, batch, seq]: `ids` one, two, ... positions on; -1 past the end."""
+  return jnp.stack([jnp.pad(ids[:, k:], ((0, 0), (0, k)), constant_values=-1) for k in range(1, depths + 1)])
+
+
+def logits_of(config, params, ids, facts=None, **kwargs):
   def forward(params, ids):
     model = nnx.merge(graphdef(config), params, {})
-    return model.logits(model(ids, **kwargs)[0])
+    return model.logits(model(ids, model.facts(ids, **(facts or {})), **kwargs)[0])
 
   return np.asarray(jax.jit(forward)(params, jnp.asarray(ids)))
 
@@ -108,7 +113,7 @@ def test_documents_do_not_see_each_other():
   segments = np.cumsum(starts, 1)
   positions = np.stack([[j - max([0, *np.flatnonzero(row[: j + 1])]) for j in range(len(row))] for row in starts])
   same = segments[:, :, None] == segments[:, None, :]
-  ours = logits_of(TINY, params, ids, positions=jnp.asarray(positions), segment_ids=jnp.asarray(segments))
+  ours = logits_of(TINY, params, ids, {"positions": jnp.asarray(positions), "segment_ids": jnp.asarray(segments)})
   np.testing.assert_allclose(ours, reference(TINY, params, ids, positions, same), rtol=1e-4, atol=1e-4)
   assert np.abs(ours - logits_of(TINY, params, ids)).max() > 1e-2
 
@@ -121,13 +126,14 @@ def test_multi_token_prediction_stays_within_documents():
 
   def depths(ids):
     model = nnx.merge(graphdef(MTP), params, {})
-    hidden, _ = model(ids, segment_ids=segments)
-    return [h for h, _ in model.mtp(hidden, ids, segment_ids=segments)]
+    facts = model.facts(ids, segment_ids=segments)
+    hidden, _ = model(ids, facts)
+    return [h for h, _ in model.mtp(hidden, ahead(ids, 2), facts)]
 
   other = ids.copy()
   other[0, 3] += 1  # the last token of the first document
   for depth, (ours, moved) in enumerate(zip(depths(jnp.asarray(ids)), depths(jnp.asarray(other)), strict=True), 1):
-    differs = np.abs(np.asarray(ours - moved)).max(-1)[0] > 0
+    differs = np.abs(np.asarray(ours - moved)).max(-1)[0, : 8 - depth] > 0
     # Position i has seen tokens 0 .. i + depth of its document, and later ones of the next.
     assert differs.tolist() == [3 - depth <= i <= 3 for i in range(8 - depth)]
 
@@ -148,8 +154,9 @@ def test_capacity_drops_in_training_only_and_exempts_the_same_sequences_in_every
   def outputs(key, dispatch):
     moe = dataclasses.replace(CAPACITY.moe, dispatch=dispatch)
     model = nnx.merge(graphdef(dataclasses.replace(CAPACITY, moe=moe)), params, {})
-    hidden, _ = model(ids, dropout_key=key)
-    return hidden, model.mtp(hidden, ids, dropout_key=key)[0][0]
+    facts = model.facts(ids, key=key)
+    hidden, _ = model(ids, facts, dropout_key=key)
+    return hidden, model.mtp(hidden, ahead(ids, 1), facts, dropout_key=key)[0][0][:, :-1]
 
   dropless, evaluated = outputs(None, "ragged"), outputs(None, "capacity")
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), dropless, evaluated)
@@ -237,7 +244,7 @@ class TestAttend:
     q, k, v = self.qkv()
     segments = jnp.cumsum(jnp.asarray(np.random.default_rng(2).integers(0, 2, (2, 9))), 1) if segmented else None
     library = attend(q, k, v, scale=0.3, segment_ids=segments)
-    ours = attend(q, k, v, scale=0.3, segment_ids=segments, dropout_rate=0.0, dropout_key=jax.random.key(0))
+    ours = attend(q, k, v, scale=0.3, segment_ids=segments, dropout_rate=0.0, dropout_keys=jax.random.split(jax.random.key(0), (2, 6)))
     np.testing.assert_allclose(library, ours, rtol=2e-5, atol=2e-6)
 
   def test_value_width_may_differ(self):
@@ -248,8 +255,8 @@ class TestAttend:
   def test_dropout_drops_and_keeps_the_mean(self):
     q, k, v = self.qkv()
     ones = jnp.ones_like(v)
-    y = jax.vmap(lambda key: attend(q, k, ones, scale=0.3, dropout_rate=0.25, dropout_key=key))(
-      jax.random.split(jax.random.key(0), 400)
+    y = jax.vmap(lambda key: attend(q, k, ones, scale=0.3, dropout_rate=0.25, dropout_keys=key))(
+      jax.random.split(jax.random.key(0), (400, 2, 6))
     )
     assert float(y.std()) > 0.05
     np.testing.assert_allclose(y.mean(), 1, atol=0.01)

@@ -88,8 +88,9 @@ def loss_and_gradient(config):
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     hidden = model(inputs)[0]
     total = cross_entropy(model.unembedding(), hidden, targets, SEQ)[1]
-    for depth, (ahead, _) in enumerate(model.mtp(hidden, inputs), 1):
-      total += cross_entropy(model.unembedding(), ahead, targets[:, depth:], SEQ)[1]
+    ahead = jnp.stack([inputs] * config.num_mtp_layers) if config.num_mtp_layers else ()
+    for hidden, _ in model.mtp(hidden, ahead, model.facts(inputs)):
+      total += cross_entropy(model.unembedding(), hidden, targets, SEQ)[1]
     return total
 
   params, buffers = jax.eval_shape(lambda: new_params(config, jax.random.key(0)))
@@ -118,8 +119,7 @@ def test_equal_to_every_product_in_the_program(config):
     counted = product_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
   expected = BATCH * SEQ * training_flops(config, SEQ).full
   if config.attention.kind == "mla":  # its scores are made once more in the backward pass
-    lengths = [SEQ] * config.layers + [SEQ - depth for depth in range(1, config.num_mtp_layers + 1)]
-    expected += 2 * BATCH * config.attention.heads * (24 + 8) * sum(length**2 for length in lengths)
+    expected += 2 * BATCH * config.attention.heads * (24 + 8) * (config.layers + config.num_mtp_layers) * SEQ**2
   assert counted == pytest.approx(expected, rel=1e-12)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.mesh import make_mesh
-from deepseek_jax.sharding import spec
+from deepseek_jax.sharding import on_every_device, parts, reduced, spec, summed, varying
 from deepseek_jax.training.loss import cross_entropy
 
 BATCH, SEQ, EMBED, VOCAB = 4, 10, 8, 24
@@ -66,16 +66,25 @@ def test_value_and_gradients_are_the_definition_s_for_any_chunk(one_device, chun
     assert not ours[1][1][DOES_NOT_COUNT].any()
 
 
-@pytest.mark.parametrize("axes", [{"data": 4}, {"fsdp": 4}, {"tensor": 4}, {"fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("axes", [{"data": 4}, {"fsdp": 4}, {"tensor": 4}, {"fsdp": 2, "tensor": 2}, {"context": 2, "tensor": 2}], ids=str)
 def test_every_mesh_equals_one_device(axes):
   with jax.enable_x64(True):
     head, hidden, targets = inputs(jnp.float64)
     alone = derivative(reference, targets, 0.1, 0.01)(head, hidden)
     with jax.set_mesh(make_mesh(MeshConfig(**{"data": 1, **axes}))):
-      batch = spec("batch", None)
-      head, hidden, targets = jax.device_put((head, hidden, targets), (spec("embed", "vocab"), batch, batch))
-      step = jax.jit(lambda head, hidden, targets: derivative(cross_entropy, targets, 4, 0.1, 0.01)(head, hidden))
-      sharded = step(head, hidden, targets)
+      layout = spec("embed", "vocab"), spec("batch", "seq", None), spec("batch", "seq")
+      head, hidden, targets = jax.device_put((head, hidden, targets), layout)
+
+      def local(head, hidden, targets):
+        head, hidden, targets = varying((head, hidden, targets))
+        share = lambda *arrays: tuple(x / parts("vocab") for x in cross_entropy(*arrays, 4, 0.1, 0.01))  # noqa: E731
+        (nats, objective), (dhead, dhidden) = derivative(share, targets)(head, hidden)
+        objective = summed(objective, "batch", "seq", "vocab")
+        sums = summed(nats, "seq", "vocab"), objective
+        return sums, (reduced(dhead, "embed", "vocab", shards=False), summed(dhidden, "vocab"))
+
+      sums = spec("batch"), spec()
+      sharded = jax.jit(on_every_device(local, layout, (sums, layout[:2])))(head, hidden, targets)
     assert sharded[1][0].sharding == head.sharding  # the gradient lies as its parameter does
     for a, b in zip(jax.tree.leaves(sharded), jax.tree.leaves(alone), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13)

@@ -16,7 +16,8 @@ from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
 from deepseek_jax.sharding import spec
 from deepseek_jax.training.state import abstract_state, new_state, state_sha256
-from deepseek_jax.training.step import document_positions, make_train_step
+from deepseek_jax.training.objective import document_positions
+from deepseek_jax.training.step import make_train_step
 
 SEQ = 24
 CONFIG = Config(
@@ -82,7 +83,7 @@ def train(config, mesh_config=None, steps=1, microbatches=1, rate=1e-2, dynamic=
     step = jax.jit(step, donate_argnames="state", static_argnames=() if dynamic else ("microbatches",))
     seen = []
     for i in range(steps):
-      batch = jax.device_put(batches(i, microbatches), NamedSharding(mesh, spec(None, "batch", "seq")))
+      batch = jax.device_put(batches(i, microbatches), NamedSharding(mesh, spec(None, "batch", None)))
       state, metrics = step(state, batch, microbatches, rates(rate, config.model.param_dtype))
       seen.append(jax.device_get(jax.block_until_ready((state, metrics))[1]))
     return jax.device_get(state), seen
@@ -156,7 +157,7 @@ def test_the_head_is_gathered_once_and_its_gradient_reduced_once():
   config = dataclasses.replace(CONFIG, model=model)
   with jax.set_mesh(mesh):
     state = abstract_state(config, mesh)
-    sharding = NamedSharding(mesh, spec(None, "batch", "seq"))
+    sharding = NamedSharding(mesh, spec(None, "batch", None))
     batch = jax.ShapeDtypeStruct((1, 8, SEQ + 1), jnp.int32, sharding=sharding)
     step = jax.jit(make_train_step(config, graphdef(model), bos=0), static_argnums=2)
     text = step.lower(state, batch, 1, rates(0, np.float32)).compile().as_text()

@@ -1,0 +1,121 @@
+"""Expert parallelism: each device holds some of the experts, and tokens travel to the devices that hold their choices.
+
+A token goes to a device once, however many of the device's experts it chose, with its choices and weights; what comes back
+is the weighted sum of those experts' outputs. Buffers have one size for every step; what finds no room is counted.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.sharding import axes, part, parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Routes:
+  """Who sends how many rows to whom, and where they lie; [source, destination] int32 each, and known to all devices.
+
+  Rows are sorted by destination where they start, and by source in the `room` rows of where they arrive.
+  """
+
+  sent: jax.Array  # rows, all of which find room
+  start: jax.Array  # first of them at the source
+  arrival: jax.Array  # first of them at the destination
+  room: int
+  axis: str
+  me: jax.Array
+
+
+def exchanged(x, indices, weights, experts, compute, buffer_factor=0.0):
+  """Output of the routed experts, wherever they are: (y [tokens, embed], choices of this device that found no room).
+
+  Args:
+    x: [tokens, embed], this device's. indices, weights: [tokens, experts per token]; an index of `experts`, the number
+      of all of them, is a choice that does not count.
+    compute: (x [rows, embed], indices and weights [rows, experts per token], load, most) -> (y, lost) of this device's
+      experts alone, numbered from 0: `load` choices when it is even, at most `most`; `lost` are those over it.
+    buffer_factor: rows and choices that a device has room for, as a multiple of what it has under an even load; 0: the
+      worst case, every token of every device.
+  """
+  devices, (tokens, per_token) = parts("experts"), indices.shape
+  load, most = tokens * per_token, devices * tokens * min(per_token, experts // devices)
+  if buffer_factor:
+    most = min(most, int(buffer_factor * load))
+  if devices == 1:
+    return compute(x, indices, weights, load, most)
+  each = experts // devices
+  there = (indices // each)[..., None] == jnp.arange(devices)  # [tokens, experts per token, devices]
+  hit = there.any(1)  # [tokens, devices]
+  counts = hit.sum(0, dtype=jnp.int32)  # [devices]
+  room = min(devices * tokens, most)
+  routes, lost_rows = agreed_routes(counts, room)
+  # Row of each token among those sent, sorted by destination; `rows` is none.
+  rows = tokens * min(per_token, devices)
+  slots = jnp.where(hit, routes.start[routes.me] + jnp.cumsum(hit, 0, dtype=jnp.int32) - 1, rows)  # [tokens, devices]
+  source, to = (
+    jnp.full((rows,), fill).at[slots].set(jnp.broadcast_to(values, slots.shape), mode="drop")
+    for fill, values in ((tokens, jnp.arange(tokens)[:, None]), (devices, jnp.arange(devices)))
+  )
+  chosen = indices.at[source].get(mode="fill", fill_value=experts)  # [rows, experts per token]
+  local = jnp.where(chosen // each == to[:, None], chosen - to[:, None] * each, each)
+  # One message of both: whole numbers are exact in a float of this size.
+  facts = jnp.concatenate([weights.at[source].get(mode="fill", fill_value=0), local.astype(weights.dtype)], -1)
+  move = EXCHANGE["padded" if _platform() == "cpu" else "ragged"]
+  received = move(x.at[source].get(mode="fill", fill_value=0), routes, tokens)  # [room, embed]
+  weights, local = jnp.split(move(facts, routes, tokens), [per_token], -1)  # [room, experts per token]
+  full = jnp.arange(room) < routes.sent[:, routes.me].sum()
+  y, lost = compute(received, jnp.where(full[:, None], local.astype(jnp.int32), each), weights, load, most)
+  y = move(y, routes, tokens, back=rows)  # [rows, embed]
+  slots = jnp.sort(slots, -1)[:, : min(per_token, devices)]
+  y = y.at[slots].get(mode="fill", fill_value=0).astype(weights.dtype).sum(1).astype(x.dtype)  # [tokens, embed]
+  return y, lost + lost_rows
+
+
+def agreed_routes(counts, room):
+  """(Routes, rows for this device that found no room) of devices that want to send `counts` [devices] rows to each."""
+  (axis,), me = axes("experts"), part("experts")
+  wanted = jax.lax.all_gather(counts, axis)  # [source, destination]
+  sent = jnp.clip(room - (jnp.cumsum(wanted, 0) - wanted), 0, wanted)
+  routes = Routes(sent, jnp.cumsum(wanted, 1) - wanted, jnp.cumsum(sent, 0) - sent, room, axis, me)
+  return routes, (wanted - sent)[:, me].sum()
+
+
+def padded(rows, routes, most, back=None):
+  """`rows` [n, width] moved along `routes`, each pair of devices exchanging `most` rows: (`room` or `back` rows, width).
+
+  `back`: the other way, rows that arrived to where they started.
+  """
+  devices, me = routes.sent.shape[0], routes.me
+  # Rows to and from each device, and where they begin among those sent and among those received.
+  (there, starts), (here, arrivals) = (routes.sent[me], routes.start[me]), (routes.sent[:, me], routes.arrival[:, me])
+  if back is not None:
+    (there, starts), (here, arrivals) = (here, arrivals), (there, starts)
+  place = jnp.arange(most)
+  index = jnp.where(place < there[:, None], starts[:, None] + place, rows.shape[0])  # [devices, most]
+  blocks = jax.lax.all_to_all(rows.at[index].get(mode="fill", fill_value=0), routes.axis, 0, 0)  # [devices, most, width]
+  to = jnp.where(place < here[:, None], arrivals[:, None] + place, routes.room if back is None else back)
+  empty = jnp.zeros((routes.room if back is None else back, rows.shape[1]), rows.dtype)
+  return empty.at[to.reshape(devices * most)].set(blocks.reshape(devices * most, -1), mode="drop")
+
+
+def ragged(rows, routes, most, back=None):
+  """As `padded`, by the collective that sends as many rows as there are; CPUs do not have it."""
+  me, size = routes.me, routes.room if back is None else back
+  there, here, starts, landing = routes.sent[me], routes.sent[:, me], routes.start[me], routes.arrival[me]
+  if back is not None:
+    there, here, starts, landing = here, there, routes.arrival[:, me], routes.start[:, me]
+  empty = _varying_like(jnp.zeros((size, rows.shape[1]), rows.dtype), rows)
+  return jax.lax.ragged_all_to_all(rows, empty, starts, there, landing, here, axis_name=routes.axis)
+
+
+def _varying_like(x, like):
+  missing = jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
+  return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+
+def _platform():
+  return jax.sharding.get_abstract_mesh().abstract_device.platform
+
+
+EXCHANGE = {"padded": padded, "ragged": ragged}

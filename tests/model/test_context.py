@@ -1,0 +1,240 @@
+"""Context parallelism is the attention of one device to the whole sequence, in equal work, and communicates what it says."""
+
+import collections
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from deepseek_jax.model.attention import attend
+from deepseek_jax.model.context import OWN_PAIRS, TRAVEL, attend_context, pairs_with, zigzag
+
+BATCH, SEQ, HEADS, KV_HEADS, WIDTH, ROPE = 2, 32, 4, 2, 6, 2
+SHARED = jax.P("data", "context")
+KINDS = pytest.mark.parametrize("kind", TRAVEL)
+
+
+def gqa(weights, keys):
+  """Keys and values that travel as they are; two factors stand for weights."""
+  return keys[0] * weights[0], keys[1] * weights[1]
+
+
+def mla(weights, keys):
+  """Keys of a latent and of what all heads share, as in MLA; values are narrower."""
+  k, v = jnp.split(jnp.einsum("bsc,chk->bshk", keys[0], weights), [WIDTH - ROPE], -1)
+  return jnp.concatenate([k, jnp.broadcast_to(keys[1][:, :, None], (*k.shape[:3], ROPE))], -1), v
+
+
+# (expand, shapes of the keys at a position, shape of the weights, value width)
+ATTENTIONS = {
+  "gqa": (gqa, ((KV_HEADS, WIDTH), (KV_HEADS, WIDTH)), (2,), WIDTH),
+  "mla": (mla, ((7,), (ROPE,)), (7, HEADS, WIDTH - ROPE + 5), 5),
+}
+
+
+def inputs(name, dtype=np.float64, seq=SEQ):
+  """((q, keys, weights), segment_ids, cotangents of the result); logits of order 10, segments that end anywhere."""
+  _, keys, weights, value_width = ATTENTIONS[name]
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: rng.normal(size=shape).astype(dtype)  # noqa: E731
+  q = 4 * normal(BATCH, seq, HEADS, WIDTH)
+  primals = (q, tuple(normal(BATCH, seq, *shape) for shape in keys), normal(*weights))
+  segments = np.sort(rng.integers(0, 5, (BATCH, seq)), 1).astype(np.int32)
+  return primals, segments, normal(BATCH, seq, HEADS, value_width)
+
+
+def mesh_of(parts):
+  return jax.make_mesh((4 // parts, parts), ("data", "context"), axis_types=(AxisType.Explicit,) * 2)
+
+
+def pulled_back(attention, primals, cotangents):
+  """(values, gradients of the primals)."""
+  y, pull = jax.vjp(attention, *primals)
+  return y, pull(cotangents)
+
+
+def shared(name, kind, backward=True):
+  """The program of all devices: (primals, segment_ids, cotangents) to (values, gradients), or to values alone."""
+
+  def attention(segment_ids, q, keys, weights):
+    expand = functools.partial(ATTENTIONS[name][0], weights)
+    return attend_context(q, keys, expand, scale=0.5, axis="context", kind=kind, segment_ids=segment_ids)
+
+  def program(primals, segment_ids, cotangents):
+    q, keys, weights = primals
+    primals = (q, keys, jax.lax.pcast(weights, ("data", "context"), to="varying"))
+    if not backward:
+      return attention(segment_ids, *primals)
+    y, (*gradients, weights) = pulled_back(functools.partial(attention, segment_ids), primals, cotangents)
+    return y, (*gradients, jax.lax.psum(weights, ("data", "context")))
+
+  layout = (SHARED, SHARED, jax.P())
+  out = (SHARED, layout) if backward else SHARED
+  return jax.jit(jax.shard_map(program, in_specs=(layout, SHARED, SHARED), out_specs=out))
+
+
+def permuted(tree, order, sharding=None):
+  """Arrays [batch, seq, ...] with their positions in another order, on the devices of `sharding`."""
+  tree = jax.tree.map(lambda x: np.asarray(x)[:, order], tree)
+  return jax.device_put(tree, sharding) if sharding else tree
+
+
+@functools.cache
+def alone(name, dtype, packed):
+  """(values, gradients) of `attend` on one device."""
+  primals, segments, cotangents = inputs(name, dtype)
+
+  def attention(q, keys, weights):
+    expanded = ATTENTIONS[name][0](weights, keys)
+    return attend(q, *expanded, scale=0.5, segment_ids=segments if packed else None)
+
+  return jax.jit(functools.partial(pulled_back, attention))(primals, cotangents)
+
+
+def both(name, kind, parts, dtype=np.float64, packed=True):
+  """(values, gradients) of shared sequences, back in their order, and those of `alone`."""
+  (q, keys, weights), segments, cotangents = inputs(name, dtype)
+  order, mesh = zigzag(SEQ, parts).reshape(-1), mesh_of(parts)
+  with jax.set_mesh(mesh):
+    put = functools.partial(permuted, order=order, sharding=jax.NamedSharding(mesh, SHARED))
+    weights = jax.device_put(weights, jax.NamedSharding(mesh, jax.P()))
+    arguments = ((*put((q, keys)), weights), put(segments if packed else None), put(cotangents))
+    y, (*gradients, of_weights) = jax.block_until_ready(shared(name, kind)(*arguments))
+  y, gradients = permuted((y, gradients), np.argsort(order))
+  return (y, (*gradients, of_weights)), alone(name, dtype, packed)
+
+
+def assert_equal(found, expected, tolerance):
+  """To `tolerance` of each array's largest element."""
+
+  def leaf(x, y):
+    assert x.dtype == y.dtype
+    np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max())
+
+  jax.tree.map(leaf, found, expected)
+
+
+@KINDS
+@pytest.mark.parametrize(
+  "name, parts, packed", [("gqa", 2, True), ("gqa", 4, False), ("mla", 2, False), ("mla", 4, True)]
+)
+def test_values_and_gradients_are_those_of_the_whole_sequence(name, parts, packed, kind):
+  with jax.enable_x64(True):
+    assert_equal(*both(name, kind, parts, packed=packed), 1e-12)
+
+
+@KINDS
+def test_in_float32(kind):
+  assert_equal(*both("mla", kind, 4, np.float32), 2e-5)
+
+
+def test_a_device_holds_an_early_and_a_late_chunk():
+  np.testing.assert_array_equal(zigzag(8, 2), [[0, 1, 6, 7], [2, 3, 4, 5]])
+  np.testing.assert_array_equal(zigzag(5, 1), [[0, 1, 2, 3, 4]])
+  assert zigzag(8, 2).dtype == np.int32
+  with pytest.raises(ValueError, match="divisible by 8"):
+    zigzag(20, 4)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 8])
+def test_devices_share_the_causal_pairs_equally(parts):
+  chunks = zigzag(2 * parts, parts) if parts > 1 else np.array([[0, 1]])
+  found = []
+  for device in range(parts):
+    pairs = [(chunks[device][q], chunks[device][k]) for q, k in OWN_PAIRS]
+    for source in set(range(parts)) - {device}:
+      pairs += [(chunks[device][q], chunks[source][k]) for q, k in pairs_with(source, device)]
+    assert len(pairs) == 2 * parts + 1
+    found += pairs
+  assert sorted(found) == [(q, k) for q in range(2 * parts) for k in range(q + 1)]
+
+
+def executions(jaxpr, times=1):
+  """Each equation, with how often it is executed."""
+  for equation in jaxpr.eqns:
+    yield equation, times
+    for inner in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+      if hasattr(inner, "eqns"):
+        yield from executions(inner, times * equation.params.get("length", 1))
+
+
+def executed(name, kind, parts, backward):
+  """(products in matrix multiplications of a device, {communication: how often}), of the program as it is traced."""
+  mesh = mesh_of(parts)
+  with jax.set_mesh(mesh):
+    jaxpr = shared(name, kind, backward).trace(*abstract(name, mesh)).jaxpr
+  products, communication = 0, collections.Counter()
+  for equation, times in executions(jaxpr):
+    if equation.primitive.name == "dot_general":
+      contracting = equation.params["dimension_numbers"][0][0]
+      inner = math.prod(equation.invars[0].aval.shape[dimension] for dimension in contracting)
+      products += times * inner * equation.outvars[0].aval.size
+    communication[equation.primitive.name] += times
+  return products, communication
+
+
+def abstract(name, mesh, seq=SEQ):
+  """Shapes and layouts of what `shared` takes."""
+  (q, keys, weights), segments, cotangents = inputs(name, np.float32, seq)
+  leaf = lambda spec: lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))  # noqa: E731
+  q, keys, segments, cotangents = jax.tree.map(leaf(SHARED), (q, keys, segments, cotangents))
+  return (q, keys, leaf(jax.P())(weights)), segments, cotangents
+
+
+@KINDS
+@pytest.mark.parametrize("parts", [2, 4])
+def test_only_the_causal_half_is_multiplied(parts, kind):
+  pair = BATCH * parts // 4 * HEADS * (SEQ // (2 * parts)) ** 2
+  per_device = pair * (2 * parts + 1)
+  assert executed("gqa", kind, parts, backward=False)[0] == per_device * 2 * WIDTH
+  # Backward: the logits again, and four products. Without checkpoints it would be 6.
+  assert executed("gqa", kind, parts, backward=True)[0] == per_device * 7 * WIDTH
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_keys_hop_once_for_each_other_device(parts):
+  assert executed("mla", "ring", parts, backward=False)[1]["ppermute"] == 3 * (parts - 1)  # keys and segment_ids
+  assert executed("mla", "ring", parts, backward=True)[1]["ppermute"] == 5 * (parts - 1)  # and gradients of keys
+
+
+def collectives(kind):
+  """{collective: number of times that it stands in the compiled program, forward and backward}."""
+  mesh = mesh_of(4)
+  with jax.set_mesh(mesh):
+    text = shared("mla", kind).lower(*abstract("mla", mesh)).compile().as_text()
+  return collections.Counter(
+    re.findall(r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\(", text)
+  )
+
+
+def test_gather_is_one_collective_an_array():
+  # Two arrays of keys and the segment_ids; gradients of the keys; those of the weights, by this test.
+  assert collectives("gather") == {"all-gather": 3, "reduce-scatter": 2, "all-reduce": 1}
+
+
+def test_ring_gathers_nothing():
+  assert set(collectives("ring")) == {"collective-permute", "all-reduce"}
+
+
+@KINDS
+def test_scores_and_sums_of_pairs_are_not_kept(kind):
+  kept, parts, length = [], 4, 8
+
+  def program(q, keys):
+    attention = functools.partial(attend_context, expand=lambda keys: keys, scale=0.5, axis="context", kind=kind)
+    y, pull = jax.vjp(attention, q, keys)
+    kept.extend(x.aval for x in jax.tree.leaves(pull) if jnp.issubdtype(x.dtype, jnp.floating))
+    return y
+
+  mesh = mesh_of(parts)
+  with jax.set_mesh(mesh):
+    (q, keys, _), *_ = abstract("gqa", mesh, 2 * parts * length)
+    jax.jit(jax.shard_map(program, in_specs=(SHARED, SHARED), out_specs=SHARED)).trace(q, keys)
+  assert not [x for x in kept if x.shape[-2:] == (length, length)]
+  rows = BATCH * 2 * length * (2 * HEADS + parts * 2 * KV_HEADS)  # once: q, the result's sum, all keys and values
+  assert sum(x.size for x in kept if x.shape[-1] == WIDTH) == rows * WIDTH
