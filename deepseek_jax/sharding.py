@@ -36,6 +36,7 @@ KEPT_IN_SHARDS = ("embed", "latent", "expert_embed")
 
 # Changes to the table, for `rules`.
 WHOLE_WEIGHTS = {name: () for name in KEPT_IN_SHARDS}  # made whole once, before the model runs
+OF_A_STAGE = {name: tuple(axis for axis in RULES[name] if axis != "stage") for name in KEPT_IN_SHARDS}
 WHOLE_SEQUENCES = {"seq": (), "stream": (), "latent_seq": ()}  # decoding: a token at a time
 LATENTS = {"replicated": {}, "sharded": {"latent_seq": ("context", "tensor")}}
 
@@ -137,13 +138,8 @@ def agreed(tree):
   return jax.tree.map(leaf, tree)
 
 
-def reduced(gradient, *names, shards=True):
-  """The sum of what every device has found as `gradient` of a parameter, laid out as its dimensions `names` say.
-
-  shards: whether `gradient` is of the parameter made whole by `gathered`; otherwise it is of the shard.
-  """
-  if shards:
-    gradient = in_shards(gradient, *names)
+def reduced(gradient, *names):
+  """`gradient` of a parameter's own shard, of dimensions `names`, summed over the devices that have copies of it."""
   held = {axis for name in names for axis in axes(name)}
   others = tuple(_mesh_axes() - held)
   return jax.lax.psum(gradient, others) if others else gradient

@@ -1,8 +1,8 @@
-"""Causal attention to a sequence that C devices share, with the causal half of the work, and the same amount of it, for each.
+"""Causal attention to a sequence that C devices share: only the causal half of the work, and as much of it for each.
 
 The sequence is cut into 2C chunks of L positions; device c holds chunk c and chunk 2C-1-c, its early and its late one
-("zigzag": Llama 3, arXiv 2407.21783, section 3.3.2). Then each device has 2C+1 pairs of a query and a key chunk to do, of
-the (2C)^2 that there are: 3 of its own chunks, 2 with those of each other device. Results of pairs are added up as in an
+(Llama 3, arXiv 2407.21783, section 3.3.2). Then each device has 2C+1 pairs of a query and a key chunk to do, of the
+(2C)^2 that there are: 3 of its own chunks, 2 with those of each other device. Results of pairs are added up as in an
 online softmax.
 """
 
@@ -35,26 +35,26 @@ def zigzag(seq, parts):
 def pairs_with(source, device):
   """(query chunk, key chunk) of the two pairs that `device` does with the keys of another device, `source`.
 
-  Late queries see every early key. A later device has a later early chunk and an earlier late one, so of the other pairs
-  of like chunks one is seen whole and one not at all. The device may be traced: two pairs either way.
+  Late queries see every early key. A later device has a later early chunk and an earlier late one, so of the pairs of
+  like chunks one is seen whole and one not at all. The devices may be traced: two pairs either way.
   """
   like = (source > device) * LATE
   return (LATE, EARLY), (like, like)
 
 
 def attend_context(q, keys, expand, *, scale, axis, kind, segment_ids=None):
-  """As `attend` to the whole sequence, inside a shard_map of all axes where each device holds the positions of `zigzag`.
+  """As `attend` to the whole sequence, inside a shard_map of all axes; each device holds the positions of `zigzag`.
 
-  Backward, the scores of each pair are made again from `q` and `keys`, and each device's terms for `keys` go back to where
-  they came from in the dtype of `keys`.
+  Backward, the scores of each pair are made again from `q` and `keys`, and each device's terms for `keys` go back to
+  where they came from in the dtype of `keys`. Until then each device keeps the keys of all, which are small in MLA.
 
   Args:
     q: [batch, seq / C, heads, key width].
     keys: tree of arrays [batch, seq / C, ...], which travel.
-    expand: keys and values ([batch, n, kv_heads, key width], [batch, n, kv_heads, value width]) of `keys` of n positions.
-      It runs 2C+1 times on seq / 2C positions and again backward: gather its weights before, not in it.
+    expand: of `keys` of n positions makes keys and values, [batch, n, kv_heads, key width] and [.., value width]. It
+      runs 2C+1 times, for n = seq / 2C, and again backward: gather its weights before, not in it.
     scale: factor of the logits.
-    axis: mesh axis, or tuple of them, that shares the sequence.
+    axis: mesh axis that shares the sequence, of C > 1 devices.
     kind: of TRAVEL, how the keys travel.
     segment_ids: [batch, seq / C] int; positions attend within their segment only.
 
@@ -64,10 +64,10 @@ def attend_context(q, keys, expand, *, scale, axis, kind, segment_ids=None):
   device, held = jax.lax.axis_index(axis), (keys, segment_ids)
 
   def pair(held, chunks, own):
-    # The choice of chunks is inside: what is kept for the backward pass is one `q` and one `held`, not a copy a pair.
+    # The choice of chunks is inside: what is kept for the backward pass is one `q` and one `held`, no copy a pair.
     return jax.checkpoint(functools.partial(_pair, expand, scale, own), prevent_cse=False)(q, segment_ids, held, chunks)
 
-  # Pairs are in loops, for the scores of one at a time; three results of `pair` are the sums of both chunks and one more.
+  # Loops, for the scores of one pair at a time. The first two of these results are the sums of both chunks.
   first = jax.lax.map(lambda chunks: pair(held, chunks, own=True), jnp.array(OWN_PAIRS))
   sums = _added(jax.tree.map(lambda x: x[:2], first), LATE, jax.tree.map(lambda x: x[2], first))
 
@@ -113,10 +113,10 @@ TRAVEL = {"gather": _gather, "ring": _ring}
 
 
 def _pair(expand, scale, own, q, segment_ids, held, chunks):
-  """Sums of one pair: each query's greatest logit, sum of weights [batch, heads, L] and weighted values [.., value width].
+  """Of each query its greatest logit and sum of weights [batch, heads, L], and weighted values [.., value width].
 
-  `held` is (keys, their segment_ids) of one device; `own` says that it is this one. A query that sees no key of the pair
-  has finite sums of no meaning, and the lowest logit: they vanish in `_added`.
+  `held` is (keys, their segment_ids) of one device; `own` says that it is this one. A query that sees no key of the
+  pair has finite sums of no meaning and the lowest logit: they vanish in `_added`.
   """
   (query_chunk, key_chunk), length = chunks, q.shape[1] // 2
   part = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=length, axis=1)

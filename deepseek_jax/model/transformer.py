@@ -23,9 +23,9 @@ def stacked(make, layers, key):
   return jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(key, layers))
 
 
-def layer_keys(key, start, count):
-  """[count] keys of the layers from `start` on; None for no key."""
-  return None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(start + jnp.arange(count))
+def layer_keys(key, numbers):
+  """Keys of the layers `numbers` [n] int; None for no key."""
+  return None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
 
 
 def rematerialised(layer, policy):
@@ -70,14 +70,13 @@ class Transformer(nnx.Module):
       (hidden, {name of the stack: trees of `observe` with a leading layers dimension}).
     """
     tokens, observed = self.facts(ids) if tokens is None else tokens, {}
-    with matmul_precision(self.config):
-      x, start = self.embedded(ids), 0
-      for name, layers in self.stacks():
-        count = getattr(self.config, f"num_{name}")
-        keys = layer_keys(dropout_key, start, count)
-        x, observed[name] = self.passed(layers, x, tokens, keys, observe)
-        start += count
-      return self.final_norm(x), observed
+    x, start = self.embedded(ids), 0
+    for name, layers in self.stacks():
+      count = getattr(self.config, f"num_{name}")
+      keys = layer_keys(dropout_key, start + jnp.arange(count))
+      x, observed[name] = self.passed(layers, x, tokens, keys, observe)
+      start += count
+    return self.final_norm(x), observed
 
   def stacks(self):
     """(name, blocks stacked along their first dimension) of each stack, in the order that the stream passes them."""
@@ -91,7 +90,8 @@ class Transformer(nnx.Module):
       x, routing, kept = block(x, tokens, key)
       return x, observe(routing, kept)
 
-    return jax.lax.scan(rematerialised(layer, self.config.remat), x, (layers, keys))
+    with matmul_precision(self.config):
+      return jax.lax.scan(rematerialised(layer, self.config.remat), x, (layers, keys))
 
   def mtp(self, hidden, ahead, tokens, dropout_key=None, observe=nothing):
     """Hidden states and observations of each depth of multi-token prediction, a list of pairs.

@@ -1,14 +1,16 @@
-"""The pipeline: layers in stages, microbatches passing through them, forward and backward in one loop.
+"""The pipeline: layers in stages, microbatches that pass through them, forward and backward in one loop.
 
 Chunk c = v * S + s of the layers is circuit v of stage s of S: a microbatch passes V times through all stages. Work item
-i = (g * V + v) * S + r is microbatch g * S + r on circuit v. Stage s does item i forward at tick i + s and, with the
-circuits in reverse order, backward at tick LAG + i + S - 1 - s, LAG = (V + 1) * S - 2: the tick in which the last stage is
-done with the first S microbatches. This is interleaved 1F1B (Narayanan et al., arXiv:2104.04473), one forward and one
-backward item a tick, so that the number of kept stage inputs does not depend on the number of microbatches.
+i = (g * V + v) * S + r is microbatch g * S + r on circuit v. Stage s does item i forward in tick i + s, and backward, with
+the circuits in reverse order, in tick lag + i + S - 1 - s, where lag = (V + 1) * S - 2: in the tick in which the first S
+microbatches have passed all chunks. This is interleaved 1F1B (Narayanan et al., arXiv:2104.04473): one forward and one
+backward item a tick, so that the inputs kept for the backward pass are at most (V + 2) * S - 2 a stage, however many
+microbatches there are; jax.grad of a forward loop would keep all of them.
 
-What comes before and after the layers has no stage of its own: every S * V ticks all stages do it at once, each for one
-microbatch of a group of S, and the results rotate from stage to stage towards where they are used. All branches depend
-on the tick alone, so that every device takes the same one and meets the others in its collectives.
+What comes before and after the layers has no stage of its own: once a group of S microbatches all stages do it at once,
+each for one of them, and the results rotate from stage to stage to where they are used. Branches depend on the tick
+alone, so that all devices take the same one and meet in its collectives; stages without an item compute on old values,
+which are left out of all sums.
 """
 
 import dataclasses
@@ -65,47 +67,46 @@ def to_stages(leaf, table, axis, dimension):
 
 
 def pipelined_gradients(first, chunk, last, outer, layers, microbatches, *, axis, circuits):
-  """Gradients of all microbatches' objectives: (of outer, of layers, observed), what this stage did of each.
+  """Gradients of the sum of all microbatches' objectives, as far as this stage computes them.
 
-  Called inside a shard_map over all mesh axes with check_vma. What is optimised is the sum of the objectives, over
-  devices as far as their types vary over the mesh; gradients of what stages share are for the caller to add up.
+  Called inside a shard_map over all mesh axes with check_vma. An objective that varies over a mesh axis counts as the sum
+  over it. The caller adds up over the mesh axes what devices share, the gradients of `outer` over the stages.
 
   Args:
-    first: (outer, microbatch) -> (x, observed). x: one array, what goes from chunk to chunk.
-    chunk: (layers of one circuit [slots, ...], circuit, microbatch, x) -> (y like x, objective, observed). It is computed
-      again in the backward pass; what is kept inside is its own jax.checkpoint's business.
+    first: (outer, microbatch) -> (x, observed): one array, which goes from chunk to chunk.
+    chunk: (layers of one circuit [slots, ...], circuit, microbatch, x) -> (y like x, objective, observed). The backward
+      pass computes it again from x; what is kept inside it meanwhile is its own jax.checkpoint's business.
     last: (outer, microbatch, y) -> (objective, observed).
-    outer: parameters of first and last, the same on all stages. layers: [circuits, slots, ...] of this stage. Both typed
-      varying over all mesh axes.
-    microbatches: how many, at least 1; may be traced, equal on all devices. Indices that functions get are below it.
-    axis: the mesh axis of the stages. circuits: how often a microbatch passes through all of them.
+    outer: parameters of first and last, the same on all stages. layers: [circuits, slots, ...], this stage's. Both typed
+      as varying over all mesh axes.
+    microbatches: how many, at least 1; may be traced, the same on all devices. The functions get int32 indices below it.
+    axis: mesh axis of the stages. circuits: how often a microbatch passes through all of them.
 
   Returns:
-    gradients in the parameters' types, and observed = (first's, chunk's [circuits, ...], last's) sums over microbatches.
+    (gradients of outer, gradients of layers, both in the parameters' types, observed): observed are the sums over
+    microbatches of what (first, chunk [circuits, ...], last) observed.
   """
   work = Work(*_typed(first, chunk, last), outer, layers, jnp.asarray(microbatches, jnp.int32), axis, circuits)
-  lag, end = work.lag, work.end + work.stages - 1
-  carry = work.start()
-  for lower, upper, tick in ((0, lag, work.filling), (lag, end, work.full), (end, end + lag, work.draining)):
-    carry = jax.lax.fori_loop(jnp.int32(lower), jnp.int32(upper), tick, carry)
+  ticks = work.forward_ticks + work.lag + 1
+  carry = jax.lax.fori_loop(jnp.int32(0), ticks, work.tick, work.start())
   return *carry.gradients, carry.observed
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Carry:
-  """What a stage holds between ticks. Boxes rotate by one stage a tick, from s to s - 1."""
+  """What a stage holds between ticks. Boxes, one [...] of x's shape a stage, rotate by a stage a tick, from s to s - 1."""
 
-  inbox: jax.Array  # box of first's outputs: microbatch r of a group is on stage 0 r ticks after it was computed
-  arriving: jax.Array  # input of the next forward item, from the stage before
-  kept: jax.Array  # [room, ...] inputs of the items whose backward is to come
-  slots: jax.Array  # item i's place in `kept`, at i modulo the longest time between the two passes
+  inbox: jax.Array  # box of first's outputs: r ticks after they were computed microbatch r of the group is on stage 0
+  arriving: jax.Array  # [...] input of the next forward item, from the stage before
+  kept: jax.Array  # [room, ...] inputs of items whose backward is to come
+  slots: jax.Array  # place of item i in `kept`, at i modulo the most ticks between its two passes
   freed: jax.Array  # the place that the last backward item left
   turning: jax.Array  # box of the last chunk's outputs on their way to `last`, and of their gradients on the way back
-  returning: jax.Array  # gradient for the next backward item, from the stage after
+  returning: jax.Array  # [...] gradient of the last backward item, for the stage before
   outbox: jax.Array  # box of the gradients of first's outputs
-  gradients: Any  # [outer, layers]
-  observed: Any  # [first's, chunk's, last's]
+  gradients: Any  # (outer, layers)
+  observed: Any  # (first's, chunk's [circuits, ...], last's)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,129 +132,135 @@ class Work:
 
   @property
   def period(self):
-    """Ticks from one group of microbatches to the next."""
+    """Ticks, and items, of a group of microbatches."""
     return self.stages * self.circuits
 
   @property
   def lag(self):
-    """The tick in which the last stage finishes the first group, and begins its backward pass."""
+    """The tick in which the first group has passed all chunks, and its backward pass begins."""
     return self.period + self.stages - 2
 
   @property
-  def end(self):
-    """Items of all groups; the last group may hold microbatches that do not exist."""
+  def items(self):
+    """Those of the last group, which may lack microbatches, included."""
     return -(-self.microbatches // self.stages) * self.period
 
-  def item(self, number):
-    """(circuit counted from the first one done, microbatch, whether that exists) of a work item."""
-    microbatch = number // self.period * self.stages + number % self.stages
-    return number // self.stages % self.circuits, *self.existing(microbatch)
-
-  def existing(self, microbatch):
-    return jnp.clip(microbatch, 0, self.microbatches - 1), (microbatch >= 0) & (microbatch < self.microbatches)
-
-  def moved(self, x, by):
-    return jax.lax.ppermute(x, self.axis, [(s, (s + by) % self.stages) for s in range(self.stages)])
+  @property
+  def forward_ticks(self):
+    return self.items + self.stages - 1
 
   def start(self):
-    """Zeros. All carried values vary over the whole mesh: what a tick makes of them does."""
-    stage, outer, layers = self.stage, self.outer, jax.tree.map(lambda leaf: leaf[0], self.layers)
-    x, seen = jax.eval_shape(self.first, outer, stage)
-    box = _varying(jnp.zeros(x.shape, x.dtype))
-    _, _, seen_chunk = jax.eval_shape(self.chunk, layers, stage, stage, box)
-    _, seen_last = jax.eval_shape(self.last, outer, stage, box)
-    seen_chunk = jax.tree.map(lambda a: jax.ShapeDtypeStruct((self.circuits, *a.shape), a.dtype), seen_chunk)
-    room, none = self.lag + self.stages, jnp.int32(0)
-    zeros = lambda tree: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tree)
-    kept, slots = jnp.zeros((room, *box.shape), box.dtype), jnp.zeros(self.lag + self.period, jnp.int32)
-    gradients, observed = zeros((self.outer, self.layers)), zeros((seen, seen_chunk, seen_last))
-    return _varying(Carry(box, box, kept, slots, none, box, box, box, gradients, observed))
+    """Zeros, typed as what a tick makes of them: varying over the whole mesh."""
 
-  def filling(self, tick, carry):
-    return self.turned(self.forward(tick, carry))
+    def zeros(tree):
+      return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tree)
 
-  def full(self, tick, carry):
-    carry = self.together(tick - self.lag, self.suffix, self.forward(tick, carry))
-    return self.backward(tick, self.turned(carry))
-
-  def draining(self, tick, carry):
-    return self.backward(tick, self.turned(carry))
-
-  def turned(self, carry):
-    return dataclasses.replace(carry, turning=self.moved(carry.turning, -1))
-
-  def forward(self, tick, carry):
-    """The tick's forward item."""
-    carry, number = self.together(tick, self.prefix, carry), tick - self.stage
-    circuit, microbatch, exists = self.item(number)
-    x = jnp.where((self.stage == 0) & (circuit == 0), carry.inbox, carry.arriving)
-    # The first items fill `kept`; from then on each takes the place of the one that went backward a tick ago.
-    slot = jnp.where(number < len(carry.kept) - 2 * self.stage, jnp.maximum(number, 0), carry.freed)
-    y, _, observed = self.chunk(_at(self.layers, circuit), circuit, microbatch, x)
-    done = (self.stage == self.stages - 1) & (circuit == self.circuits - 1)
-    first, of_chunk, last = carry.observed
-    return dataclasses.replace(
-      carry,
-      inbox=self.moved(carry.inbox, -1),
-      arriving=self.moved(y, 1),
-      kept=carry.kept.at[slot].set(x),
-      slots=carry.slots.at[number % carry.slots.size].set(slot),
-      turning=jnp.where(done, y, carry.turning),
-      observed=(first, _added_at(of_chunk, circuit, observed, exists), last),
+    layers, index = _at(self.layers, 0), self.stage
+    x, of_first = zeros(jax.eval_shape(self.first, self.outer, index))
+    x = _varying(x)
+    _, _, of_chunk = jax.eval_shape(self.chunk, layers, index, index, x)
+    _, of_last = jax.eval_shape(self.last, self.outer, index, x)
+    of_chunk = jax.tree.map(lambda a: jnp.zeros((self.circuits, *a.shape), a.dtype), of_chunk)
+    kept = jnp.zeros((self.lag + self.stages, *x.shape), x.dtype)
+    slots, gradients = jnp.zeros(self.lag + self.period, jnp.int32), zeros((self.outer, self.layers))
+    return _varying(
+      Carry(x, x, kept, slots, jnp.int32(0), x, x, x, gradients, (zeros(of_first), of_chunk, zeros(of_last)))
     )
 
-  def backward(self, tick, carry):
-    """The tick's backward item."""
-    number = tick - self.lag - (self.stages - 1 - self.stage)
+  def tick(self, tick, carry):
+    """Values move just before they are used: while the other direction computes."""
+    carry = dataclasses.replace(carry, returning=self.moved(carry.returning, -1), outbox=self.moved(carry.outbox, -1))
+    carry = self.together(tick - 2 * self.lag - 1, self.first_backward, carry)
+    carry = self.together(tick, self.first_forward, carry)
+    carry = _when(tick < self.forward_ticks, lambda carry: self.forward(tick - self.stage, carry), carry)
+    carry = self.together(tick - self.lag, self.last_both, carry)
+    inbox, turning = self.moved(carry.inbox, -1), self.moved(carry.turning, -1)
+    carry = dataclasses.replace(carry, inbox=inbox, arriving=self.moved(carry.arriving, 1), turning=turning)
+    late = tick - self.lag
+    due = (late >= 0) & (late < self.forward_ticks)
+    return _when(due, lambda carry: self.backward(late - (self.stages - 1 - self.stage), carry), carry)
+
+  def forward(self, number, carry):
     circuit, microbatch, exists = self.item(number)
-    forward_number = number + (self.circuits - 1 - 2 * circuit) * self.stages
-    circuit = self.circuits - 1 - circuit
-    slot = carry.slots[forward_number % carry.slots.size]
-    dy = jnp.where((self.stage == self.stages - 1) & (circuit == self.circuits - 1), carry.turning, carry.returning)
+    # Before its first item a stage computes on embeddings too: zeros would all be routed to the same few experts.
+    x = jnp.where((number < 0) | (self.stage == 0) & (circuit == 0), carry.inbox, carry.arriving)  # [...]
+    # The first items fill `kept`; from then on each takes the place of the one that went backward in the tick before.
+    slot = jnp.where(number < carry.kept.shape[0] - 2 * self.stage, jnp.maximum(number, 0), carry.freed)
+    y, _, seen = self.chunk(_at(self.layers, circuit), circuit, microbatch, x)
+    turns = (self.stage == self.stages - 1) & (circuit == self.circuits - 1)
+    of_first, of_chunk, of_last = carry.observed
+    return dataclasses.replace(
+      carry,
+      arriving=y,
+      kept=_set(carry.kept, slot, x),
+      slots=_set(carry.slots, number % carry.slots.size, slot),
+      # One box for both ways: the last stage took the gradient that was here out in an earlier tick.
+      turning=jnp.where(turns, y, carry.turning),
+      observed=(of_first, _added_at(of_chunk, circuit, seen, exists), of_last),
+    )
+
+  def backward(self, number, carry):
+    reverse, microbatch, exists = self.item(number)
+    circuit = self.circuits - 1 - reverse
+    slot = carry.slots[(number + (circuit - reverse) * self.stages) % carry.slots.size]
+    turns = (self.stage == self.stages - 1) & (reverse == 0)
+    dy = jnp.where(turns, carry.turning, carry.returning)  # [...]
 
     def outputs(layers, x):
       return self.chunk(layers, circuit, microbatch, x)[:2]
 
     (_, objective), pull = jax.vjp(outputs, _at(self.layers, circuit), carry.kept[slot])
-    grads, dx = pull((dy, jnp.ones_like(objective)))
+    of_layers, dx = pull((dy, jnp.ones_like(objective)))
     outer, layers = carry.gradients
-    carry = dataclasses.replace(
+    return dataclasses.replace(
       carry,
       freed=slot,
-      returning=self.moved(dx, -1),
-      outbox=self.moved(jnp.where((self.stage == 0) & (circuit == 0), dx, carry.outbox), -1),
-      gradients=(outer, _added_at(layers, circuit, grads, exists)),
+      returning=dx,
+      outbox=jnp.where((self.stage == 0) & (circuit == 0), dx, carry.outbox),
+      gradients=(outer, _added_at(layers, circuit, of_layers, exists)),
     )
-    return self.together(tick - 2 * self.lag, self.prefix_backward, carry)
 
-  def together(self, tick, work, carry):
-    """`work` of all stages at once, each for its microbatch of a group, in the ticks 0, period, 2 * period ... of the groups."""
-    microbatch, exists = self.existing(tick // self.period * self.stages + self.stage)
-    due = (tick % self.period == 0) & (tick >= 0) & (tick < self.end)
-    return jax.lax.cond(due, lambda carry: work(microbatch, exists, carry), lambda carry: carry, carry)
+  def first_forward(self, microbatch, exists, carry):
+    x, seen = self.first(self.outer, microbatch)
+    of_first, *others = carry.observed
+    return dataclasses.replace(carry, inbox=x, observed=(_added(of_first, seen, exists), *others))
 
-  def prefix(self, microbatch, exists, carry):
-    x, observed = self.first(self.outer, microbatch)
-    first, of_chunk, last = carry.observed
-    return dataclasses.replace(carry, inbox=x, observed=(_added(first, observed, exists), of_chunk, last))
-
-  def prefix_backward(self, microbatch, exists, carry):
-    _, pull = jax.vjp(lambda outer: self.first(outer, microbatch)[0], self.outer)
+  def first_backward(self, microbatch, exists, carry):
+    _, pull, _ = jax.vjp(lambda outer: self.first(outer, microbatch), self.outer, has_aux=True)
     outer, layers = carry.gradients
-    return dataclasses.replace(carry, gradients=(_added(outer, pull(carry.outbox)[0], exists), layers))
+    return dataclasses.replace(carry, gradients=(_added(outer, *pull(carry.outbox), exists), layers))
 
-  def suffix(self, microbatch, exists, carry):
-    objective, pull, observed = jax.vjp(
-      lambda outer, y: self.last(outer, microbatch, y), self.outer, carry.turning, has_aux=True
+  def last_both(self, microbatch, exists, carry):
+    objective, pull, seen = jax.vjp(lambda *args: self.last(*args), self.outer, carry.turning, has_aux=True)
+    of_outer, dy = pull(jnp.ones_like(objective))
+    (outer, layers), (*others, of_last) = carry.gradients, carry.observed
+    gradients = (_added(outer, of_outer, exists), layers)
+    return dataclasses.replace(
+      carry, turning=dy, gradients=gradients, observed=(*others, _added(of_last, seen, exists))
     )
-    grads, dy = pull(jnp.ones_like(objective))
-    (outer, layers), (first, of_chunk, last) = carry.gradients, carry.observed
-    gradients, observed = (_added(outer, grads, exists), layers), (first, of_chunk, _added(last, observed, exists))
-    return dataclasses.replace(carry, turning=dy, gradients=gradients, observed=observed)
+
+  def together(self, late, function, carry):
+    """`function`, in the first tick of each group, on all stages, each for its own microbatch; `late`: ticks since the first group's."""
+    due = (late >= 0) & (late < self.items) & (late % self.period == 0)
+    microbatch = self.existing(late // self.period * self.stages + self.stage)
+    return _when(due, lambda carry: function(*microbatch, carry), carry)
+
+  def item(self, number):
+    """(How many circuits came before, microbatch, whether there is one) of a work item."""
+    microbatch = number // self.period * self.stages + number % self.stages
+    return number // self.stages % self.circuits, *self.existing(microbatch)
+
+  def existing(self, microbatch):
+    """(The nearest microbatch that exists, whether it is this one)."""
+    nearest = jnp.clip(microbatch, 0, self.microbatches - 1)
+    return nearest, nearest == microbatch
+
+  def moved(self, x, by):
+    return jax.lax.ppermute(x, self.axis, [(s, (s + by) % self.stages) for s in range(self.stages)])
 
 
 def _typed(first, chunk, last):
-  """The functions with results that vary over the whole mesh, and jitted: each is traced once, wherever it is called."""
+  """The functions with outputs that vary over the whole mesh; jitted, so that each is traced once for all its uses."""
 
   def typed_chunk(*args):
     y, objective, observed = chunk(*args)
@@ -263,26 +270,32 @@ def _typed(first, chunk, last):
 
 
 def _varying(tree):
-  """The same values, typed as varying over all mesh axes."""
   axes = jax.sharding.get_abstract_mesh().axis_names
 
   def cast(leaf):
-    missing = tuple(a for a in axes if a not in jax.typeof(leaf).manual_axis_type.varying)
+    missing = tuple(axis for axis in axes if axis not in jax.typeof(leaf).manual_axis_type.varying)
     return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
   return jax.tree.map(cast, tree)
+
+
+def _when(due, function, carry):
+  return jax.lax.cond(due, function, lambda carry: carry, carry)
 
 
 def _at(tree, index):
   return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
-# Selected, not multiplied by zero: what is computed for an item that does not exist may be NaN.
+def _set(array, index, value):
+  """A slice update: XLA does it in place, while it may make a loop of the scatter of `at[index].set`."""
+  return jax.lax.dynamic_update_index_in_dim(array, value, index, 0)
 
 
 def _added(total, part, exists):
+  # Selected, not multiplied by zero: what was computed where there is no item may be infinite.
   return jax.tree.map(lambda t, p: jnp.where(exists, t + p, t), total, part)
 
 
 def _added_at(total, index, part, exists):
-  return jax.tree.map(lambda t, p: t.at[index].add(jnp.where(exists, p, 0)), total, part)
+  return jax.tree.map(lambda t, p: _set(t, index, _added(t[index], p, exists)), total, part)

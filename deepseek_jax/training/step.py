@@ -1,6 +1,8 @@
 """One update: microbatches, gradients, optimizer. A pure function of state and batch."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from deepseek_jax.sharding import (
 from deepseek_jax.training.balance import moved_biases
 from deepseek_jax.training.objective import Objective
 from deepseek_jax.training.optimizer import make_optimizer
+from deepseek_jax.training.pipelined import Stages, laid_out, stages_of
 from deepseek_jax.training.state import TrainState
 
 
@@ -38,50 +41,42 @@ def make_row_nats(config: Config, graphdef, bos):
   return row_nats
 
 
-def in_use(params, axes, dtype):
-  """`params` made whole, and in the model's compute `dtype`, but for the router's, which it uses as they are."""
+def cast(params, names, dtype):
+  """The matrices of `params` in the model's compute `dtype`; but for the router's, which it uses as they are."""
 
   def leaf(path, param, names):
-    in_router = any(part.key == "router" for part in path)
-    return gathered(param if in_router else param.astype(dtype), *names) if any(names) else param
+    return param.astype(dtype) if any(names) and all(part.key != "router" for part in path) else param
 
-  return jax.tree.map_with_path(leaf, params, axes)
+  return jax.tree.map_with_path(leaf, params, names)
+
+
+def in_use(params, names, dtype):
+  """`params`, of logical axes `names`, as the model uses them: in `dtype`, and whole."""
+  return jax.tree.map(lambda param, names: gathered(param, *names), cast(params, names, dtype), names)
 
 
 def make_gradients(config: Config, graphdef, bos):
   """`(state, batch, microbatches, mtp_weight) -> (gradients laid out as state.params, what the step reports)`."""
-  objective, zero = Objective(config, bos), config.parallel.zero
-  axes, dtype = param_axes(config.model), config.model.compute_dtype
-  model = config.model
+  objective, names = Objective(config, bos), param_axes(config.model)
+  model, whole = config.model, config.parallel.zero < 3
   random = model.dropout > 0 or model.attention.dropout > 0 or model.moe.dispatch == "capacity"
+  sums = staged_sums if config.mesh.stage > 1 else scanned_sums
 
   def local(microbatches, params, buffers, batch, mtp_weight, step):
     """As one device sees it: `batch` [microbatch, its sequences, seq + 1]."""
-    params, buffers = varying((params, buffers))
-    weights = params if zero == 3 else in_use(params, axes, dtype)
+    params, buffers, batch, mtp_weight = varying((params, buffers, batch, mtp_weight))
 
-    def share(weights, tokens, key):
-      with rules({} if zero == 3 else WHOLE_WEIGHTS):
-        nats, share, observed = objective(nnx.merge(graphdef, weights, buffers), tokens, key, mtp_weight)
-      return share, {"loss": nats.sum(), **observed}
-
-    def one(i):
-      tokens = jax.lax.dynamic_index_in_dim(batch, i, keepdims=False)  # [sequences, seq + 1]
+    def read(i):
       key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), step), i) if random else None
-      (total, observed), grads = jax.value_and_grad(share, has_aux=True)(weights, varying(tokens), key)
-      grads = jax.tree.map(lambda g, names: in_shards(g, *names), grads, axes) if zero == 2 else grads
-      return varying((grads, {"total_loss": total, **observed}))
+      return jax.lax.dynamic_index_in_dim(batch, i, keepdims=False), key  # tokens [sequences, seq + 1]
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))
-    # Summed in the dtype of the parameters, whatever that of the weights in use.
-    sums = jax.tree.map(lambda z, p: z.astype(p.dtype), zeros[0], params), zeros[1]
-    grads, reported = jax.lax.fori_loop(
-      0, microbatches, lambda i, sums: jax.tree.map(jnp.add, sums, one(i)), varying(sums)
-    )
-    grads = jax.tree.map(lambda g, names: reduced(g, *names, shards=zero == 1), grads, axes)
+    work = Work(config, graphdef, objective, names, whole, params, buffers, read, mtp_weight, microbatches)
+    grads, reported = sums(work)
+    grads = jax.tree.map(lambda g, names: reduced(g, *names), grads, names)
     total = summed(reported.pop("total_loss"), "batch", "stream", "stages")
-    overflow = {name: summed(reported.pop(name), "seq") for name in ("overflow",) if name in reported}
-    return grads, agreed({"total_loss": total} | summed(reported | overflow, "batch"))
+    if "overflow" in reported:
+      reported["overflow"] = summed(reported["overflow"], "seq")
+    return grads, agreed({"total_loss": total} | summed(reported, "batch", "stages"))
 
   def gradients(state, batch, microbatches, mtp_weight):
     tokens_in_batch = microbatches * batch.shape[1] * (batch.shape[2] - 1)
@@ -100,6 +95,71 @@ def make_gradients(config: Config, graphdef, bos):
     )
 
   return gradients
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """What one device does in a step: `read` gives (tokens [sequences, seq + 1], key) of a microbatch; `whole`: ZeRO 1 or 2."""
+
+  config: Config
+  graphdef: nnx.GraphDef
+  objective: Objective
+  names: dict
+  whole: bool
+  params: dict
+  buffers: dict
+  read: Callable
+  mtp_weight: jax.Array
+  microbatches: jax.Array | int
+
+
+def scanned_sums(work: Work):
+  """(gradients in the shards of the parameters, reported): sums over microbatches that are done one after the other."""
+  zero = work.config.parallel.zero
+  weights = in_use(work.params, work.names, work.config.model.compute_dtype) if work.whole else work.params
+
+  def share(weights, tokens, key):
+    with rules(WHOLE_WEIGHTS if work.whole else {}):
+      model = nnx.merge(work.graphdef, weights, work.buffers)
+      nats, share, observed = work.objective(model, tokens, key, work.mtp_weight)
+    return share, {"loss": nats.sum(), **observed}
+
+  def one(i):
+    (total, observed), grads = jax.value_and_grad(share, has_aux=True)(weights, *work.read(i))
+    return varying((shards(grads) if zero == 2 else grads, {"total_loss": total, **observed}))
+
+  def shards(grads):
+    return jax.tree.map(lambda g, names: in_shards(g, *names), grads, work.names)
+
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))
+  # Summed in the dtype of the parameters, whatever that of the weights in use.
+  zeros = jax.tree.map(lambda z, p: z.astype(p.dtype), zeros[0], work.params), zeros[1]
+  add = lambda i, sums: jax.tree.map(jnp.add, sums, one(i))  # noqa: E731
+  grads, reported = jax.lax.fori_loop(0, work.microbatches, add, varying(zeros))
+  return shards(grads) if zero == 1 else grads, reported
+
+
+def staged_sums(work: Work):
+  """As `scanned_sums`, of microbatches that pass through stages."""
+  stack, table = stages_of(work.config)
+  dtype, names = work.config.model.compute_dtype, work.names
+  rest = {name: params for name, params in work.params.items() if name != stack}
+  rest_names = {name: tree for name, tree in names.items() if name != stack}
+
+  def lay(layers):
+    return laid_out(layers, names[stack], table, work.whole)
+
+  layers = lay(cast(work.params[stack], names[stack], dtype) if work.whole else work.params[stack])
+  around = in_use(rest, rest_names, dtype) if work.whole else rest
+  placeholders = jax.tree.map(lambda _: jnp.zeros(()), names[stack], is_leaf=lambda x: isinstance(x, tuple))
+  stages = Stages(
+    work.config, work.graphdef, work.objective, work.buffers, work.read, work.mtp_weight, placeholders, work.whole
+  )
+  grads, of_layers, reported = stages.gradients(around, layers, work.microbatches)
+  if work.whole:
+    grads = jax.tree.map(lambda g, names: in_shards(g, *names), grads, rest_names)
+  (of_layers,) = jax.vjp(lay, work.params[stack])[1](of_layers)
+  return grads | {stack: of_layers}, reported
 
 
 def make_train_step(config: Config, graphdef, bos):

@@ -1,4 +1,4 @@
-"""Context parallelism is the attention of one device to the whole sequence, in equal work, and communicates what it says."""
+"""Context parallelism: the attention of one device to the whole sequence, in equal work, by the collectives it says."""
 
 import collections
 import functools
@@ -41,7 +41,10 @@ def inputs(name, dtype=np.float64, seq=SEQ):
   """((q, keys, weights), segment_ids, cotangents of the result); logits of order 10, segments that end anywhere."""
   _, keys, weights, value_width = ATTENTIONS[name]
   rng = np.random.default_rng(0)
-  normal = lambda *shape: rng.normal(size=shape).astype(dtype)  # noqa: E731
+
+  def normal(*shape):
+    return rng.normal(size=shape).astype(dtype)
+
   q = 4 * normal(BATCH, seq, HEADS, WIDTH)
   primals = (q, tuple(normal(BATCH, seq, *shape) for shape in keys), normal(*weights))
   segments = np.sort(rng.integers(0, 5, (BATCH, seq)), 1).astype(np.int32)
@@ -164,26 +167,29 @@ def executions(jaxpr, times=1):
 
 
 def executed(name, kind, parts, backward):
-  """(products in matrix multiplications of a device, {communication: how often}), of the program as it is traced."""
+  """(products in matrix multiplications of a device, {primitive: how often}), of the program as it is traced."""
   mesh = mesh_of(parts)
   with jax.set_mesh(mesh):
     jaxpr = shared(name, kind, backward).trace(*abstract(name, mesh)).jaxpr
-  products, communication = 0, collections.Counter()
+  products, primitives = 0, collections.Counter()
   for equation, times in executions(jaxpr):
     if equation.primitive.name == "dot_general":
       contracting = equation.params["dimension_numbers"][0][0]
       inner = math.prod(equation.invars[0].aval.shape[dimension] for dimension in contracting)
       products += times * inner * equation.outvars[0].aval.size
-    communication[equation.primitive.name] += times
-  return products, communication
+    primitives[equation.primitive.name] += times
+  return products, primitives
 
 
 def abstract(name, mesh, seq=SEQ):
   """Shapes and layouts of what `shared` takes."""
   (q, keys, weights), segments, cotangents = inputs(name, np.float32, seq)
-  leaf = lambda spec: lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))  # noqa: E731
-  q, keys, segments, cotangents = jax.tree.map(leaf(SHARED), (q, keys, segments, cotangents))
-  return (q, keys, leaf(jax.P())(weights)), segments, cotangents
+
+  def leaf(x, spec=SHARED):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+  q, keys, segments, cotangents = jax.tree.map(leaf, (q, keys, segments, cotangents))
+  return (q, keys, leaf(weights, jax.P())), segments, cotangents
 
 
 @KINDS
@@ -192,7 +198,7 @@ def test_only_the_causal_half_is_multiplied(parts, kind):
   pair = BATCH * parts // 4 * HEADS * (SEQ // (2 * parts)) ** 2
   per_device = pair * (2 * parts + 1)
   assert executed("gqa", kind, parts, backward=False)[0] == per_device * 2 * WIDTH
-  # Backward: the logits again, and four products. Without checkpoints it would be 6.
+  # Backward: the logits again, and four products. Without checkpoints it would be 6 in all.
   assert executed("gqa", kind, parts, backward=True)[0] == per_device * 7 * WIDTH
 
 

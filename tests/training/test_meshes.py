@@ -121,6 +121,10 @@ FOUR = [
   ("v3", dict(expert=2, tensor=2), {}),
   ("v3", dict(tensor=4), dict(latent="sharded")),
   ("dense", dict(context=4), {}),
+  ("dense", dict(stage=4), {}),
+  ("dense", dict(stage=2, fsdp=2), dict(circuits=2)),
+  ("v3", dict(stage=2, expert=2), dict(zero=1)),
+  ("v3", dict(stage=2, fsdp=2), dict(stage_layers=(3, 1))),
   ("v3", dict(context=2, expert=2), {}),
 ]
 
