@@ -51,6 +51,7 @@ class OptimizerConfig(Section, path="optimizer"):
   moments_dtype: str = field(
     "float32", "dtype in which both moments are kept", choices=("bfloat16", "float32", "float64")
   )
+  offload: bool = field(False, "keep both moments in the host's memory between updates")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +129,9 @@ class ParallelConfig(Section, path="parallel"):
     "replicated", "MLA on a tensor mesh: each device makes all latents, or those of its own positions (sharded)",
     choices=("replicated", "sharded"),
   )  # fmt: skip
-  circuits: int = field(1, "times that a microbatch goes round the stages, a part of each stage's layers at a time", at_least=1)
+  circuits: int = field(
+    1, "times that a microbatch goes round the stages, a part of each stage's layers at a time", at_least=1
+  )
   stage_layers: tuple[int, ...] = field(
     (), "layers of each of the stage x circuits parts, in order; empty: as even as it goes", at_least=0
   )

@@ -93,7 +93,9 @@ class MoEConfig(Section, path="model.moe"):
     choices=("ragged", "dense", "capacity"),
   )  # fmt: skip
   buffer_factor: float = field(
-    0.0, "on an expert mesh: room for what a device receives, as a multiple of an even load; 0: for the worst case", at_least=0
+    0.0,
+    "on an expert mesh: room for what a device receives, as a multiple of an even load; 0: for the worst case",
+    at_least=0,
   )
   capacity_factor: float = field(
     1.0, "capacity: what a group of experts takes in training, as a multiple of its even share", above=0
@@ -151,8 +153,9 @@ class ModelConfig(Section, path="model"):
     choices=("bfloat16", "float32", "float64"),
   )  # fmt: skip
   remat: str = field(
-    "full", "what the backward pass recomputes: none (but scores of MLA, dropout or float64), full (each block), dots (all but matrix products)",
-    choices=("none", "full", "dots"),
+    "full", "what the backward pass recomputes: none (but scores of MLA, dropout or float64), dots (all but matrix products), "
+    "full (each block), offload (each block, whose input waits in the host's memory)",
+    choices=("none", "full", "dots", "offload"),
   )  # fmt: skip
   attention: AttentionConfig = AttentionConfig()
   moe: MoEConfig = MoEConfig()

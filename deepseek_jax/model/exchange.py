@@ -93,7 +93,9 @@ def padded(rows, routes, most, back=None):
     (there, starts), (here, arrivals) = (here, arrivals), (there, starts)
   place = jnp.arange(most)
   index = jnp.where(place < there[:, None], starts[:, None] + place, rows.shape[0])  # [devices, most]
-  blocks = jax.lax.all_to_all(rows.at[index].get(mode="fill", fill_value=0), routes.axis, 0, 0)  # [devices, most, width]
+  blocks = jax.lax.all_to_all(
+    rows.at[index].get(mode="fill", fill_value=0), routes.axis, 0, 0
+  )  # [devices, most, width]
   to = jnp.where(place < here[:, None], arrivals[:, None] + place, routes.room if back is None else back)
   empty = jnp.zeros((routes.room if back is None else back, rows.shape[1]), rows.dtype)
   return empty.at[to.reshape(devices * most)].set(blocks.reshape(devices * most, -1), mode="drop")

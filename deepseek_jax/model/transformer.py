@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.model.block import Block
 from deepseek_jax.model.linear import Linear, at_least_float32, matmul_precision, normal_param
@@ -32,8 +33,17 @@ def rematerialised(layer, policy):
   """`layer` with the backward pass recomputing what `config.remat` says."""
   if policy == "none":
     return layer
-  saved = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[policy]
-  return jax.checkpoint(layer, policy=saved)
+  policies = jax.checkpoint_policies
+  offloaded = policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[], names_which_can_be_offloaded=["block_input"],
+    offload_src="device", offload_dst="pinned_host",
+  )  # fmt: skip
+  saved = {"full": None, "dots": policies.dots_with_no_batch_dims_saveable, "offload": offloaded}[policy]
+
+  def named(x, *arguments):
+    return layer(checkpoint_name(x, "block_input"), *arguments)
+
+  return jax.checkpoint(named if policy == "offload" else layer, policy=saved)
 
 
 def nothing(routing, kept):
@@ -108,13 +118,13 @@ class Transformer(nnx.Module):
       # first token, must not be seen by that document. Rotation is relative, so that it may start anywhere.
       tokens = dataclasses.replace(tokens, counted=ids >= 0)
 
-      def step(layer, hidden, embedded, tokens, key):
+      def step(hidden, layer, embedded, tokens, key):
         hidden, routing, kept = layer(hidden, embedded, tokens, key)
         return hidden, observe(routing, kept)
 
       with matmul_precision(self.config):
         step = rematerialised(step, self.config.remat)
-        hidden, seen = step(layer, hidden, self.embedded(jnp.maximum(ids, 0)), tokens, key)
+        hidden, seen = step(hidden, layer, self.embedded(jnp.maximum(ids, 0)), tokens, key)
       depths.append((hidden, seen))
     return depths
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.errors import ConfigError
+from deepseek_jax.sharding import varying
 
 
 def stage_table(layers, stages, circuits, assignment=()):
@@ -83,8 +84,8 @@ def pipelined_gradients(first, chunk, last, outer, layers, microbatches, *, axis
     axis: mesh axis of the stages. circuits: how often a microbatch passes through all of them.
 
   Returns:
-    (gradients of outer, gradients of layers, both in the parameters' types, observed): observed are the sums over
-    microbatches of what (first, chunk [circuits, ...], last) observed.
+    (gradients of outer, gradients of layers, observed): sums over the microbatches, of gradients in at least float32;
+    observed is (first's, chunk's [circuits, ...], last's).
   """
   work = Work(*_typed(first, chunk, last), outer, layers, jnp.asarray(microbatches, jnp.int32), axis, circuits)
   ticks = work.forward_ticks + work.lag + 1
@@ -157,13 +158,16 @@ class Work:
 
     layers, index = _at(self.layers, 0), self.stage
     x, of_first = zeros(jax.eval_shape(self.first, self.outer, index))
-    x = _varying(x)
+    x = varying(x)
     _, _, of_chunk = jax.eval_shape(self.chunk, layers, index, index, x)
     _, of_last = jax.eval_shape(self.last, self.outer, index, x)
     of_chunk = jax.tree.map(lambda a: jnp.zeros((self.circuits, *a.shape), a.dtype), of_chunk)
     kept = jnp.zeros((self.lag + self.stages, *x.shape), x.dtype)
-    slots, gradients = jnp.zeros(self.lag + self.period, jnp.int32), zeros((self.outer, self.layers))
-    return _varying(
+    slots, gradients = (
+      jnp.zeros(self.lag + self.period, jnp.int32),
+      jax.tree.map(_wide_zeros, (self.outer, self.layers)),
+    )
+    return varying(
       Carry(x, x, kept, slots, jnp.int32(0), x, x, x, gradients, (zeros(of_first), of_chunk, zeros(of_last)))
     )
 
@@ -231,7 +235,10 @@ class Work:
     return dataclasses.replace(carry, gradients=(_added(outer, *pull(carry.outbox), exists), layers))
 
   def last_both(self, microbatch, exists, carry):
-    objective, pull, seen = jax.vjp(lambda *args: self.last(*args), self.outer, carry.turning, has_aux=True)
+    def function(outer, y):
+      return self.last(outer, microbatch, y)
+
+    objective, pull, seen = jax.vjp(function, self.outer, carry.turning, has_aux=True)
     of_outer, dy = pull(jnp.ones_like(objective))
     (outer, layers), (*others, of_last) = carry.gradients, carry.observed
     gradients = (_added(outer, of_outer, exists), layers)
@@ -264,23 +271,18 @@ def _typed(first, chunk, last):
 
   def typed_chunk(*args):
     y, objective, observed = chunk(*args)
-    return _varying(y), objective, observed
+    return varying(y), objective, observed
 
-  return jax.jit(lambda *args: _varying(first(*args))), jax.jit(typed_chunk), jax.jit(last)
-
-
-def _varying(tree):
-  axes = jax.sharding.get_abstract_mesh().axis_names
-
-  def cast(leaf):
-    missing = tuple(axis for axis in axes if axis not in jax.typeof(leaf).manual_axis_type.varying)
-    return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-  return jax.tree.map(cast, tree)
+  return jax.jit(lambda *args: varying(first(*args))), jax.jit(typed_chunk), jax.jit(last)
 
 
 def _when(due, function, carry):
   return jax.lax.cond(due, function, lambda carry: carry, carry)
+
+
+def _wide_zeros(param):
+  """Where gradients of `param` are summed: in float32 at least."""
+  return jnp.zeros(param.shape, jnp.promote_types(param.dtype, jnp.float32))
 
 
 def _at(tree, index):
@@ -294,7 +296,7 @@ def _set(array, index, value):
 
 def _added(total, part, exists):
   # Selected, not multiplied by zero: what was computed where there is no item may be infinite.
-  return jax.tree.map(lambda t, p: jnp.where(exists, t + p, t), total, part)
+  return jax.tree.map(lambda t, p: t + jnp.where(exists, p, 0), total, part)
 
 
 def _added_at(total, index, part, exists):

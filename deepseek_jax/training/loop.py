@@ -251,12 +251,13 @@ class Run:
     values |= {f"mtp_loss_{depth}": float(loss) for depth, loss in enumerate(ahead, 1)}
     self.interval["tokens"] += batch.target_tokens
     if skipped["in_a_row"]:
-      self.progress.say(f"step {step}: gradients are not finite, update skipped ({skipped['in_a_row']} in a row)")
-    if skipped["in_a_row"] >= self.config.train.max_skipped:
-      raise Diverged(
-        f"{skipped['in_a_row']} updates in a row up to step {step} had non-finite gradients and were skipped; "
-        f"the newest checkpoint is of step {self.saved_step}. Lower schedule.peak, or raise train.max_skipped"
-      )
+      cause, cure = self.why_skipped(int(values.get("overflow", 0)))
+      self.progress.say(f"step {step}: {cause}, update skipped ({skipped['in_a_row']} in a row); {cure}")
+      if skipped["in_a_row"] >= self.config.train.max_skipped:
+        raise Diverged(
+          f"{skipped['in_a_row']} updates in a row up to step {step} were skipped, the last one because {cause}; "
+          f"the newest checkpoint is of step {self.saved_step}. {cure}, or raise train.max_skipped"
+        )
     values["bits_per_byte"] = values["loss"] * batch.target_tokens / math.log(2) / max(batch.target_bytes, 1)
     wall = time.monotonic() - self.marked
     step_seconds = max(wall - sum(self.interval[name] for name in ("data", "eval", "checkpoint")), 1e-9)
@@ -277,6 +278,14 @@ class Run:
     self.writer.write(step, values | scalars, histograms=shares)
     self.interval.clear()
     self.marked = time.monotonic()
+
+  def why_skipped(self, overflow):
+    """(why an update was skipped, what helps); `overflow`: choices of experts that found no room."""
+    factor = self.config.model.moe.buffer_factor
+    if overflow:
+      cause = f"{overflow:,} choices of experts found no room in buffers of {factor:g} times an even load"
+      return cause, "raise model.moe.buffer_factor (0: room for any load)"
+    return "gradients are not finite", "lower schedule.peak if it goes on"
 
   def evaluate(self, sequences):
     """Loss and bits per byte on the held-out split, shown and logged."""
@@ -310,8 +319,9 @@ class Run:
     """What a finished run shows: a held-out evaluation, a sample, and what to do next."""
     self.evaluate(self.config.eval.final_sequences)
     prompt, workdir = self.config.sample.prompt, self.workdir
+    roomy = dataclasses.replace(self.config.model.moe, buffer_factor=0.0)  # a few tokens have no even load
     text = self.sample_text(
-      self.graphdef, self.state.params, self.state.buffers, self.data.tokenizer, self.config.sample,
+      graphdef(dataclasses.replace(self.config.model, moe=roomy)), self.state.params, self.state.buffers, self.data.tokenizer, self.config.sample,
       self.config.data.seq, self.config.seed, self.mesh,
     )  # fmt: skip
     self.writer.event("sample", self.step, prompt=prompt, text=text)

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.model.linear import at_least_float32
-from deepseek_jax.sharding import gathered, greatest, part, parts, summed, varying
+from deepseek_jax.sharding import gathered, greatest, part, parts, summed
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def cross_entropy(head, hidden, targets, chunk, label_smoothing=0.0, z_loss=0.0):
   """(nats [batch], objective []): the cross entropy summed over the sequence; and what is optimised, summed over all.
 
@@ -24,13 +23,18 @@ def cross_entropy(head, hidden, targets, chunk, label_smoothing=0.0, z_loss=0.0)
     targets: [batch, seq] int; a negative one does not count.
     chunk: positions whose logits exist at once.
   """
-  return _in_chunks(head, hidden, targets, chunk, label_smoothing, z_loss, differentiate=False)[0]
-
-
-def _in_chunks(head, hidden, targets, chunk, label_smoothing, z_loss, differentiate):
-  """((nats, objective), (gradient of objective by head, by hidden) or None)."""
-  batch, seq, embed = hidden.shape
   kernel = gathered(head.astype(hidden.dtype), "embed", "vocab")  # once, for all chunks
+  return _cross_entropy(kernel, hidden, targets, chunk, label_smoothing, z_loss)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _cross_entropy(kernel, hidden, targets, chunk, label_smoothing, z_loss):
+  return _in_chunks(kernel, hidden, targets, chunk, label_smoothing, z_loss, differentiate=False)[0]
+
+
+def _in_chunks(kernel, hidden, targets, chunk, label_smoothing, z_loss, differentiate):
+  """((nats, objective), (gradient of objective by kernel, by hidden) or None)."""
+  batch, seq, embed = hidden.shape
   wide, chunk = at_least_float32(hidden.dtype), min(chunk, seq)
   product = functools.partial(jnp.einsum, precision=None if hidden.dtype == jnp.bfloat16 else "highest")
 
@@ -58,9 +62,7 @@ def _in_chunks(head, hidden, targets, chunk, label_smoothing, z_loss, differenti
   sums = nats.sum(0), objective.sum()
   if not differentiate:
     return sums, None
-  # Reduced over the devices in `wide`, in which it was summed.
-  (dhead,) = jax.vjp(lambda head: gathered(head, "embed", "vocab"), varying(jnp.zeros(head.shape, wide)))[1](dkernel)
-  return sums, (dhead.astype(head.dtype), dhidden.swapaxes(0, 1).reshape(batch, -1, embed)[:, :seq])
+  return sums, (dkernel.astype(kernel.dtype), dhidden.swapaxes(0, 1).reshape(batch, -1, embed)[:, :seq])
 
 
 def token_losses(logits, targets, label_smoothing, z_loss):
@@ -85,15 +87,15 @@ def token_losses(logits, targets, label_smoothing, z_loss):
   return jnp.where(counts, nats, 0), jnp.where(counts, objective, 0), jnp.where(counts[..., None], dlogits, 0)
 
 
-def _forward(head, hidden, targets, chunk, label_smoothing, z_loss):
-  return _in_chunks(head, hidden, targets, chunk, label_smoothing, z_loss, differentiate=True)
+def _forward(kernel, hidden, targets, chunk, label_smoothing, z_loss):
+  return _in_chunks(kernel, hidden, targets, chunk, label_smoothing, z_loss, differentiate=True)
 
 
 def _backward(chunk, label_smoothing, z_loss, gradients, cotangents):
-  dhead, dhidden = gradients
+  dkernel, dhidden = gradients
   # Each device that shares `vocab` has the same objective, and its logits count in all of them.
   scale = summed(cotangents[1], "vocab")
-  return dhead * scale.astype(dhead.dtype), dhidden * scale.astype(dhidden.dtype), None
+  return dkernel * scale.astype(dkernel.dtype), dhidden * scale.astype(dhidden.dtype), None
 
 
-cross_entropy.defvjp(_forward, _backward)
+_cross_entropy.defvjp(_forward, _backward)

@@ -96,10 +96,7 @@ class Objective:
     nats is the cross entropy summed over each whole sequence. observed: sums over the batch that this device has, of `mtp_loss`
     [depth], `balance_loss` [], `load` {stack: [layers, experts] int32}, `overflow` [] int32.
     """
-    observed = {"load": {}}
-    if self.config.model.moe.num_routed_experts:
-      zero = jnp.zeros((), at_least_float32(hidden.dtype))
-      observed |= {"balance_loss": zero, "overflow": jnp.zeros((), jnp.int32)}
+    observed = self.nothing_observed()
     nats, objective = self.losses(model, hidden, inputs.targets)
     depths = model.mtp(hidden, inputs.ahead, facts, key, self.observe)
     mtp_nats, seq = [], inputs.ids.shape[1] * parts("seq")
@@ -118,11 +115,19 @@ class Objective:
       share += balance
     return summed(nats, "seq"), share, observed
 
+  def nothing_observed(self):
+    """Zeros that `balanced` adds to."""
+    model = self.config.model
+    if not model.moe.num_routed_experts:
+      return {"load": {}}
+    zero = jnp.zeros((), at_least_float32(model.compute_dtype))
+    return {"load": {}, "balance_loss": zero, "overflow": jnp.zeros((), jnp.int32)}
+
   def balanced(self, seen, name, observed, seq):
     """(share of the objective, `observed` with what the experts of the layers of stack `name` showed added), of sequences of `seq`."""
     loss = seq * seen["loss"].sum()  # of [layers, batch]
     return loss / parts("stream"), observed | {
       "balance_loss": observed["balance_loss"] + loss,
-      "overflow": observed["overflow"] + seen["overflow"].sum(),
+      "overflow": observed["overflow"] + seen["overflow"].sum(dtype=jnp.int32),
       "load": observed["load"] | {name: seen["load"]},
     }

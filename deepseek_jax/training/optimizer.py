@@ -28,6 +28,20 @@ def kept_in(dtype, transformation):
   return optax.GradientTransformation(init, update)
 
 
+def moments_in(space: jax.memory.Space, opt_state):
+  """`opt_state` with its moments, whole or abstract, in the host's or in the devices' memory."""
+
+  def leaf(x):
+    if not x.ndim:
+      return x
+    if isinstance(x, jax.ShapeDtypeStruct):
+      kind = "pinned_host" if space == jax.memory.Space.Host else "device"
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind(kind))
+    return jax.device_put(x, space)
+
+  return jax.tree.map(leaf, opt_state)
+
+
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
   """Clip by global norm, Adam, decoupled weight decay. Its updates are to be multiplied by minus the learning rate."""
   return optax.chain(

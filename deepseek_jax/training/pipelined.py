@@ -44,7 +44,7 @@ class Stages:
 
   Args:
     buffers: all of them. read: microbatch -> (tokens [batch, seq + 1], dropout key or None).
-    placeholders: a tree like the parameters of the stack in the stages, for where they are not used.
+    placeholders: a tree like all parameters, of what stands for those that a part of the pipeline does not use.
     whole: whether parameters in use are whole; otherwise each use gathers them.
   """
 
@@ -75,7 +75,7 @@ class Stages:
 
   def model(self, params, layers=None, buffers=None):
     """The model with the blocks `layers` and their `buffers` for its stack, or without it."""
-    params = params | {self.stack: self.placeholders if layers is None else layers}
+    params = self.placeholders | params | ({self.stack: layers} if layers else {})
     return nnx.merge(self.graphdef, params, self.buffers | ({self.stack: buffers} if buffers else {}))
 
   def before(self, params, microbatch):
@@ -104,7 +104,7 @@ class Stages:
     if seen is None:
       return x, varying(jnp.zeros((), x.dtype)), {"load": {}, "total_loss": varying(jnp.zeros((), x.dtype))}
     seen = jax.tree.map(lambda a: jnp.where(full.reshape(-1, *(1,) * (a.ndim - 1)), a, 0), seen)
-    share, observed = self.objective.balanced(seen, self.stack, {"load": {}}, tokens.shape[1] - 1)
+    share, observed = self.objective.balanced(seen, self.stack, self.objective.nothing_observed(), tokens.shape[1] - 1)
     return x, share, observed | {"total_loss": share}
 
   def after(self, params, microbatch, x):

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from deepseek_jax.config import Config
 from deepseek_jax.model.transformer import new_params
 from deepseek_jax.sharding import concrete
-from deepseek_jax.training.optimizer import make_optimizer
+from deepseek_jax.training.optimizer import make_optimizer, moments_in
 
 
 @jax.tree_util.register_dataclass
@@ -34,19 +34,22 @@ def new_state(config: Config, key) -> TrainState:
 
 def first_state(config: Config, params, buffers) -> TrainState:
   """State before the first update of these weights, its moments sharded as they are. Run it under `jax.jit`."""
-  zero = jnp.zeros((), jnp.int32)
+  zero, opt_state = jnp.zeros((), jnp.int32), make_optimizer(config.optimizer).init(params)
   return TrainState(
     step=zero,
     params=params,
     buffers=buffers,
-    opt_state=make_optimizer(config.optimizer).init(params),
+    opt_state=moments_in(jax.memory.Space.Host, opt_state) if config.optimizer.offload else opt_state,
     skipped={"total": zero, "in_a_row": zero},
   )
 
 
 def abstract_state(config: Config, mesh) -> TrainState:
   """Shapes, dtypes and shardings of the state; nothing is allocated. Needs `mesh` set."""
-  return concrete(jax.eval_shape(lambda key: new_state(config, key), jax.random.key(0)), mesh)
+  state = concrete(jax.eval_shape(lambda key: new_state(config, key), jax.random.key(0)), mesh)
+  if config.optimizer.offload:  # which eval_shape does not tell
+    state = dataclasses.replace(state, opt_state=moments_in(jax.memory.Space.Host, state.opt_state))
+  return state
 
 
 def state_sha256(state) -> str:

@@ -16,7 +16,7 @@ from deepseek_jax.sharding import (
 )  # fmt: skip
 from deepseek_jax.training.balance import moved_biases
 from deepseek_jax.training.objective import Objective
-from deepseek_jax.training.optimizer import make_optimizer
+from deepseek_jax.training.optimizer import make_optimizer, moments_in
 from deepseek_jax.training.pipelined import Stages, laid_out, stages_of
 from deepseek_jax.training.state import TrainState
 
@@ -27,11 +27,16 @@ def layouts(tree):
 
 
 def make_row_nats(config: Config, graphdef, bos):
-  """`(params, buffers, tokens [batch, seq + 1]) -> nats [batch]`, the cross entropy summed over each sequence."""
+  """`(params, buffers, tokens [batch, seq + 1]) -> nats [batch]`, the cross entropy summed over each sequence.
+
+  They are NaN where choices of experts found no room: nothing is dropped in silence.
+  """
   objective = Objective(config, bos)
 
   def local(params, buffers, tokens):
-    return objective(nnx.merge(graphdef, params, buffers), tokens)[0]
+    nats, _, observed = objective(nnx.merge(graphdef, params, buffers), tokens)
+    lost = summed(observed.get("overflow", 0), "batch", "seq")
+    return jnp.where(lost == 0, nats, jnp.nan)
 
   def row_nats(params, buffers, tokens):
     with rules(LATENTS[config.parallel.latent]):
@@ -90,9 +95,7 @@ def make_gradients(config: Config, graphdef, bos):
         found = on_every_device(local, (spec(), *layout), (layouts(state.params), spec()))
         grads, reported = found(microbatches, *arguments)
     # Divided by the whole batch, so that microbatches add up to the large batch's gradient.
-    return jax.tree.map(
-      lambda x: x if jnp.issubdtype(x.dtype, jnp.integer) else x / tokens_in_batch, (grads, reported)
-    )
+    return jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.integer) else x / tokens_in_batch, (grads, reported))
 
   return gradients
 
@@ -151,7 +154,7 @@ def staged_sums(work: Work):
 
   layers = lay(cast(work.params[stack], names[stack], dtype) if work.whole else work.params[stack])
   around = in_use(rest, rest_names, dtype) if work.whole else rest
-  placeholders = jax.tree.map(lambda _: jnp.zeros(()), names[stack], is_leaf=lambda x: isinstance(x, tuple))
+  placeholders = jax.tree.map(lambda _: jnp.zeros(()), work.params)
   stages = Stages(
     work.config, work.graphdef, work.objective, work.buffers, work.read, work.mtp_weight, placeholders, work.whole
   )
@@ -172,17 +175,20 @@ def make_train_step(config: Config, graphdef, bos):
     load {stack: [layers, experts]}, overflow (choices that found no room), and the counts of skipped updates.
   """
   gradients, tx = make_gradients(config, graphdef, bos), make_optimizer(config.optimizer)
+  offload = config.optimizer.offload
 
   def train_step(state, batch, microbatches, rates):
     grads, metrics = gradients(state, batch, microbatches, rates["mtp_weight"])
     grad_norm = optax.tree.norm(grads)
     good = jnp.isfinite(grad_norm) & (metrics.get("overflow", 0) == 0)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    old_moments = moments_in(jax.memory.Space.Device, state.opt_state) if offload else state.opt_state
+    updates, opt_state = tx.update(grads, old_moments, state.params)
     rate = rates["learning_rate"]
     params = jax.tree.map(lambda p, u: p - rate.astype(p.dtype) * u, state.params, updates)
     buffers = moved_biases(state.buffers, metrics["load"], rates["bias_speed"])
-    new, old = (params, buffers, opt_state), (state.params, state.buffers, state.opt_state)
+    new, old = (params, buffers, opt_state), (state.params, state.buffers, old_moments)
     params, buffers, opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
+    opt_state = moments_in(jax.memory.Space.Host, opt_state) if offload else opt_state
     bad = 1 - good.astype(jnp.int32)
     skipped = {"total": state.skipped["total"] + bad, "in_a_row": bad * (state.skipped["in_a_row"] + 1)}
     metrics |= {"grad_norm": grad_norm, "skipped": skipped}

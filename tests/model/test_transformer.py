@@ -166,7 +166,7 @@ def test_capacity_drops_in_training_only_and_exempts_the_same_sequences_in_every
   assert 3 <= main.sum() <= 13, main.sum()  # about a quarter of 32
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "dots", "offload"])
 def test_remat_changes_no_gradient(remat):
   params, ids = random_params(TINY), jnp.asarray(tokens())
 
@@ -244,7 +244,15 @@ class TestAttend:
     q, k, v = self.qkv()
     segments = jnp.cumsum(jnp.asarray(np.random.default_rng(2).integers(0, 2, (2, 9))), 1) if segmented else None
     library = attend(q, k, v, scale=0.3, segment_ids=segments)
-    ours = attend(q, k, v, scale=0.3, segment_ids=segments, dropout_rate=0.0, dropout_keys=jax.random.split(jax.random.key(0), (2, 6)))
+    ours = attend(
+      q,
+      k,
+      v,
+      scale=0.3,
+      segment_ids=segments,
+      dropout_rate=0.0,
+      dropout_keys=jax.random.split(jax.random.key(0), (2, 6)),
+    )
     np.testing.assert_allclose(library, ours, rtol=2e-5, atol=2e-6)
 
   def test_value_width_may_differ(self):

@@ -66,7 +66,9 @@ def test_value_and_gradients_are_the_definition_s_for_any_chunk(one_device, chun
     assert not ours[1][1][DOES_NOT_COUNT].any()
 
 
-@pytest.mark.parametrize("axes", [{"data": 4}, {"fsdp": 4}, {"tensor": 4}, {"fsdp": 2, "tensor": 2}, {"context": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+  "axes", [{"data": 4}, {"fsdp": 4}, {"tensor": 4}, {"fsdp": 2, "tensor": 2}, {"context": 2, "tensor": 2}], ids=str
+)
 def test_every_mesh_equals_one_device(axes):
   with jax.enable_x64(True):
     head, hidden, targets = inputs(jnp.float64)

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from deepseek_jax.config import BalanceConfig, Config, DataConfig, MeshConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from deepseek_jax.config import (
+  BalanceConfig,
+  Config,
+  DataConfig,
+  MeshConfig,
+  OptimizerConfig,
+  ParallelConfig,
+  TrainConfig,
+)
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
@@ -85,12 +93,20 @@ def one_device(config, steps):
     return train(config, steps)
 
 
+def changed(config, mesh, offload=False, kind="gather", **parallel):
+  """`config` on a mesh, with fields of its section parallel, what waits in host memory, and how keys travel."""
+  attention = dataclasses.replace(config.model.attention, context=kind)
+  model = dataclasses.replace(config.model, attention=attention, remat="offload" if offload else config.model.remat)
+  return dataclasses.replace(
+    config, model=model, mesh=MeshConfig(**{"data": 1, **mesh}), parallel=ParallelConfig(**parallel),
+    optimizer=dataclasses.replace(config.optimizer, offload=offload),
+  )  # fmt: skip
+
+
 def assert_equal(config, mesh, parallel, steps=3, tolerance=1e-10):
   """Training of `config` on the mesh is that on one device, up to `tolerance` relative to the largest of each array."""
   expected = one_device(config, steps)
-  config = dataclasses.replace(
-    config, mesh=MeshConfig(**{"data": 1, **mesh}), parallel=ParallelConfig(**parallel)
-  )
+  config = changed(config, mesh, **parallel)
   with jax.enable_x64(config.model.param_dtype == "float64"):
     ours = train(config, steps)
   for a, b in zip(ours[1], expected[1], strict=True):
@@ -121,6 +137,7 @@ FOUR = [
   ("v3", dict(expert=2, tensor=2), {}),
   ("v3", dict(tensor=4), dict(latent="sharded")),
   ("dense", dict(context=4), {}),
+  ("v3", dict(fsdp=2, context=2), dict(offload=True)),
   ("dense", dict(stage=4), {}),
   ("dense", dict(stage=2, fsdp=2), dict(circuits=2)),
   ("v3", dict(stage=2, expert=2), dict(zero=1)),

@@ -1,0 +1,102 @@
+"""Tokens that travel to their experts: what comes back is what one device computes, each token is sent to a device once."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.config import MeshConfig
+from deepseek_jax.mesh import make_mesh
+from deepseek_jax.model import exchange
+from deepseek_jax.model.dispatch import DISPATCH
+from deepseek_jax.sharding import on_every_device, spec, summed, varying
+
+TOKENS, EXPERTS, CHOSEN, EMBED, MLP = 12, 8, 3, 4, 5  # tokens of each of 4 devices
+
+
+def problem(seed=0, skewed=False):
+  """x, indices (8 does not count) and weights of 48 tokens, and kernels."""
+  rng = np.random.default_rng(seed)
+  logits = rng.normal(size=(4 * TOKENS, EXPERTS)) + (9 * (np.arange(EXPERTS) < CHOSEN) if skewed else 0)
+  indices = np.argsort(-logits, -1)[:, :CHOSEN]
+  if not skewed:
+    indices = np.where(rng.random(indices.shape) < 0.2, EXPERTS, indices)
+  shapes = (EXPERTS, EMBED, MLP), (EXPERTS, EMBED, MLP), (EXPERTS, MLP, EMBED)
+  kernels = [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
+  x, weights = rng.normal(size=(4 * TOKENS, EMBED)), rng.uniform(0.1, 1, size=indices.shape)
+  return jnp.asarray(x), jnp.asarray(indices, jnp.int32), jnp.asarray(weights), *kernels
+
+
+def on_four_devices(function, arrays, outputs):
+  """`function` of (x, indices, weights, gate, up, down) with tokens and experts shared by four devices."""
+  with jax.set_mesh(make_mesh(MeshConfig(data=1, expert=4))):
+    layout = (spec("batch", None),) * 3 + (spec("experts", None, None),) * 3
+    placed = jax.device_put(arrays, layout)
+    return jax.block_until_ready(jax.jit(on_every_device(function, layout, outputs(spec)))(*placed))
+
+
+def routed(x, indices, weights, *kernels, buffer_factor=0.0):
+  def compute(x, indices, weights, load, most):
+    return DISPATCH["ragged"](x, indices, weights, *kernels, load, most)
+
+  y, lost = exchange.exchanged(x, indices, weights, EXPERTS, compute, buffer_factor)
+  return y, summed(lost, "experts")
+
+
+@pytest.mark.parametrize("skewed", [False, True])
+def test_equal_to_one_device_with_gradients(skewed):
+  with jax.enable_x64(True):
+    arrays = problem(skewed=skewed)
+
+    def share(x, weights, kernels, indices):
+      return jnp.sin(routed(x, indices, weights, *kernels)[0]).sum()
+
+    def gradients(x, indices, weights, *kernels):
+      x, indices, weights, kernels = varying((x, indices, weights, kernels))
+      y, _ = routed(x, indices, weights, *kernels)
+      return y, jax.grad(share, (0, 1, 2))(x, weights, kernels, indices)
+
+    tokens = lambda spec: spec("batch", None)  # noqa: E731
+    kernels = lambda spec: (spec("experts", None, None),) * 3  # noqa: E731
+    y, ours = on_four_devices(gradients, arrays, lambda s: (tokens(s), (tokens(s), tokens(s), kernels(s))))
+
+    def dense(x, weights, kernels):
+      return DISPATCH["dense"](x, arrays[1], weights, *kernels, 0, 0)[0]
+
+    wanted = arrays[0], arrays[2], tuple(arrays[3:])
+    expected = jax.jit(jax.grad(lambda *a: jnp.sin(dense(*a)).sum(), (0, 1, 2)))(*wanted)
+    np.testing.assert_allclose(y, jax.jit(dense)(*wanted), rtol=1e-12, atol=1e-13)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13), ours, expected)
+
+
+def test_room_that_is_too_small_is_counted_and_enough_room_changes_nothing():
+  with jax.enable_x64(True):
+    arrays, lost = problem(skewed=True), {}  # all 144 choices are of experts 0, 1 and 2, on the first two devices
+    for factor in (1.0, 1.5, 4.0):
+      run = functools.partial(routed, buffer_factor=factor)
+      y, lost[factor] = on_four_devices(run, arrays, lambda s: (s("batch", None), s()))
+    # 36 choices are an even load: devices 0 and 1 have 96 and 48, which came in 48 rows each.
+    assert {factor: int(n) for factor, n in lost.items()} == {1.0: lost[1.0], 1.5: 42, 4.0: 0}
+    assert lost[1.0] > 42
+    np.testing.assert_allclose(y, on_four_devices(routed, arrays, lambda s: (s("batch", None), s()))[0], rtol=1e-14)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_token_is_sent_at_most_once_to_a_device(monkeypatch, seed):
+  sent, agreed_routes = [], exchange.agreed_routes
+
+  def watched(counts, room):
+    routes, lost = agreed_routes(counts, room)
+    jax.debug.callback(lambda sent_rows: sent.append(np.asarray(sent_rows)), routes.sent)
+    return routes, lost
+
+  monkeypatch.setattr(exchange, "agreed_routes", watched)
+  arrays = problem(seed)
+  on_four_devices(routed, arrays, lambda s: (s("batch", None), s()))
+  jax.effects_barrier()
+  device = np.asarray(arrays[1]).reshape(4, TOKENS, CHOSEN) // (EXPERTS // 4)
+  wanted = [[sum(to in token for token in tokens) for to in range(4)] for tokens in device]
+  assert len(sent) == 4 and all((routes == wanted).all() for routes in sent)
+  assert np.sum(wanted) < (device < 4).sum()  # some tokens chose two experts of one device
