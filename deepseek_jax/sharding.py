@@ -83,8 +83,8 @@ def varying(tree):
   """`tree` typed as different on every device, so that its gradients stay what each device found: none is summed unseen."""
 
   def leaf(x):
-    missing = _mesh_axes() - jax.typeof(x).manual_axis_type.varying
-    return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+    missing = tuple(axis for axis in _mesh_axes() if axis not in jax.typeof(x).manual_axis_type.varying)
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
   return jax.tree.map(leaf, tree) if _manual() else tree
 
@@ -132,7 +132,7 @@ def agreed(tree):
   """`tree`, whose values are the same on every device, typed so."""
 
   def leaf(x):
-    over = tuple(jax.typeof(x).manual_axis_type.varying)
+    over = tuple(axis for axis in _mesh_axes() if axis in jax.typeof(x).manual_axis_type.varying)
     return jax.lax.pmax(x, over) if over else x
 
   return jax.tree.map(leaf, tree)
@@ -141,7 +141,7 @@ def agreed(tree):
 def reduced(gradient, *names):
   """`gradient` of a parameter's own shard, of dimensions `names`, summed over the devices that have copies of it."""
   held = {axis for name in names for axis in axes(name)}
-  others = tuple(_mesh_axes() - held)
+  others = tuple(axis for axis in _mesh_axes() if axis not in held)
   return jax.lax.psum(gradient, others) if others else gradient
 
 
@@ -177,7 +177,7 @@ def _union(names):
 
 
 def _mesh_axes():
-  return frozenset(axis for axis, size in jax.sharding.get_abstract_mesh().shape.items() if size > 1)
+  return tuple(axis for axis, size in jax.sharding.get_abstract_mesh().shape.items() if size > 1)
 
 
 def _manual():
