@@ -336,9 +336,9 @@ class Config(Section):
 
 
 def product(mesh: MeshConfig, *names):
-  """(what to call it, the product of the sizes of these axes, those not yet known counted as 1)."""
-  sizes = [getattr(mesh, name) for name in names]
-  return " x ".join(f"mesh.{name}" for name in names), math.prod(size for size in sizes if size > 0)
+  """(what to call it, the product of the sizes of these axes); those of 1 or not yet known are left out."""
+  sizes = {f"mesh.{name}": size for name in names if (size := getattr(mesh, name)) > 1}
+  return " x ".join(sizes) or f"mesh.{names[0]}", math.prod(sizes.values())
 
 
 def check_weights(model: ModelConfig, mesh: MeshConfig):

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.model.attention import attend_causally, attend_cached, written
+from deepseek_jax.model.attention import attend_cached, attend_causally, written
 from deepseek_jax.model.linear import Linear
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.model.rope import mscale, rotate

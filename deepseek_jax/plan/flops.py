@@ -12,7 +12,6 @@ from deepseek_jax.model.transformer import new_params
 from deepseek_jax.model_config import ModelConfig
 
 
-@functools.cache  # a plan asks several times, and tracing the model takes a moment
 def abstract_params(config: ModelConfig, mesh: MeshConfig):
   """(params, buffers) as abstract arrays: shapes, dtypes and layouts on a mesh of resolved sizes that need not exist."""
   with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
@@ -30,6 +29,7 @@ class Parameters:
   mtp: int
 
 
+@functools.cache  # a plan asks several times, and tracing the model takes a moment
 def count_parameters(config: ModelConfig) -> Parameters:
   """Parameters of the model that the config describes, counted on its shapes."""
   params, buffers = abstract_params(config, MeshConfig(data=1))

@@ -1,19 +1,21 @@
 """How much memory a training step needs on each device: derived from shapes, before any device exists."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import Config
 from deepseek_jax.mesh import abstract_mesh
+from deepseek_jax.parallel.pipeline import stage_table
 from deepseek_jax.plan.flops import abstract_params
-from deepseek_jax.sharding import batch_parts, size_per_device
+from deepseek_jax.sharding import WHOLE_WEIGHTS, batch_parts, rules, size_per_device
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes on one device."""
+  """Bytes on one device; what waits in the host's memory is not among them."""
 
   params: int
   gradients: int
@@ -29,19 +31,40 @@ class Memory:
 def estimate_memory(config: Config) -> Memory:
   """Bytes per device of a step of `config`, whose mesh sizes are resolved.
 
-  Parameters and moments are exact. Gradients are counted twice: the newest, and the sum over microbatches. Activations
-  count what the forward pass keeps for the backward pass under the remat policy plus one block's working set, in the
-  compute dtype, with the gathered weights of one block and its experts' gradients; logits, the gathered head and its
-  gradient. XLA's own temporaries come on top.
+  Parameters and moments are exact; with ZeRO 1 and 2, and in a pipeline, weights in use come on top. Gradients are counted
+  twice: the newest, and the sum over microbatches. Activations count what the forward pass keeps for the backward pass
+  under the remat policy plus one block's working set, in the compute dtype, with the gathered weights of one block; logits,
+  the gathered head and its gradient. XLA's own temporaries come on top.
   """
-  m, mesh = config.model, config.mesh
-  per_device = sum(size_per_device(leaf) for leaf in jax.tree.leaves(abstract_params(m, mesh)[0]))
-  width, wide = jnp.dtype(m.compute_dtype).itemsize, max(4, jnp.dtype(m.compute_dtype).itemsize)
-  rows = -(-(config.train.microbatch or config.train.global_batch) // batch_parts(abstract_mesh(mesh)))
-  tokens, tensor = rows * config.data.seq, mesh.tensor
+  model, mesh, zero = config.model, config.mesh, config.parallel.zero
+  kept = _elements(model, mesh)
+  bytes_kept, compute = jnp.dtype(model.param_dtype).itemsize, jnp.dtype(model.compute_dtype).itemsize
+  in_use, newest, summed = 0, kept, kept
+  if zero < 3:
+    with rules(WHOLE_WEIGHTS):
+      whole = _elements(model, mesh) // mesh.stage
+    in_use, newest, summed = whole * compute, whole, whole if zero == 1 else kept
+  elif mesh.stage > 1:
+    in_use = kept * bytes_kept  # laid out in stages
+  moments = 0 if config.optimizer.offload else 2 * kept * jnp.dtype(config.optimizer.moments_dtype).itemsize
+  activations, logits = _passes(config, compute)
+  return Memory(kept * bytes_kept + in_use, (newest + summed) * bytes_kept, moments, activations, logits)
 
-  stream = tokens * m.embed * width  # one residual stream
-  a, moe = m.attention, m.moe
+
+def _elements(model, mesh):
+  """Parameters that one device holds under the rules in force."""
+  return sum(size_per_device(leaf) for leaf in jax.tree.leaves(abstract_params(model, mesh)[0]))
+
+
+def _passes(config: Config, width):
+  """(activations, logits): bytes of a microbatch's forward and backward pass, elements being `width` bytes wide."""
+  m, mesh, a, moe = config.model, config.mesh, config.model.attention, config.model.moe
+  wide, tensor = max(4, width), mesh.tensor
+  rows = -(-(config.train.microbatch or config.train.global_batch) // batch_parts(abstract_mesh(mesh)))
+  seq = config.data.seq // mesh.context
+  tokens = rows * seq
+
+  stream = tokens * m.embed * width // tensor  # one residual stream
   if a.kind == "mla":
     key, value = a.qk_nope_head_dim + a.qk_rope_head_dim, a.v_head_dim
     heads = a.heads * (2 * key + 2 * value + a.qk_nope_head_dim) // tensor + a.q_lora_rank + a.kv_lora_rank
@@ -51,28 +74,42 @@ def estimate_memory(config: Config) -> Memory:
   else:
     heads = (2 * a.heads + 2 * a.kv_heads) * a.head_dim // tensor
     attention_weights = 2 * m.embed * (a.heads + a.kv_heads) * a.head_dim // tensor
-  # The widest block: a mixture has the rows of its chosen experts, and for now all its experts' weights gathered.
-  inner, expert_weights = m.mlp, 3 * m.embed * m.mlp
+  # The widest block: a mixture has rows for the choices that its device has room for.
+  inner, expert_weights, choices = m.mlp, 3 * m.embed * m.mlp, 0
   if m.num_moe_layers:
-    rows_wide = (moe.num_experts_per_token + moe.num_shared_experts) * moe.mlp
+    choices = _room(moe, mesh.expert)
+    rows_wide = (choices + moe.num_shared_experts) * moe.mlp
     inner = max(inner, rows_wide) if m.num_dense_layers else rows_wide
-    expert_weights = 3 * m.embed * moe.mlp * (moe.num_routed_experts + moe.num_shared_experts)
-    heads += 2 * moe.num_experts_per_token * m.embed  # rows sorted by expert, in and out
+    routed = moe.num_routed_experts // mesh.expert
+    expert_weights = 3 * m.embed * moe.mlp * (routed + moe.num_shared_experts)
+    heads += 2 * choices * m.embed  # rows sorted by expert, in and out
+    if mesh.expert > 1:  # and as they arrive and go back
+      heads += 2 * min(moe.num_experts_per_token, mesh.expert) * m.embed + 2 * min(mesh.expert, choices) * m.embed
   products = tokens * (2 * m.embed + heads + 2 * inner // tensor) * width
-  scores = rows * a.heads // tensor * config.data.seq**2 * (width + wide)
+  span = config.data.seq if mesh.context == 1 else seq // 2  # of a context mesh, one pair of chunks at a time
+  scores = rows * a.heads // tensor * min(seq, span) * span * (width + wide)
   block = stream * 6 + products + scores + tokens * inner // tensor * 2 * width
   # attend() keeps no scores of MLA, of dropout or of float64.
-  whole = block if a.kind == "gqa" and not a.dropout and width < 8 else block - scores
-  kept = {"full": stream, "dots": stream + products, "none": whole}[m.remat] * (m.layers + m.num_mtp_layers)
+  all_of_it = block if a.kind == "gqa" and not a.dropout and width < 8 else block - scores
+  a_layer = {"full": stream, "dots": stream + products, "none": all_of_it, "offload": 0}[m.remat]
+  layers, waiting = m.layers + m.num_mtp_layers, 0
+  if mesh.stage > 1:  # a circuit's layers at a time, and the streams of microbatches under way
+    circuits, in_stages = config.parallel.circuits, m.num_moe_layers or m.num_dense_layers
+    slots = stage_table(in_stages, mesh.stage, circuits, config.parallel.stage_layers)[0].shape[-1]
+    layers, waiting = max(slots, m.layers - in_stages + m.num_mtp_layers), (circuits + 2) * mesh.stage + 3
   weights = (attention_weights + expert_weights // tensor) * width
   if m.num_moe_layers:
-    weights += 3 * m.embed * moe.mlp * moe.num_routed_experts // tensor * wide  # their gradients, before they scatter
-  chunk = min(config.train.loss_chunk, config.data.seq)
-  return Memory(
-    params=per_device * jnp.dtype(m.param_dtype).itemsize,
-    gradients=2 * per_device * jnp.dtype(m.param_dtype).itemsize,
-    moments=2 * per_device * jnp.dtype(config.optimizer.moments_dtype).itemsize,
+    routed = 3 * m.embed * moe.mlp * moe.num_routed_experts // mesh.expert // tensor
+    weights += routed * wide  # their gradients, before they scatter
+  chunk = min(config.train.loss_chunk, seq)
+  return (
     # Blocks of multi-token prediction stand outside the loop over layers: XLA keeps their working sets beside its own.
-    activations=kept + (block + weights) * (1 + m.num_mtp_layers),
-    logits=2 * rows * chunk * m.vocab // tensor * wide + m.embed * m.vocab // tensor * (width + wide),
+    a_layer * layers + waiting * stream + (block + weights) * (1 + m.num_mtp_layers),
+    2 * rows * chunk * m.vocab // tensor * wide + m.embed * m.vocab // tensor * (width + wide),
   )
+
+
+def _room(moe, devices):
+  """Choices for each of a device's tokens that it has room for: see model/exchange.py."""
+  most = devices * min(moe.num_experts_per_token, moe.num_routed_experts // devices)
+  return min(most, math.ceil(moe.buffer_factor * moe.num_experts_per_token)) if moe.buffer_factor else most

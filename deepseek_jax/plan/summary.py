@@ -2,6 +2,7 @@
 
 from deepseek_jax.config import Config
 from deepseek_jax.data.pipeline import batch_size
+from deepseek_jax.parallel.pipeline import bubble, stage_table
 from deepseek_jax.plan.flops import count_parameters, training_flops
 from deepseek_jax.plan.memory import estimate_memory
 from deepseek_jax.schema import flatten
@@ -30,9 +31,26 @@ def summary(config: Config) -> str:
       f"FLOPs per token  {flops.causal:.4g} causal attention, {flops.full:.4g} full attention (forward and backward)",
       f"tokens planned   {tokens:,} in {config.train.steps:,} steps ({tokens * flops.causal:.3g} FLOPs)",
       f"mesh             {mesh}",
+      *pipeline(config),
       f"memory estimate  {memory.total / GIB:.2f} GiB a device ({parts})",
     )
   )
+
+
+def pipeline(config: Config) -> list[str]:
+  """What a mesh with stages does with the layers, in a line."""
+  stages, circuits, train = config.mesh.stage, config.parallel.circuits, config.train
+  if stages == 1:
+    return []
+  microbatches = train.global_batch // (train.microbatch or train.global_batch)
+  layers = config.model.num_moe_layers or config.model.num_dense_layers
+  given = config.parallel.stage_layers
+  counts = stage_table(layers, stages, circuits, given)[1].sum(-1).T.ravel().tolist()  # in the order that they run
+  share = bubble(stages, circuits, microbatches)
+  return [
+    f"pipeline         {stages} stages x {circuits} circuits of {', '.join(map(str, counts))} layers, {microbatches} "
+    f"microbatches: bubble {share:.1%}"
+  ]
 
 
 def resolved(config: Config) -> str:

@@ -12,7 +12,17 @@ from flax import nnx
 from deepseek_jax.config import Config
 from deepseek_jax.model.transformer import param_axes
 from deepseek_jax.sharding import (
-  LATENTS, WHOLE_WEIGHTS, agreed, gathered, in_shards, on_every_device, reduced, rules, spec, summed, varying,
+  LATENTS,
+  WHOLE_WEIGHTS,
+  agreed,
+  gathered,
+  in_shards,
+  on_every_device,
+  reduced,
+  rules,
+  spec,
+  summed,
+  varying,
 )  # fmt: skip
 from deepseek_jax.training.balance import moved_biases
 from deepseek_jax.training.objective import Objective

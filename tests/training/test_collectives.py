@@ -110,7 +110,9 @@ def test_experts_have_one_dispatch_and_one_combine_a_layer():
   assert all(shape[-1] == 2 * 3 for shapes in facts for shape in shapes)  # weights and choices of what travels
   mlp = meshes.V3.model.moe.mlp
   kernels = {(EMBED, mlp), (mlp, EMBED)}
-  assert not [s for _, shapes, _ in found for s in shapes if len(s) > 2 and s[-2:] in kernels]  # experts stay where they are
+  assert not [
+    s for _, shapes, _ in found for s in shapes if len(s) > 2 and s[-2:] in kernels
+  ]  # experts stay where they are
 
 
 @pytest.mark.parametrize("kind", ["gather", "ring"])
@@ -121,7 +123,9 @@ def test_context_sends_keys_and_latents_alone(kind):
   attention = meshes.V3.model.attention
   widths = {attention.kv_lora_rank, attention.qk_rope_head_dim}
   assert {what for what, shape in in_layers if len(shape) > 2 and shape[-1] in widths} == kinds
-  assert not [shape for _, shape in in_layers if len(shape) > 3 and shape[-2] == attention.heads]  # keys, values of heads
+  assert not [
+    shape for _, shape in in_layers if len(shape) > 3 and shape[-2] == attention.heads
+  ]  # keys, values of heads
 
 
 def test_stages_pass_the_stream_alone_while_microbatches_run():

@@ -15,8 +15,8 @@ from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
 from deepseek_jax.sharding import spec
-from deepseek_jax.training.state import abstract_state, new_state, state_sha256
 from deepseek_jax.training.objective import document_positions
+from deepseek_jax.training.state import abstract_state, new_state, state_sha256
 from deepseek_jax.training.step import make_train_step
 
 SEQ = 24
