@@ -2,6 +2,8 @@
 ## make test    build .venv with the test requirements, check style, run the tests that are not long
 ## make chaos   the long tests that kill training processes
 ## make parity  the long tests against transformers, which run in an environment of their own, .venv-parity
+## make meshes  the long tests of every layout on 8 virtual devices
+## make tpu     the long tests that compile for TPU topologies, in an environment of their own, .venv-tpu (Python 3.12)
 ## make lint    ruff check and ruff format --check
 ## make clean   remove the environments and caches; runs/ stays
 ##
@@ -13,7 +15,7 @@ VENV ?= .venv
 ARGS ?=
 IN_VENV = $(VENV)/bin/python
 
-.PHONY: help train test chaos parity lint clean environment test-environment
+.PHONY: help train test chaos parity meshes tpu lint clean environment test-environment
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -30,6 +32,13 @@ chaos: test-environment
 parity:
 	@$(PYTHON) .ci/environment.py $(VENV)-parity test parity
 	$(VENV)-parity/bin/python -m pytest -m parity $(ARGS)
+
+meshes: test-environment
+	XLA_FLAGS=--xla_force_host_platform_device_count=8 NPROC=32 $(IN_VENV) -m pytest -m meshes -n 2 $(ARGS)
+
+tpu:
+	@$(PYTHON) .ci/environment.py $(VENV)-tpu test tpu
+	$(VENV)-tpu/bin/python -m pytest -m tpu $(ARGS)
 
 lint: test-environment
 	$(IN_VENV) -m ruff check .

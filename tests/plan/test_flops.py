@@ -90,7 +90,7 @@ def loss_and_gradient(config):
     total = cross_entropy(model.unembedding(), hidden, targets, SEQ)[1]
     ahead = jnp.stack([inputs] * config.num_mtp_layers) if config.num_mtp_layers else ()
     for seen, _ in model.mtp(hidden, ahead, model.facts(inputs)):
-      total += cross_entropy(model.unembedding(), hidden, targets, SEQ)[1]
+      total += cross_entropy(model.unembedding(), seen, targets, SEQ)[1]
     return total
 
   params, buffers = jax.eval_shape(lambda: new_params(config, jax.random.key(0)))

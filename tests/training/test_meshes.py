@@ -22,7 +22,7 @@ from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
 from deepseek_jax.sharding import spec
 from deepseek_jax.training.state import new_state
-from deepseek_jax.training.step import make_train_step
+from deepseek_jax.training.step import make_row_nats, make_train_step
 
 SEQ, BATCH, MICROBATCHES = 16, 16, 2
 GRADIENTS = OptimizerConfig(beta1=0.0, clip=1e9)  # so that Adam's first moment is the gradient
@@ -125,23 +125,49 @@ def assert_equal(config, mesh, parallel, steps=3, tolerance=1e-10):
     assert np.abs(a - b).max() / np.abs(b).max() < tolerance
 
 
+# The changes to parallel that go with a mesh, and what `changed` takes beside them.
 FOUR = [
   ("dense", dict(data=4), {}),
   ("dense", dict(fsdp=4), {}),
   ("dense", dict(data=2, fsdp=2), dict(zero=1)),
   ("dense", dict(tensor=4), {}),
+  ("dense", dict(context=4), dict(kind="ring")),
+  ("dense", dict(stage=4), {}),  # two microbatches: the group of four is not full
+  ("dense", dict(stage=2, tensor=2), dict(circuits=2)),
   ("v3", dict(data=2, fsdp=2), dict(zero=2)),
   ("v3", dict(expert=4), {}),
   ("v3", dict(fsdp=2, expert=2), dict(zero=1)),
   ("v3", dict(expert=2, tensor=2), {}),
   ("v3", dict(tensor=4), dict(latent="sharded")),
-  ("dense", dict(context=4), {}),
-  ("v3", dict(fsdp=2, context=2), dict(offload=True)),
-  ("dense", dict(stage=4), {}),
-  ("dense", dict(stage=2, fsdp=2), dict(circuits=2)),
+  ("v3", dict(context=2, expert=2), {}),
+  ("v3", dict(context=2, fsdp=2), dict(offload=True)),
   ("v3", dict(stage=2, expert=2), dict(zero=1)),
   ("v3", dict(stage=2, fsdp=2), dict(stage_layers=(3, 1))),
-  ("v3", dict(context=2, expert=2), {}),
+]
+EIGHT = [
+  ("dense", dict(data=8), dict(zero=1)),
+  ("dense", dict(fsdp=8), {}),
+  ("dense", dict(tensor=4, fsdp=2), dict(zero=1)),
+  ("dense", dict(data=2, fsdp=2, tensor=2), dict(zero=2)),
+  ("dense", dict(stage=4, tensor=2), {}),
+  ("dense", dict(stage=4, data=2), dict(zero=1, stage_layers=(2, 1, 1, 0))),
+  ("dense", dict(stage=2, fsdp=2, tensor=2), dict(circuits=2)),
+  ("dense", dict(context=4, tensor=2), {}),
+  ("dense", dict(context=2, stage=2, data=2), dict(kind="ring")),
+  ("v3", dict(expert=8), {}),
+  ("v3", dict(expert=8), dict(zero=1)),
+  ("v3", dict(data=2, expert=4), dict(zero=1)),
+  ("v3", dict(data=2, fsdp=2, expert=2), {}),
+  ("v3", dict(data=2, fsdp=2, expert=2), dict(zero=2)),
+  ("v3", dict(fsdp=2, expert=2, tensor=2), dict(latent="sharded")),
+  ("v3", dict(context=2, expert=2, tensor=2), dict(kind="ring")),
+  ("v3", dict(context=4, expert=2), dict(zero=1)),
+  ("v3", dict(context=2, tensor=4), dict(latent="sharded", kind="ring")),
+  ("v3", dict(stage=4, expert=2), dict(zero=1)),
+  ("v3", dict(stage=2, expert=4), {}),
+  ("v3", dict(stage=2, expert=2, data=2), dict(zero=1, circuits=2)),
+  ("v3", dict(stage=2, expert=2, tensor=2), dict(latent="sharded")),
+  ("v3", dict(stage=2, context=2, expert=2), dict(offload=True)),
 ]
 
 
@@ -154,3 +180,48 @@ def name(case):
 def test_three_steps_in_float64_equal_one_device(case):
   model, mesh, parallel = case
   assert_equal(float64(CONFIGS[model]), mesh, parallel)
+
+
+@pytest.mark.meshes
+@pytest.mark.parametrize("case", EIGHT, ids=name)
+def test_eight_devices_equal_one(case):
+  model, mesh, parallel = case
+  assert_equal(float64(CONFIGS[model]), mesh, parallel)
+
+
+@pytest.mark.parametrize("case", [FOUR[6], ("v3", dict(context=2, expert=2), {})], ids=name)
+def test_the_first_step_in_float32_equals_one_device(case):
+  """Later ones need float64: where two experts are nearly tied, rounding chooses, and the bias moves with the choice."""
+  model, mesh, parallel = case
+  config = CONFIGS[model]
+  ours, expected = train(changed(config, mesh, **parallel), 1), one_device(config, 1)
+  for name in ("loss", "total_loss"):
+    assert abs(ours[1][0][name] - expected[1][0][name]) < 5e-6
+  for a, b in zip(jax.tree.leaves(ours[0]), jax.tree.leaves(expected[0]), strict=True):
+    assert np.abs(a - b).max() / np.abs(b).max() < 1e-5
+
+
+def test_ten_steps_in_float32_of_a_dense_model_equal_one_device():
+  ours, expected = train(changed(DENSE, dict(fsdp=2, tensor=2)), 10), one_device(DENSE, 10)
+  for a, b in zip(ours[1], expected[1], strict=True):
+    assert abs(a["loss"] - b["loss"]) < 5e-6
+
+
+def test_choices_without_room_skip_the_step_and_say_so():
+  """A router that sends every token to the same three experts, the first device's and the second's."""
+  moe = dataclasses.replace(V3.model.moe, buffer_factor=1.0, num_expert_groups=1, topk_groups=1)
+  balance = BalanceConfig(bias_speed=0.01)
+  config = dataclasses.replace(V3, model=dataclasses.replace(V3.model, moe=moe), balance=balance)
+  config = changed(config, dict(expert=4))
+  with jax.set_mesh(make_mesh(config.mesh)) as _:
+    mesh = make_mesh(config.mesh)
+    state = jax.block_until_ready(jax.jit(new_state, static_argnums=0)(config, jax.random.key(0)))
+    state = dataclasses.replace(state, buffers=jax.tree.map(lambda b: b.at[..., :3].set(9.0), state.buffers))
+    step = jax.jit(make_train_step(config, graphdef(config.model), bos=0), static_argnums=2)
+    batch = jax.device_put(tokens(0), NamedSharding(mesh, spec(None, "batch", None)))
+    rates = {name: np.float32(0.01) for name in ("learning_rate", "mtp_weight", "bias_speed")}
+    after, metrics = jax.block_until_ready(step(state, batch, MICROBATCHES, rates))
+    nats = jax.jit(make_row_nats(config, graphdef(config.model), bos=0))(state.params, state.buffers, batch[0])
+  assert int(metrics["overflow"]) > 0 and np.isfinite(metrics["grad_norm"])
+  assert int(after.skipped["total"]) == 1 and np.isnan(nats).all()
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.params), jax.device_get(state.params))
