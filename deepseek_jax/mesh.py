@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 import jax
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from deepseek_jax.config import Config, MeshConfig
@@ -43,14 +43,15 @@ def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
   sizes, types = mesh_sizes(config, len(devices)), (AxisType.Explicit,) * len(AXES)
   slices = len({getattr(device, "slice_index", 0) for device in devices})
   if slices == 1:
-    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+    return Mesh(create_device_mesh(sizes, devices, allow_split_physical_axes=True), AXES, axis_types=types)
   if sizes[0] % slices:
     raise ConfigError(
       f"mesh.data={sizes[0]} on {slices} slices: the network between slices carries `data` alone, so make it a multiple "
       f"of {slices}, or -1"
     )
   inside, across = (sizes[0] // slices, *sizes[1:]), (slices, *(1,) * (len(AXES) - 1))
-  return Mesh(create_hybrid_device_mesh(inside, across, devices), AXES, axis_types=types)
+  grid = create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+  return Mesh(grid, AXES, axis_types=types)
 
 
 def abstract_mesh(config: MeshConfig) -> AbstractMesh:

@@ -196,7 +196,7 @@ class Transformer(nnx.Module):
 
 def graphdef(config: ModelConfig):
   """The static half of the model, to merge with params and buffers. Allocates nothing; needs a mesh set."""
-  return nnx.graphdef(jax.eval_shape(lambda key: Transformer(config, key), jax.random.key(0)))
+  return nnx.graphdef(_abstract(config))
 
 
 def new_params(config: ModelConfig, key):
@@ -207,8 +207,13 @@ def new_params(config: ModelConfig, key):
 
 def param_axes(config: ModelConfig):
   """The tree of params with the logical axes of each, a tuple of names: stacked layers are its first dimension, None."""
-  state = nnx.state(jax.eval_shape(lambda key: Transformer(config, key), jax.random.key(0)), nnx.Param)
+  state = nnx.state(_abstract(config), nnx.Param)
   return nnx.to_pure_dict(jax.tree.map(_axes, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
+
+
+def _abstract(config: ModelConfig):
+  """The model without arrays. The key is made inside: on the mesh of a topology that is not here, nothing may run."""
+  return jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
 
 
 def _axes(param):

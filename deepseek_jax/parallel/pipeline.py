@@ -232,16 +232,20 @@ class Work:
   def first_backward(self, microbatch, exists, carry):
     _, pull, _ = jax.vjp(lambda outer: self.first(outer, microbatch), self.outer, has_aux=True)
     outer, layers = carry.gradients
-    return dataclasses.replace(carry, gradients=(_added(outer, *pull(carry.outbox), exists), layers))
+    # Nothing is pulled where there is no microbatch, but what comes is added everywhere: of parameters that are kept in
+    # shards over the stages, `pull` has the terms of all stages.
+    of_outer = pull(jnp.where(exists, carry.outbox, 0))[0]
+    return dataclasses.replace(carry, gradients=(jax.tree.map(jnp.add, outer, of_outer), layers))
 
   def last_both(self, microbatch, exists, carry):
     def function(outer, y):
       return self.last(outer, microbatch, y)
 
-    objective, pull, seen = jax.vjp(function, self.outer, carry.turning, has_aux=True)
-    of_outer, dy = pull(jnp.ones_like(objective))
+    y = jnp.where(exists, carry.turning, 0)
+    objective, pull, seen = jax.vjp(function, self.outer, y, has_aux=True)
+    of_outer, dy = pull(jnp.where(exists, jnp.ones_like(objective), 0))  # as in first_backward
     (outer, layers), (*others, of_last) = carry.gradients, carry.observed
-    gradients = (_added(outer, of_outer, exists), layers)
+    gradients = (jax.tree.map(jnp.add, outer, of_outer), layers)
     return dataclasses.replace(
       carry, turning=dy, gradients=gradients, observed=(*others, _added(of_last, seen, exists))
     )

@@ -46,7 +46,7 @@ def first_state(config: Config, params, buffers) -> TrainState:
 
 def abstract_state(config: Config, mesh) -> TrainState:
   """Shapes, dtypes and shardings of the state; nothing is allocated. Needs `mesh` set."""
-  state = concrete(jax.eval_shape(lambda key: new_state(config, key), jax.random.key(0)), mesh)
+  state = concrete(jax.eval_shape(lambda: new_state(config, jax.random.key(0))), mesh)
   if config.optimizer.offload:  # which eval_shape does not tell
     state = dataclasses.replace(state, opt_state=moments_in(jax.memory.Space.Host, state.opt_state))
   return state
