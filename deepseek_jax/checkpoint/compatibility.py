@@ -8,7 +8,9 @@ from deepseek_jax.errors import CheckpointError
 from deepseek_jax.schema import flatten
 
 # These change how a step is computed, not what the saved arrays mean.
-_FREE = {"model.remat", "model.dropout", "model.attention.dropout"}
+_FREE = {
+  "model.remat", "model.dropout", "model.attention.dropout", "model.attention.context", "model.moe.buffer_factor",
+}  # fmt: skip
 # Nor do these what weights mean that a run starts from.
 _FREE_AT_START = {
   "model.init_std", "model.param_dtype", "model.compute_dtype", "model.moe.dispatch", "model.moe.capacity_factor",
@@ -30,7 +32,7 @@ def check_compatible(saved_config, config, saved_fingerprint, fingerprint, accep
 
   A field that the checkpoint lacks was added later and counts as its default there. Returns the differences that may
   be, [(path, old, new)], `new` being None for a field that only the checkpoint knows. Raises CheckpointError with the
-  fields that must agree: all of `model` but remat and dropout, optimizer.moments_dtype, and the fingerprint unless
+  fields that must agree: all of `model` but how it is computed, optimizer.moments_dtype, and the fingerprint unless
   `accept_data_change`.
   """
   differences = _differences(saved_config, config)

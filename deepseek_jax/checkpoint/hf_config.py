@@ -14,7 +14,9 @@ ARCHITECTURES = {
   "deepseek_v3": "DeepseekV3ForCausalLM",
 }
 # Settings of ours that a config.json does not have, and that do not change the function in inference.
-OURS_ALONE = {"param_dtype", "compute_dtype", "remat", "dropout", "dispatch", "capacity_factor", "capacity_exempt"}
+OURS_ALONE = {
+  "param_dtype", "compute_dtype", "remat", "dropout", "dispatch", "buffer_factor", "capacity_factor", "capacity_exempt", "context",
+}  # fmt: skip
 
 
 def model_type(config: ModelConfig) -> str:

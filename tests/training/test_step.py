@@ -165,7 +165,7 @@ def test_one_sequence_on_a_tensor_mesh():
   """A batch of size 1 with as many key heads as query heads: reshapes among dimensions of size 1 keep their layout."""
   attention = dataclasses.replace(CONFIG.model.attention, kv_heads=8)
   config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, attention=attention))
-  _, [ours] = train(config, MESHES["tensor=4"], batches=lambda i, n: tokens(0)[:, :1])
+  _, [ours] = train(config, MeshConfig(data=1, tensor=4), batches=lambda i, n: tokens(0)[:, :1])
   _, [expected] = train(config, batches=lambda i, n: tokens(0)[:, :1])
   assert abs(ours["loss"] - expected["loss"]) < 5e-6
 
