@@ -72,7 +72,7 @@ def time_steps(config, steps):
     micro = train.microbatch or train.global_batch
     shape = (train.global_batch // micro, micro, config.data.seq + 1)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab, shape, np.int32)
-    batch = jax.device_put(tokens, NamedSharding(mesh, spec(None, "batch", "seq")))
+    batch = jax.device_put(tokens, NamedSharding(mesh, spec(None, "batch", None)))
     step = make_train_step(config, graphdef(config.model), bos=0)
     step = jax.jit(step, donate_argnames="state", static_argnames="microbatches")
     now = {name: np.asarray(rate, config.model.param_dtype) for name, rate in rates(config, 0, 0, 1).items()}

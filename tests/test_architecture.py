@@ -31,7 +31,7 @@ ONLY = {"errors": set(), "kernels": {"kernels"}, "data": {"data", "config", "err
 MESH_FILES = {"config.py", "mesh.py", "sharding.py"}
 PARTITION_SPECS = ("jax.P", "jax.sharding.PartitionSpec", "jax.interpreters.pxla.PartitionSpec")
 # `data` is also a word; as the name of an axis it stands in a call or a look-up of these.
-AXIS_WORDS, AXIS_NAMES = {"data"}, {"fsdp", "expert", "tensor", "data"}
+AXIS_WORDS, AXIS_NAMES = {"data"}, {"fsdp", "expert", "tensor", "stage", "context", "data"}
 AXIS_CALLS = {
   "psum", "pmean", "pmax", "pmin", "psum_scatter", "all_gather", "all_to_all", "ragged_all_to_all", "ppermute", "pshuffle",
   "pcast", "axis_index", "axis_size", "shard_map", "make_mesh", "Mesh", "AbstractMesh", "NamedSharding", "spec", "P",
