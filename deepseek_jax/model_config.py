@@ -41,7 +41,7 @@ class AttentionConfig(Section, path="model.attention"):
   )
   rope_theta: float = field(10_000.0, "base of the rotary frequencies", above=1)
   dropout: float = field(0.0, "dropout of attention probabilities", at_least=0, below=1)
-  context: str = field(
+  context_keys: str = field(
     "gather", "on a context mesh: keys are gathered (of MLA the latents), or travel around a ring",
     choices=("gather", "ring"),
   )  # fmt: skip

@@ -56,7 +56,9 @@ def attend_causally(q, keys, expand, scale, config: AttentionConfig, tokens, key
   """
   if axes("seq"):
     segments = tokens.segment_ids
-    return attend_context(q, keys, expand, scale=scale, axis=axes("seq")[0], kind=config.context, segment_ids=segments)
+    return attend_context(
+      q, keys, expand, scale=scale, axis=axes("seq")[0], kind=config.context_keys, segment_ids=segments
+    )
   drawn = None
   if key is not None and config.dropout:
     drawn = keys_at(key, tokens.rows, part("heads") * q.shape[2] + jnp.arange(q.shape[2]))  # [batch, heads]

@@ -94,7 +94,7 @@ def one_device(config, steps):
 
 def changed(config, mesh, offload=False, kind="gather", **parallel):
   """`config` on a mesh, with fields of its section parallel, what waits in host memory, and how keys travel."""
-  attention = dataclasses.replace(config.model.attention, context=kind)
+  attention = dataclasses.replace(config.model.attention, context_keys=kind)
   model = dataclasses.replace(config.model, attention=attention, remat="offload" if offload else config.model.remat)
   return dataclasses.replace(
     config, model=model, mesh=MeshConfig(**{"data": 1, **mesh}), parallel=ParallelConfig(**parallel),
