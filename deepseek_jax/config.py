@@ -323,6 +323,10 @@ class Config(Section):
     layers = self.model.num_moe_layers or self.model.num_dense_layers
     if stages == 1 and (circuits > 1 or given):
       raise ConfigError("parallel.circuits and parallel.stage_layers are for a pipeline: set mesh.stage above 1")
+    if stages > 1 and self.parallel.zero == 2:
+      raise ConfigError(
+        "parallel.zero=2 with mesh.stage above 1: stages add up gradients of whole weights (1) or of shards (3); set 1 or 3"
+      )
     if stages > 1 and layers < stages * circuits:
       raise ConfigError(
         f"mesh.stage={stages} x parallel.circuits={circuits} makes {stages * circuits} parts of {layers} layers "

@@ -1,6 +1,7 @@
 """Mesh sizes, and logical axes on it."""
 
 import jax
+import numpy as np
 import pytest
 
 from deepseek_jax.config import Config, MeshConfig
@@ -33,6 +34,24 @@ def test_sizes_that_do_not_fit(config, devices):
 def test_resolving_checks_the_model_against_the_free_axis():
   with pytest.raises(ConfigError, match=r"heads=4 .* mesh\.tensor=8"):
     resolve_mesh(Config(mesh=MeshConfig(data=1, tensor=-1), model=Config().model), 8)
+
+
+class SliceDevice:
+  """What the mesh asks of a device of a machine with several slices."""
+
+  platform, device_kind, process_index = "cpu", "cpu", 0
+
+  def __init__(self, index, slices, per_slice):
+    self.id, self.slice_index = index, index // per_slice
+
+
+def test_only_the_data_axis_crosses_slices():
+  devices = [SliceDevice(i, 2, 4) for i in range(8)]
+  mesh = make_mesh(MeshConfig(data=4, tensor=2), devices)
+  crossing = np.vectorize(lambda device: device.slice_index)(mesh.devices).reshape(4, 2)
+  assert crossing.tolist() == [[0, 0], [0, 0], [1, 1], [1, 1]]
+  with pytest.raises(ConfigError, match=r"mesh\.data=1 on 2 slices.* multiple of 2"):
+    make_mesh(MeshConfig(data=1, fsdp=8), devices)
 
 
 def test_axes_are_explicit_and_logical_names_resolve():
