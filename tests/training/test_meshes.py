@@ -129,20 +129,16 @@ def assert_equal(config, mesh, parallel, steps=3, tolerance=1e-10):
 FOUR = [
   ("dense", dict(data=4), {}),
   ("dense", dict(fsdp=4), {}),
-  ("dense", dict(data=2, fsdp=2), dict(zero=1)),
   ("dense", dict(tensor=4), {}),
   ("dense", dict(context=4), dict(kind="ring")),
   ("dense", dict(stage=4), {}),  # two microbatches: the group of four is not full
-  ("dense", dict(stage=2, tensor=2), dict(circuits=2)),
-  ("v3", dict(data=2, fsdp=2), dict(zero=2)),
+  ("dense", dict(data=2, fsdp=2), dict(zero=2)),
+  ("dense", dict(stage=2, fsdp=2), dict(circuits=2, stage_layers=(1, 2, 1, 0))),
   ("v3", dict(expert=4), {}),
   ("v3", dict(fsdp=2, expert=2), dict(zero=1)),
-  ("v3", dict(expert=2, tensor=2), {}),
-  ("v3", dict(tensor=4), dict(latent="sharded")),
-  ("v3", dict(context=2, expert=2), {}),
-  ("v3", dict(context=2, fsdp=2), dict(offload=True)),
+  ("v3", dict(expert=2, tensor=2), dict(latent="sharded")),
+  ("v3", dict(context=2, expert=2), dict(offload=True)),
   ("v3", dict(stage=2, expert=2), dict(zero=1)),
-  ("v3", dict(stage=2, fsdp=2), dict(stage_layers=(3, 1))),
 ]
 EIGHT = [
   ("dense", dict(data=8), dict(zero=1)),
@@ -189,7 +185,7 @@ def test_eight_devices_equal_one(case):
   assert_equal(float64(CONFIGS[model]), mesh, parallel)
 
 
-@pytest.mark.parametrize("case", [FOUR[6], ("v3", dict(context=2, expert=2), {})], ids=name)
+@pytest.mark.parametrize("case", [FOUR[1], ("v3", dict(expert=2, tensor=2), {})], ids=name)
 def test_the_first_step_in_float32_equals_one_device(case):
   """Later ones need float64: where two experts are nearly tied, rounding chooses, and the bias moves with the choice."""
   model, mesh, parallel = case
@@ -211,7 +207,8 @@ def test_choices_without_room_skip_the_step_and_say_so():
   """A router that sends every token to the same three experts, the first device's and the second's."""
   moe = dataclasses.replace(V3.model.moe, buffer_factor=1.0, num_expert_groups=1, topk_groups=1)
   balance = BalanceConfig(bias_speed=0.01)
-  config = dataclasses.replace(V3, model=dataclasses.replace(V3.model, moe=moe), balance=balance)
+  model = dataclasses.replace(V3.model, moe=moe, layers=2, num_mtp_layers=0)
+  config = dataclasses.replace(V3, model=model, balance=balance)
   config = changed(config, dict(expert=4))
   with jax.set_mesh(make_mesh(config.mesh)) as _:
     mesh = make_mesh(config.mesh)
