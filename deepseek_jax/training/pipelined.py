@@ -105,6 +105,8 @@ class Stages:
       return x, varying(jnp.zeros((), x.dtype)), {"load": {}, "total_loss": varying(jnp.zeros((), x.dtype))}
     seen = jax.tree.map(lambda a: jnp.where(full.reshape(-1, *(1,) * (a.ndim - 1)), a, 0), seen)
     share, observed = self.objective.balanced(seen, self.stack, self.objective.nothing_observed(), tokens.shape[1] - 1)
+    # Each device's share of a sum, also where all have the same: its type decides how often it counts.
+    share = varying(share)
     return x, share, observed | {"total_loss": share}
 
   def after(self, params, microbatch, x):
@@ -115,4 +117,5 @@ class Stages:
       facts = self.objective.facts(model, inputs, key)
       hidden = model.final_norm(x)
       nats, share, observed = self.objective.heads(model, hidden, inputs, facts, key, self.mtp_weight)
+    share = varying(share)
     return share, observed | {"loss": nats.sum(), "total_loss": share}
