@@ -151,7 +151,9 @@ class TrainConfig(Section, path="train"):
   loss_chunk: int = field(512, "positions per sequence whose logits exist at once in the loss", at_least=1)
   label_smoothing: float = field(0.0, "share of the target spread over the vocabulary", at_least=0, below=1)
   z_loss: float = field(0.0, "weight of the squared log of the softmax normaliser", at_least=0)
-  max_skipped: int = field(10, "updates in a row with non-finite gradients after which the run stops", at_least=1)
+  max_skipped: int = field(
+    10, "skipped updates in a row (gradients not finite, experts without room) after which the run stops", at_least=1
+  )
 
   def check(self):
     micro, micro_name = (self.microbatch, "microbatch") if self.microbatch else (self.global_batch, "global_batch")

@@ -27,7 +27,7 @@ RULES = {
   "head_dim": (),
   "experts": ("expert",),
   "stages": ("stage",),
-  # Of parameters, which are kept in shards and made whole for use (`gathered`). `stage` comes last: see parallel/stages.
+  # Of parameters, which are kept in shards and made whole for use (`gathered`). `stage` comes last: see `to_stages` in parallel/pipeline.py.
   "embed": ("fsdp", "expert", "context", "stage"),
   "latent": ("fsdp", "stage"),
   "expert_embed": ("fsdp", "context", "stage"),

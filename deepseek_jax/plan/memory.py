@@ -42,7 +42,10 @@ def estimate_memory(config: Config) -> Memory:
   in_use, newest, summed = 0, kept, kept
   if zero < 3:
     with rules(WHOLE_WEIGHTS):
-      whole = _elements(model, mesh) // mesh.stage
+      whole = _elements(model, mesh)
+      if mesh.stage > 1:  # the last stack is in the stages, the rest whole on each
+        staged = _elements(model, mesh, "moe_layers" if model.num_moe_layers else "dense_layers")
+        whole += staged // mesh.stage - staged
     in_use, newest, summed = whole * compute, whole, whole if zero == 1 else kept
   elif mesh.stage > 1:
     in_use = kept * bytes_kept  # laid out in stages
@@ -51,9 +54,10 @@ def estimate_memory(config: Config) -> Memory:
   return Memory(kept * bytes_kept + in_use, (newest + summed) * bytes_kept, moments, activations, logits)
 
 
-def _elements(model, mesh):
-  """Parameters that one device holds under the rules in force."""
-  return sum(size_per_device(leaf) for leaf in jax.tree.leaves(abstract_params(model, mesh)[0]))
+def _elements(model, mesh, stack=None):
+  """Parameters, of one stack or all, that one device holds under the rules in force."""
+  params = abstract_params(model, mesh)[0]
+  return sum(size_per_device(leaf) for leaf in jax.tree.leaves(params[stack] if stack else params))
 
 
 def _passes(config: Config, width):

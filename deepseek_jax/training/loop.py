@@ -35,7 +35,7 @@ from deepseek_jax.training.step import make_row_nats, make_train_step
 
 
 class Diverged(RuntimeError):
-  """Too many updates in a row had non-finite gradients."""
+  """Too many updates in a row were skipped."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,6 +297,10 @@ class Run:
         self.data.heldout,
         self.microbatch,
         sequences,
+      )
+    if math.isnan(result["loss"]) and self.config.model.moe.buffer_factor:
+      self.progress.say(
+        f"step {self.step}: no held-out loss if choices of experts found no room: raise model.moe.buffer_factor"
       )
     self.writer.event("eval", self.step, **result)
     self.progress.say(

@@ -72,11 +72,11 @@ class Objective:
     exempting = key if self.config.model.moe.dispatch == "capacity" else None
     return model.facts(inputs.ids, inputs.places, inputs.positions, inputs.segment_ids, exempting)
 
-  def losses(self, model, x, inputs):
-    """(nats [batch], objective []) of hidden states `x` [batch, stream, embed] and the targets `inputs` [batch, seq]."""
+  def losses(self, model, x, targets):
+    """(nats [batch], objective []) of hidden states `x` [batch, stream, embed] and `targets` [batch, seq]."""
     train = self.config.train
     head = model.unembedding()
-    return cross_entropy(head, joined(x), inputs, train.loss_chunk, train.label_smoothing, train.z_loss)
+    return cross_entropy(head, joined(x), targets, train.loss_chunk, train.label_smoothing, train.z_loss)
 
   def __call__(self, model, tokens, key=None, mtp_weight=0.0):
     """(nats [batch], share of the objective [], observed) of whole sequences `tokens` [batch, seq + 1]."""

@@ -12,16 +12,19 @@ from flax import nnx
 from deepseek_jax.config import Config
 from deepseek_jax.model.transformer import layer_keys, nothing
 from deepseek_jax.parallel.pipeline import pipelined_gradients, stage_table, to_stages
-from deepseek_jax.sharding import KEPT_IN_SHARDS, OF_A_STAGE, WHOLE_WEIGHTS, axes, gathered, part, rules, varying
+from deepseek_jax.sharding import KEPT_IN_SHARDS, OF_A_STAGE, WHOLE_WEIGHTS, axes, gathered, part, parts, rules, varying
 from deepseek_jax.training.objective import Objective
 
 
 def stages_of(config: Config):
-  """(name of the stack in the stages, which layers are where: int32 [stages, circuits, slots], past the last in empty slots)."""
+  """(name of the stack in the stages, which layers are where: int32 [stages, circuits, slots], past the last in empty slots).
+
+  Of the mesh that is set, whose sizes the config may leave open.
+  """
   model, parallel = config.model, config.parallel
   name = "moe_layers" if model.num_moe_layers else "dense_layers"
   layers = getattr(model, f"num_{name}")
-  return name, stage_table(layers, config.mesh.stage, parallel.circuits, parallel.stage_layers)[0]
+  return name, stage_table(layers, parts("stages"), parallel.circuits, parallel.stage_layers)[0]
 
 
 def laid_out(layers, names, table, make_whole):

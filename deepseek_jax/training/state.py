@@ -18,7 +18,7 @@ from deepseek_jax.training.optimizer import make_optimizer, moments_in
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """Everything that an update reads and writes. `skipped` counts updates with non-finite gradients: total, in a row."""
+  """Everything that an update reads and writes. `skipped` counts updates that were skipped: total, in a row."""
 
   step: jax.Array
   params: dict

@@ -18,6 +18,7 @@ from deepseek_jax.sharding import (
   gathered,
   in_shards,
   on_every_device,
+  parts,
   reduced,
   rules,
   spec,
@@ -75,7 +76,6 @@ def make_gradients(config: Config, graphdef, bos):
   objective, names = Objective(config, bos), param_axes(config.model)
   model, whole = config.model, config.parallel.zero < 3
   random = model.dropout > 0 or model.attention.dropout > 0 or model.moe.dispatch == "capacity"
-  sums = staged_sums if config.mesh.stage > 1 else scanned_sums
 
   def local(microbatches, params, buffers, batch, mtp_weight, step):
     """As one device sees it: `batch` [microbatch, its sequences, seq + 1]."""
@@ -86,7 +86,7 @@ def make_gradients(config: Config, graphdef, bos):
       return jax.lax.dynamic_index_in_dim(batch, i, keepdims=False), key  # tokens [sequences, seq + 1]
 
     work = Work(config, graphdef, objective, names, whole, params, buffers, read, mtp_weight, microbatches)
-    grads, reported = sums(work)
+    grads, reported = (staged_sums if parts("stages") > 1 else scanned_sums)(work)
     grads = jax.tree.map(lambda g, names: reduced(g, *names), grads, names)
     total = summed(reported.pop("total_loss"), "batch", "stream", "stages")
     if "overflow" in reported:
@@ -162,7 +162,7 @@ def staged_sums(work: Work):
   def lay(layers):
     return laid_out(layers, names[stack], table, work.whole)
 
-  layers = lay(cast(work.params[stack], names[stack], dtype) if work.whole else work.params[stack])
+  layers = lay(cast(work.params[stack], names[stack], dtype))
   around = in_use(rest, rest_names, dtype) if work.whole else rest
   placeholders = jax.tree.map(lambda _: jnp.zeros(()), work.params)
   stages = Stages(

@@ -139,6 +139,7 @@ FOUR = [
   ("v3", dict(expert=2, tensor=2), dict(latent="sharded")),
   ("v3", dict(context=2, expert=2), dict(offload=True)),
   ("v3", dict(stage=2, expert=2), dict(zero=1)),
+  ("v3", dict(stage=2, context=2), {}),
 ]
 EIGHT = [
   ("dense", dict(data=8), dict(zero=1)),
