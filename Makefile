@@ -3,7 +3,7 @@
 ## make chaos   the long tests that kill training processes
 ## make parity  the long tests against transformers, which run in an environment of their own, .venv-parity
 ## make meshes  the long tests of every layout on 8 virtual devices
-## make tpu     the long tests that compile for TPU topologies, in an environment of their own, .venv-tpu (Python 3.12)
+## make tpu     the long tests that compile for TPU topologies, in an environment of their own, .venv-tpu
 ## make lint    ruff check and ruff format --check
 ## make clean   remove the environments and caches; runs/ stays
 ##
