@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.kernels.grouped_matmul import block_rows, grouped_matmul
+from deepseek_jax.kernels.rows import rows_at
 
 
 def dense(x, indices, weights, gate, up, down, load, most):
@@ -23,16 +24,16 @@ def dense(x, indices, weights, gate, up, down, load, most):
 
 def ragged(x, indices, weights, gate, up, down, load, most):
   """Choices sorted by expert, each expert's rows multiplied by its own matrices."""
-  tokens, experts = x.shape[0], gate.shape[0]
+  experts = gate.shape[0]
   block = block_rows(load, experts)
   slots, sizes, counted = expert_slots(indices.reshape(-1), experts, block)
   rows = -(-most // block) * block + experts * block
-  # Row r of the sorted layout holds token source[r]; `tokens` stands for none, which reads as zeros.
-  source = jnp.full((rows,), tokens).at[slots].set(jnp.arange(indices.size) // indices.shape[1], mode="drop")
-  sorted_x = x.at[source].get(mode="fill", fill_value=0)  # [rows, embed]
+  # Row r of the sorted layout is for choice number choice[r]; `indices.size` stands for none, which reads as zeros.
+  choice = jnp.full((rows,), indices.size).at[slots].set(jnp.arange(indices.size), mode="drop")
+  sorted_x = rows_at(x, choice // indices.shape[1], slots.reshape(indices.shape))  # [rows, embed]
   h = jax.nn.silu(grouped_matmul(sorted_x, gate, sizes, block=block)) * grouped_matmul(sorted_x, up, sizes, block=block)
   y = grouped_matmul(h, down, sizes, block=block)  # [rows, embed]
-  y = y.at[slots].get(mode="fill", fill_value=0).reshape(*indices.shape, -1)  # [tokens, experts per token, embed]
+  y = rows_at(y, slots, choice[:, None]).reshape(*indices.shape, -1)  # [tokens, experts per token, embed]
   # The weight multiplies after down (the released models do so), and sums in at least float32.
   return (y * weights[..., None]).sum(1).astype(x.dtype), jnp.maximum(counted - most, 0)
 
@@ -43,14 +44,13 @@ def expert_slots(choices, experts, block):
   Returns:
     (slots [n] int32, out of every range for choices that do not count; padded sizes [experts] int32; choices that count).
   """
-  order = jnp.argsort(choices, stable=True)  # [n]
-  counts = jnp.bincount(choices, length=experts)  # those that do not count are out of range
+  # Counted, not sorted: a sort of many rows takes TPUs' compiler seconds, and there is one in every pass of every layer.
+  chosen = choices[:, None] == jnp.arange(experts)  # [n, experts]; no expert for those that do not count
+  ranks = jnp.cumsum(chosen, 0, dtype=jnp.int32)
+  counts = ranks[-1]
   sizes = -(-counts // block) * block
-  first, start = jnp.cumsum(counts) - counts, jnp.cumsum(sizes) - sizes
-  expert = choices[order]
-  slot = jnp.arange(choices.size) - first.at[expert].get(mode="clip") + start.at[expert].get(mode="clip")
-  slot = jnp.where(expert < experts, slot, jnp.iinfo(jnp.int32).max)
-  slots = jnp.zeros_like(choices).at[order].set(slot.astype(choices.dtype))
+  slots = jnp.where(chosen, jnp.cumsum(sizes) - sizes + ranks - 1, 0).sum(1)
+  slots = jnp.where(choices < experts, slots, jnp.iinfo(jnp.int32).max)
   return slots, sizes.astype(jnp.int32), counts.sum(dtype=jnp.int32)
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.kernels.rows import rows_at
 from deepseek_jax.sharding import axes, part, parts
 
 
@@ -45,31 +46,44 @@ def exchanged(x, indices, weights, experts, compute, buffer_factor=0.0):
   if devices == 1:
     return compute(x, indices, weights, load, most)
   each = experts // devices
-  there = (indices // each)[..., None] == jnp.arange(devices)  # [tokens, experts per token, devices]
-  hit = there.any(1)  # [tokens, devices]
-  counts = hit.sum(0, dtype=jnp.int32)  # [devices]
+  holders = targets(indices // each, devices)  # [tokens, n]
+  hit = holders[..., None] == jnp.arange(devices)  # [tokens, n, devices]
+  ranks = jnp.cumsum(hit.any(1), 0, dtype=jnp.int32)  # [tokens, devices]
   room = min(devices * tokens, most)
-  routes, lost_rows = agreed_routes(counts, room)
+  routes, lost_rows = agreed_routes(ranks[-1], room)
   # Row of each token among those sent, sorted by destination; `rows` is none.
-  rows = tokens * min(per_token, devices)
-  slots = jnp.where(hit, routes.start[routes.me] + jnp.cumsum(hit, 0, dtype=jnp.int32) - 1, rows)  # [tokens, devices]
-  source, to = (
-    jnp.full((rows,), fill).at[slots].set(jnp.broadcast_to(values, slots.shape), mode="drop")
-    for fill, values in ((tokens, jnp.arange(tokens)[:, None]), (devices, jnp.arange(devices)))
-  )
+  rows = holders.size
+  slots = jnp.where(hit, (routes.start[routes.me] + ranks - 1)[:, None], 0).sum(-1)
+  slots = jnp.where(holders < devices, slots, rows)  # [tokens, n]
+  # And what each row is: the number of a pair of a token and a holder; `rows` is none.
+  pair = jnp.full((rows,), rows).at[slots].set(jnp.arange(rows).reshape(slots.shape), mode="drop")
+  source, to = pair // slots.shape[1], holders.reshape(rows).at[pair].get(mode="fill", fill_value=devices)
   chosen = indices.at[source].get(mode="fill", fill_value=experts)  # [rows, experts per token]
   local = jnp.where(chosen // each == to[:, None], chosen - to[:, None] * each, each)
   # One message of both: whole numbers are exact in a float of this size.
-  facts = jnp.concatenate([weights.at[source].get(mode="fill", fill_value=0), local.astype(weights.dtype)], -1)
+  facts = jnp.concatenate([rows_at(weights, source, slots), local.astype(weights.dtype)], -1)
   move = EXCHANGE["padded" if _platform() == "cpu" else "ragged"]
-  received = move(x.at[source].get(mode="fill", fill_value=0), routes, tokens)  # [room, embed]
+  received = move(rows_at(x, source, slots), routes, tokens)  # [room, embed]
   weights, local = jnp.split(move(facts, routes, tokens), [per_token], -1)  # [room, experts per token]
   full = jnp.arange(room) < routes.sent[:, routes.me].sum()
   y, lost = compute(received, jnp.where(full[:, None], local.astype(jnp.int32), each), weights, load, most)
   y = move(y, routes, tokens, back=rows)  # [rows, embed]
-  slots = jnp.sort(slots, -1)[:, : min(per_token, devices)]
-  y = y.at[slots].get(mode="fill", fill_value=0).astype(weights.dtype).sum(1).astype(x.dtype)  # [tokens, embed]
-  return y, lost + lost_rows
+  y = rows_at(y, slots.reshape(rows), pair[:, None]).reshape(*slots.shape, -1)  # [tokens, n, embed]
+  return y.astype(weights.dtype).sum(1).astype(x.dtype), lost + lost_rows
+
+
+def targets(holders, devices):
+  """The devices that each token goes to, each once: [tokens, n] for the least n that is enough, `devices` for none.
+
+  `holders` [tokens, experts per token]: who has each choice, likewise.
+  """
+  per_token = holders.shape[1]
+  if devices <= per_token:
+    device = jnp.arange(devices)
+    return jnp.where((holders[..., None] == device).any(1), device, devices)
+  earlier = jnp.tril(jnp.ones((per_token, per_token), bool), -1)
+  repeated = ((holders[:, :, None] == holders[:, None]) & earlier).any(-1)
+  return jnp.where(repeated, devices, holders)
 
 
 def agreed_routes(counts, room):

@@ -1,0 +1,47 @@
+"""Rows that are gathered both ways: the values and gradients of plain indexing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.kernels.rows import rows_at
+
+ROWS, PLACES, EACH, WIDTH = 7, 12, 3, 5
+
+
+def problem(dtype):
+  """x, a place for some of the rows up to EACH times, the inverse, and a cotangent; PLACES and ROWS are none."""
+  rng = np.random.default_rng(0)
+  inverse = rng.permutation(ROWS * EACH).reshape(ROWS, EACH)  # those of PLACES and above are none
+  index = np.full(PLACES, ROWS)
+  for row, places in enumerate(inverse):
+    index[places[places < PLACES]] = row
+  x, dy = rng.normal(size=(ROWS, WIDTH)), rng.normal(size=(PLACES, WIDTH))
+  return jnp.asarray(x, dtype), jnp.asarray(index), jnp.asarray(inverse), jnp.asarray(dy, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_values_and_gradients_are_those_of_indexing(dtype):
+  x, index, inverse, dy = problem(dtype)
+  y, pull = jax.vjp(lambda x: rows_at(x, index, inverse), x)
+  plain = lambda x: x.at[index].get(mode="fill", fill_value=0)  # noqa: E731
+  expected, plain_pull = jax.vjp(plain, x.astype("float32"))
+  np.testing.assert_array_equal(y, expected.astype(dtype))
+  (dx,), (wanted,) = pull(dy), plain_pull(dy.astype("float32"))
+  assert dx.dtype == dtype
+  # Summed in float32, and rounded once.
+  np.testing.assert_allclose(np.asarray(dx, "float32"), wanted, rtol=1e-6 if dtype == "float32" else 2**-8)
+
+
+def test_the_gradient_has_no_scatter():
+  x, index, inverse, dy = problem("float32")
+  text = str(jax.make_jaxpr(jax.grad(lambda x: (rows_at(x, index, inverse) * dy).sum()))(x))
+  assert "gather" in text and "scatter" not in text
+
+
+def test_rows_without_a_place_have_no_gradient():
+  x, index, inverse, _ = problem("float32")
+  dx = jax.grad(lambda x: rows_at(x, index, inverse).sum())(x)
+  counts = [(np.asarray(index) == row).sum() for row in range(ROWS)]
+  np.testing.assert_array_equal(dx, np.repeat(np.array(counts, "float32")[:, None], WIDTH, 1))
