@@ -5,7 +5,7 @@ import math
 
 import jax
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from deepseek_jax.config import Config, MeshConfig
 from deepseek_jax.errors import ConfigError
@@ -44,20 +44,28 @@ def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
   slices = len({getattr(device, "slice_index", 0) for device in devices})
   if slices == 1:
     return Mesh(create_device_mesh(sizes, devices, allow_split_physical_axes=True), AXES, axis_types=types)
-  if sizes[0] % slices:
-    raise ConfigError(
-      f"mesh.data={sizes[0]} on {slices} slices: the network between slices carries `data` alone, so make it a multiple "
-      f"of {slices}, or -1"
-    )
+  check_slices(sizes, slices)
   inside, across = (sizes[0] // slices, *sizes[1:]), (slices, *(1,) * (len(AXES) - 1))
   grid = create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
   return Mesh(grid, AXES, axis_types=types)
 
 
-def abstract_mesh(config: MeshConfig) -> AbstractMesh:
-  """The mesh of resolved sizes without its devices: layouts can be traced on it, nothing can run."""
+def check_slices(sizes, slices):
+  """Raises ConfigError unless a mesh of these sizes of AXES can be on that many slices."""
+  if sizes[0] % slices:
+    raise ConfigError(
+      f"mesh.data={sizes[0]} on {slices} slices: the network between slices carries `data` alone, so make it a multiple "
+      f"of {slices}, or -1"
+    )
+
+
+def abstract_mesh(config: MeshConfig, device: AbstractDevice | None = None) -> AbstractMesh:
+  """The mesh of resolved sizes without its devices: layouts can be traced on it, nothing can run.
+
+  `device`: what the program is to be for, where it matters.
+  """
   sizes = mesh_sizes(config, least_devices(config))
-  return AbstractMesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+  return AbstractMesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), abstract_device=device)
 
 
 def check_x64(model: ModelConfig):

@@ -53,6 +53,13 @@ def bubble(stages, circuits, microbatches):
   return 1 - microbatches * circuits / (groups * stages * circuits + stages - 1)
 
 
+def passes(stages, circuits, microbatches):
+  """(Ticks of a step; in how many a stage goes forward, and as often backward; in how many it does first, and so last)."""
+  groups = -(-microbatches // stages)
+  forward, lag = groups * stages * circuits + stages - 1, (circuits + 1) * stages - 2
+  return forward + lag + 1, forward, groups
+
+
 def to_stages(leaf, table, axis, dimension):
   """Parameters of this stage's layers, [circuits, slots, ...]; zeros in empty slots.
 

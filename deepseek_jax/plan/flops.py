@@ -79,16 +79,3 @@ def training_flops(config: ModelConfig, seq: int) -> TrainingFlops:
   pairs = a.heads * (key + value)  # multiply-adds per pair of positions
   pairs *= config.layers + config.num_mtp_layers
   return TrainingFlops(6 * matrices, attention_causal=6 * pairs * (seq + 1) / 2, attention_full=6 * pairs * seq)
-
-
-# Dense bfloat16 peak of a chip in FLOP/s, from the vendors' data sheets, by a part of `device_kind`.
-PEAK_FLOPS = {
-  "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12,
-  "TPU v6 lite": 918e12, "TPU v6e": 918e12, "TPU7x": 2307e12,
-  "A100": 312e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12,
-}  # fmt: skip
-
-
-def peak_flops(device_kind: str) -> float | None:
-  """bfloat16 peak of a chip, or None where it is not known (CPUs)."""
-  return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)

@@ -18,10 +18,11 @@ class Memory:
   """Bytes on one device; what waits in the host's memory is not among them."""
 
   params: int
+  optimizer: int
   gradients: int
-  moments: int
   activations: int
-  logits: int
+  collectives: int
+  other: int
 
   @property
   def total(self):
@@ -51,7 +52,7 @@ def estimate_memory(config: Config) -> Memory:
     in_use = kept * bytes_kept  # laid out in stages
   moments = 0 if config.optimizer.offload else 2 * kept * jnp.dtype(config.optimizer.moments_dtype).itemsize
   activations, logits = _passes(config, compute)
-  return Memory(kept * bytes_kept + in_use, (newest + summed) * bytes_kept, moments, activations, logits)
+  return Memory(kept * bytes_kept, moments, (newest + summed) * bytes_kept, activations, in_use, logits)
 
 
 def _elements(model, mesh, stack=None):

@@ -22,8 +22,9 @@ from deepseek_jax.data.pipeline import batches, load_tokenizer, open_data
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.mesh import check_x64, make_mesh, resolve_mesh
 from deepseek_jax.model.transformer import graphdef
-from deepseek_jax.plan.flops import peak_flops, training_flops
+from deepseek_jax.plan.flops import training_flops
 from deepseek_jax.plan.summary import resolved, summary
+from deepseek_jax.plan.topology import peak_flops
 from deepseek_jax.sharding import spec
 from deepseek_jax.training import metrics, report
 from deepseek_jax.training.balance import load_metrics

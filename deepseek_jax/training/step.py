@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from deepseek_jax.config import Config
-from deepseek_jax.model.transformer import param_axes
+from deepseek_jax.model.transformer import graphdef, param_axes
 from deepseek_jax.sharding import (
   LATENTS,
   WHOLE_WEIGHTS,
@@ -29,7 +30,7 @@ from deepseek_jax.training.balance import moved_biases
 from deepseek_jax.training.objective import Objective
 from deepseek_jax.training.optimizer import make_optimizer, moments_in
 from deepseek_jax.training.pipelined import Stages, laid_out, stages_of
-from deepseek_jax.training.state import TrainState
+from deepseek_jax.training.state import TrainState, abstract_state
 
 
 def layouts(tree):
@@ -205,3 +206,21 @@ def make_train_step(config: Config, graphdef, bos):
     return TrainState(state.step + 1, params, buffers, opt_state, skipped), metrics
 
   return train_step
+
+
+def abstract_step(config: Config, mesh):
+  """(the update with a full batch, its abstract arguments (state, batch, rates)), to be traced or compiled where nothing runs.
+
+  `mesh` is set, and may be abstract or of devices that are not here.
+  """
+  state, microbatch = abstract_state(config, mesh), config.train.microbatch or config.train.global_batch
+  microbatches = config.train.global_batch // microbatch
+  shape = microbatches, microbatch, config.data.seq + 1
+  batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, spec(None, "batch", None)))
+  rate = jax.ShapeDtypeStruct((), config.model.param_dtype, sharding=NamedSharding(mesh, spec()))
+  update = make_train_step(config, graphdef(config.model), bos=0)
+
+  def step(state, batch, rates):
+    return update(state, batch, microbatches, rates)
+
+  return step, (state, batch, dict.fromkeys(("learning_rate", "mtp_weight", "bias_speed"), rate))

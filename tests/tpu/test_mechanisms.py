@@ -7,10 +7,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
 from deepseek_jax.kernels.grouped_matmul import grouped_matmul
+from deepseek_jax.plan.compiled import compiled
 from deepseek_jax.sharding import on_every_device, varying
-from tests.tpu.compiled import compiled, pod
-
-REMATERIALIZED = "nvoluntary full rematerialization"
+from tests.tpu.pods import REMATERIALIZED, pod
 
 
 def abstract(shape, dtype, *layout, kind=None):
@@ -29,7 +28,7 @@ def test_a_relayout_through_whole_arrays_is_reported():
 
 @pytest.mark.parametrize("slices", [1, 2])
 def test_meshes(slices):
-  mesh = pod("v5p:4x4x4", slices, data=2 * slices, stage=2, fsdp=2, expert=4, tensor=2)  # sizes that split the torus
+  mesh = pod(f"{slices}*v5p:4x4x4", data=2 * slices, stage=2, fsdp=2, expert=4, tensor=2)  # sizes that split the torus
   assert mesh.size == 64 * slices
   found = [{getattr(device, "slice_index", None) for device in devices.flat} for devices in mesh.devices]
   assert found == ([{None}] * 2 if slices == 1 else [{0}, {0}, {1}, {1}])
@@ -50,9 +49,9 @@ def test_moments_on_host():
     out = jax.tree.map(lambda a: a.sharding, ours[:2])
     program = compiled(step, *ours, donate_argnums=(0, 1), out_shardings=out)
   one = 64 * 2**20
-  assert program.memory.host_argument_size_in_bytes == program.memory.host_alias_size_in_bytes == arrays * one
-  assert program.memory.argument_size_in_bytes == 2 * arrays * one
-  assert program.memory.temp_size_in_bytes < 16 * one
+  assert program.host_argument == program.host_aliased == arrays * one
+  assert program.argument == 2 * arrays * one
+  assert program.temporary < 16 * one
 
 
 def test_activations_on_host():
@@ -74,7 +73,7 @@ def test_activations_on_host():
     program = compiled(on_every_device(gradients, (jax.P(), jax.P("fsdp")), jax.P()), stack, x)
   residual = tokens * embed * 2
   # XLA peels an iteration off the loop, and may keep a spare buffer.
-  assert layers * residual <= program.memory.host_temp_size_in_bytes <= (layers + 1) * residual
+  assert layers * residual <= program.host_temporary <= (layers + 1) * residual
 
 
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"])

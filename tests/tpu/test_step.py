@@ -1,17 +1,10 @@
 """The whole update on meshes of 64 chips: it compiles, holds what it should, and says only what was written."""
 
-import jax
-import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
 
 from deepseek_jax.config import Config, DataConfig, MeshConfig, TrainConfig
-from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
-from deepseek_jax.sharding import size_per_device, spec
-from deepseek_jax.training.state import abstract_state
-from deepseek_jax.training.step import make_train_step
-from tests.tpu.compiled import compiled, pod
+from tests.tpu.pods import REMATERIALIZED, check_collectives, step_for
 
 # V3's structure. Sorts of many tokens are most of what the compiler does, so they are few.
 MODEL = ModelConfig(
@@ -35,58 +28,36 @@ def config_of(sizes):
   return Config(model=MODEL, data=DataConfig(seq=256), mesh=MeshConfig(**({"data": 1} | sizes)), train=train)
 
 
-def step_for(mesh, config):
-  """(the update compiled for `mesh`, bytes of the state on one device)."""
-  with jax.set_mesh(mesh):
-    state, count = abstract_state(config, mesh), config.train.global_batch // config.train.microbatch
-    shape = count, config.train.microbatch, config.data.seq + 1
-    batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, spec(None, "batch", None)))
-    rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, jax.P()))
-    update = make_train_step(config, graphdef(config.model), bos=0)
-
-    def step(state, batch, rates):
-      return update(state, batch, count, rates)
-
-    rates = dict.fromkeys(("learning_rate", "mtp_weight", "bias_speed"), rate)
-    held = sum(size_per_device(a) * a.dtype.itemsize for a in jax.tree.leaves(state))
-    return compiled(step, state, batch, rates, donate_argnums=0), held
-
-
 @pytest.fixture(scope="module", params=MESHES)
 def step(request):
   """About a minute each."""
-  return *step_for(pod("v5p:4x4x4", **MESHES[request.param]), config_of(MESHES[request.param])), MESHES[request.param]
+  sizes = MESHES[request.param]
+  return step_for("v5p:4x4x4", sizes, config_of(sizes))
 
 
 def test_collectives_are_those_written(step):
-  program, _, _ = step
-  print(dict(program.written), dict(program.collectives))
-  assert program.collectives["ragged-all-to-all"] > 0
-  assert not {name: count for name, count in program.collectives.items() if count > program.written[name]}
+  check_collectives(step)
 
 
 def test_no_layout_is_changed_through_whole_arrays(step):
-  assert "nvoluntary full rematerialization" not in step[0].log
+  assert REMATERIALIZED not in step.compiled.log
 
 
 def test_the_state_is_updated_in_place(step):
-  program, held, _ = step
   # Small arrays are padded to the tiles of the chip.
-  assert held <= program.memory.alias_size_in_bytes <= 1.05 * held
-  assert program.memory.argument_size_in_bytes <= 1.05 * held
+  assert step.held <= step.compiled.aliased <= 1.05 * step.held
+  assert step.compiled.argument <= 1.05 * step.held
 
 
 def test_native_grouped_products(step):
-  assert '"tpu_custom_call"' in step[0].hlo
+  assert '"tpu_custom_call"' in step.compiled.hlo
 
 
 def test_slices_exchange_gradients_once():
   """Between two slices, whatever the microbatches: one sum of the gradients, each device its part, and a few numbers."""
   sizes = dict(data=2, fsdp=4, expert=4, context=2, tensor=2)
-  mesh, config = pod("v5p:4x4x4", slices=2, **sizes), config_of(sizes)
-  program, _ = step_for(mesh, config)
-  with jax.set_mesh(mesh):
-    params = abstract_state(config, mesh).params
-  every = sum(a.size for a in jax.tree.leaves(params)) * 4 / 64  # bytes, if all 64 devices of a slice carry equal parts
-  assert {name for name, _ in program.between_slices} == {"ENTRY"}
-  assert every <= sum(size for _, size in program.between_slices) <= 1.2 * every
+  step = step_for("2*v5p:4x4x4", sizes, config_of(sizes))
+  every = step.parameters * 4 / 64  # bytes, if all 64 devices of a slice carry equal parts
+  sends = step.program.between_slices()
+  assert {name for name, _ in sends} == {step.program.entry}
+  assert every <= sum(size for _, size in sends) <= 1.2 * every

@@ -1,0 +1,80 @@
+"""Plans a run on machines that are not here:  python -m deepseek_jax.plan --config=configs/v3.py --topology=v5p:8x8x16
+
+With libtpu (pip install libtpu) a TPU's step is compiled, which takes minutes; --analytic does without. Any field of the config
+can be set: --config.mesh.fsdp=64. Exit codes: 0, also where it does not fit; 2 for a mesh that cannot work.
+"""
+
+import json
+import os
+import sys
+
+from absl import flags
+
+from deepseek_jax.errors import ConfigError
+from deepseek_jax.flags import load_config, parse, run_program
+from deepseek_jax.plan.topology import COMPILER_ENVIRONMENT, can_compile
+from deepseek_jax.plan.topology import parse as parse_topology
+
+
+def main(argv) -> int:
+  values = flags.FlagValues()
+  flags.DEFINE_string("config", None, "a config file: configs/NAME.py, or a JSON", flag_values=values)
+  flags.DEFINE_string(
+    "topology",
+    None,
+    "what to plan for: v5p:8x8x16 (chips), 2*v5p:8x8x8 (slices), v5e:16x16, v6e:8x8, tpu7x:4x4x4, h100:64x8 (nodes x GPUs), h200",
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    "json", None, "also write the plan to this file; - for stdout, and nothing else", flag_values=values
+  )
+  flags.DEFINE_boolean("analytic", False, "do not compile, even where libtpu is installed", flag_values=values)
+  flags.DEFINE_boolean(
+    "fused_attention",
+    False,
+    "reckon with a fused attention kernel, which this code does not have yet; analytic",
+    flag_values=values,
+  )
+  flags.DEFINE_boolean(
+    "search", False, "try meshes, microbatches and remat policies, and print the best", flag_values=values
+  )
+  overrides = parse(argv, values, __doc__)
+  for name, example in (("config", "configs/v3.py"), ("topology", "v5p:8x8x16")):
+    if not values[name].value:
+      raise ConfigError(f"--{name}=.. says what to plan, e.g. --{name}={example} (see --help)")
+  topology, config = parse_topology(values.topology), load_config(values.config, overrides)
+  os.environ.update({"JAX_PLATFORMS": "cpu", **COMPILER_ENVIRONMENT})
+
+  # Imported late: --help and bad flags need no jax.
+  from deepseek_jax.plan.plan import make_plan, table
+  from deepseek_jax.plan.search import ranking, search
+  from deepseek_jax.training.step import abstract_step
+
+  compile = topology.is_tpu and can_compile() and not values.analytic and not values.fused_attention
+  if values.search:
+    plans = search(config, topology, abstract_step, compile, values.fused_attention)
+    plan, text = plans[0], ranking(plans)
+  else:
+    plan = make_plan(config, topology, abstract_step, compile, values.fused_attention)
+    text = table(plan)
+  if values.json != "-":
+    print(text)
+  if values.json:
+    write(json.dumps(plan.json(), indent=2) + "\n", values.json)
+  return 0
+
+
+def write(text, path):
+  """`text` to a file, or to stdout for "-". Raises ConfigError where it cannot be written."""
+  if path == "-":
+    sys.stdout.write(text)
+    return
+  try:
+    with open(path, "w", encoding="utf-8") as f:
+      f.write(text)
+  except OSError as error:
+    raise ConfigError(f"--json={path} cannot be written: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+  run_program(main)

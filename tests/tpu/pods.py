@@ -1,0 +1,70 @@
+"""Meshes of TPU pods, none of which is here, and the update compiled for them."""
+
+import dataclasses
+import re
+from collections import Counter
+
+import jax
+
+from deepseek_jax.config import Config, MeshConfig
+from deepseek_jax.mesh import make_mesh
+from deepseek_jax.plan.compiled import Compiled, compiled, devices
+from deepseek_jax.plan.hlo import Program
+from deepseek_jax.plan.topology import parse
+from deepseek_jax.sharding import size_per_device
+from deepseek_jax.training.step import abstract_step
+
+REMATERIALIZED = "nvoluntary full rematerialization"
+_STABLEHLO = re.compile(r"stablehlo\.(all_gather|all_reduce|reduce_scatter|all_to_all|collective_permute)\"?\(")
+
+
+def pod(topology, **sizes):
+  """The mesh of `sizes` on the chips of `topology`. Nothing can run on it, not even jax.random.key(0)."""
+  return make_mesh(MeshConfig(**({"data": 1} | sizes)), devices(parse(topology)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """A compiled update; `held`: bytes of its state on a device; `parameters` of the whole model."""
+
+  config: Config
+  sizes: dict
+  held: int
+  parameters: int
+  compiled: Compiled
+  program: Program
+
+
+def step_for(topology, sizes, config) -> Step:
+  mesh = pod(topology, **sizes)
+  with jax.set_mesh(mesh):
+    step, arguments = abstract_step(config, mesh)
+    held = sum(size_per_device(a) * a.dtype.itemsize for a in jax.tree.leaves(arguments[0]))
+    parameters = sum(a.size for a in jax.tree.leaves(arguments[0].params))
+    found = compiled(step, *arguments, donate_argnums=0)
+  return Step(config, sizes, held, parameters, found, Program(found.hlo, dict(mesh.shape)))
+
+
+def check_collectives(step: Step):
+  """The messages are those that the program says, and none carries more than one layer's weights, or the tokens' rows."""
+  found = Counter(c.kind for c in step.program.collectives())
+  written = Counter(name.replace("_", "-") for name in _STABLEHLO.findall(step.compiled.lowered))
+  written["ragged-all-to-all"] = step.compiled.lowered.count("custom_call @ragged_all_to_all")
+  # Where a group of devices fills all three dimensions of a torus, libtpu makes gathers and scatters of all-reduces.
+  sums = ("all-gather", "all-reduce", "reduce-scatter")
+  assert 0 < sum(found[kind] for kind in sums) <= sum(written[kind] for kind in sums)
+  assert found["ragged-all-to-all"] == written["ragged-all-to-all"]
+  for kind in ("all-to-all", "collective-permute"):
+    assert found[kind] <= written[kind]
+  assert ("collective-permute" in written) == (step.sizes.get("stage", 1) > 1)
+  # In loops over layers and microbatches nothing is larger than the weights of a layer or the head, whole on a device.
+  model, experts = step.config.model, step.config.model.moe.num_routed_experts // step.sizes.get("expert", 1)
+  weights = max(model.vocab, experts * model.moe.mlp, model.mlp) * model.embed * 2
+  rows = 2 * step.config.data.seq * model.moe.num_experts_per_token * model.embed * 2
+  largest = max(c.size for c in step.program.collectives() if c.times > 1)
+  assert largest <= max(weights, rows * step.config.train.microbatch // _rows(step.sizes)), (largest, weights, rows)
+
+
+def _rows(sizes):
+  """Devices that share the batch."""
+  return sizes.get("data", 1) * sizes.get("fsdp", 1) * sizes.get("expert", 1)

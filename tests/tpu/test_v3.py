@@ -1,0 +1,46 @@
+"""DeepSeek-V3 at its own widths, one dense and four MoE layers and multi-token prediction, for 64 chips of a v5p pod."""
+
+import pytest
+
+from deepseek_jax.flags import load_config
+from deepseek_jax.plan.topology import CHIPS
+from tests.tpu.pods import REMATERIALIZED, check_collectives, step_for
+
+SEQ = 1024  # the time to compile grows with the tokens that are sorted
+MESHES = {
+  "fsdp and experts": (dict(fsdp=4, expert=16), {}),
+  "experts": (dict(expert=64), {"parallel.zero": "1"}),
+  "experts and heads": (dict(fsdp=2, expert=16, tensor=2), {"parallel.latent": "sharded"}),
+  "stages and experts": (dict(stage=4, expert=16), {"parallel.zero": "1"}),
+}
+
+
+def config_of(sizes, more):
+  rows = 64 // sizes.get("stage", 1) // sizes.get("tensor", 1)  # one a device
+  fields = {
+    "model.layers": 5, "model.first_dense_layers": 1, "data.seq": SEQ, "model.moe.buffer_factor": 2,
+    "train.global_batch": rows * max(sizes.get("stage", 1), 2), "train.microbatch": rows, "train.batch_ramp_from": 0,
+    "train.batch_ramp_tokens": 0,
+  }  # fmt: skip
+  fields |= {f"mesh.{axis}": size for axis, size in ({"data": 1, "fsdp": 1} | sizes).items()} | more
+  return load_config("configs/v3.py", {path: str(value) for path, value in fields.items()})
+
+
+@pytest.fixture(scope="module", params=MESHES)
+def step(request):
+  sizes, more = MESHES[request.param]
+  step = step_for("v5p:4x4x4", sizes, config_of(sizes, more))
+  print(f"{request.param}: compiled in {step.compiled.seconds:.0f} s, {step.compiled.device / 2**30:.1f} GiB a chip")
+  return step
+
+
+def test_fits(step):
+  assert step.held < step.compiled.device < CHIPS["v5p"].hbm
+
+
+def test_no_layout_is_changed_through_whole_arrays(step):
+  assert REMATERIALIZED not in step.compiled.log
+
+
+def test_collectives_are_those_written(step):
+  check_collectives(step)
