@@ -148,7 +148,12 @@ def scanned_sums(work: Work):
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))
   # Summed in the dtype of the parameters, whatever that of the weights in use.
   zeros = jax.tree.map(lambda z, p: z.astype(p.dtype), zeros[0], work.params), zeros[1]
-  add = lambda i, sums: jax.tree.map(jnp.add, sums, one(i))  # noqa: E731
+
+  def add(i, sums):
+    # The barrier: XLA for TPUs wants to add up first and reduce after the loop, which takes whole gradients in memory, and
+    # stops with an internal error over ours (libtpu 0.0.50).
+    return jax.tree.map(jnp.add, sums, jax.lax.optimization_barrier(one(i)))
+
   grads, reported = jax.lax.fori_loop(0, work.microbatches, add, varying(zeros))
   return shards(grads) if zero == 1 else grads, reported
 
