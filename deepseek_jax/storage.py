@@ -12,16 +12,17 @@ import pathlib
 import re
 import shutil
 import tempfile
+import uuid
 import weakref
 
 import tensorstore as ts
 
 from deepseek_jax.errors import StorageError
 
-# A request is tried five times, 1 + 2 + 4 + 8 s apart, and given up when nothing moves for 15 s: an outage is an error
-# after 15 s where connections are refused, and after 90 s where they hang.
-RETRIES = {"max_retries": 4, "initial_delay": "1s", "max_delay": "16s"}
-_CURL = {"CONNECT_TIMEOUT_SECONDS": "10", "LOW_SPEED_TIME_SECONDS": "15", "LOW_SPEED_LIMIT_BYTES": "1"}
+# A request is tried five times, 1, 2, 4 and 8 s apart and up to a second more, each until nothing has moved for 10 s, which
+# curl notices up to 6 s late: an outage is an error after 19 s where connections are refused, after 100 where they hang.
+RETRIES = {"max_retries": 4, "initial_delay": "1s", "max_delay": "8s"}
+_CURL = {"CONNECT_TIMEOUT_SECONDS": "10", "LOW_SPEED_TIME_SECONDS": "10", "LOW_SPEED_LIMIT_BYTES": "1"}
 for _name, _value in _CURL.items():
   os.environ.setdefault(f"TENSORSTORE_CURL_{_name}", _value)  # read once, at the first request
 
@@ -43,6 +44,13 @@ def is_url(path):
 def safe_name(name):
   """Whether an object's `name` is a path that stays inside a folder when it is written there."""
   return bool(name) and not name.startswith("/") and "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
+
+
+def explain(error):
+  """What one of TensorStore's errors says, in a line, and what helps."""
+  line = re.split(r" \[\w+='", (str(error).strip().splitlines() or [type(error).__name__])[0])[0]
+  cure = next((cure for status, cure in _CURES.items() if status in line), "check the network and the endpoint")
+  return f"{line:.400}; {cure}"
 
 
 class Store:
@@ -93,18 +101,12 @@ class Store:
     """(spec of a kvstore for the folder `name`, context that bounds its retries), for arrays."""
     return self._base | {"path": f"{self._base['path']}{name}/"}, self._context
 
-  def explain(self, error, what, name=""):
-    """The StorageError for one of TensorStore's."""
-    line = re.split(r" \[\w+='", (str(error).strip().splitlines() or [type(error).__name__])[0])[0]
-    cure = next((cure for status, cure in _CURES.items() if status in line), "check the network and the endpoint")
-    return StorageError(f"{self.url}/{name} cannot be {what}: {line:.300}; {cure}")
-
   def _do(self, what, start, name=""):
     """The result of the future that `start` gives."""
     try:
       return start().result()
     except (ValueError, RuntimeError) as error:  # what TensorStore raises for every status
-      raise self.explain(error, what, name) from None
+      raise StorageError(f"{self.url}/{name} cannot be {what}: {explain(error)}") from None
 
   def _spec(self):
     matched = _URL.fullmatch(self.url)
@@ -137,7 +139,9 @@ class RunFolder:
       return
     self._store, self.path = Store(workdir), tempfile.mkdtemp(prefix="deepseek_jax-")
     weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
-    self._store.write(".writable", b"")
+    probe = f".probe-{uuid.uuid4().hex[:8]}"
+    self._store.write(probe, b"")
+    self._store.remove(probe)
     for name in names:
       content = self._store.read(name)
       if content is not None:

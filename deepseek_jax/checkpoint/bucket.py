@@ -3,6 +3,7 @@
 A folder that is copied to a bucket, or back, is a workdir there. Arrays are OCDBT as Orbax writes it, and each process
 writes and reads only what its devices hold, straight from and to the bucket; `storage` says why not through Orbax.
 Buckets have no rename: a step is one from when it has a manifest, which is written last and removed first.
+A save holds two copies of what the process writes in host memory, and reads it back for the checksums.
 """
 
 import concurrent.futures
@@ -21,7 +22,7 @@ from deepseek_jax.checkpoint.arrays import array_spec, open_below, tree_metadata
 from deepseek_jax.checkpoint.manager import CHUNK_BYTES, Checkpointer, CheckpointReader, shard_axes
 from deepseek_jax.checkpoint.tree import check_fits, flatten
 from deepseek_jax.errors import CheckpointError, StorageError
-from deepseek_jax.storage import Store, is_url
+from deepseek_jax.storage import Store, explain, is_url
 
 _REJECTED = f"{manifest.NAME}.rejected"
 _END = "~"  # an object that every list of the checkpoints of a run ends with, for a list may be cut short in silence
@@ -65,7 +66,7 @@ class BucketReader(CheckpointReader):
     except (KeyError, TypeError) as error:
       raise CheckpointError(f"{where} does not hold the arrays of a checkpoint: {error!s:.300}") from None
     except (ValueError, RuntimeError) as error:
-      raise self._store.explain(error, "read", f"{step}/state") from None
+      raise StorageError(f"{where} cannot be read: {explain(error)}") from None
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
   def state(self, step):
@@ -122,7 +123,8 @@ class BucketCheckpointer(BucketReader):
     super().__init__(workdir)
     self._config, self._saving, self._pending = config, None, None
     self._thread = concurrent.futures.ThreadPoolExecutor(1)
-    self._store.write(_END, b"")
+    if jax.process_index() == 0:
+      self._store.write(_END, b"")
 
   def __enter__(self):
     return self
@@ -156,7 +158,7 @@ class BucketCheckpointer(BucketReader):
         pending.result()
     except (StorageError, ValueError, RuntimeError) as error:
       where = f"{self._directory}/{self._saving}"
-      reason = error if isinstance(error, StorageError) else self._store.explain(error, "written", str(self._saving))
+      reason = error if isinstance(error, StorageError) else explain(error)
       raise CheckpointError(f"checkpoint {where} could not be saved: {reason}; older ones are unharmed") from None
 
   def check(self):
