@@ -6,7 +6,7 @@ import time
 import pytest
 
 from deepseek_jax.errors import StorageError
-from deepseek_jax.storage import RunFolder, Store, safe_name
+from deepseek_jax.storage import RunFolder, Store, in_parallel, safe_name
 
 BOTH = pytest.mark.parametrize("scheme", ["gs", "s3"])
 
@@ -82,6 +82,14 @@ def test_a_connection_that_hangs_is_given_up(buckets, scheme):
   with pytest.raises(StorageError, match="Operation too slow.*network"):
     Store(f"{scheme}://bucket-a/run").read("a")
   assert time.monotonic() - started < 20
+
+
+def test_an_outage_is_waited_out_once_and_not_for_each_object(buckets):
+  store, started = Store("gs://bucket-a/run"), time.monotonic()
+  buckets.fail("hang", "GET run/")
+  with pytest.raises(StorageError, match="too slow"):
+    in_parallel(store.read, [str(i) for i in range(40)])
+  assert time.monotonic() - started < 15
 
 
 def test_the_bounds_of_a_run_end_within_two_minutes():

@@ -3,7 +3,7 @@
 A folder that is copied to a bucket, or back, is a workdir there. Arrays are OCDBT as Orbax writes it, and each process
 writes and reads only what its devices hold, straight from and to the bucket; `storage` says why not through Orbax.
 Buckets have no rename: a step is one from when it has a manifest, which is written last and removed first.
-A save holds two copies of what the process writes in host memory, and reads it back for the checksums.
+A save holds up to two copies of what the process writes in host memory, and reads it back for the checksums.
 """
 
 import concurrent.futures
@@ -22,12 +22,11 @@ from deepseek_jax.checkpoint.arrays import array_spec, open_below, tree_metadata
 from deepseek_jax.checkpoint.manager import CHUNK_BYTES, Checkpointer, CheckpointReader, shard_axes
 from deepseek_jax.checkpoint.tree import check_fits, flatten
 from deepseek_jax.errors import CheckpointError, StorageError
-from deepseek_jax.storage import Store, explain, is_url
+from deepseek_jax.storage import Store, explain, in_parallel, is_url
 
 _REJECTED = f"{manifest.NAME}.rejected"
 _END = "~"  # an object that every list of the checkpoints of a run ends with, for a list may be cut short in silence
 _FILE_BYTES = 1 << 27  # of a file of arrays: what is read at once to be checked
-_THREADS = 4
 _POLL_SECONDS = 0.2
 # Inline values, node size and compression as Orbax has them; files that fit in memory when they are checked.
 _OCDBT = {
@@ -109,10 +108,9 @@ class BucketReader(CheckpointReader):
 
     def read(name):
       content = self._store.read(f"{step}/{name}") or b""
-      return name, (len(content), f"{zlib.crc32(content):08x}")
+      return len(content), f"{zlib.crc32(content):08x}"
 
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-      return dict(pool.map(read, names))
+    return in_parallel(read, list(names))
 
 
 class BucketCheckpointer(BucketReader):
@@ -145,7 +143,7 @@ class BucketCheckpointer(BucketReader):
     flat = flatten(state)
     for array in flat.values():
       array.copy_to_host_async()
-    pieces = {path: _pieces(array) for path, array in flat.items()}  # copies, for the next update takes the buffers
+    pieces = {path: _pieces(array) for path, array in flat.items()}
     layouts = {path: (a.shape, a.dtype, _chunk(path, a)) for path, a in flat.items()}
     self._saving = step
     self._pending = self._thread.submit(self._write, step, layouts, pieces, json.dumps(meta).encode())
@@ -235,9 +233,12 @@ class BucketCheckpointer(BucketReader):
 
 
 def _pieces(array):
-  """[(index, copy on the host)] of the parts of `array` that this process writes: of replicas, the first."""
+  """[(index, value on the host)] of the parts of `array` that this process writes: of replicas, the first.
+
+  On CPU a value is a view of the buffer, and jax does not donate a buffer to the next update while it has a view.
+  """
   shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
-  return [(shard.index, np.array(shard.data)) for shard in shards]
+  return [(shard.index, np.asarray(shard.data)) for shard in shards]
 
 
 def _chunk(path, array):

@@ -1,6 +1,5 @@
-"""Sources in buckets: objects copied into a local cache, and again when they have changed."""
+"""Sources in buckets: objects copied whole into a local cache, and again when they have changed."""
 
-import concurrent.futures
 import fnmatch
 import glob
 import hashlib
@@ -9,9 +8,7 @@ import os
 
 from deepseek_jax.data import readers
 from deepseek_jax.errors import DataError
-from deepseek_jax.storage import Store, safe_name
-
-_THREADS = 4  # each holds one object in memory
+from deepseek_jax.storage import Store, in_parallel, safe_name
 
 
 def fetch(url, cache):
@@ -70,10 +67,9 @@ def _update(store, names, folder):
     if content is not None:
       path.parent.mkdir(parents=True, exist_ok=True)
       _replace(path, content)
-    return name, generation
+    return generation
 
-  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-    fresh = dict(pool.map(update, names))
+  fresh = in_parallel(update, names)
   if known | fresh != known:
     _replace(memo, json.dumps(known | fresh).encode())
 

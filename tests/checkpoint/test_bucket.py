@@ -1,6 +1,7 @@
 """Checkpoints in buckets: bitwise, around damage, and around connections that break while they are written or read."""
 
 import json
+import threading
 import time
 
 import jax
@@ -54,13 +55,17 @@ def test_round_trip_is_bitwise_on_any_mesh(objects, url, sizes):
   assert_same(reader.restore(3, {"params": abstract(params)}), {"params": params})
 
 
-def test_what_is_saved_is_the_state_at_the_call(objects):
+def test_what_is_saved_is_the_state_at_the_call(objects, monkeypatch):
   bump = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
-  state = make_state(seed=1)
+  state, bumped = make_state(seed=1), threading.Event()
   with open_checkpointer(GS, KEEP) as checkpointer:
+    write = checkpointer._write
+    monkeypatch.setattr(checkpointer, "_write", lambda *args: (bumped.wait(), write(*args)))
     checkpointer.save(1, state, META)
     for _ in range(3):
       state = bump(state)
+    jax.block_until_ready(state)
+    bumped.set()
   assert_same(open_reader(GS).restore(1, abstract(make_state())), make_state(seed=1))
 
 

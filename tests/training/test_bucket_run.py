@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from deepseek_jax import flags, train
+from deepseek_jax.checkpoint.bucket import BucketCheckpointer
 from deepseek_jax.errors import CheckpointError, ConfigError, StorageError
 from deepseek_jax.generate.__main__ import main as generate_main
 
@@ -89,13 +90,25 @@ def test_a_save_that_is_cut_is_one_error_and_the_run_resumes_from_the_one_before
   assert run(config, "--workdir=gs://bucket-a/whole") == 0
   buckets.fail("cut", "POST run/checkpoints/4/")
   with pytest.raises(CheckpointError, match="checkpoints/4 could not be saved: .*network.*older ones are unharmed"):
-    run(config, "--workdir=gs://bucket-a/run")
+    run(config, "--workdir=gs://bucket-a/run", "--config.eval.every=100")
   buckets.heal()
   assert "run/checkpoints/2/manifest.json" in buckets.objects["bucket-a"]
   assert "run/checkpoints/4/manifest.json" not in buckets.objects["bucket-a"]
-  assert run("--workdir=gs://bucket-a/run") == 0
+  assert run("--workdir=gs://bucket-a/run", "--config.eval.every=4") == 0
   assert digests(buckets, "run")[-1] == digests(buckets, "whole")[-1]
   assert metric_steps(buckets, "run") == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_save_that_failed_ends_the_run_before_the_next_save(buckets, config, monkeypatch):
+  checks = iter([None, None, CheckpointError("lost")])
+
+  def check(self):
+    if error := next(checks):
+      raise error
+
+  monkeypatch.setattr(BucketCheckpointer, "check", check)
+  with pytest.raises(CheckpointError, match="lost"):
+    run(config, "--workdir=gs://bucket-a/run", "--config.checkpoint.every=100")
 
 
 def test_errors_of_buckets_exit_2_before_devices_are_touched(buckets, config, monkeypatch, capsys):
