@@ -13,6 +13,7 @@ import pathlib
 import re
 import shutil
 import tempfile
+import threading
 import uuid
 import weakref
 
@@ -161,11 +162,18 @@ class RunFolder:
 
 def in_parallel(function, names):
   """{name: function(name)}, four at a time. After an error no more are begun, so that an outage is waited out once."""
-  pool = concurrent.futures.ThreadPoolExecutor(4)
-  try:
-    return dict(zip(names, pool.map(function, names), strict=True))
-  finally:
-    pool.shutdown(cancel_futures=True)
+  failed = threading.Event()
+
+  def call(name):
+    if not failed.is_set():
+      try:
+        return function(name)
+      except Exception:
+        failed.set()
+        raise
+
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    return dict(zip(names, pool.map(call, names), strict=True))
 
 
 def read_file(url):
