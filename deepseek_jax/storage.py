@@ -86,9 +86,13 @@ class Store:
     if not stamp.generation and self.read(name) != content:
       raise StorageError(f"{self.url}/{name} was written by another process meanwhile: one run at a time has a workdir")
 
-  def names(self):
-    """Names of all objects. Lists that GCS refuses (401, 403, no such bucket) come back empty from TensorStore."""
-    return sorted(name.decode() for name in self._do("listed", self._objects.list))
+  def names(self, prefix=""):
+    """Names of all objects that start with `prefix`, sorted.
+
+    Lists that GCS refuses (401, 403, no such bucket) come back empty from TensorStore, or end early.
+    """
+    names = self._do("listed", lambda: self._objects.list(_range(prefix)), prefix)
+    return sorted(name.decode() for name in names)
 
   def remove(self, name):
     """Removes one object, if it is there."""
@@ -96,8 +100,7 @@ class Store:
 
   def delete(self, prefix):
     """Removes all objects whose names start with `prefix`."""
-    end = prefix[:-1] + chr(ord(prefix[-1]) + 1)
-    self._do("deleted", lambda: self._objects.delete_range(ts.KvStore.KeyRange(prefix, end)), prefix)
+    self._do("deleted", lambda: self._objects.delete_range(_range(prefix)), prefix)
 
   def arrays(self, name):
     """(spec of a kvstore for the folder `name`, context that bounds its retries), for arrays."""
@@ -126,6 +129,11 @@ class Store:
     if environment.get("AWS_ACCESS_KEY_ID"):  # what looks further complains about files that need not be there
       spec |= {"aws_credentials": {"type": "environment"}}
     return spec
+
+
+def _range(prefix):
+  """The keys that start with `prefix`, ASCII."""
+  return ts.KvStore.KeyRange(prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1)) if prefix else ts.KvStore.KeyRange()
 
 
 class RunFolder:

@@ -133,7 +133,7 @@ class BucketCheckpointer(BucketReader):
   def save(self, step, state, meta):
     """As Checkpointer's. All processes call it, and process 0 completes the step when all have written their part."""
     self.wait()
-    if step in self.steps():
+    if self._store.read(f"{step}/{manifest.NAME}") is not None:
       raise CheckpointError(f"checkpoint {self._directory}/{step} exists: restore it, or use another --workdir")
     if jax.process_index() == 0:  # what an unfinished save of this step has left
       self._store.delete(f"{step}/")
@@ -193,25 +193,29 @@ class BucketCheckpointer(BucketReader):
     mine = f"state/ocdbt.process_{process}"
     base, context = self._store.arrays(f"{step}/{mine}")
     _write_arrays(base, context, layouts, pieces)
-    files = self._checksums(step, self._below(step, mine))
+    files = self._checksums(step, self._below(step, f"{mine}/", f"{mine}/manifest.ocdbt"))
     if process:
       return self._store.write(f"{step}.parts/{process}", json.dumps(files).encode())
-    for other in range(1, count):
+    for other in range(1, count):  # where one of them dies, jax.distributed ends this one too
       while (part := self._store.read(f"{step}.parts/{other}")) is None:
         time.sleep(_POLL_SECONDS)
       files |= json.loads(part)
     self._merge(step, count)
-    self._store.write(f"{step}/state/_METADATA", json.dumps(tree_metadata(layouts, ocdbt=True)).encode())
     self._store.write(f"{step}/meta/metadata", meta)
-    rest = [name for name in self._below(step, "") if name not in files]
+    self._store.write(f"{step}/state/_METADATA", json.dumps(tree_metadata(layouts, ocdbt=True)).encode())
+    last = f"state/ocdbt.process_{max(map(str, range(count)))}/manifest.ocdbt"  # of all names
+    rest = [name for name in self._below(step, "", last) if name not in files]
     files = {name: tuple(entry) for name, entry in files.items()} | self._checksums(step, rest)
     self._store.write_new(f"{step}/{manifest.NAME}", manifest.dumps(files).encode())
     self._store.delete(f"{step}.parts/")
     self._drop_old()
 
-  def _below(self, step, folder):
-    prefix = f"{step}/{folder}"
-    return [name.removeprefix(f"{step}/") for name in self._objects() if name.startswith(prefix)]
+  def _below(self, step, prefix, expected):
+    """Names below `step` that start with `prefix`. `expected` is one that was written: a list without it is cut short."""
+    names = [name.removeprefix(f"{step}/") for name in self._store.names(f"{step}/{prefix}")]
+    if expected not in names:
+      raise self._unlisted()
+    return names
 
   def _merge(self, step, count):
     """One database from those of the processes, whose files it refers to."""

@@ -27,8 +27,8 @@ def fetch(url, cache):
   names = [name for name in names if readers.suffix(folder / name)]
   if not names:
     raise DataError(
-      f"data.sources: nothing at {url} ends in {' '.join(readers.READERS)}; name a file that does, and see that listing "
-      "the bucket is allowed"
+      f"data.sources: nothing at {url} ends in {' '.join(readers.READERS)}; name a file that does, and see that the "
+      "bucket exists and may be listed"
     )
   if wrong := [name for name in names if not safe_name(name)]:
     raise DataError(f"data.sources: {store.url} has {wrong[0]!r}, which is no path inside a folder: rename that object")
