@@ -1,10 +1,16 @@
 """Checkpoints in buckets: bitwise, around damage, and around connections that break while they are written or read."""
 
 import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 import threading
 import time
 
 import jax
+import numpy as np
 import pytest
 
 from deepseek_jax.checkpoint.bucket import open_checkpointer, open_reader
@@ -241,3 +247,44 @@ def test_arrays_that_do_not_fit_are_named(objects):
 def test_a_step_that_is_not_there(objects):
   with pytest.raises(CheckpointError, match="no meta/metadata of checkpoint 7 in gs://.*none"):
     open_reader(GS).meta(7)
+
+
+PROCESS = """
+import sys
+import jax, numpy as np
+from jax.sharding import AxisType, NamedSharding
+from deepseek_jax.checkpoint.bucket import open_checkpointer
+from deepseek_jax.config import CheckpointConfig
+
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+mesh = jax.make_mesh((2,), ("a",), axis_types=(AxisType.Explicit,))
+value = {"x": np.arange(8192, dtype=np.float32).reshape(4, 2048), "step": np.int32(7)}
+specs = {"x": jax.P(None, "a"), "step": jax.P()}
+with jax.set_mesh(mesh), open_checkpointer("gs://bucket-a/run", CheckpointConfig()) as checkpointer:
+  put = lambda v, s: jax.make_array_from_callback(v.shape, NamedSharding(mesh, s), lambda index: v[index])
+  state = {name: put(value[name], specs[name]) for name in value}
+  for step in (1, 2):
+    checkpointer.save(step, state, {"format_version": 1})
+  assert checkpointer.latest() == 2
+"""
+
+
+def test_two_processes_write_their_parts_of_one_step_that_one_process_reads(buckets, objects):
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+  command = [sys.executable, "-c", PROCESS, address]
+  processes = [subprocess.Popen([*command, str(i)], env=environment, stderr=subprocess.PIPE) for i in range(2)]
+  try:
+    errors = [process.communicate(timeout=120)[1].decode() for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  assert [process.returncode for process in processes] == [0, 0], errors
+  parts = {key.split("/")[4] for key in objects if key.startswith("run/checkpoints/2/state/ocdbt")}
+  assert parts == {"ocdbt.process_0", "ocdbt.process_1"}
+  reader, sharding = open_reader(GS), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  assert reader.latest() == 2
+  restored = reader.restore(2, {"x": jax.ShapeDtypeStruct((4, 2048), np.float32, sharding=sharding)})
+  np.testing.assert_array_equal(restored["x"], np.arange(8192, dtype=np.float32).reshape(4, 2048))
