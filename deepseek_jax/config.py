@@ -19,7 +19,7 @@ TOKENIZER_SIZES = {"byte": 257, "deepseek-llm": 100_015, "deepseek-v3": 128_815}
 class DataConfig(Section, path="data"):
   sources: tuple[str, ...] = field(
     ("python-stdlib",),
-    "what to train on: python-stdlib, or files, folders and globs of .txt .py .md .jsonl[.gz|.zst] .parquet",
+    "what to train on: python-stdlib, or files, folders and globs, also at gs:// or s3://, of .txt .py .md .jsonl[.gz|.zst] .parquet",
   )
   weights: tuple[float, ...] = field(
     (), "share of samples from each source; empty: in proportion to their size", above=0
@@ -238,7 +238,9 @@ class Config(Section):
   seed: int = field(
     0, "seed of the initial parameters, of dropout and of the data order", at_least=0, at_most=2**32 - 1
   )
-  init_from: str = field("", "folder whose weights start a new run: a Hugging Face checkpoint, or a workdir of ours")
+  init_from: str = field(
+    "", "whose weights start a new run: the folder of a Hugging Face checkpoint, or a workdir of ours"
+  )
   model: ModelConfig = ModelConfig()
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()

@@ -15,3 +15,7 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
   """A checkpoint that cannot be restored, or not under this config."""
+
+
+class StorageError(UserError):
+  """A bucket that cannot be reached, or refuses."""

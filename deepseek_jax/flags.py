@@ -6,6 +6,7 @@ Plain config_flags rejects `1e3` for integers, hides its suggestion under a trac
 import importlib.util
 import json
 import os
+import pathlib
 import re
 import sys
 import traceback
@@ -16,6 +17,7 @@ from ml_collections import ConfigDict
 from deepseek_jax.config import Config
 from deepseek_jax.errors import ConfigError, UserError
 from deepseek_jax.schema import flatten, from_dict, leaf_paths, unknown_key
+from deepseek_jax.storage import is_url, read_file
 
 
 def split_overrides(argv):
@@ -38,21 +40,26 @@ def split_overrides(argv):
   return rest, overrides
 
 
+def file_exists(path):
+  """Whether there is a file, or an object of a bucket, at `path`. Raises StorageError where the bucket refuses."""
+  return read_file(path) is not None if is_url(path) else os.path.isfile(path)
+
+
 def read_config_file(path):
-  """The nested dicts that a config file gives: `get_config()` of a .py (run as code: trust it), or a .json object."""
-  if not os.path.isfile(path):
+  """The nested dicts that a config file gives: `get_config()` of a .py (run as code: trust it), or a .json object, which
+  may be in a bucket."""
+  if not file_exists(path):
     here = sorted(f for f in os.listdir("configs") if f.endswith(".py")) if os.path.isdir("configs") else []
     raise ConfigError(f"no config file {path!r}" + (f"; configs/ has {', '.join(here)}" if here else ""))
   try:
     if path.endswith(".json"):
-      with open(path, encoding="utf-8") as f:
-        tree = json.load(f)
-      return check_mapping(tree, path)
+      content = read_file(path) if is_url(path) else pathlib.Path(path).read_bytes()
+      return check_mapping(json.loads(content), path)
     spec = importlib.util.spec_from_file_location("deepseek_jax_config_file", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return check_mapping(module.get_config(), path)
-  except ConfigError:
+  except UserError:
     raise
   except Exception as error:
     # Python that the user wrote may fail in any way; the last frame in their file is what helps.

@@ -11,7 +11,7 @@ import sys
 from absl import flags
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.flags import load_config, parse, run_program
+from deepseek_jax.flags import file_exists, load_config, parse, run_program
 
 
 def main(argv) -> int:
@@ -19,7 +19,10 @@ def main(argv) -> int:
   values = flags.FlagValues()
   flags.DEFINE_string("config", None, "a config file: configs/NAME.py, or a JSON", flag_values=values)
   flags.DEFINE_string(
-    "workdir", None, "folder of the run (default runs/NAME, NAME from the config)", flag_values=values
+    "workdir",
+    None,
+    "folder of the run, or gs://BUCKET/PATH or s3://BUCKET/PATH (default runs/NAME, NAME from the config)",
+    flag_values=values,
   )
   flags.DEFINE_boolean("dry_run", False, "print the config and what it amounts to, and stop", flag_values=values)
   flags.DEFINE_integer(
@@ -34,7 +37,7 @@ def main(argv) -> int:
   )
   overrides = parse(argv, values, __doc__)
   saved = os.path.join(values.workdir or "", "config.json")
-  if not values.config and not (values.workdir and os.path.isfile(saved)):
+  if not values.config and not (values.workdir and file_exists(saved)):
     raise ConfigError("--config=FILE says what to train, e.g. --config=configs/tiny.py (see --help)")
   if values.devices and not values.dry_run:
     raise ConfigError(f"--devices={values.devices} is for --dry_run; a run takes the devices that are here")

@@ -1,6 +1,8 @@
-"""Four virtual CPU devices for every test, set before jax is imported, and compilations kept between runs."""
+"""Four virtual CPU devices for every test, set before jax is imported, compilations kept between runs, and buckets."""
 
 import os
+
+import pytest
 
 _COUNT = "--xla_force_host_platform_device_count"
 _flags = os.environ.get("XLA_FLAGS", "")
@@ -17,3 +19,34 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 _cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(_cache, "deepseek_jax", "test-compilations"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+@pytest.fixture(scope="session")
+def bucket_server():
+  """A server of gs:// and s3:// on this machine, and the environment that leads there; TensorStore reads it once."""
+  from tests.bucket_server import Buckets
+
+  with Buckets() as server, pytest.MonkeyPatch.context() as patch:
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "AWS_REGION", "AWS_PROFILE"):
+      patch.delenv(name, raising=False)
+    patch.setenv("TENSORSTORE_GCS_HTTP_URL", server.url)
+    patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
+    patch.setenv("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "1")
+    patch.setenv("AWS_ENDPOINT_URL", server.url)
+    patch.setenv("AWS_ACCESS_KEY_ID", "key")
+    patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def buckets(bucket_server, monkeypatch):
+  """The server with one empty bucket, bucket-a, and little patience of ours with it."""
+  from deepseek_jax import storage
+
+  monkeypatch.setattr(storage, "RETRIES", {"max_retries": 2, "initial_delay": "20ms", "max_delay": "50ms"})
+  bucket_server.heal()
+  bucket_server.objects.clear()
+  bucket_server.objects["bucket-a"] = {}
+  yield bucket_server
+  bucket_server.heal()

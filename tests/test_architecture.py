@@ -11,7 +11,7 @@ PACKAGE = "deepseek_jax"
 # Imports point down: a module imports its own package and those of lower lines.
 LAYERS = (
   {"errors"},
-  {"schema"},
+  {"schema", "storage"},
   {"model_config"},
   {"config"},
   {"mesh", "sharding", "data", "flags"},
@@ -26,7 +26,7 @@ LAYERS = (
 )
 # Imports between neighbours, and where less is allowed than what lies below.
 BESIDE = {"sharding": {"mesh"}}
-ONLY = {"errors": set(), "kernels": {"kernels"}, "data": {"data", "config", "errors"}, "__init__": {"api"}}
+ONLY = {"errors": set(), "kernels": {"kernels"}, "data": {"data", "config", "errors", "storage"}, "__init__": {"api"}}
 
 MESH_FILES = {"config.py", "mesh.py", "sharding.py"}
 PARTITION_SPECS = ("jax.P", "jax.sharding.PartitionSpec", "jax.interpreters.pxla.PartitionSpec")

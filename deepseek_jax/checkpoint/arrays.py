@@ -27,7 +27,7 @@ class ArrayWriter:
     try:
       folder.mkdir(parents=True)
       self._arrays = {path: _create(folder, path, *sizes) for path, sizes in layout.items()}
-      (folder / "_METADATA").write_text(json.dumps(_tree_metadata(layout)), encoding="utf-8")
+      (folder / "_METADATA").write_text(json.dumps(tree_metadata(layout, ocdbt=False)), encoding="utf-8")
     except (OSError, ValueError, RuntimeError) as error:
       raise self._failed(error) from error
 
@@ -68,11 +68,18 @@ class ArrayWriter:
 def open_arrays(folder):
   """{path: tensorstore.TensorStore} of the arrays of a step's `folder`: shape, dtype, and [index].read().result()."""
   try:
-    metadata = json.loads((folder / "_METADATA").read_bytes())
-    paths = [tuple(key["key"] for key in leaf["key_metadata"]) for leaf in metadata["tree_metadata"].values()]
-    return {path: ts.open(_spec(folder, path, metadata["use_ocdbt"]), open=True, read=True).result() for path in paths}
+    return open_below(_files(folder), (folder / "_METADATA").read_bytes())
   except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
     raise CheckpointError(f"{folder} does not hold the arrays of a checkpoint: {error!s:.300}") from None
+
+
+def open_below(base, metadata, context=None):
+  """As `open_arrays`, for `base`, the spec of a kvstore, and the content of its `_METADATA`. Raises what they raise."""
+  metadata = json.loads(metadata)
+  paths = [tuple(key["key"] for key in leaf["key_metadata"]) for leaf in metadata["tree_metadata"].values()]
+  specs = [array_spec(base, path, metadata["use_ocdbt"]) for path in paths]
+  opened = [ts.open(spec, open=True, read=True, context=context) for spec in specs]
+  return {path: array.result() for path, array in zip(paths, opened, strict=True)}
 
 
 def _create(folder, path, shape, chunk):
@@ -83,18 +90,24 @@ def _create(folder, path, shape, chunk):
     "compressor": None,
     "fill_value": None,
   }
-  spec = _spec(folder, path, ocdbt=False) | {"metadata": metadata, "store_data_equal_to_fill_value": True}
+  spec = array_spec(_files(folder), path, ocdbt=False) | {"metadata": metadata, "store_data_equal_to_fill_value": True}
   return ts.open(spec, create=True).result()
 
 
-def _spec(folder, path, ocdbt):
-  name, base = ".".join(path), {"driver": "file", "path": f"{folder.absolute()}/"}
+def _files(folder):
+  return {"driver": "file", "path": f"{folder.absolute()}/"}
+
+
+def array_spec(base, path, ocdbt):
+  """TensorStore's spec of the array `path` below `base`, the spec of a kvstore."""
+  name = ".".join(path)
   if ocdbt:
     return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
   return {"driver": "zarr", "kvstore": base | {"path": f"{base['path']}{name}/"}}
 
 
-def _tree_metadata(paths):
+def tree_metadata(paths, ocdbt):
+  """The content of `_METADATA` for arrays at `paths`."""
   leaves = {
     str(path): {
       "key_metadata": [{"key": name, "key_type": _DICT_KEY} for name in path],
@@ -102,4 +115,4 @@ def _tree_metadata(paths):
     }
     for path in paths
   }
-  return {"tree_metadata": leaves, "use_ocdbt": False, "use_zarr3": False}
+  return {"tree_metadata": leaves, "use_ocdbt": ocdbt, "use_zarr3": False}

@@ -26,6 +26,7 @@ from deepseek_jax.checkpoint.weights import is_hugging_face, saved_config
 from deepseek_jax.config import TOKENIZER_SIZES, Config, DataConfig
 from deepseek_jax.data.tokenizer import load
 from deepseek_jax.errors import CheckpointError, DataError
+from deepseek_jax.storage import is_url
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -45,6 +46,8 @@ def convert(source, target, dtype="float32", tokenizer=""):
 
   Raises CheckpointError, one for all tensors that are missing, not expected, misshaped or not finite.
   """
+  if is_url(source) or is_url(target):
+    raise CheckpointError(f"convert works on local folders: copy {source} to one, and what it writes to a bucket")
   source, started = pathlib.Path(source), time.monotonic()
   with new_folder(target) as folder:
     if is_hugging_face(source):

@@ -18,11 +18,11 @@ from jax.experimental import multihost_utils
 
 from deepseek_jax.checkpoint import lock, manifest
 from deepseek_jax.checkpoint.quiet import silence_orbax
+from deepseek_jax.checkpoint.tree import check_fits, flatten, listing, nest
 from deepseek_jax.errors import CheckpointError
 
 FORMAT_VERSION = 1
-_LISTED = 8
-_CHUNK_BYTES = 1 << 26  # at most this much is read or written for a part of an array
+CHUNK_BYTES = 1 << 26  # at most this much is read or written for a part of an array
 _REJECTED = re.compile(r"\d+\.rejected(-\d+)?")
 _NONE, _REFUSED = -1, -2  # what stands for a step where there is none to continue from
 
@@ -30,11 +30,9 @@ silence_orbax()
 
 
 class CheckpointReader:
-  """Finds and reads checkpoints below `workdir` without changing anything there, also while a run is writing more."""
+  """Finds and reads checkpoints below `workdir`, a folder, without changing anything there, also while a run is writing more."""
 
   def __init__(self, workdir):
-    if "://" in str(workdir):
-      raise CheckpointError(f"workdir {workdir} is a URL: mount the bucket and give the path of the mount point")
     self._directory = pathlib.Path(os.path.abspath(workdir), "checkpoints")
 
   def latest(self):
@@ -54,16 +52,18 @@ class CheckpointReader:
 
   def meta(self, step):
     """The dict saved with `step`. Raises CheckpointError where it is missing, malformed or of a newer format."""
-    path = self._existing(step) / "meta" / "metadata"
+    where = f"{self._directory}/{step}"
     try:
-      meta = json.loads(path.read_bytes())
+      meta = json.loads(self._read(step, "meta/metadata"))
       version = meta["format_version"]
       newer = version > FORMAT_VERSION
     except (OSError, ValueError, KeyError, TypeError) as error:
-      raise CheckpointError(f"{path} is not the JSON of a checkpoint ({error!r}): remove {path.parents[1]}") from None
+      raise CheckpointError(
+        f"{where}/meta/metadata is not the JSON of a checkpoint ({error!r}): remove {where}"
+      ) from None
     if newer:
       raise CheckpointError(
-        f"{path.parents[1]} has format_version {version}, this code reads up to {FORMAT_VERSION}: update deepseek_jax"
+        f"{where} has format_version {version}, this code reads up to {FORMAT_VERSION}: update deepseek_jax"
       )
     return meta
 
@@ -73,15 +73,15 @@ class CheckpointReader:
     `abstract` may hold part of what was saved, such as {"params": ...}; each entry that it has must match in full.
     Raises CheckpointError listing the arrays whose path, shape or dtype differ, or when a file cannot be read.
     """
-    path, wanted = self.state(step), _flatten(abstract)
+    path, wanted = self.state(step), flatten(abstract)
     try:
       with ocp.PyTreeCheckpointer() as checkpointer:
-        _check_fits(path, _flatten(checkpointer.metadata(path).item_metadata.tree), wanted, _entries(abstract))
-        item = _nest(wanted)
+        check_fits(path, flatten(checkpointer.metadata(path).item_metadata.tree), abstract)
+        item = nest(wanted)
         args = ocp.args.PyTreeRestore(
           item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
         )
-        arrays = _flatten(checkpointer.restore(path, args=args))
+        arrays = flatten(checkpointer.restore(path, args=args))
     except CheckpointError:
       raise
     except Exception as error:
@@ -102,17 +102,25 @@ class CheckpointReader:
       raise CheckpointError(f"no checkpoint {step} in {self._directory}: it holds {self.steps() or 'none'}")
     return path
 
+  def _read(self, step, name):
+    return (self._existing(step) / name).read_bytes()
+
+  def _verify(self, step):
+    """None where every file of `step` is as its manifest says, else why not."""
+    return manifest.verify(self._directory / str(step))
+
   def _names(self):
+    """Names in the folder of checkpoints: steps, and those set aside."""
     return os.listdir(self._directory) if self._directory.is_dir() else []
 
   def _newest_verified(self):
     """(step, "") or (_NONE, "") or (_REFUSED, why)."""
     reasons = {}
     for step in reversed(self.steps()):
-      reason = manifest.verify(self._directory / str(step))
+      reason = self._verify(step)
       if reason is None:
         for newer, why in reasons.items():
-          print(f"checkpoint {self._directory / str(newer)} rejected: {why}{self._set_aside(newer)}", file=sys.stderr)
+          print(f"checkpoint {self._directory}/{newer} rejected: {why}{self._set_aside(newer)}", file=sys.stderr)
         return step, ""
       reasons[step] = reason
     unusable = [f"{step}: {reason}" for step, reason in reasons.items()]
@@ -120,7 +128,7 @@ class CheckpointReader:
     if not unusable:
       return _NONE, ""
     return _REFUSED, (
-      f"none of the checkpoints in {self._directory} can be used: {_listing(unusable)}; to train from scratch again, move "
+      f"none of the checkpoints in {self._directory} can be used: {listing(unusable)}; to train from scratch again, move "
       "them out of that folder, or use another --workdir"
     )
 
@@ -162,9 +170,9 @@ class Checkpointer(CheckpointReader):
     self.wait()
     if step in self.steps():
       raise CheckpointError(f"checkpoint {self._directory / str(step)} exists: restore it, or use another --workdir")
-    flat = _flatten(state)
+    flat = flatten(state)
     items = ocp.args.Composite(
-      state=ocp.args.PyTreeSave(_nest(flat), save_args=_nest({path: _chunks(path, a) for path, a in flat.items()})),
+      state=ocp.args.PyTreeSave(nest(flat), save_args=nest({path: _chunks(path, a) for path, a in flat.items()})),
       meta=ocp.args.JsonSave(json.loads(json.dumps(meta))),
     )
     self._saving = step
@@ -177,6 +185,13 @@ class Checkpointer(CheckpointReader):
     """Returns once the pending save is on disk with its manifest. Raises CheckpointError where it failed."""
     try:
       self._manager.wait_until_finished()
+    except Exception as error:
+      raise self._failed(error) from error
+
+  def check(self):
+    """Raises CheckpointError where the pending save is known to have failed; does not wait for it."""
+    try:
+      self._manager.check_for_errors()
     except Exception as error:
       raise self._failed(error) from error
 
@@ -226,10 +241,14 @@ def _handlers():
 
 
 def _chunks(path, array):
-  """Chunks of one layer, or one expert of it: a conversion reads these, and a chunk is only ever read whole."""
+  return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=shard_axes(path, array))
+
+
+def shard_axes(path, array):
+  """Axes along which chunks have one element, so that each is of one layer, or one expert of it: a conversion reads
+  these, and a chunk is only ever read whole."""
   stacked = array.ndim > 2 and any(name.endswith("_layers") for name in path)
-  axes = (0, 1) if stacked and "experts" in path else (0,) if stacked else ()
-  return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=axes)
+  return (0, 1) if stacked and "experts" in path else (0,) if stacked else ()
 
 
 def _options(config, write_manifest):
@@ -242,50 +261,6 @@ def _options(config, write_manifest):
     cleanup_tmp_directories=True,
     async_options=ocp.options.AsyncOptions(post_finalization_callback=write_manifest),
   )
-
-
-def _flatten(tree):
-  """(name, ..., name) -> leaf. Dataclass fields, dict keys and indices become text, and empty nodes nothing."""
-  return {tuple(map(_name, path)): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
-
-
-def _entries(tree):
-  """Names of the children of the root, those without arrays too."""
-  return {_name(path[0]) for path, _ in jax.tree.leaves_with_path(tree, is_leaf=lambda node: node is not tree)}
-
-
-def _name(key):
-  return jax.tree_util.keystr((key,), simple=True)
-
-
-def _nest(flat):
-  """Nested dicts from `_flatten`'s: a form that Orbax can restore in part, whatever classes the state is made of."""
-  tree = {}
-  for path, leaf in flat.items():
-    node = tree
-    for name in path[:-1]:
-      node = node.setdefault(name, {})
-    node[path[-1]] = leaf
-  return tree
-
-
-def _check_fits(path, stored, wanted, entries):
-  stored = {name: leaf for name, leaf in stored.items() if name[0] in entries}
-  pairs = [(name, _type(stored.get(name)), _type(wanted.get(name))) for name in sorted(stored.keys() | wanted.keys())]
-  wrong = [f"{'/'.join(name)}: checkpoint {have}, wanted {want}" for name, have, want in pairs if have != want]
-  if wrong:
-    raise CheckpointError(
-      f"{path} does not fit: {_listing(wrong)}; use the config it was saved with, or another --workdir"
-    )
-
-
-def _listing(items):
-  more = f"; and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
-  return "; ".join(items[:_LISTED]) + more
-
-
-def _type(array):
-  return "nothing" if array is None else f"{array.dtype}[{','.join(map(str, array.shape))}]"
 
 
 def _brief(error):

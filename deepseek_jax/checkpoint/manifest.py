@@ -14,7 +14,7 @@ import zlib
 NAME = "manifest.json"
 FORMAT = 1
 # Orbax rewrites these two while it commits, after the manifest exists; they hold no state and no restore reads them.
-_UNLISTED = {NAME, "_CHECKPOINT_METADATA", "commit_success.txt"}
+UNLISTED = {NAME, "_CHECKPOINT_METADATA", "commit_success.txt"}
 _CHUNK = 1 << 20
 _THREADS = 8
 
@@ -25,15 +25,19 @@ def write(step_dir):
   names = sorted(_files(step_dir))
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
     sums = list(pool.map(_crc32, [step_dir / name for name in names]))
-  files = {
-    name: {"size": (step_dir / name).stat().st_size, "crc32": crc} for name, crc in zip(names, sums, strict=True)
-  }
+  files = {name: ((step_dir / name).stat().st_size, crc) for name, crc in zip(names, sums, strict=True)}
   partial = step_dir / (NAME + ".tmp")
   with open(partial, "w", encoding="utf-8") as f:
-    json.dump({"format": FORMAT, "files": files}, f, indent=1)
+    f.write(dumps(files))
     f.flush()
     os.fsync(f.fileno())
   os.replace(partial, step_dir / NAME)
+
+
+def dumps(files):
+  """The text of a manifest of `files`, name -> (size, crc32)."""
+  entries = {name: {"size": size, "crc32": crc} for name, (size, crc) in files.items()}
+  return json.dumps({"format": FORMAT, "files": entries}, indent=1)
 
 
 def verify(step_dir):
@@ -46,7 +50,7 @@ def verify(step_dir):
     if not found and not (step_dir / NAME).exists():
       return "the directory is empty"
     wanted, reason = _read(step_dir / NAME)
-    return reason or _compare_names(step_dir, wanted, found) or _compare_contents(step_dir, wanted)
+    return reason or _irregular(step_dir, found) or compare_names(wanted, found) or _compare_contents(step_dir, wanted)
   except OSError as error:
     return f"{error.filename or step_dir} cannot be read: {error.strerror}"
 
@@ -57,7 +61,7 @@ def _files(step_dir):
     links = [name for name in subfolders if os.path.islink(os.path.join(folder, name))]
     for name in names + links:
       relative = pathlib.Path(folder, name).relative_to(step_dir).as_posix()
-      if relative not in _UNLISTED:
+      if relative not in UNLISTED:
         yield relative
 
 
@@ -66,11 +70,16 @@ def _raise(error):
 
 
 def _read(path):
-  """(name -> (size, crc32), None) from a manifest, or (None, reason)."""
   try:
-    manifest = json.loads(path.read_bytes())
+    return loads(path.read_bytes())
   except FileNotFoundError:
     return None, f"{NAME} is missing"
+
+
+def loads(content):
+  """(name -> (size, crc32), None) from the bytes of a manifest, or (None, reason)."""
+  try:
+    manifest = json.loads(content)
   except (ValueError, RecursionError):
     return None, f"{NAME} is not JSON"
   if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
@@ -86,10 +95,15 @@ def _read(path):
   return {name: (entry["size"], entry["crc32"]) for name, entry in manifest["files"].items()}, None
 
 
-def _compare_names(step_dir, wanted, found):
+def _irregular(step_dir, found):
   for name in sorted(found):
     if not stat.S_ISREG((step_dir / name).lstat().st_mode):
       return f"{name} is a link or a device, not a file"
+  return None
+
+
+def compare_names(wanted, found):
+  """None where `found` are the files that a manifest lists, else which is not."""
   for name in sorted(wanted.keys() - found):
     return f"{name} is missing"
   for name in sorted(found - wanted.keys()):

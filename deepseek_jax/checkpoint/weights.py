@@ -6,6 +6,7 @@ import pathlib
 import jax
 import numpy as np
 
+from deepseek_jax.checkpoint.bucket import open_reader
 from deepseek_jax.checkpoint.hf_files import HFReader
 from deepseek_jax.checkpoint.hf_model import read_config
 from deepseek_jax.checkpoint.hf_names import entries
@@ -14,10 +15,16 @@ from deepseek_jax.checkpoint.parts import tree_path
 from deepseek_jax.config import Config
 from deepseek_jax.errors import CheckpointError
 from deepseek_jax.schema import from_dict
+from deepseek_jax.storage import is_url
 
 
 def is_hugging_face(directory):
-  """True for a folder with Hugging Face's config.json, False for a workdir with checkpoints; else CheckpointError."""
+  """True for a folder with Hugging Face's config.json, False for a workdir with checkpoints; else CheckpointError.
+
+  A URL is taken for a workdir: Hugging Face folders are read from disk alone.
+  """
+  if is_url(directory):
+    return False
   directory = pathlib.Path(directory)
   try:
     hugging_face = "model_type" in json.loads((directory / "config.json").read_bytes())
@@ -85,10 +92,10 @@ def _bounds(index, shape):
 
 
 class WorkdirWeights:
-  """The weights of the newest checkpoint of a workdir that verifies, or of `step`; `model` is their ModelConfig."""
+  """The weights of the newest checkpoint of a workdir, a folder or a URL, that verifies, or of `step`; `model` is their ModelConfig."""
 
   def __init__(self, directory, step=None):
-    self.directory, self._reader, self._step = directory, CheckpointReader(directory), step
+    self.directory, self._reader, self._step = directory, open_reader(directory), step
     steps = self._reader.steps()
     if not steps:
       raise CheckpointError(f"{directory} has no checkpoint yet: its run has to save one before another starts from it")

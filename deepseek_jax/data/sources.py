@@ -10,8 +10,9 @@ import pathlib
 import sysconfig
 import time
 
-from deepseek_jax.data import readers
+from deepseek_jax.data import readers, remote
 from deepseek_jax.errors import DataError
+from deepseek_jax.storage import is_url
 
 # Tests are two thirds of the standard library and unlike the rest; site-packages is what happens to be installed.
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
@@ -68,14 +69,17 @@ class Source:
         raise DataError(f"{file.path} changed while data was packed: run again when nothing writes to it")
 
 
-def find(name):
-  """The Source for `name`: python-stdlib, a file, a folder (searched with its subfolders) or a glob.
+def find(name, cache=None):
+  """The Source for `name`: python-stdlib, a file, a folder (searched with its subfolders) or a glob; the last three also
+  in a bucket (gs://, s3://), whose objects are copied below the folder `cache`.
 
   Raises DataError when there is no such path, or nothing under it has a known suffix.
   """
   if name == "python-stdlib":
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     paths = [path for path in _walk(root, NOT_LIBRARY) if path.suffix == ".py"]
+  elif is_url(name):
+    root, paths = remote.fetch(name, cache)
   else:
     root = pathlib.Path(name).expanduser()
     if root.is_dir():

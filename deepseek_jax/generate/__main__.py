@@ -17,7 +17,7 @@ from deepseek_jax.schema import from_dict, leaf_paths
 def main(argv) -> int:
   """Prints the prompt and its continuation. Raises UserError for what the user can mend."""
   values = flags.FlagValues()
-  flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+  flags.DEFINE_string("workdir", None, "folder of the run, or its gs:// or s3:// URL", flag_values=values)
   flags.DEFINE_integer("seed", 0, "seed of the sampling", flag_values=values)
   flags.DEFINE_integer("devices", 1, "devices over which the parameters are spread", lower_bound=1, flag_values=values)
   for path, field in leaf_paths(SampleConfig).items():  # as text: the section reads and checks it
@@ -27,10 +27,10 @@ def main(argv) -> int:
     raise ConfigError("--workdir=DIR says which run to sample from, e.g. --workdir=runs/tiny")
 
   # Imported late: --help and flag errors need no jax.
-  from deepseek_jax.checkpoint.manager import CheckpointReader
+  from deepseek_jax.checkpoint.bucket import open_reader
   from deepseek_jax.data.tokenizer import load
 
-  reader = CheckpointReader(values.workdir)
+  reader = open_reader(values.workdir)
   step = reader.latest()
   if step is None:
     raise CheckpointError(

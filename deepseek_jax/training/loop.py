@@ -14,8 +14,9 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from deepseek_jax.checkpoint.bucket import open_checkpointer, open_reader
 from deepseek_jax.checkpoint.compatibility import check_compatible, check_fits
-from deepseek_jax.checkpoint.manager import FORMAT_VERSION, Checkpointer, CheckpointReader
+from deepseek_jax.checkpoint.manager import FORMAT_VERSION
 from deepseek_jax.checkpoint.weights import WorkdirWeights, open_weights
 from deepseek_jax.config import Config
 from deepseek_jax.data.pipeline import batches, load_tokenizer, open_data
@@ -26,6 +27,7 @@ from deepseek_jax.plan.flops import training_flops
 from deepseek_jax.plan.summary import resolved, summary
 from deepseek_jax.plan.topology import peak_flops
 from deepseek_jax.sharding import spec
+from deepseek_jax.storage import RunFolder, is_url
 from deepseek_jax.training import metrics, report
 from deepseek_jax.training.balance import load_metrics
 from deepseek_jax.training.progress import StepProgress
@@ -59,11 +61,15 @@ def place_rows(split, ids, width, sharding):
   return jax.make_array_from_callback((*ids.shape, width), sharding, read)
 
 
+def _shown(workdir):
+  return workdir if is_url(workdir) else os.path.abspath(workdir)
+
+
 def run(config: Config, workdir: str, evaluate, sample, accept_data_change=False) -> int:
   """Trains until `train.steps`, or a stop signal, and returns the exit code: 0, or 130 / 143 after SIGINT / SIGTERM.
 
   Args:
-    config, workdir: what and where. Running again continues from the newest checkpoint in `workdir`.
+    config, workdir: what and where, a folder or a URL. Running again continues from the newest checkpoint in `workdir`.
     evaluate: as `evaluate.heldout.evaluate`. sample: as `generate.decoding.continue_prompt`.
     accept_data_change: resume although the data is not what the checkpoint saw.
 
@@ -72,19 +78,20 @@ def run(config: Config, workdir: str, evaluate, sample, accept_data_change=False
   """
   check_x64(config.model)
   load_tokenizer(config.data, config.model.vocab)  # an unfit one is an error before any device is touched
+  files = RunFolder(workdir, (metrics.METRICS, metrics.EVENTS))  # and so is a bucket that cannot be written
   weights = None
-  if config.init_from and not CheckpointReader(workdir).steps():  # a run that resumes has weights of its own
+  if config.init_from and not open_reader(workdir).steps():  # a run that resumes has weights of its own
     weights = open_weights(config.init_from)
     check_fits(weights.directory, weights.model, config)
   on_mesh = resolve_mesh(config, len(jax.devices()))
   mesh = make_mesh(on_mesh.mesh)
-  print(f"run      {config.name} in {os.path.abspath(workdir)}")
+  print(f"run      {config.name} in {_shown(workdir)}")
   print(f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind} ({jax.default_backend()}), jax {jax.__version__}")
   print(f"{summary(on_mesh)}\nconfig\n{resolved(on_mesh)}", flush=True)
   flops = training_flops(config.model, config.data.seq).causal
-  with jax.set_mesh(mesh), Checkpointer(workdir, config.checkpoint) as checkpointer:
+  with jax.set_mesh(mesh), open_checkpointer(workdir, config.checkpoint) as checkpointer:
     data = open_data(config.data, config.model.vocab, config.seed)
-    this = Run(config, workdir, mesh, data, checkpointer, evaluate, sample, weights, flops)
+    this = Run(config, workdir, files, mesh, data, checkpointer, evaluate, sample, weights, flops)
     this.find_start(accept_data_change)
     return this.main()
 
@@ -92,7 +99,8 @@ def run(config: Config, workdir: str, evaluate, sample, accept_data_change=False
 class Run:
   """The mutable side of a run: state, counters, clocks and open files."""
 
-  def __init__(self, config, workdir, mesh, data, checkpointer, evaluate, sample, weights, flops_per_token):
+  def __init__(self, config, workdir, files, mesh, data, checkpointer, evaluate, sample, weights, flops_per_token):
+    self.files = files  # the folder that small files of the run are written to
     self.weights, self.flops_per_token = weights, flops_per_token  # weights: to start from, or None
     self.config, self.workdir, self.mesh, self.data, self.checkpointer = config, workdir, mesh, data, checkpointer
     self.graphdef, self.evaluate_rows, self.sample_text = graphdef(config.model), evaluate, sample
@@ -151,7 +159,7 @@ class Run:
 
   def main(self) -> int:
     """Trains and ends the run, unless it has ended before. Returns the exit code."""
-    ended = [e for e in metrics.read(os.path.join(self.workdir, metrics.EVENTS)) if e["event"] == "end"]
+    ended = [e for e in metrics.read(os.path.join(self.files.path, metrics.EVENTS)) if e["event"] == "end"]
     finished = ended and (ended[-1]["step"], ended[-1]["reason"]) == (self.step, "finished")
     if self.step >= self.config.train.steps and finished:
       print(f"finished already: step {self.step} of {self.config.train.steps}; raise --config.train.steps to go on")
@@ -166,10 +174,10 @@ class Run:
   def open_files(self):
     """Saves the config and opens metrics and events, cut to the step that the run starts from."""
     try:
-      self.writer = metrics.MetricsWriter(self.workdir, self.config.log.tensorboard, self.step)
-      with open(os.path.join(self.workdir, "config.json.partial"), "w", encoding="utf-8") as f:
+      self.writer = metrics.MetricsWriter(self.files.path, self.config.log.tensorboard, self.step)
+      with open(os.path.join(self.files.path, "config.json.partial"), "w", encoding="utf-8") as f:
         json.dump(dataclasses.asdict(self.config), f, indent=2)
-      os.replace(f.name, os.path.join(self.workdir, "config.json"))
+      os.replace(f.name, os.path.join(self.files.path, "config.json"))
     except OSError as error:
       raise ConfigError(f"cannot write {error.filename}: {error.strerror}; use another --workdir") from None
 
@@ -185,7 +193,7 @@ class Run:
         self.train(request)
       except Diverged:
         self.writer.event("end", self.step, reason="diverged")
-        report.write(self.workdir)
+        self.write_report()
         raise
       self.save()
       self.checkpointer.wait()
@@ -194,7 +202,7 @@ class Run:
     reason = "finished" if request.signal is None else request.signal.name
     digest = state_sha256(self.state)
     self.writer.event("end", self.step, reason=reason, state_sha256=digest)
-    print(f"state_sha256 {digest}\nreport   {report.write(self.workdir)}")
+    print(f"state_sha256 {digest}\nreport   {self.write_report()}")
     if request.signal is None:
       return 0
     print(f"stopped by {reason} at step {self.step}, saved; the same command continues from there")
@@ -227,6 +235,7 @@ class Run:
           self.evaluate(self.config.eval.sequences)
         if "checkpoint" in due:
           self.save()
+        self.checkpointer.check()
       if pending:
         self.record(*pending)
 
@@ -304,6 +313,7 @@ class Run:
         f"step {self.step}: no held-out loss if choices of experts found no room: raise model.moe.buffer_factor"
       )
     self.writer.event("eval", self.step, **result)
+    self.publish()
     self.progress.say(
       f"step {self.step}: held-out loss {result['loss']:.4f}, {result['bits_per_byte']:.4f} bits per byte "
       f"({result['sequences']} sequences)"
@@ -317,8 +327,20 @@ class Run:
     meta |= {"samples": self.samples, "data_fingerprint": self.data.fingerprint}
     meta |= {"tokenizer_fingerprint": self.data.tokenizer.fingerprint}
     with self.clock("checkpoint"):
+      self.publish()  # first: a step must not outlive the metrics of the steps before it
       self.checkpointer.save(self.step, self.state, meta)
     self.saved_step = self.step
+
+  def write_report(self):
+    """Writes report.html and returns where it is."""
+    report.write(self.files.path)
+    self.publish()
+    return os.path.join(self.workdir, "report.html")
+
+  def publish(self):
+    """Copies the small files of the run to its bucket, if it has one."""
+    if jax.process_index() == 0:
+      self.files.publish()
 
   def finish(self):
     """What a finished run shows: a held-out evaluation, a sample, and what to do next."""
@@ -330,7 +352,7 @@ class Run:
       self.config.data.seq, self.config.seed, self.mesh,
     )  # fmt: skip
     self.writer.event("sample", self.step, prompt=prompt, text=text)
-    print(f"sample\n{prompt}{text}\n\nwrote    {os.path.abspath(workdir)}")
+    print(f"sample\n{prompt}{text}\n\nwrote    {_shown(workdir)}")
     here = os.path.relpath(sys.executable)
     python = shlex.quote(sys.executable if here.startswith("..") else here)
     folder = shlex.quote(f"--workdir={workdir}")

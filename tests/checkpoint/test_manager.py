@@ -361,11 +361,6 @@ def test_folder_that_cannot_be_written_is_an_error_at_once(tmp_path):
       Checkpointer(workdir, CheckpointConfig())
 
 
-def test_url_is_an_error():
-  with pytest.raises(CheckpointError, match="mount the bucket"):
-    Checkpointer("gs://bucket/run", CheckpointConfig())
-
-
 def test_relative_workdir(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   save("run", 1)
