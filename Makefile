@@ -38,7 +38,7 @@ meshes: test-environment
 
 tpu:
 	@$(PYTHON) .ci/environment.py $(VENV)-tpu test tpu
-	$(VENV)-tpu/bin/python -m pytest -m tpu $(ARGS)
+	$(VENV)-tpu/bin/python -m pytest -m tpu -o faulthandler_timeout=0 $(ARGS)
 
 lint: test-environment
 	$(IN_VENV) -m ruff check .

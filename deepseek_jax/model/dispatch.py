@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.kernels.grouped_matmul import block_rows, grouped_matmul
-from deepseek_jax.kernels.rows import rows_at
+from deepseek_jax.kernels.rows import rows_at, sums_at
 
 
 def dense(x, indices, weights, gate, up, down, load, most):
@@ -30,12 +30,13 @@ def ragged(x, indices, weights, gate, up, down, load, most):
   rows = -(-most // block) * block + experts * block
   # Row r of the sorted layout is for choice number choice[r]; `indices.size` stands for none, which reads as zeros.
   choice = jnp.full((rows,), indices.size).at[slots].set(jnp.arange(indices.size), mode="drop")
-  sorted_x = rows_at(x, choice // indices.shape[1], slots.reshape(indices.shape))  # [rows, embed]
+  places = choice // indices.shape[1], slots.reshape(indices.shape)  # the token of each row, the rows of each token
+  sorted_x = rows_at(x, *places)  # [rows, embed]
   h = jax.nn.silu(grouped_matmul(sorted_x, gate, sizes, block=block)) * grouped_matmul(sorted_x, up, sizes, block=block)
   y = grouped_matmul(h, down, sizes, block=block)  # [rows, embed]
-  y = rows_at(y, slots, choice[:, None]).reshape(*indices.shape, -1)  # [tokens, experts per token, embed]
   # The weight multiplies after down (the released models do so), and sums in at least float32.
-  return (y * weights[..., None]).sum(1).astype(x.dtype), jnp.maximum(counted - most, 0)
+  y = y * rows_at(weights.reshape(-1, 1), choice, slots[:, None])
+  return sums_at(y, *places).astype(x.dtype), jnp.maximum(counted - most, 0)
 
 
 def expert_slots(choices, experts, block):

@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.kernels.rows import rows_at
+from deepseek_jax.kernels.rows import rows_at, sums_at
 from deepseek_jax.sharding import axes, part, parts
 
 
@@ -68,8 +68,7 @@ def exchanged(x, indices, weights, experts, compute, buffer_factor=0.0):
   full = jnp.arange(room) < routes.sent[:, routes.me].sum()
   y, lost = compute(received, jnp.where(full[:, None], local.astype(jnp.int32), each), weights, load, most)
   y = move(y, routes, tokens, back=rows)  # [rows, embed]
-  y = rows_at(y, slots.reshape(rows), pair[:, None]).reshape(*slots.shape, -1)  # [tokens, n, embed]
-  return y.astype(weights.dtype).sum(1).astype(x.dtype), lost + lost_rows
+  return sums_at(y, source, slots).astype(x.dtype), lost + lost_rows
 
 
 def targets(holders, devices):

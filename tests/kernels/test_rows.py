@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.kernels.rows import rows_at
+from deepseek_jax.kernels.rows import rows_at, sums_at
 
 ROWS, PLACES, EACH, WIDTH = 7, 12, 3, 5
 
@@ -25,8 +25,7 @@ def problem(dtype):
 def test_values_and_gradients_are_those_of_indexing(dtype):
   x, index, inverse, dy = problem(dtype)
   y, pull = jax.vjp(lambda x: rows_at(x, index, inverse), x)
-  plain = lambda x: x.at[index].get(mode="fill", fill_value=0)  # noqa: E731
-  expected, plain_pull = jax.vjp(plain, x.astype("float32"))
+  expected, plain_pull = jax.vjp(lambda x: x.at[index].get(mode="fill", fill_value=0), x.astype("float32"))
   np.testing.assert_array_equal(y, expected.astype(dtype))
   (dx,), (wanted,) = pull(dy), plain_pull(dy.astype("float32"))
   assert dx.dtype == dtype
@@ -34,14 +33,21 @@ def test_values_and_gradients_are_those_of_indexing(dtype):
   np.testing.assert_allclose(np.asarray(dx, "float32"), wanted, rtol=1e-6 if dtype == "float32" else 2**-8)
 
 
-def test_the_gradient_has_no_scatter():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sums_and_their_gradients_are_those_of_indexing(dtype):
+  x, index, inverse, y = problem(dtype)
+  total, pull = jax.vjp(lambda y: sums_at(y, index, inverse), y)
+  plain = lambda y: y.at[inverse].get(mode="fill", fill_value=0).sum(1)  # noqa: E731
+  expected, plain_pull = jax.vjp(plain, y.astype("float32"))
+  assert total.dtype == "float32"
+  np.testing.assert_allclose(total, expected, rtol=1e-6)
+  (dy,), (wanted,) = pull(x.astype("float32")), plain_pull(x.astype("float32"))
+  np.testing.assert_array_equal(dy, wanted.astype(dtype))
+
+
+@pytest.mark.parametrize("function", [rows_at, sums_at])
+def test_no_pass_has_a_scatter(function):
   x, index, inverse, dy = problem("float32")
-  text = str(jax.make_jaxpr(jax.grad(lambda x: (rows_at(x, index, inverse) * dy).sum()))(x))
+  argument = x if function is rows_at else dy
+  text = str(jax.make_jaxpr(jax.grad(lambda a: jnp.sin(function(a, index, inverse)).sum()))(argument))
   assert "gather" in text and "scatter" not in text
-
-
-def test_rows_without_a_place_have_no_gradient():
-  x, index, inverse, _ = problem("float32")
-  dx = jax.grad(lambda x: rows_at(x, index, inverse).sum())(x)
-  counts = [(np.asarray(index) == row).sum() for row in range(ROWS)]
-  np.testing.assert_array_equal(dx, np.repeat(np.array(counts, "float32")[:, None], WIDTH, 1))
