@@ -1,0 +1,134 @@
+"""Counts of traced programs: products, messages and memory, by hand and beside what XLA compiles."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice
+
+from deepseek_jax.config import Config, DataConfig, MeshConfig, ParallelConfig, TrainConfig
+from deepseek_jax.mesh import AXES, abstract_mesh, make_mesh
+from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
+from deepseek_jax.plan.count import Loops, counted
+from deepseek_jax.plan.flops import training_flops
+from deepseek_jax.plan.hlo import Program
+from deepseek_jax.plan.plan import expected_loops, traced
+from deepseek_jax.training.step import abstract_step
+
+DENSE = Config(
+  model=ModelConfig(vocab=272, embed=64, layers=3, mlp=96, remat="none", attention=AttentionConfig(heads=4, kv_heads=2, head_dim=16)),
+  data=DataConfig(seq=64),
+  train=TrainConfig(global_batch=16, microbatch=8),
+  mesh=MeshConfig(data=1),
+)  # fmt: skip
+MOE = dataclasses.replace(
+  DENSE,
+  model=dataclasses.replace(
+    DENSE.model, first_dense_layers=1,
+    moe=MoEConfig(num_routed_experts=8, num_experts_per_token=2, mlp=32, score="sigmoid", norm_topk_prob=True),
+  ),
+)  # fmt: skip
+
+
+def on(config, **sizes):
+  return dataclasses.replace(config, mesh=MeshConfig(**({"data": 1} | sizes)))
+
+
+def operations(config, loops=None):
+  sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
+  return traced(config, abstract_step, sizes, loops or expected_loops(config))
+
+
+def total(found, of, kind=""):
+  return sum(o.times * getattr(o, of) for o in found if kind in o.kind)
+
+
+def test_products_of_a_step_are_those_of_the_model():
+  """Without recomputation: 2 microbatches of 8 sequences, and the products of attention with every pair of positions."""
+  flops = total(operations(DENSE), "flops")
+  assert flops == pytest.approx(training_flops(DENSE.model, 64).full * 16 * 64, rel=1e-9)
+
+
+def test_products_are_shared_by_the_devices():
+  one = total(operations(DENSE), "flops")
+  for sizes in (dict(fsdp=4), dict(tensor=2, fsdp=2), dict(data=2, tensor=2)):
+    assert total(operations(on(DENSE, **sizes)), "flops") == pytest.approx(one / 4, rel=1e-9)
+
+
+def test_a_pipeline_does_the_work_of_its_ticks():
+  """Four microbatches through two stages of one layer: five ticks each way for four, and the bubble is counted."""
+  config = dataclasses.replace(on(DENSE, stage=2), model=dataclasses.replace(DENSE.model, layers=2, remat="full"))
+  config = dataclasses.replace(
+    config, train=TrainConfig(global_batch=16, microbatch=4), parallel=ParallelConfig(zero=1)
+  )
+  whole = dataclasses.replace(config, mesh=MeshConfig(data=1), parallel=ParallelConfig())
+  attention = [o for o in operations(config) if o.kind == "product"]
+  of_layers = 2 * 4 * 64 * (64 * 96)  # one product of the SwiGLU, of a microbatch
+  ticks = [o.times for o in attention if o.flops == of_layers]
+  assert ticks and all(times == pytest.approx(5) for times in ticks)
+  assert total(operations(whole), "flops") / 2 < total(operations(config), "flops") < total(operations(whole), "flops")
+
+
+@pytest.mark.parametrize(
+  "sizes", [dict(fsdp=4), dict(fsdp=2, tensor=2), dict(data=2, fsdp=2), dict(fsdp=2, expert=2)], ids=str
+)
+def test_messages_are_those_that_XLA_compiles(sizes):
+  """By axes and in bytes; XLA on CPUs makes all-reduces of reduce-scatters, which send as much and gather it again."""
+  config = on(MOE if "expert" in sizes else DENSE, **sizes)
+  mesh = make_mesh(config.mesh, jax.devices()[:4])
+  with jax.set_mesh(mesh):
+    step, arguments = abstract_step(config, mesh)
+    text = jax.jit(step, donate_argnums=0).lower(*arguments).compile().as_text()
+  expected, found = {}, {}
+  for c in Program(text, dict(mesh.shape)).collectives():
+    expected[frozenset(c.axes)] = expected.get(frozenset(c.axes), 0) + c.times * c.sent
+  with jax.sharding.use_abstract_mesh(abstract_mesh(config.mesh, AbstractDevice("cpu", 1, "cpu"))):
+    step, arguments = abstract_step(config, mesh.abstract_mesh)
+    ours = counted(jax.jit(step, donate_argnums=0).trace(*arguments).jaxpr, dict(mesh.shape))
+  for o in ours:
+    if o.sent:
+      twice = 2 if o.kind == "reduce-scatter" else 1
+      found[frozenset(o.axes)] = found.get(frozenset(o.axes), 0) + twice * o.times * o.sent
+  # Float32 where a CPU has no bfloat16 messages, and numbers that XLA finds equal on all devices: so within a share.
+  assert set(expected) == set(found)
+  for axes in found:
+    assert found[axes] == pytest.approx(expected[axes], rel=0.5), (axes, found, expected)
+
+
+def test_memory_of_a_product_and_what_is_fused():
+  """An elementwise chain costs nothing by itself; a product reads two arrays and writes one; results are written."""
+
+  def function(x, w):
+    return jnp.tanh(jnp.exp(x) * 2 @ w)
+
+  a = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+  found = counted(jax.jit(function).trace(a, a).jaxpr, {})
+  one = 64 * 64 * 4
+  (product,) = [o for o in found if o.kind == "product"]
+  # exp is written once and read by the product, for which x is read; w is read; the product is written ..
+  assert product.bytes == 5 * one and product.flops == 2 * 64**3
+  # .. read again, and tanh of it is written.
+  assert total(found, "bytes") == 7 * one
+
+
+def test_fused_attention_leaves_no_scores_and_does_half_of_their_products():
+  config = dataclasses.replace(DENSE, data=DataConfig(seq=48))  # no width of the model
+  plain, fused = operations(config, Loops()), operations(config, Loops(on_chip=48))
+  flops = training_flops(config.model, 48)
+  done = total(fused, "flops", "fused attention")
+  assert done == pytest.approx(flops.attention_full * 16 * 48 / 2, rel=1e-9)
+  assert total(plain, "flops") - total(fused, "flops") == pytest.approx(done, rel=1e-9)
+  scores = 16 * 4 * 48 * 48 * 4 * config.model.layers  # float32, written at least once
+  assert total(plain, "bytes") - total(fused, "bytes") > 3 * scores
+
+
+def test_shares_of_rows_that_are_full():
+  """Four devices with two experts each and room for twice an even load."""
+  moe = dataclasses.replace(MOE.model.moe, buffer_factor=2.0)
+  config = dataclasses.replace(on(MOE, expert=4), model=dataclasses.replace(MOE.model, moe=moe))
+  loops = expected_loops(config)
+  load, block = 2 * 64 * 2, 64  # 2 sequences a device and microbatch; a block is half a mean group
+  assert loops.full_rows == pytest.approx((load + block) / (2 * load + 2 * block))
+  # Two choices among four devices fall on 1.75 of them.
+  assert loops.sent_rows == pytest.approx(1.75 / 2)

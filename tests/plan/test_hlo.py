@@ -1,0 +1,100 @@
+"""What is read from optimized HLO: loops that run often, messages by axis, products in all their forms."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from deepseek_jax.config import MeshConfig
+from deepseek_jax.mesh import AXES, make_mesh
+from deepseek_jax.plan.hlo import Program
+from deepseek_jax.sharding import on_every_device
+
+SIZES = dict.fromkeys(AXES, 1) | {"fsdp": 4, "expert": 16}
+
+
+def module(instruction):
+  return f"""HloModule test
+
+%add (a: f32[], b: f32[]) -> f32[] {{
+  ROOT %s = f32[] add(%a, %b)
+}}
+
+ENTRY %main (p: bf16[8,16]) -> bf16[8,16] {{
+  %p = bf16[8,16]{{1,0:T(8,128)(2,1)}} parameter(0)
+  %k = bf16[16,32]{{1,0}} parameter(1)
+  {instruction}
+}}
+"""
+
+
+@pytest.mark.parametrize(
+  ("groups", "axes"),
+  [
+    ("mesh['data'=1,'fsdp'=4,'expert'=16] {'fsdp','expert'}", ("fsdp", "expert")),
+    ("[4,16]<=[64]", ("expert",)),
+    ("[16,4]<=[4,16]T(1,0)", ("fsdp",)),
+    ("{{0,16,32,48},{1,17,33,49}}", ("fsdp",)),
+    ("{}", ("fsdp", "expert")),
+  ],
+)
+def test_axes_of_a_group(groups, axes):
+  text = module(f"ROOT %r = f32[64,2]{{1,0}} all-reduce(%p), replica_groups={groups}, to_apply=%add")
+  (found,) = Program(text, SIZES).collectives()
+  n = 1
+  for axis in axes:
+    n *= SIZES[axis]
+  assert (found.kind, found.axes, found.size, found.times) == ("all-reduce", axes, 512, 1)
+  assert found.sent == pytest.approx(2 * (n - 1) / n * 512)
+
+
+@pytest.mark.parametrize(
+  ("instruction", "flops"),
+  [
+    ("ROOT %r = f32[8,32]{1,0} dot(%p, %k), lhs_contracting_dims={1}, rhs_contracting_dims={0}", 2 * 8 * 16 * 32),
+    ("ROOT %r = f32[8,32]{1,0} convolution(%p, %k), dim_labels=bf_io->bf", 2 * 8 * 16 * 32),
+  ],
+)
+def test_products(instruction, flops):
+  assert Program(module(instruction), SIZES).product_flops() == flops
+
+
+def convolution(left, right, out, labels, window):
+  text = module("")
+  text = text.replace("bf16[8,16]{1,0:T(8,128)(2,1)} parameter(0)", f"bf16[{left}] parameter(0)")
+  text = text.replace("bf16[16,32]{1,0} parameter(1)", f"bf16[{right}] parameter(1)")
+  line = f"ROOT %r = f32[{out}] convolution(%p, %k), window={{{window}}}, dim_labels={labels}"
+  return Program(text.replace("  \n}\n", f"  {line}\n}}\n"), SIZES).product_flops()
+
+
+def test_convolutions_that_are_products_by_batch():
+  """As XLA writes them for TPUs: scores of 128 heads, a contraction over heads, and heads as a window of the kernel."""
+  batched = convolution("64,128,32", "64,128,32", "128,64,64", "b0f_o0i->0bf", "size=128 stride=127 lhs_dilate=128")
+  assert batched == 2 * 128 * 64 * 64 * 32
+  contracted = convolution("64,128,32", "128,32,56", "64,56,1", "b0f_0io->bf0", "size=128")
+  assert contracted == 2 * 64 * 56 * 128 * 32
+  window = convolution("64,96,1", "96,12,1", "64,12,1", "bf0_io0->bf0", "size=1 pad=0_0 rhs_reversal=1")
+  assert window == 2 * 64 * 96 * 12
+
+
+def test_a_compiled_loop_counts_as_often_as_it_runs():
+  """Seven layers on four devices: a gather, a product and a reduction each, and one sum after them."""
+  layers, rows, width = 7, 8, 32
+  mesh = make_mesh(MeshConfig(data=1, fsdp=4), jax.devices()[:4])
+
+  def device(x, weights):
+    def layer(x, w):
+      w = jax.lax.all_gather(w, "fsdp", axis=0, tiled=True)
+      return jnp.tanh(x @ w), None
+
+    return jax.lax.psum(jax.lax.scan(layer, x, weights)[0].sum(), "fsdp")
+
+  with jax.set_mesh(mesh):
+    function = on_every_device(device, (jax.P("fsdp"), jax.P(None, "fsdp")), jax.P(), differentiable=False)
+    x = jax.ShapeDtypeStruct((4 * rows, width), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P("fsdp")))
+    w = jax.ShapeDtypeStruct((layers, width, width), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P(None, "fsdp")))
+    text = jax.jit(function).lower(x, w).compile().as_text()
+  program = Program(text, dict(mesh.shape))
+  gathers = [c for c in program.collectives() if c.kind == "all-gather"]
+  assert [(c.axes, c.times, c.sent) for c in gathers] == [(("fsdp",), layers, 3 / 4 * 4 * width**2)]
+  assert [c.times for c in program.collectives() if c.kind == "all-reduce"] == [1]
+  assert program.product_flops() == layers * 2 * rows * width**2

@@ -1,0 +1,51 @@
+"""Machines by name: what they have, and what cannot be one."""
+
+import pytest
+
+from deepseek_jax.errors import ConfigError
+from deepseek_jax.plan.topology import parse, peak_flops
+
+
+@pytest.mark.parametrize(
+  ("text", "devices", "slices"),
+  [
+    ("v5p:8x8x16", 1024, 1), ("2*v5p:8x8x8", 1024, 2), ("v5e:16x16", 256, 1), ("tpu7x:2x2x1", 8, 1), ("h100:64x8", 512, 1),
+    ("h200", 1, 1), ("B200:4", 4, 1), ("v5p", 1, 1),
+  ],
+)  # fmt: skip
+def test_sizes(text, devices, slices):
+  topology = parse(text)
+  assert (topology.devices, topology.slices) == (devices, slices)
+
+
+@pytest.mark.parametrize(
+  ("text", "word"),
+  [
+    ("v9:2x2", "v5p"), ("v5p:8x8", "3 dimensions"), ("v5e:2x2x2", "2 dimensions"), ("h100:16x16", "at most 8"),
+    ("2*h100:4x8", "nodes x GPUs"), ("v5p:0x2x2", "1 or more"), ("h100:12", "at most 8"), ("", "KIND:SHAPE"), ("v5p:", "KIND:SHAPE"),
+  ],
+)  # fmt: skip
+def test_what_is_no_machine_says_what_to_write(text, word):
+  with pytest.raises(ConfigError, match=word):
+    parse(text)
+
+
+def test_bandwidth_of_a_group():
+  """All three dimensions of a torus have six links; of GPUs the network is slower, and eight cards are shared."""
+  pod, gpus = parse("v5p:8x8x8"), parse("h100:64x8")
+  link = pod.chip.link
+  assert [pod.bandwidth(n, 1) for n in (4, 8, 64, 512)] == [link, 2 * link, 4 * link, 6 * link]
+  assert gpus.bandwidth(8, 1) == 450e9 and gpus.bandwidth(16, 1) == 8 * 50e9
+  assert gpus.bandwidth(64, 8) == 50e9  # one GPU of each node
+
+
+def test_peaks_by_the_kind_that_jax_says():
+  kinds = {
+    "NVIDIA H200": 989e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v5 lite": 197e12,
+    "TPU v6 lite": 918e12,
+    "cpu": None,
+  }
+  assert {kind: peak_flops(kind) for kind in kinds} == kinds
