@@ -11,6 +11,7 @@ PACKAGE = "deepseek_jax"
 # Imports point down: a module imports its own package and those of lower lines.
 LAYERS = (
   {"errors"},
+  {"processes", "distributed"},
   {"schema"},
   {"model_config"},
   {"config"},

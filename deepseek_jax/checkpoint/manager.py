@@ -151,8 +151,10 @@ class Checkpointer(CheckpointReader):
   def __enter__(self):
     return self
 
-  def __exit__(self, *exception):
-    self.close()
+  def __exit__(self, kind, *exception):
+    # Of several processes the others would be waited for, which need not have failed: this one is to end.
+    if kind is None or jax.process_count() == 1:
+      self.close()
 
   def save(self, step, state, meta):
     """Starts to save `state` (a tree of arrays) and `meta` (a dict for JSON); both may change once this returns.
