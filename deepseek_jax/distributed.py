@@ -19,7 +19,7 @@ MEET_SECONDS = 120
 # How long a process that is lost goes unnoticed, and how long the first at the end waits for the last.
 TIMEOUTS = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 60}
 _FAILED = "deepseek_jax/failed"
-_DAY_MS, _ECHO_SECONDS = 86_400_000, 1
+_DAY_MS, _ECHO_SECONDS = 86_400_000, 1  # the second: how long the news takes to all who hear it
 
 
 @contextlib.contextmanager
@@ -34,14 +34,15 @@ def joined(place):
     yield
     return
   try:
-    _start(place)
+    watcher = _start(place)
     yield
-    jax.distributed.shutdown()  # waits for all
+    jax.distributed.shutdown()  # waits for all, and ends the watcher's call
+    watcher.join(10)  # a thread inside of a call when Python ends would abort the process
   except BaseException as error:
     _end_all(error)
 
 
-def _start(place):
+def _start(place) -> threading.Thread:
   # jax's handler would swallow SIGTERM.
   jax.config.update("jax_enable_preemption_service", False)
   late = threading.Timer(MEET_SECONDS, _end_unmet, [place])  # jax's own timeout ends in a page of C++
@@ -51,7 +52,9 @@ def _start(place):
   late.cancel()
   if _jax.global_state.process_id:
     sys.stdout = open(os.devnull, "w", encoding="utf-8")
-  threading.Thread(target=_watch, daemon=True).start()
+  watcher = threading.Thread(target=_watch, daemon=True)
+  watcher.start()
+  return watcher
 
 
 def _end_unmet(place):

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import random
 import shutil
 import signal
 import subprocess
@@ -164,3 +165,34 @@ def test_an_error_of_one_process_ends_both_at_once(folder, fault, code, says):
   assert time.monotonic() - started < 20
   assert says in out.partition("launch: process 1 failed with exit code")[2]
   assert ("Traceback" in out) == (fault == "code")
+
+
+@pytest.mark.chaos
+def test_kill_9_of_either_process_resumes_bitwise(folder, alone):
+  rng, killed = random.Random(0), 0
+  for _ in range(6):
+    process = train(folder, "killed", *FSDP, processes=2)
+    path = folder / "killed" / "metrics.jsonl"
+    wait_for_step(
+      folder, "killed", (path.read_text().count("\n") if path.exists() else 0) + rng.randrange(1, 4), process
+    )
+    if process.poll() is None:
+      os.kill(member(process.pid, rng.randrange(2)), signal.SIGKILL)
+    started = time.monotonic()
+    process.communicate(timeout=200)
+    killed += process.returncode != 0
+    assert time.monotonic() - started < 20 or process.returncode == 0
+  finish(train(folder, "killed", *FSDP, processes=2))
+  assert killed >= 3
+  assert column(folder, "killed", "loss") == column(folder, alone, "loss")
+  assert last_event(folder, "killed")["state_sha256"] == last_event(folder, alone)["state_sha256"]
+
+
+@pytest.mark.chaos
+def test_two_processes_of_two_devices_equal_one_of_four_in_float64(folder):
+  options = ["--config.model.param_dtype=float64", "--config.model.compute_dtype=float64"]
+  options += ["--config.optimizer.moments_dtype=float64", "--config.mesh.fsdp=2", "--config.mesh.expert=2"]
+  for workdir, sizes in (("four", {"devices": 4}), ("two_by_two", {"processes": 2, "devices": 2})):
+    finish(train(folder, workdir, *options, **sizes, JAX_ENABLE_X64="1"))
+  assert column(folder, "two_by_two", "loss") == pytest.approx(column(folder, "four", "loss"), abs=1e-10)
+  assert last_event(folder, "two_by_two")["step"] == STEPS
