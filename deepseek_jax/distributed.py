@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -13,7 +14,7 @@ import numpy as np
 from jax._src import distributed as _jax  # there is no public name for the client, the processes' notice board
 from jax.experimental import multihost_utils
 
-from deepseek_jax.errors import UserError
+from deepseek_jax.errors import ConfigError, UserError
 
 MEET_SECONDS = 120
 # How long a process that is lost goes unnoticed, and how long the first at the end waits for the last.
@@ -43,6 +44,8 @@ def joined(place):
 
 
 def _start(place) -> threading.Thread:
+  if place.get("process_id") == 0:
+    _check_free(place["coordinator_address"])
   # jax's handler would swallow SIGTERM.
   jax.config.update("jax_enable_preemption_service", False)
   late = threading.Timer(MEET_SECONDS, _end_unmet, [place])  # jax's own timeout ends in a page of C++
@@ -55,6 +58,17 @@ def _start(place) -> threading.Thread:
   watcher = threading.Thread(target=_watch, daemon=True)
   watcher.start()
   return watcher
+
+
+def _check_free(coordinator):
+  """Raises ConfigError where process 0 cannot listen at its port: jax 0.12 crashes on that."""
+  port = coordinator.rpartition(":")[2]
+  try:
+    socket.create_server(("", int(port))).close()
+  except OSError as error:
+    raise ConfigError(
+      f"process 0 cannot listen at port {port}: {os.strerror(error.errno)}; give another --coordinator"
+    ) from None
 
 
 def _end_unmet(place):
@@ -76,25 +90,27 @@ def _watch():
   except jax.errors.JaxRuntimeError:
     return  # the run is over
   if failed != state.process_id:
-    _say(f"error: process {failed} failed ({why}): all end")
+    print_error(f"error: process {failed} failed ({why}): all end")
     _exit(code)
 
 
 def _end_all(error):
-  if isinstance(error, jax.errors.JaxRuntimeError):
-    time.sleep(_ECHO_SECONDS)  # it may be the echo of another process's end, of which the watcher then hears
   code = 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+  if code == 1:
+    time.sleep(_ECHO_SECONDS)  # it may be the echo of another process's end, of which the watcher hears and tells
   brief = "interrupted" if code == 130 else f"{type(error).__name__}: {error}".splitlines()[0]
   text = f"error: {error}" if code == 2 else brief if code == 130 else "".join(traceback.format_exception(error))
-  _say(text)
+  print_error(text)
   state = _jax.global_state
   try:
-    state.client.key_value_set(_FAILED, json.dumps([state.process_id, code, brief]), allow_overwrite=True)
+    if state.client:
+      state.client.key_value_set(_FAILED, json.dumps([state.process_id, code, brief]), allow_overwrite=True)
   finally:
     _exit(code)
 
 
-def _say(text):
+def print_error(text):
+  """Prints `text` to stderr, on another process than the first behind its number."""
   number = _jax.global_state.process_id
   prefix = f"process {number}: " if number else ""
   print("\n".join(prefix + line for line in text.splitlines()), file=sys.stderr, flush=True)

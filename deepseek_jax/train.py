@@ -7,7 +7,6 @@ Exit codes: 0 finished, 2 config, data or checkpoint, 130 / 143 saved after Ctrl
 """
 
 import os
-import sys
 
 from absl import flags
 
@@ -53,7 +52,7 @@ def main(argv) -> int:
     return 0
 
   place = find_place(values.coordinator, values.processes, values.process)
-  from deepseek_jax.distributed import joined
+  from deepseek_jax.distributed import joined, print_error
   from deepseek_jax.evaluate.heldout import evaluate
   from deepseek_jax.generate.decoding import continue_prompt
   from deepseek_jax.training.loop import Diverged, run
@@ -63,7 +62,7 @@ def main(argv) -> int:
     try:
       return run(config, workdir, evaluate, continue_prompt, values.accept_data_change)
     except Diverged as error:  # all processes see it at the same step
-      print(f"error: {error}", file=sys.stderr)
+      print_error(f"error: {error}")
       return 1
 
 

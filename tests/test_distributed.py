@@ -86,6 +86,14 @@ distributed.wait_for_all("a place that one never comes to")
   assert "Traceback" not in ends[0][2] + ends[1][2]
 
 
+def test_a_port_that_is_taken_is_an_error(coordinator):
+  with socket.create_server(("127.0.0.1", int(coordinator.rpartition(":")[2]))):
+    process = start(coordinator, 0)
+    _, err = process.communicate(timeout=100)
+  assert process.returncode == 2
+  assert "cannot listen at port" in err and "Address already in use; give another --coordinator" in err, err
+
+
 def test_a_process_whose_others_never_come_says_so(coordinator, monkeypatch):
   monkeypatch.setenv("MEET_SECONDS", "2")
   process = start(coordinator, 1)

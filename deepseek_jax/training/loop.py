@@ -80,10 +80,9 @@ def run(config: Config, workdir: str, evaluate, sample, accept_data_change=False
   on_mesh = resolve_mesh(config, len(jax.devices()))
   mesh = make_mesh(on_mesh.mesh)
   print(f"run      {config.name} in {os.path.abspath(workdir)}")
-  print(
-    f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind} ({jax.default_backend()}), jax {jax.__version__}, "
-    f"{jax.process_count()} {'process' if jax.process_count() == 1 else 'processes'}"
-  )
+  processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+  device = f"{mesh.size} x {mesh.devices.flat[0].device_kind} ({jax.default_backend()})"
+  print(f"devices  {device}, jax {jax.__version__}{processes}")
   print(f"{summary(on_mesh)}\nconfig\n{resolved(on_mesh)}", flush=True)
   flops = training_flops(config.model, config.data.seq).causal
   with jax.set_mesh(mesh), Checkpointer(workdir, config.checkpoint) as checkpointer:
@@ -191,7 +190,7 @@ class Run:
     device = self.mesh.devices.flat[0].device_kind
     facts = {"devices": f"{self.mesh.size} x {device}", "jax": jax.__version__, "mesh": dict(self.mesh.shape)}
     parameters = sum(array.size for array in jax.tree.leaves(self.state.params))
-    facts |= {"parameters": parameters, "data_fingerprint": self.data.fingerprint}
+    facts |= {"parameters": parameters, "data_fingerprint": self.data.fingerprint, "processes": jax.process_count()}
     self.writer.event("resume" if self.step else "start", self.step, **facts)
     with stop_requests() as request:
       try:
