@@ -42,10 +42,18 @@ if fault and process == "1":
     if fault == "data":
       raise loop.ConfigError("only this process cannot read its data")
     raise KeyError("a mistake in the code")
+  def save_on_a_full_disk(self, *arguments):
+    if len(self.steps()) == 1:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    return save(self, *arguments)
   if fault == "data":
     loop.open_data = raising
-  else:
+  elif fault == "code":
     loop.Run.first_state = raising
+  else:
+    import resource
+    save = loop.Checkpointer.save
+    loop.Checkpointer.save = save_on_a_full_disk
 """
 
 
@@ -165,6 +173,15 @@ def test_an_error_of_one_process_ends_both_at_once(folder, fault, code, says):
   assert time.monotonic() - started < 20
   assert says in out.partition("launch: process 1 failed with exit code")[2]
   assert ("Traceback" in out) == (fault == "code")
+
+
+@pytest.mark.chaos
+def test_a_save_that_fails_in_one_process_ends_both_and_older_ones_stay(folder, alone):
+  out = finish(train(folder, "full", *FSDP, processes=2, FAULT="disk"), 2)
+  assert "process 1: error: checkpoint" in out and "/6 could not be saved" in out and "File too large" in out
+  assert [p.name for p in (folder / "full" / "checkpoints").iterdir() if p.name.isdigit()] == ["3"]
+  finish(train(folder, "full", *FSDP, processes=2))
+  assert last_event(folder, "full")["state_sha256"] == last_event(folder, alone)["state_sha256"]
 
 
 @pytest.mark.chaos
