@@ -4,8 +4,9 @@ import dataclasses
 import math
 
 import jax
+import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 
 from deepseek_jax.config import Config, MeshConfig
 from deepseek_jax.errors import ConfigError
@@ -66,6 +67,15 @@ def abstract_mesh(config: MeshConfig, device: AbstractDevice | None = None) -> A
   """
   sizes = mesh_sizes(config, least_devices(config))
   return AbstractMesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), abstract_device=device)
+
+
+def make_vote(mesh):
+  """A function of an int that gives the greatest of what the processes gave, as an array: nothing waits for it here."""
+  by_device, whole = NamedSharding(mesh, jax.P(AXES)), NamedSharding(mesh, jax.P())
+  greatest = jax.jit(lambda votes: votes.max(), out_shardings=whole)
+  return lambda vote: greatest(
+    jax.make_array_from_callback((mesh.size,), by_device, lambda index: np.full(1, vote, np.int32))
+  )
 
 
 def check_x64(model: ModelConfig):

@@ -2,16 +2,17 @@
 
 Any field of the config can be set on the command line: --config.train.steps=10 --config.model.attention.heads=8
 Running the same command again resumes from the newest checkpoint; --workdir alone takes the config saved there.
+Several processes train as one by --coordinator, --processes and --process, or as their scheduler says.
 Exit codes: 0 finished, 2 config, data or checkpoint, 130 / 143 saved after Ctrl-C / SIGTERM, 1 anything else.
 """
 
 import os
-import sys
 
 from absl import flags
 
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import file_exists, load_config, parse, run_program
+from deepseek_jax.processes import define_flags, find_place
 
 
 def main(argv) -> int:
@@ -35,6 +36,7 @@ def main(argv) -> int:
   flags.DEFINE_boolean(
     "accept_data_change", False, "resume although the data is not what the checkpoint saw", flag_values=values
   )
+  define_flags(values)
   overrides = parse(argv, values, __doc__)
   saved = os.path.join(values.workdir or "", "config.json")
   if not values.config and not (values.workdir and file_exists(saved)):
@@ -52,16 +54,19 @@ def main(argv) -> int:
     print(f"{resolved(config)}\n{summary(config)}")
     return 0
 
+  place = find_place(values.coordinator, values.processes, values.process)
+  from deepseek_jax.distributed import joined, print_error
   from deepseek_jax.evaluate.heldout import evaluate
   from deepseek_jax.generate.decoding import continue_prompt
   from deepseek_jax.training.loop import Diverged, run
 
-  try:
-    workdir = values.workdir or os.path.join("runs", config.name)
-    return run(config, workdir, evaluate, continue_prompt, values.accept_data_change)
-  except Diverged as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
+  workdir = values.workdir or os.path.join("runs", config.name)
+  with joined(place):
+    try:
+      return run(config, workdir, evaluate, continue_prompt, values.accept_data_change)
+    except Diverged as error:  # all processes see it at the same step
+      print_error(f"error: {error}")
+      return 1
 
 
 if __name__ == "__main__":

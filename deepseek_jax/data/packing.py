@@ -24,9 +24,9 @@ BATCH = 1 << 22  # characters tokenised at once: enough for every thread, little
 def pack(source, tokenizer, config):
   """(folder, fingerprint, reused): where `source` lies packed by `tokenizer` as `config` (a DataConfig) says.
 
-  Built if the cache does not have it: in a temporary folder that is renamed when whole, so that two builders at once do
-  no harm. What a killed build leaves is never read, and the next build of the same data removes it, on file systems that
-  know locks. Raises DataError for text that cannot be packed.
+  Built if the cache does not have it, while others that want it wait. In a temporary folder that is renamed when whole, so
+  that on file systems without locks two builders at once do no harm. What a killed build leaves is never read, and the
+  next build of the same data removes it, given locks. Raises DataError for text that cannot be packed.
   """
   root = cache_root(config)
   try:
@@ -37,9 +37,12 @@ def pack(source, tokenizer, config):
     folder = root / fingerprint[:24]
     if folder.is_dir():
       return folder, fingerprint, True
-    with _temporary(folder) as temporary:
-      _build(temporary, fingerprint, source, tokenizer, config)
-      _rename(temporary, folder)
+    with _turn(root / f"{folder.name}.lock", source.name) as alone:
+      if folder.is_dir():
+        return folder, fingerprint, True
+      with _temporary(folder, alone) as temporary:
+        _build(temporary, fingerprint, source, tokenizer, config)
+        _rename(temporary, folder)
   except OSError as error:
     raise DataError(
       f"cannot write packed data under {root}: {error.strerror or error}. Make room, or set data.cache to another folder"
@@ -140,37 +143,32 @@ def _progress(what, total):
 
 
 @contextlib.contextmanager
-def _temporary(folder):
-  """Gives a new folder for what shall become `folder`, locked while its builder lives. Those of dead builders go."""
-  with contextlib.ExitStack() as held:
-    with _locked(folder.parent, wait=True):  # so that nobody takes the new folder for a dead one before it is locked
-      for old in folder.parent.glob(f"{folder.name}.tmp-*"):
-        # Its builder may have ended just now, or be another user: then it is not there, or not ours to remove.
-        with contextlib.suppress(OSError), _locked(old, wait=False) as free:
-          if free:
-            shutil.rmtree(old, ignore_errors=True)
-      temporary = folder.parent / f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}"
-      temporary.mkdir()
-      held.enter_context(_locked(temporary, wait=True))
+def _turn(path, what):
+  """Lets one process at a time into the block, by a lock on the file `path`; gives whether the file system knows locks."""
+  with open(path, "ab") as file:  # to write, since NFS locks no other
     try:
-      yield temporary
-    finally:
-      shutil.rmtree(temporary, ignore_errors=True)  # gone already unless the build failed or lost the race
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      locked = True
+    except BlockingIOError:
+      print(f"data: waiting for another process, which packs {what}", file=sys.stderr, flush=True)
+      fcntl.flock(file, fcntl.LOCK_EX)
+      locked = True
+    except OSError:
+      locked = False
+    yield locked
 
 
 @contextlib.contextmanager
-def _locked(folder, wait):
-  """Locks `folder` for the block, or until the process dies; gives whether it could."""
-  descriptor = os.open(folder, os.O_RDONLY)
+def _temporary(folder, alone):
+  """Gives a new folder for what shall become `folder`. Those that others left go, if this builder is `alone`."""
+  for left in folder.parent.glob(f"{folder.name}.tmp-*") if alone else ():
+    shutil.rmtree(left, ignore_errors=True)  # what is another user's stays
+  temporary = folder.parent / f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}"
+  temporary.mkdir()
   try:
-    try:
-      fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-      locked = True
-    except OSError:  # another builder has it, or the file system knows no locks
-      locked = False
-    yield locked
+    yield temporary
   finally:
-    os.close(descriptor)
+    shutil.rmtree(temporary, ignore_errors=True)  # gone already unless the build failed or lost the race
 
 
 def _rename(temporary, folder):

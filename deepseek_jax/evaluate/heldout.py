@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+from deepseek_jax.distributed import to_host
+
 
 def evaluate(row_nats, place, heldout, rows, sequences):
   """Mean loss over held-out windows, each counted once.
@@ -25,7 +27,7 @@ def evaluate(row_nats, place, heldout, rows, sequences):
     part = ids[start : start + rows]
     padded = np.concatenate([part, np.full(rows - len(part), part[0])])
     batch = place(padded)
-    nats += float(np.sum(np.asarray(row_nats(batch), np.float64)[: len(part)]))
+    nats += float(np.sum(to_host(row_nats(batch)).astype(np.float64)[: len(part)]))
     tokens += len(part) * (batch.shape[1] - 1)
   bits_per_byte = nats / math.log(2) / int(heldout.bytes(ids).sum())
   return {"loss": nats / tokens, "bits_per_byte": bits_per_byte, "sequences": count}

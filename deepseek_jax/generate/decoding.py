@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from deepseek_jax.config import SampleConfig
+from deepseek_jax.distributed import to_host
 from deepseek_jax.generate.sampling import next_token
 from deepseek_jax.sharding import WHOLE_SEQUENCES, batch_parts, on_every_device, rules, spec, summed
 
@@ -89,7 +90,7 @@ def continue_prompt(graphdef, params, buffers, tokenizer, config: SampleConfig, 
       graphdef, params, buffers, jax.device_put(tokens, by_row), seen, len(context), stop,
       jax.random.fold_in(jax.random.key(seed), len(ids)), vocab=tokenizer.vocab, eos=tokenizer.eos, config=config,
     )  # fmt: skip
-    ids += np.asarray(tokens)[0, len(context) : int(position)].tolist()
+    ids += to_host(tokens)[0, len(context) : int(position)].tolist()
   text = tokenizer.decode([token for token in ids[prompt:] if token != tokenizer.eos])
   # What a young model writes could be a terminal's control sequences.
   return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

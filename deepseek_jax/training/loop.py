@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import sys
 import time
 
@@ -20,8 +21,9 @@ from deepseek_jax.checkpoint.manager import FORMAT_VERSION
 from deepseek_jax.checkpoint.weights import WorkdirWeights, open_weights
 from deepseek_jax.config import Config
 from deepseek_jax.data.pipeline import batches, load_tokenizer, open_data
+from deepseek_jax.distributed import first_says, wait_for_all
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.mesh import check_x64, make_mesh, resolve_mesh
+from deepseek_jax.mesh import check_x64, make_mesh, make_vote, resolve_mesh
 from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.plan.flops import training_flops
 from deepseek_jax.plan.summary import resolved, summary
@@ -86,11 +88,16 @@ def run(config: Config, workdir: str, evaluate, sample, accept_data_change=False
   on_mesh = resolve_mesh(config, len(jax.devices()))
   mesh = make_mesh(on_mesh.mesh)
   print(f"run      {config.name} in {_shown(workdir)}")
-  print(f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind} ({jax.default_backend()}), jax {jax.__version__}")
+  processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+  device = f"{mesh.size} x {mesh.devices.flat[0].device_kind} ({jax.default_backend()})"
+  print(f"devices  {device}, jax {jax.__version__}{processes}")
   print(f"{summary(on_mesh)}\nconfig\n{resolved(on_mesh)}", flush=True)
   flops = training_flops(config.model, config.data.seq).causal
   with jax.set_mesh(mesh), open_checkpointer(workdir, config.checkpoint) as checkpointer:
-    data = open_data(config.data, config.model.vocab, config.seed)
+    # Where one process packs others may wait, but not in a step: that would time out.
+    with contextlib.redirect_stderr(sys.stdout if jax.process_index() else sys.stderr):
+      data = open_data(config.data, config.model.vocab, config.seed)
+    wait_for_all("data")
     this = Run(config, workdir, files, mesh, data, checkpointer, evaluate, sample, weights, flops)
     this.find_start(accept_data_change)
     return this.main()
@@ -119,6 +126,9 @@ class Run:
       "bias_speed": config.model.moe.router_bias,
     }
     self.logged_rates = {name for name, wanted in shown.items() if wanted}
+    self.vote = make_vote(mesh) if jax.process_count() > 1 else None
+    # Several programs in flight on virtual CPU devices can starve a collective until it times out.
+    self.one_at_a_time = jax.default_backend() == "cpu" and mesh.size > 1
     self.interval = collections.Counter()  # seconds and tokens since the last logged line
 
   def find_start(self, accept_data_change):
@@ -160,8 +170,8 @@ class Run:
   def main(self) -> int:
     """Trains and ends the run, unless it has ended before. Returns the exit code."""
     ended = [e for e in metrics.read(os.path.join(self.files.path, metrics.EVENTS)) if e["event"] == "end"]
-    finished = ended and (ended[-1]["step"], ended[-1]["reason"]) == (self.step, "finished")
-    if self.step >= self.config.train.steps and finished:
+    finished = bool(ended) and (ended[-1]["step"], ended[-1]["reason"]) == (self.step, "finished")
+    if first_says(self.step >= self.config.train.steps and finished):
       print(f"finished already: step {self.step} of {self.config.train.steps}; raise --config.train.steps to go on")
       return 0
     self.state = self.first_state()
@@ -172,7 +182,10 @@ class Run:
       self.writer.close()
 
   def open_files(self):
-    """Saves the config and opens metrics and events, cut to the step that the run starts from."""
+    """Saves the config and opens metrics and events, cut to the step that the run starts from; process 0 does."""
+    if jax.process_index():
+      self.writer = metrics.NoWriter()
+      return
     try:
       self.writer = metrics.MetricsWriter(self.files.path, self.config.log.tensorboard, self.step)
       with open(os.path.join(self.files.path, "config.json.partial"), "w", encoding="utf-8") as f:
@@ -186,14 +199,15 @@ class Run:
     device = self.mesh.devices.flat[0].device_kind
     facts = {"devices": f"{self.mesh.size} x {device}", "jax": jax.__version__, "mesh": dict(self.mesh.shape)}
     parameters = sum(array.size for array in jax.tree.leaves(self.state.params))
-    facts |= {"parameters": parameters, "data_fingerprint": self.data.fingerprint}
+    facts |= {"parameters": parameters, "data_fingerprint": self.data.fingerprint, "processes": jax.process_count()}
     self.writer.event("resume" if self.step else "start", self.step, **facts)
     with stop_requests() as request:
       try:
         self.train(request)
       except Diverged:
+        self.checkpointer.wait()
         self.writer.event("end", self.step, reason="diverged")
-        self.write_report()
+        self.report()
         raise
       self.save()
       self.checkpointer.wait()
@@ -202,19 +216,24 @@ class Run:
     reason = "finished" if request.signal is None else request.signal.name
     digest = state_sha256(self.state)
     self.writer.event("end", self.step, reason=reason, state_sha256=digest)
-    print(f"state_sha256 {digest}\nreport   {self.write_report()}")
+    print(f"state_sha256 {digest}\nreport   {self.report()}")
     if request.signal is None:
       return 0
     print(f"stopped by {reason} at step {self.step}, saved; the same command continues from there")
     return 128 + request.signal
+
+  def report(self):
+    """Where the report is, which process 0 writes."""
+    if jax.process_index() == 0:
+      report.write(self.files.path)
+      self.publish()
+    return os.path.join(self.workdir, "report.html")
 
   def train(self, request):
     """Updates until the last step or a stop request."""
     train = self.config.train
     stream = batches(self.data, train, self.samples, train.steps - self.step, self.place)
     pending = None
-    # Several programs in flight on virtual CPU devices can starve a collective until it times out.
-    block = jax.default_backend() == "cpu" and self.mesh.size > 1
     self.compiled = False
     with StepProgress(self.step, train.steps) as self.progress:
       self.marked = time.monotonic()
@@ -222,14 +241,18 @@ class Run:
         with self.clock("data"):
           batch, samples = next(stream)
         values = self.update(batch)
+        if self.one_at_a_time:
+          jax.block_until_ready(self.state)
+        if self.vote:
+          values["stop"] = self.vote(request.received or 0)
         self.samples = samples
         if pending:
-          self.record(*pending)  # the numbers of the step before, while the device works on this one
+          self.record(request, *pending)  # the numbers of the step before, while the device works on this one
         pending = (self.step, samples, batch, values)
         due = [what for what in ("eval", "checkpoint") if self.step % getattr(self.config, what).every == 0]
-        if block or due or self.step == train.steps:
+        if self.one_at_a_time or due or self.step == train.steps:
           jax.block_until_ready(self.state)
-          self.record(*pending)
+          self.record(request, *pending)
           pending = None
         if "eval" in due and self.step < train.steps:
           self.evaluate(self.config.eval.sequences)
@@ -237,7 +260,7 @@ class Run:
           self.save()
         self.checkpointer.check()
       if pending:
-        self.record(*pending)
+        self.record(request, *pending)
 
   def update(self, batch):
     """Dispatches one update; returns its metrics with its rates among them."""
@@ -253,9 +276,11 @@ class Run:
     self.step += 1
     return {**values, **{name: rate for name, rate in now.items() if name in self.logged_rates}}
 
-  def record(self, step, samples, batch, values):
-    """Reads the metrics of a step, shows them, and logs them when due."""
+  def record(self, request, step, samples, batch, values):
+    """Reads the metrics of a step, shows them, logs them when due, and sees whether all are to stop."""
     values = jax.device_get(values)
+    if stop := int(values.pop("stop", 0)):
+      request.signal = signal.Signals(stop)
     skipped, loads, ahead = values.pop("skipped"), values.pop("load"), values.pop("mtp_loss", ())
     values = {name: float(value) for name, value in values.items()}
     values |= {f"mtp_loss_{depth}": float(loss) for depth, loss in enumerate(ahead, 1)}
@@ -282,7 +307,7 @@ class Run:
     device = self.mesh.devices.flat[0]
     if peak := peak_flops(device.device_kind):
       values["mfu"] = values["model_flops_per_second"] / (peak * self.mesh.size)
-    if memory := device.memory_stats():
+    if memory := self.mesh.local_devices[0].memory_stats():
       values["memory_bytes"] = memory["peak_bytes_in_use"]
     scalars, shares = load_metrics(self.config.model, loads)
     self.writer.write(step, values | scalars, histograms=shares)
@@ -330,12 +355,6 @@ class Run:
       self.publish()  # first: a step must not outlive the metrics of the steps before it
       self.checkpointer.save(self.step, self.state, meta)
     self.saved_step = self.step
-
-  def write_report(self):
-    """Writes report.html and returns where it is."""
-    report.write(self.files.path)
-    self.publish()
-    return os.path.join(self.workdir, "report.html")
 
   def publish(self):
     """Copies the small files of the run to its bucket, if it has one."""

@@ -73,6 +73,16 @@ class MetricsWriter:
     self._tensorboard.flush()
 
 
+class NoWriter:
+  """Stands for a MetricsWriter in the processes of a run that leave writing to the first."""
+
+  def write(self, step, values, histograms=None): ...
+
+  def event(self, name, step, **values): ...
+
+  def close(self): ...
+
+
 def read(path):
   """The objects of a JSONL file, in order; [] where there is no file. A torn last line is left out.
 

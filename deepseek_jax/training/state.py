@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 
 from deepseek_jax.config import Config
+from deepseek_jax.distributed import to_host
 from deepseek_jax.model.transformer import new_params
 from deepseek_jax.sharding import concrete
 from deepseek_jax.training.optimizer import make_optimizer, moments_in
@@ -56,9 +56,7 @@ def state_sha256(state) -> str:
   """Hash over the path, dtype, shape and bytes of every array, the same on every mesh that holds the same values."""
   digest = hashlib.sha256()
   for path, array in jax.tree.leaves_with_path(state):
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-      array = multihost_utils.process_allgather(array, tiled=True)
-    array = np.ascontiguousarray(array)
+    array = np.ascontiguousarray(to_host(array))
     digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
     digest.update(array.reshape(-1).view(np.uint8).data)
   return digest.hexdigest()

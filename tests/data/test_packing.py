@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -179,11 +180,20 @@ def test_checksums_can_be_left_out_but_sizes_not(config):
     open_data(config(verify=False))
 
 
-def test_two_builders_at_once(config):
+def test_of_two_builders_at_once_one_waits_for_the_other(config, monkeypatch, capfd):
+  build, built = packing._build, []
+
+  def slow_build(*arguments):
+    built.append(arguments)
+    time.sleep(0.5)
+    build(*arguments)
+
+  monkeypatch.setattr(packing, "_build", slow_build)
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
     first, second = pool.map(open_data, [config(), config()])
   np.testing.assert_array_equal(stream(first.train), stream(second.train))
   folder(config())  # is one
+  assert len(built) == 1 and "waiting for another process, which packs" in capfd.readouterr().err
 
 
 def test_what_a_killed_build_left_goes_with_the_next_one(config, corpus):
@@ -201,31 +211,24 @@ pipeline.open_data({config()!r}, 257, 0)
   assert ".tmp-" not in folder(config()).name
 
 
-def test_what_a_living_builder_writes_stays(config, monkeypatch):
-  write_index, left = packing.packed.write_index, []
-
-  def second_build_meanwhile(path, *arguments):
-    if not left:
-      left.append(path)
-      open_data(config())
-      assert path.is_dir()
-    write_index(path, *arguments)
-
-  monkeypatch.setattr(packing.packed, "write_index", second_build_meanwhile)
-  open_data(config())
-  assert not left[0].exists()
-  assert ".tmp-" not in folder(config()).name
-
-
-def test_packing_without_locks(config, monkeypatch):
+def test_without_locks_two_builders_do_no_harm(config, monkeypatch):
   def flock(descriptor, operation):
     raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
-  open_data(config())
-  left = folder(config()).rename(f"{folder(config())}.tmp-0")
+  write_index, building = packing.packed.write_index, []
+
+  def second_build_meanwhile(path, *arguments):
+    if not building:
+      building.append(path)
+      open_data(config())
+      assert path.is_dir()  # its builder may live
+    write_index(path, *arguments)
+
   monkeypatch.setattr(fcntl, "flock", flock)
+  monkeypatch.setattr(packing.packed, "write_index", second_build_meanwhile)
   open_data(config())
-  assert left.is_dir()  # its builder may live
+  assert not building[0].exists()
+  assert ".tmp-" not in folder(config()).name
 
 
 def test_a_failed_build_leaves_nothing(config, corpus):

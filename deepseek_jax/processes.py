@@ -1,0 +1,85 @@
+"""Which of a run's processes this one is: by its flags, its environment, or the scheduler that started it."""
+
+import os
+
+from absl import flags
+
+from deepseek_jax.errors import ConfigError
+
+FLAGS = ("--coordinator", "--processes", "--process")
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def define_flags(flag_values):
+  """The flags by which a process is told its place in a run of several."""
+  flags.DEFINE_string(
+    "coordinator",
+    None,
+    f"HOST:PORT where process 0 of several listens. Without these three flags {', '.join(VARIABLES)} count, without "
+    "them what Slurm, Open MPI, a TPU pod or an indexed Kubernetes job says, and else this process is alone",
+    flag_values=flag_values,
+  )
+  flags.DEFINE_integer(
+    "processes", None, "processes of the run; 1: this one alone, whatever the environment says", flag_values=flag_values
+  )
+  flags.DEFINE_integer("process", None, "which of them this one is, from 0", flag_values=flag_values)
+
+
+def find_place(coordinator=None, processes=None, process=None) -> dict | None:
+  """Arguments of `jax.distributed.initialize` by the values of the flags, or else the environment; None: alone.
+
+  Nothing is started. Raises ConfigError where some are missing, malformed or contradict each other.
+  """
+  names, given = FLAGS, (coordinator, processes, process)
+  if not any(value is not None for value in given):
+    names, given = VARIABLES, [os.environ.get(variable) for variable in VARIABLES]
+    if not any(value is not None for value in given):
+      return _scheduled()
+  pairs = list(zip(names, given, strict=True))
+  got = ", ".join(f"{name}={value}" for name, value in pairs if value is not None)
+  try:
+    count, index = (None if value is None else int(value) for value in given[1:])
+  except ValueError:
+    raise ConfigError(f"{names[1]} and {names[2]} must be integers, got {got}") from None
+  if count is not None and not 0 <= (index or 0) < count:
+    raise ConfigError(f"{names[1]} must be 1 or more and {names[2]} 0 to {names[1]} - 1, got {got}")
+  if count == 1:
+    return None
+  if missing := [name for name, value in pairs if value is None]:
+    raise ConfigError(
+      f"a run of several processes needs {', '.join(names)}: got {got}, without {' and '.join(missing)}"
+    )
+  host, _, port = given[0].rpartition(":")
+  if not (host and port.isdecimal() and 0 < int(port) < 65536):
+    raise ConfigError(f"{names[0]} must be HOST:PORT with a port from 1 to 65535, got {given[0]!r}")
+  return {
+    "coordinator_address": given[0],
+    "num_processes": count,
+    "process_id": index,
+    "cluster_detection_method": "deactivate",
+  }
+
+
+def _scheduled():
+  """`find_place` by what a scheduler has set, as jax reads it."""
+  # No public name tells the number of processes without starting them.
+  from jax._src.clusters import ClusterEnv, K8sCluster
+
+  for cluster in ClusterEnv._cluster_types:
+    # In any pod jax would ask Kubernetes which job it belongs to; a notebook's pod belongs to none.
+    if cluster.opt_in_only_method or (cluster is K8sCluster and "JOB_COMPLETION_INDEX" not in os.environ):
+      continue
+    try:
+      if cluster.is_env_present():
+        return {"cluster_detection_method": cluster.name or None} if cluster.get_process_count() > 1 else None
+    except Exception as error:  # what is incomplete raises whatever it comes to
+      raise ConfigError(
+        f"the environment is that of {cluster.__name__}, but does not say which processes there are "
+        f"({type(error).__name__}: {error}): give {', '.join(FLAGS)}; --processes=1 trains in this process alone"
+      ) from None
+  if os.environ.get("OMPI_COMM_WORLD_SIZE", "1") != "1":
+    raise ConfigError(
+      "Open MPI started several processes, and this version of jax cannot read where: give --coordinator=HOST:PORT "
+      "--processes=$OMPI_COMM_WORLD_SIZE --process=$OMPI_COMM_WORLD_RANK"
+    )
+  return None

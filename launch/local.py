@@ -1,0 +1,160 @@
+"""Runs one command as several processes of this machine, which live and end together:
+
+  python launch/local.py --processes=2 -- python -m deepseek_jax.train --config=configs/tiny.py --config.mesh.fsdp=2
+
+Each process is told its place by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and has --devices devices:
+virtual ones on a CPU, GPUs of its own on a machine with GPUs. What process 0 prints comes as it is, what the others
+print behind their number. The first that fails takes the others with it: SIGTERM, and SIGKILL 5 s later; its last lines
+are shown, and its exit code is the launcher's. Ctrl-C and SIGTERM are passed on, so that a training run can save.
+"""
+
+import argparse
+import collections
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+AFTER_FAILURE_SECONDS = 5
+LAST_LINES = 20
+
+
+def main(argv) -> int:
+  """The exit code: 0, or that of the first process that failed, 128 + N where signal N ended it."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--processes", type=int, required=True, help="how many")
+  parser.add_argument("--devices", type=int, default=1, help="devices of each process (default 1)")
+  parser.add_argument("--grace", type=float, default=60, help="seconds to save after Ctrl-C or SIGTERM (default 60)")
+  parser.add_argument("command", nargs="+", help="after --: what each process runs")
+  options = parser.parse_args(argv)
+  if min(options.processes, options.devices) < 1:
+    parser.error(f"--processes and --devices are 1 or more, got {options.processes} and {options.devices}")
+  group, coordinator = Group(options.grace), f"127.0.0.1:{free_port()}"
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, group.stop)
+  try:
+    for index in range(options.processes):
+      group.start(options.command, environment(coordinator, options.processes, index, options.devices))
+    return group.wait()
+  except OSError as error:
+    print(f"launch: cannot run {options.command[0]}: {error.strerror}", file=sys.stderr)
+    return 2
+  finally:
+    group.kill()
+
+
+def environment(coordinator, processes, index, devices):
+  """The environment of process `index`. By the devices in it programs of this package size XLA's thread pool."""
+  own = range(index * devices, (index + 1) * devices)
+  return os.environ | {
+    "JAX_COORDINATOR_ADDRESS": coordinator,
+    "JAX_NUM_PROCESSES": str(processes),
+    "JAX_PROCESS_ID": str(index),
+    "JAX_NUM_CPU_DEVICES": str(devices),
+    "JAX_LOCAL_DEVICE_IDS": ",".join(map(str, own)),  # of the machine's GPUs
+  }
+
+
+def free_port():
+  """A port that was free a moment ago."""
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    return s.getsockname()[1]
+
+
+class Group:
+  """Processes that end together, each in a session of its own: signals reach them through here alone."""
+
+  def __init__(self, grace):
+    self._grace, self._deadline, self._stopped = grace, float("inf"), False
+    self._processes = []
+
+  def start(self, command, environment):
+    """Adds a process that runs `command`."""
+    first = not self._processes
+    process = subprocess.Popen(
+      command,
+      env=environment,
+      start_new_session=True,
+      preexec_fn=_die_with_launcher,
+      stdin=subprocess.DEVNULL,
+      stdout=None if first else subprocess.PIPE,  # None: a progress bar finds its terminal
+      stderr=subprocess.PIPE if first else subprocess.STDOUT,
+    )
+    self._processes.append(process)
+
+  def wait(self):
+    """Waits for all and returns the exit code; one that fails, or a stop that takes too long, ends all."""
+    readers = [Reader(process, index) for index, process in enumerate(self._processes)]
+    failed = None
+    while True:
+      running = [process for process in self._processes if process.poll() is None]
+      if failed is None:
+        failed = next((index for index, process in enumerate(self._processes) if process.returncode), None)
+        if failed is not None:
+          self._signal(signal.SIGTERM)
+          self._deadline = min(self._deadline, time.monotonic() + AFTER_FAILURE_SECONDS)
+      if not running:
+        break
+      if time.monotonic() > self._deadline:
+        self.kill()
+      time.sleep(0.02)
+    for reader in readers:
+      reader.join(1)  # a grandchild may hold the pipe open
+    if failed is None:
+      return 0
+    code = self._processes[failed].returncode
+    code = 128 - code if code < 0 else code
+    if not self._stopped:
+      print(f"launch: process {failed} failed with exit code {code}; its last lines:", file=sys.stderr)
+      sys.stderr.write(b"".join(readers[failed].last).decode(errors="replace"))
+    return code
+
+  def stop(self, number, frame):
+    """Passes a signal on, and sees that it is obeyed; a second one ends all at once."""
+    self._deadline = float("-inf") if self._stopped else time.monotonic() + self._grace
+    self._stopped = True
+    self._signal(number)
+
+  def kill(self):
+    """Ends what is left, children of the processes too."""
+    self._signal(signal.SIGKILL, also_ended=True)
+
+  def _signal(self, number, also_ended=False):
+    for process in self._processes:
+      if also_ended or process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+          os.killpg(process.pid, number)
+
+
+class Reader(threading.Thread):
+  """Copies what a process prints to stderr, behind its number unless that is 0, and keeps the `last` lines."""
+
+  def __init__(self, process, index):
+    super().__init__(daemon=True)
+    self.last = collections.deque(maxlen=LAST_LINES)
+    self._prefix, self._stream = (b"[%d] " % index if index else b""), process.stdout or process.stderr
+    self.start()
+
+  def run(self):
+    for line in self._stream:
+      self.last.append(line)
+      sys.stderr.buffer.write(self._prefix + line)
+      sys.stderr.buffer.flush()
+
+
+_libc = ctypes.CDLL(None)  # before the fork
+
+
+def _die_with_launcher():
+  if sys.platform == "linux":
+    _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: even kill -9 of the launcher leaves nobody behind
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))

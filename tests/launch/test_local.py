@@ -1,0 +1,149 @@
+"""The launcher, with commands that cost nothing."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+LAUNCHER = pathlib.Path(__file__).parents[2] / "launch" / "local.py"
+
+
+def launch(program, *options):
+  command = [sys.executable, LAUNCHER, *options, "--", sys.executable, "-u", "-c", PRELUDE + program]
+  return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+PRELUDE = """
+import os, signal, sys, time
+index = int(os.environ["JAX_PROCESS_ID"])
+def note(name):
+  open(os.path.join(os.environ["NOTES"], f"{name}.{index}"), "w").write(str(os.getpid()))
+"""
+
+
+@pytest.fixture
+def notes(tmp_path, monkeypatch):
+  """A folder for notes of the processes; a function that waits for one and reads it."""
+  monkeypatch.setenv("NOTES", str(tmp_path))
+
+  def read(name, timeout=60):
+    deadline = time.monotonic() + timeout
+    while not (tmp_path / name).exists() or not (tmp_path / name).read_text():
+      assert time.monotonic() < deadline, name
+      time.sleep(0.01)
+    return int((tmp_path / name).read_text())
+
+  return read
+
+
+def ended(pid, timeout=20):
+  """Whether the process is gone, or only waits for its parent to ask how it ended, within `timeout` seconds."""
+  deadline = time.monotonic() + timeout
+  while time.monotonic() < deadline:
+    try:
+      state = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+      return True
+    if state == "Z":
+      return True
+    time.sleep(0.02)
+  return False
+
+
+def finish(process, code):
+  out, err = process.communicate(timeout=100)
+  assert process.returncode == code, out + err
+  return out, err
+
+
+def test_each_process_has_its_place_and_what_they_print_is_told_apart():
+  program = """
+print("out", index, *(os.environ["JAX_" + name] for name in ("NUM_PROCESSES", "NUM_CPU_DEVICES", "LOCAL_DEVICE_IDS")))
+print("err", index, file=sys.stderr)
+print(os.environ["JAX_COORDINATOR_ADDRESS"].rsplit(":", 1)[0], file=sys.stderr)
+"""
+  out, err = finish(launch(program, "--processes=2", "--devices=2"), 0)
+  assert out == "out 0 2 2 0,1\n"
+  assert sorted(err.splitlines()) == ["127.0.0.1", "[1] 127.0.0.1", "[1] err 1", "[1] out 1 2 2 2,3", "err 0"]
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_first_that_fails_ends_all_with_its_lines_and_its_code(notes, index):
+  program = f"""
+if index == {index}:
+  print("the reason", file=sys.stderr)
+  sys.exit(7)
+note("alive")
+time.sleep(100)
+"""
+  started = time.monotonic()
+  _, err = finish(launch(program, "--processes=2"), 7)
+  assert f"process {index} failed with exit code 7; its last lines:\nthe reason\n" in err
+  assert time.monotonic() - started < 20
+
+
+def test_who_does_not_obey_is_killed_and_so_are_children(notes):
+  program = """
+import subprocess
+if index == 0:
+  while not os.path.exists(os.environ["NOTES"] + "/child.1"): time.sleep(0.01)
+  os.kill(os.getpid(), signal.SIGKILL)
+signal.signal(signal.SIGTERM, lambda *_: note("asked"))
+child = subprocess.Popen(["sleep", "100"])
+open(os.environ["NOTES"] + "/child.1", "w").write(str(child.pid))
+while True: time.sleep(0.1)
+"""
+  started = time.monotonic()
+  _, err = finish(launch(program, "--processes=2"), 128 + signal.SIGKILL)
+  assert 5 < time.monotonic() - started < 40
+  assert "process 0 failed with exit code 137" in err
+  assert notes("asked.1") and ended(notes("child.1"))
+
+
+WAITS = """
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+note("ready")
+while True: time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_is_passed_on(notes, number, code):
+  process = launch(WAITS, "--processes=2")
+  pids = [notes("ready.0"), notes("ready.1")]
+  process.send_signal(number)
+  _, err = finish(process, code)
+  assert all(map(ended, pids)) and "failed" not in err
+
+
+def test_the_grace_after_a_signal_ends(notes):
+  process = launch(
+    "signal.signal(signal.SIGTERM, signal.SIG_IGN); note('ready'); time.sleep(100)", "--processes=2", "--grace=0.5"
+  )
+  pids = [notes("ready.0"), notes("ready.1")]
+  process.terminate()
+  finish(process, 137)
+  assert all(map(ended, pids))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell children of their parent's death")
+def test_a_launcher_that_is_killed_leaves_nobody_behind(notes):
+  process = launch(WAITS, "--processes=2")
+  pids = [notes("ready.0"), notes("ready.1")]
+  process.kill()
+  process.communicate(timeout=60)
+  assert all(map(ended, pids))
+
+
+def test_a_command_that_is_not_there_and_numbers_that_are_none():
+  command = [sys.executable, LAUNCHER, "--processes=2", "--", "no-such-program"]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+  assert done.returncode == 2 and "cannot run no-such-program: No such file" in done.stderr
+  done = subprocess.run([*command[:2], "--processes=0", "--", "true"], capture_output=True, text=True, timeout=60)
+  assert done.returncode == 2 and "--processes and --devices are 1 or more" in done.stderr
+  assert not os.environ.get("JAX_PROCESS_ID")

@@ -1,0 +1,215 @@
+"""Runs of two processes, started as a user starts them, against runs of one."""
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.training.test_run import CONFIG, environment, finish, lines, wait_for_step
+
+LAUNCHER = pathlib.Path(__file__).parents[2] / "launch" / "local.py"
+STEPS = 12
+# On CPUs jax's key of a cached program differs from process to process, and process 0 alone writes: the others would
+# compile all programs in all runs. With the key of process 0 they find what it has written.
+ONE_KEY = """
+import hashlib, os
+from jax._src import cache_key, distributed
+key_here = cache_key._hash_accelerator_config
+def key_of_process_0(hasher, devices):
+  here, state = hashlib.sha256(), distributed.global_state
+  key_here(here, devices)
+  digest = here.hexdigest()
+  if state.client and state.process_id == 0:
+    state.client.key_value_set("test/cache_key", digest, allow_overwrite=True)
+  elif state.client:
+    digest = state.client.blocking_key_value_get("test/cache_key", 60_000)
+  hasher.update(digest.encode())
+cache_key._hash_accelerator_config = key_of_process_0
+"""
+# Faults of one process, named by the variable FAULT.
+FAULTS = """
+fault, process = os.environ.get("FAULT"), os.environ.get("JAX_PROCESS_ID")
+if fault and process == "1":
+  from deepseek_jax.training import loop
+  def raising(*_):
+    if fault == "data":
+      raise loop.ConfigError("only this process cannot read its data")
+    raise KeyError("a mistake in the code")
+  def save_on_a_full_disk(self, *arguments):
+    if len(self.steps()) == 1:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    return save(self, *arguments)
+  if fault == "data":
+    loop.open_data = raising
+  elif fault == "code":
+    loop.Run.first_state = raising
+  else:
+    import resource
+    save = loop.Checkpointer.save
+    loop.Checkpointer.save = save_on_a_full_disk
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A folder with a config and its text; few layers, that compiling takes less."""
+  folder = tmp_path_factory.mktemp("processes")
+  (folder / "text").mkdir()
+  for i in range(30):
+    (folder / "text" / f"{i}.txt").write_text(" ".join(f"def f{i * j % 17} ( x ) = y + {j % 7}" for j in range(40)))
+  config = CONFIG.format(source=str(folder / "text"), cache=str(folder / "cache"), steps=STEPS)
+  config = config.replace("layers=3", 'layers=2, remat="none"').replace("log=dict(", "log=dict(tensorboard=False, ")
+  (folder / "config.py").write_text(ONE_KEY + FAULTS + config)
+  return folder
+
+
+def train(folder, workdir, *arguments, processes=1, devices=1, **variables):
+  """A run of as many `processes` with as many `devices` each."""
+  command = [
+    sys.executable,
+    "-m",
+    "deepseek_jax.train",
+    f"--config={folder}/config.py",
+    f"--workdir={folder / workdir}",
+  ]
+  if processes > 1:
+    command = [sys.executable, LAUNCHER, f"--processes={processes}", f"--devices={devices}", "--", *command]
+  else:
+    variables["JAX_NUM_CPU_DEVICES"] = str(devices)
+  return subprocess.Popen(
+    [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment() | variables
+  )
+
+
+def column(folder, workdir, key):
+  return [line[key] for line in lines(folder, workdir)]
+
+
+def last_event(folder, workdir):
+  return lines(folder, workdir, "events.jsonl")[-1]
+
+
+FSDP = ("--config.mesh.fsdp=2",)
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+  """The workdir of a run of one process with two devices."""
+  finish(train(folder, "alone", *FSDP, devices=2))
+  return "alone"
+
+
+@pytest.fixture(scope="module")
+def stopped(folder):
+  """(workdir, output) of a run of two processes, of which the second got SIGTERM; none compiles what `alone` did."""
+  process = train(folder, "stopped", *FSDP, processes=2)
+  wait_for_step(folder, "stopped", 4, process)
+  os.kill(member(process.pid, 1), signal.SIGTERM)
+  return "stopped", finish(process, 143)
+
+
+def member(launcher, index):
+  """The process id of the process `index` that `launcher` started."""
+  for path in pathlib.Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+    if f"JAX_PROCESS_ID={index}" in pathlib.Path(f"/proc/{path}/environ").read_text().split("\0"):
+      return int(path)
+  raise AssertionError(f"no process {index}")
+
+
+def test_a_signal_to_one_process_stops_all_at_one_step(folder, alone, stopped):
+  workdir, out = stopped
+  end = last_event(folder, workdir)
+  assert end["reason"] == "SIGTERM" and f"stopped by SIGTERM at step {end['step']}, saved" in out
+  assert 4 <= end["step"] < STEPS
+  assert out.count("stopped by") == 1 and "devices  2 x cpu (cpu)" in out and "2 processes" in out
+  assert str(end["step"]) in os.listdir(folder / workdir / "checkpoints")
+  manifest = json.loads((folder / workdir / "checkpoints" / str(end["step"]) / "manifest.json").read_text())
+  assert any("ocdbt.process_1/" in name for name in manifest["files"])
+
+
+def test_two_processes_resume_and_end_bitwise_as_one_with_their_mesh(folder, alone, stopped):
+  workdir = shutil.copytree(folder / stopped[0], folder / "resumed").name
+  out = finish(train(folder, workdir, *FSDP, processes=2))
+  assert f"resume   from the checkpoint of step {last_event(folder, stopped[0])['step']}" in out
+  for key in ("step", "loss", "grad_norm", "samples"):
+    assert column(folder, workdir, key) == column(folder, alone, key)
+  assert last_event(folder, workdir)["state_sha256"] == last_event(folder, alone)["state_sha256"]
+  for name in ("eval", "sample"):
+    ours, theirs = ([e for e in lines(folder, w, "events.jsonl") if e["event"] == name] for w in (workdir, alone))
+    assert [e | {"time": 0} for e in ours] == [e | {"time": 0} for e in theirs]
+  assert sorted(p.name for p in (folder / workdir).iterdir()) == sorted(p.name for p in (folder / alone).iterdir())
+
+
+def test_from_two_processes_to_one_and_back_on_other_meshes(folder, alone, stopped):
+  workdir = shutil.copytree(folder / stopped[0], folder / "moved").name
+  step = last_event(folder, workdir)["step"] + 3
+  finish(train(folder, workdir, f"--config.train.steps={step}"))
+  out = finish(train(folder, workdir, "--config.mesh.expert=2", processes=2))
+  assert f"resume   from the checkpoint of step {step}" in out
+  assert column(folder, workdir, "samples") == column(folder, alone, "samples")
+  assert column(folder, workdir, "loss") == pytest.approx(column(folder, alone, "loss"), abs=2e-5)
+
+
+@pytest.mark.parametrize(
+  ("fault", "code", "says"),
+  [
+    ("data", 2, "process 1: error: only this process cannot read its data\n"),
+    ("code", 1, "process 1: KeyError: 'a mistake in the code'\n"),
+  ],
+)
+def test_an_error_of_one_process_ends_both_at_once(folder, fault, code, says):
+  process = train(folder, fault, *FSDP, processes=2, FAULT=fault)
+  while "[Gloo] Rank 0" not in process.stdout.readline():
+    assert process.poll() is None
+  started = time.monotonic()
+  out = finish(process, code)
+  assert time.monotonic() - started < 20
+  assert says in out.partition("launch: process 1 failed with exit code")[2]
+  assert ("Traceback" in out) == (fault == "code")
+
+
+@pytest.mark.chaos
+def test_a_save_that_fails_in_one_process_ends_both_and_older_ones_stay(folder, alone):
+  out = finish(train(folder, "full", *FSDP, processes=2, FAULT="disk"), 2)
+  assert "process 1: error: checkpoint" in out and "/6 could not be saved" in out and "File too large" in out
+  assert [p.name for p in (folder / "full" / "checkpoints").iterdir() if p.name.isdigit()] == ["3"]
+  finish(train(folder, "full", *FSDP, processes=2))
+  assert last_event(folder, "full")["state_sha256"] == last_event(folder, alone)["state_sha256"]
+
+
+@pytest.mark.chaos
+def test_kill_9_of_either_process_resumes_bitwise(folder, alone):
+  rng, killed = random.Random(0), 0
+  for _ in range(6):
+    process = train(folder, "killed", *FSDP, processes=2)
+    path = folder / "killed" / "metrics.jsonl"
+    wait_for_step(
+      folder, "killed", (path.read_text().count("\n") if path.exists() else 0) + rng.randrange(1, 4), process
+    )
+    if process.poll() is None:
+      os.kill(member(process.pid, rng.randrange(2)), signal.SIGKILL)
+    started = time.monotonic()
+    process.communicate(timeout=200)
+    killed += process.returncode != 0
+    assert time.monotonic() - started < 20 or process.returncode == 0
+  finish(train(folder, "killed", *FSDP, processes=2))
+  assert killed >= 3
+  assert column(folder, "killed", "loss") == column(folder, alone, "loss")
+  assert last_event(folder, "killed")["state_sha256"] == last_event(folder, alone)["state_sha256"]
+
+
+@pytest.mark.chaos
+def test_two_processes_of_two_devices_equal_one_of_four_in_float64(folder):
+  options = ["--config.model.param_dtype=float64", "--config.model.compute_dtype=float64"]
+  options += ["--config.optimizer.moments_dtype=float64", "--config.mesh.fsdp=2", "--config.mesh.expert=2"]
+  for workdir, sizes in (("four", {"devices": 4}), ("two_by_two", {"processes": 2, "devices": 2})):
+    finish(train(folder, workdir, *options, **sizes, JAX_ENABLE_X64="1"))
+  assert column(folder, "two_by_two", "loss") == pytest.approx(column(folder, "four", "loss"), abs=1e-10)
+  assert last_event(folder, "two_by_two")["step"] == STEPS
