@@ -34,8 +34,8 @@ def exchanged(x, indices, weights, experts, compute, buffer_factor=0.0):
   Args:
     x: [tokens, embed], this device's. indices, weights: [tokens, experts per token]; an index of `experts`, the number
       of all of them, is a choice that does not count.
-    compute: (x [rows, embed], indices and weights [rows, experts per token], load, most) -> (y, lost) of this device's
-      experts alone, numbered from 0: `load` choices when it is even, at most `most`; `lost` are those over it.
+    compute: (x [rows, embed], indices and weights [rows, n], load, most) -> (y, lost) of this device's experts alone,
+      numbered from 0: `load` choices when it is even, at most `most`; `lost` are those over it.
     buffer_factor: rows and choices that a device has room for, as a multiple of what it has under an even load; 0: the
       worst case, every token of every device.
   """
@@ -60,11 +60,12 @@ def exchanged(x, indices, weights, experts, compute, buffer_factor=0.0):
   source, to = pair // slots.shape[1], holders.reshape(rows).at[pair].get(mode="fill", fill_value=devices)
   chosen = indices.at[source].get(mode="fill", fill_value=experts)  # [rows, experts per token]
   local = jnp.where(chosen // each == to[:, None], chosen - to[:, None] * each, each)
+  local, weights = in_front(local, rows_at(weights, source, slots), each)  # [rows, n]
   # One message of both: whole numbers are exact in a float of this size.
-  facts = jnp.concatenate([rows_at(weights, source, slots), local.astype(weights.dtype)], -1)
+  facts = jnp.concatenate([weights, local.astype(weights.dtype)], -1)
   move = EXCHANGE["padded" if _platform() == "cpu" else "ragged"]
   received = move(rows_at(x, source, slots), routes, tokens)  # [room, embed]
-  weights, local = jnp.split(move(facts, routes, tokens), [per_token], -1)  # [room, experts per token]
+  weights, local = jnp.split(move(facts, routes, tokens), 2, -1)  # [room, n]
   full = jnp.arange(room) < routes.sent[:, routes.me].sum()
   y, lost = compute(received, jnp.where(full[:, None], local.astype(jnp.int32), each), weights, load, most)
   y = move(y, routes, tokens, back=rows)  # [rows, embed]
@@ -83,6 +84,18 @@ def targets(holders, devices):
   earlier = jnp.tril(jnp.ones((per_token, per_token), bool), -1)
   repeated = ((holders[:, :, None] == holders[:, None]) & earlier).any(-1)
   return jnp.where(repeated, devices, holders)
+
+
+def in_front(local, weights, each):
+  """Of each row the choices that count, before those that do not: `local` [rows, n] with `each` for none, and weights.
+
+  The n of the result is the least that is enough: a device has `each` experts, of which a token chooses each once.
+  """
+  width = min(local.shape[1], each)
+  counts = local < each
+  place = counts[..., None] & (jnp.cumsum(counts, 1)[..., None] - 1 == jnp.arange(width))  # [rows, before, after]
+  moved = lambda x: jnp.where(place, x[..., None], 0).sum(1)  # noqa: E731
+  return jnp.where(place.any(1), moved(local), each), moved(weights)
 
 
 def agreed_routes(counts, room):

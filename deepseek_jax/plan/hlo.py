@@ -102,19 +102,28 @@ class Program:
 
   def _axes(self, rest):
     """The mesh axes along which the devices of a group differ."""
-    if match := re.search(r"replica_groups=mesh\[[^]]*\] ?\{([^}]*)\}", rest):
-      return tuple(re.findall(r"'(\w+)'", match[1]))
-    if match := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
-      group = [int(match[1]), int(match[2])]
-    elif match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-      groups, dims, order = ([int(n) for n in part.split(",")] if part else None for part in match.groups())
-      group = np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(groups)[0]
-    elif match := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
-      group = [int(n) for n in match[1].split(",")]
-    else:
-      group = range(math.prod(self.sizes.values()))
-    places = np.unravel_index(np.asarray(group), tuple(self.sizes.values()))
+    places = np.unravel_index(np.asarray(self._group(rest)), tuple(self.sizes.values()))
     return tuple(axis for axis, place in zip(self.sizes, places, strict=True) if len(set(place.tolist())) > 1)
+
+  def _group(self, rest):
+    """Devices of a group, by their numbers in the mesh, in each of the forms in which HLO has them."""
+    integers = lambda text: [int(n) for n in text.split(",")]  # noqa: E731
+    if match := re.search(r"source_target_pairs=\{\{(\d+,\d+)\}", rest):
+      return integers(match[1])
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+      return integers(match[1])
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+      groups, dimensions, order = (integers(part) if part else None for part in match.groups())
+      return np.arange(math.prod(dimensions)).reshape(dimensions).transpose(order).reshape(groups)[0]
+    if match := re.search(r"replica_groups=mesh\[([^]]*)\](?:, device_ids=\((.*?)\))? ?\{([^}]*)\}", rest):
+      names, sizes = zip(*re.findall(r"'(\w+)'=(\d+)", match[1]), strict=True)
+      devices = np.arange(math.prod(map(int, sizes)))
+      if match[2]:  # their order, such as [2,4]T(1,0)
+        dimensions, order = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", match[2]).groups()
+        devices = devices.reshape(integers(dimensions)).transpose(integers(order) if order else None)
+      wanted = [slice(None) if name in re.findall(r"'(\w+)'", match[3]) else 0 for name in names]
+      return devices.reshape([int(n) for n in sizes])[tuple(wanted)].ravel()
+    return range(math.prod(self.sizes.values()))
 
   def product_flops(self, full_rows=1) -> float:
     """FLOPs of the products that a device does; of grouped ones the share `full_rows` of their rows is counted."""

@@ -8,6 +8,7 @@ import jax
 from jax.sharding import AbstractDevice
 
 from deepseek_jax.config import Config
+from deepseek_jax.errors import ConfigError
 from deepseek_jax.kernels.grouped_matmul import block_rows
 from deepseek_jax.mesh import AXES, abstract_mesh, check_slices, make_mesh, resolve_mesh
 from deepseek_jax.parallel.pipeline import passes
@@ -123,7 +124,10 @@ def compiled_step(config, topology, program):
     except jax.errors.JaxRuntimeError as error:
       used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
       if not used:
-        raise
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+          f"XLA cannot compile this mesh for {topology.text} ({reason:.200}): change the mesh a little, or plan with --analytic"
+        ) from None
       return None, int(float(used[1]) * 1024 ** (1 + "KMGT".index(used[2])))
   return found, found.device
 

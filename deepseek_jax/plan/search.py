@@ -38,7 +38,10 @@ def search(
     best = []
     for plan in plans[:COMPILED]:
       progress(f"compiling {named(plan.config)}")
-      best.append(make_plan(plan.config, topology, program, compile=True))
+      try:
+        best.append(make_plan(plan.config, topology, program, compile=True))
+      except ConfigError as error:
+        progress(f"not this one: {error}")
     plans = sorted(best, key=rank) + plans[COMPILED:]
   return plans
 

@@ -5,10 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractDevice
 
 from deepseek_jax.config import Config, DataConfig, MeshConfig, ParallelConfig, TrainConfig
-from deepseek_jax.mesh import AXES, abstract_mesh, make_mesh
+from deepseek_jax.mesh import AXES, make_mesh
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
 from deepseek_jax.plan.count import Loops, counted
 from deepseek_jax.plan.flops import training_flops
@@ -83,7 +82,7 @@ def test_messages_are_those_that_XLA_compiles(sizes):
   expected, found = {}, {}
   for c in Program(text, dict(mesh.shape)).collectives():
     expected[frozenset(c.axes)] = expected.get(frozenset(c.axes), 0) + c.times * c.sent
-  with jax.sharding.use_abstract_mesh(abstract_mesh(config.mesh, AbstractDevice("cpu", 1, "cpu"))):
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     step, arguments = abstract_step(config, mesh.abstract_mesh)
     ours = counted(jax.jit(step, donate_argnums=0).trace(*arguments).jaxpr, dict(mesh.shape))
   for o in ours:

@@ -31,6 +31,8 @@ ENTRY %main (p: bf16[8,16]) -> bf16[8,16] {{
   ("groups", "axes"),
   [
     ("mesh['data'=1,'fsdp'=4,'expert'=16] {'fsdp','expert'}", ("fsdp", "expert")),
+    ("mesh['axis_0'=4,'axis_1'=16] {'axis_1'}", ("expert",)),
+    ("mesh['axis_0'=16,'axis_1'=4], device_ids=([4,16]T(1,0)) {'axis_1'}", ("fsdp",)),
     ("[4,16]<=[64]", ("expert",)),
     ("[16,4]<=[4,16]T(1,0)", ("fsdp",)),
     ("{{0,16,32,48},{1,17,33,49}}", ("fsdp",)),
