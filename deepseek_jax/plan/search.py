@@ -12,6 +12,8 @@ from deepseek_jax.plan.plan import Plan, make_plan
 from deepseek_jax.plan.topology import GIB, Topology
 
 TRACED, COMPILED = 24, 3  # candidates that are planned, and those of them that are compiled
+# Shares of a step that the remat policies compute again, roughly.
+RECOMPUTED = {"none": 0.0, "dots": 0.05, "full": 0.25, "offload": 0.27}
 SLACK = 1.1  # estimated memory of a candidate may be that much over the limit: the estimate is no better
 
 
@@ -28,7 +30,10 @@ def search(
       f"{config.name} fits on {topology.text} with no mesh that was tried: take more devices, or model.remat=offload, "
       "optimizer.offload=true, or a smaller train.microbatch"
     )
-  found = sorted(found, key=cheapness)[:TRACED]
+  by_mesh = {}
+  for candidate in sorted(found, key=cheapness):
+    by_mesh.setdefault(candidate.mesh, []).append(candidate)
+  found = sorted((c for of_mesh in by_mesh.values() for c in of_mesh[:2]), key=cheapness)[:TRACED]
   plans = []
   for number, candidate in enumerate(found, 1):
     progress(f"{number} of {len(found)}: {named(candidate)}")
@@ -62,20 +67,20 @@ def candidates(config: Config, topology: Topology):
     rest = devices // (expert * tensor * stage * topology.slices)
     mesh = MeshConfig(data=topology.slices, fsdp=rest, expert=expert, tensor=tensor, stage=stage)
     parts = topology.slices * rest * expert  # that share the batch
-    for rows, remat in itertools.product((1, 2, 4, 8), ("full", "offload")):
+    # Room for what a device receives: the config's own, or one and a half and twice an even load.
+    buffers = (moe.buffer_factor,) if expert == 1 or moe.buffer_factor else (1.5, 2.0)
+    for rows, (remat, buffer) in itertools.product((1, 2, 4, 8), itertools.product(RECOMPUTED, buffers)):
       micro = parts * rows
       if train.global_batch % micro or (train.batch_ramp_from and train.batch_ramp_from % micro):
         continue
       try:
-        yield resolve_mesh(varied(config, mesh, micro, remat), devices)
+        yield resolve_mesh(varied(config, mesh, micro, remat, buffer), devices)
       except ConfigError:  # this one does not divide the model: the next may
         continue
 
 
-def varied(config: Config, mesh, microbatch, remat):
-  moe = config.model.moe
-  if mesh.expert > 1 and not moe.buffer_factor:
-    moe = dataclasses.replace(moe, buffer_factor=2.0)
+def varied(config: Config, mesh, microbatch, remat, buffer):
+  moe = dataclasses.replace(config.model.moe, buffer_factor=buffer)
   model = dataclasses.replace(config.model, remat=remat, moe=moe)
   train = dataclasses.replace(config.train, microbatch=microbatch)
   return dataclasses.replace(config, model=model, mesh=mesh, train=train)
@@ -91,12 +96,13 @@ def cheapness(config: Config):
   microbatches = train.global_batch // train.microbatch
   bubble = (mesh.stage - 1) / (microbatches + mesh.stage - 1)
   gathered = microbatches * (mesh.fsdp > 1) / max(mesh.expert, 1)
-  return bubble + 0.05 * math.log2(mesh.tensor) + 0.01 * gathered + 0.02 * (config.model.remat == "offload")
+  return bubble + 0.05 * math.log2(mesh.tensor * mesh.stage) + 0.01 * gathered + RECOMPUTED[config.model.remat]
 
 
 def named(config: Config) -> str:
   mesh = " ".join(f"{axis}={getattr(config.mesh, axis)}" for axis in AXES if getattr(config.mesh, axis) > 1)
-  return f"{mesh or 'one device'}, microbatch {config.train.microbatch}, remat {config.model.remat}"
+  room = f", buffer {config.model.moe.buffer_factor:g}" if config.mesh.expert > 1 else ""
+  return f"{mesh or 'one device'}, microbatch {config.train.microbatch}, remat {config.model.remat}{room}"
 
 
 def ranking(plans) -> str:

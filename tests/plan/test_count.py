@@ -73,8 +73,10 @@ def test_a_pipeline_does_the_work_of_its_ticks():
   "sizes", [dict(fsdp=4), dict(fsdp=2, tensor=2), dict(data=2, fsdp=2), dict(fsdp=2, expert=2)], ids=str
 )
 def test_messages_are_those_that_XLA_compiles(sizes):
-  """By axes and in bytes; XLA on CPUs makes all-reduces of reduce-scatters, which send as much and gather it again."""
+  """By axes and in bytes."""
   config = on(MOE if "expert" in sizes else DENSE, **sizes)
+  # CPUs have no bfloat16 messages.
+  config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype="float32"))
   mesh = make_mesh(config.mesh, jax.devices()[:4])
   with jax.set_mesh(mesh):
     step, arguments = abstract_step(config, mesh)
@@ -87,12 +89,10 @@ def test_messages_are_those_that_XLA_compiles(sizes):
     ours = counted(jax.jit(step, donate_argnums=0).trace(*arguments).jaxpr, dict(mesh.shape))
   for o in ours:
     if o.sent:
-      twice = 2 if o.kind == "reduce-scatter" else 1
-      found[frozenset(o.axes)] = found.get(frozenset(o.axes), 0) + twice * o.times * o.sent
-  # Float32 where a CPU has no bfloat16 messages, and numbers that XLA finds equal on all devices: so within a share.
-  assert set(expected) == set(found)
-  for axes in found:
-    assert found[axes] == pytest.approx(expected[axes], rel=0.5), (axes, found, expected)
+      found[frozenset(o.axes)] = found.get(frozenset(o.axes), 0) + o.times * o.sent
+  # XLA leaves out gathers of what it finds to be gathered already.
+  assert set(found) == set(expected)
+  assert all(0.8 * found[axes] <= expected[axes] <= 1.001 * found[axes] for axes in found), (found, expected)
 
 
 def test_memory_of_a_product_and_what_is_fused():

@@ -49,11 +49,13 @@ def check_collectives(step: Step):
   """The messages are those that the program says, and none carries more than one layer's weights, or the tokens' rows."""
   found = Counter(c.kind for c in step.program.collectives())
   written = Counter(name.replace("_", "-") for name in _STABLEHLO.findall(step.compiled.lowered))
-  written["ragged-all-to-all"] = step.compiled.lowered.count("custom_call @ragged_all_to_all")
   # Where a group of devices fills all three dimensions of a torus, libtpu makes gathers and scatters of all-reduces.
   sums = ("all-gather", "all-reduce", "reduce-scatter")
   assert 0 < sum(found[kind] for kind in sums) <= sum(written[kind] for kind in sums)
-  assert found["ragged-all-to-all"] == written["ragged-all-to-all"]
+  # A dispatch of rows with its narrow message, and a combine: forward, recomputed, and backward; the last combine of the
+  # recomputation is not needed by all. In the layers, and in multi-token prediction.
+  mixtures = 1 + step.config.model.num_mtp_layers
+  assert 8 * mixtures <= found["ragged-all-to-all"] <= 9 * mixtures
   for kind in ("all-to-all", "collective-permute"):
     assert found[kind] <= written[kind]
   assert ("collective-permute" in written) == (step.sizes.get("stage", 1) > 1)
