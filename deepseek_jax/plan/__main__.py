@@ -52,7 +52,8 @@ def main(argv) -> int:
 
   compile = topology.is_tpu and can_compile() and not values.analytic and not values.fused_attention
   if values.search:
-    plans = search(config, topology, abstract_step, compile, values.fused_attention)
+    told = lambda text: print(text, file=sys.stderr)  # noqa: E731
+    plans = search(config, topology, abstract_step, compile, values.fused_attention, told)
     plan, text = plans[0], ranking(plans)
   else:
     plan = make_plan(config, topology, abstract_step, compile, values.fused_attention)

@@ -11,18 +11,19 @@ from deepseek_jax.plan.memory import estimate_memory
 from deepseek_jax.plan.plan import Plan, make_plan
 from deepseek_jax.plan.topology import GIB, Topology
 
-TRACED, COMPILED = 24, 3  # candidates that are planned, and those of them that are compiled
+TRACED, COMPILED = 24, 3  # candidates that are planned, and those of them that are compiled, unless said otherwise
 # Shares of a step that the remat policies compute again, roughly.
 RECOMPUTED = {"none": 0.0, "dots": 0.05, "full": 0.25, "offload": 0.27}
 SLACK = 1.1  # estimated memory of a candidate may be that much over the limit: the estimate is no better
 
 
 def search(
-  config: Config, topology: Topology, program, compile=False, fused_attention=False, progress=lambda text: None
-):
+  config: Config, topology: Topology, program, compile=False, fused_attention=False, progress=print, most=TRACED
+) -> list[Plan]:
   """Plans of other meshes, microbatches, buffer factors and remat policies than `config` has, the fastest that fits first.
 
-  Raises ConfigError where no mesh works at all. Arguments as in `make_plan`; `progress` is told what happens.
+  Raises ConfigError where no mesh works at all. Arguments as in `make_plan`; `progress` is told what happens, and at
+  `most` candidates are planned.
   """
   found = [c for c in candidates(config, topology) if estimate_memory(c).total <= SLACK * topology.chip.hbm]
   if not found:
@@ -33,7 +34,7 @@ def search(
   by_mesh = {}
   for candidate in sorted(found, key=cheapness):
     by_mesh.setdefault(candidate.mesh, []).append(candidate)
-  found = sorted((c for of_mesh in by_mesh.values() for c in of_mesh[:2]), key=cheapness)[:TRACED]
+  found = sorted((c for of_mesh in by_mesh.values() for c in of_mesh[:2]), key=cheapness)[:most]
   plans = []
   for number, candidate in enumerate(found, 1):
     progress(f"{number} of {len(found)}: {named(candidate)}")
