@@ -27,7 +27,7 @@ def get_config():
       schedule=dict(
         kind="multi_step", peak=3.2e-4, warmup_steps=2000, tokens=TOKENS, milestones=(0.8, 0.9), factors=(0.316, 0.1)
       ),
-      mesh=dict(data=1, fsdp=-1),
+      mesh=dict(data=1, fsdp=-1),  # fsdp=512 on v5p:8x8x8
       train=dict(steps=steps, global_batch=BATCH, microbatch=512),  # the paper does not say its microbatch
     )
   )

@@ -35,6 +35,7 @@ def get_config():
         moe=dict(
           num_routed_experts=160, num_shared_experts=2, num_experts_per_token=6, mlp=1536, num_expert_groups=8,
           topk_groups=3, route_scale=16.0, dispatch="capacity", capacity_factor=1.0, capacity_exempt=0.1,
+          buffer_factor=2.0,
         ),
       ),
       data=dict(tokenizer="deepseek-llm", seq=SEQ),
@@ -44,7 +45,7 @@ def get_config():
       ),
       # Section 3.1.2; the released config.json has 0.001 for the first.
       balance=dict(expert_loss=0.003, device_loss=0.05, communication_loss=0.02),
-      mesh=dict(data=1, fsdp=-1),
+      mesh=dict(data=1, fsdp=-1, expert=8, context=2),  # fsdp=32 on v5p:8x8x8
       train=dict(
         steps=steps, global_batch=BATCH, microbatch=MICRO, batch_ramp_from=START, batch_ramp_tokens=RAMP
       ),

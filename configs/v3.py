@@ -37,7 +37,7 @@ def get_config():
         moe=dict(
           num_routed_experts=256, num_shared_experts=1, num_experts_per_token=8, mlp=2048, score="sigmoid",
           num_expert_groups=8, topk_groups=4, group_score="top2_sum", router_bias=True, norm_topk_prob=True,
-          route_scale=2.5,
+          route_scale=2.5, buffer_factor=2.0,
         ),
       ),
       data=dict(tokenizer="deepseek-v3", seq=SEQ),
@@ -48,7 +48,7 @@ def get_config():
       ),
       balance=dict(bias_speed=0.001, bias_tokens=143 * T // 10, expert_loss=1e-4),  # config.json has 0.001 for the last
       mtp=dict(weights=(0.3, 0.1), tokens=(10 * T,)),
-      mesh=dict(data=1, fsdp=-1),
+      mesh=dict(data=1, fsdp=-1, expert=64),  # fsdp=16 on v5p:8x8x16
       train=dict(steps=steps, global_batch=BATCH, microbatch=MICRO, batch_ramp_from=START, batch_ramp_tokens=RAMP),
     )
   )  # fmt: skip

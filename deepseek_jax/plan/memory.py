@@ -32,7 +32,7 @@ class Memory:
 # How often XLA holds each of these at the peak of a step: fitted to what libtpu 0.0.50 allocates for 12 steps, dense and
 # mixtures, 64 to 1024 chips, each within 4%. Two copies of what is kept, or of the scores, are XLA's own, not the program's.
 COPIES = {
-  "kept_inputs": 1.9, "kept_products": 1.25, "scores": 1.95, "head": 1.27, "layer": 3.1, "experts": 3.5, "rows": 12.4,
+  "kept_inputs": 1.9, "kept_products": 1.12, "scores": 1.95, "head": 1.27, "layer": 3.1, "experts": 3.5, "rows": 12.4,
   "gradients": 3.7, "whole_gradients": 1.6,
 }  # fmt: skip
 
@@ -79,12 +79,12 @@ def _passes(config: Config, width):
   stream = tokens * m.embed * width // tensor  # one residual stream
   if a.kind == "mla":
     key, value = a.qk_nope_head_dim + a.qk_rope_head_dim, a.v_head_dim
-    heads = a.heads * (2 * key + 2 * value + a.qk_nope_head_dim) // tensor + a.q_lora_rank + a.kv_lora_rank
+    heads = a.heads * (2 * key + value + a.qk_nope_head_dim) // tensor + a.q_lora_rank + a.kv_lora_rank
     attention = a.q_lora_rank * m.embed + (a.q_lora_rank or m.embed) * a.heads * key // tensor
     attention += a.kv_lora_rank * (m.embed + a.heads * (a.qk_nope_head_dim + value) // tensor)
     attention += a.heads * value * m.embed // tensor
   else:
-    heads = (2 * a.heads + 2 * a.kv_heads) * a.head_dim // tensor
+    heads = (a.heads + 2 * a.kv_heads) * a.head_dim // tensor
     attention = 2 * m.embed * (a.heads + a.kv_heads) * a.head_dim // tensor
   inner, experts, choices = m.mlp, 0, 0
   if m.num_moe_layers:  # rows for the choices that a device has room for

@@ -92,12 +92,14 @@ def powers(limit):
 
 
 def cheapness(config: Config):
-  """Which candidates to look at first: few bubbles, few gathers of weights, little recomputation."""
+  """Which candidates to look at first: without stages, few gathers of weights, little recomputation."""
   mesh, train = config.mesh, config.train
   microbatches = train.global_batch // train.microbatch
-  bubble = (mesh.stage - 1) / (microbatches + mesh.stage - 1)
   gathered = microbatches * (mesh.fsdp > 1) / max(mesh.expert, 1)
-  return bubble + 0.05 * math.log2(mesh.tensor * mesh.stage) + 0.01 * gathered + RECOMPUTED[config.model.remat]
+  recomputed = RECOMPUTED[config.model.remat]
+  if mesh.stage > 1:  # which compute everything again, and gather weights in every tick
+    recomputed = 0.3 + RECOMPUTED["full"] + (mesh.stage - 1) / (microbatches + mesh.stage - 1)
+  return recomputed + 0.05 * math.log2(mesh.tensor * mesh.stage) + 0.01 * gathered
 
 
 def named(config: Config) -> str:

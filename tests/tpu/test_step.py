@@ -1,5 +1,7 @@
 """The whole update on meshes of 64 chips: it compiles, holds what it should, and says only what was written."""
 
+import dataclasses
+
 import pytest
 
 from deepseek_jax.config import Config, DataConfig, MeshConfig, TrainConfig
@@ -33,6 +35,17 @@ def step(request):
   """About a minute each."""
   sizes = MESHES[request.param]
   return step_for("v5p:4x4x4", sizes, config_of(sizes))
+
+
+@pytest.mark.parametrize("sizes", [dict(fsdp=64), dict(data=4, fsdp=16)], ids=str)
+def test_a_dense_model_with_microbatches_compiles(sizes):
+  """libtpu 0.0.50 stops with an internal error where gradients of microbatches are added as they come."""
+  dense = ModelConfig(
+    vocab=2048, embed=512, layers=2, mlp=512, attention=AttentionConfig(heads=4, kv_heads=4, head_dim=128)
+  )
+  config = dataclasses.replace(config_of(sizes), model=dense, train=TrainConfig(global_batch=192, microbatch=64))
+  step = step_for("v5p:4x4x4", sizes, config)
+  assert max(c.times for c in step.program.collectives()) == 3 * 2
 
 
 def test_collectives_are_those_written(step):
