@@ -1,6 +1,6 @@
 """Plans a run on machines that are not here:  python -m deepseek_jax.plan --config=configs/v3.py --topology=v5p:8x8x16
 
-With libtpu (pip install libtpu) a TPU's step is compiled, which takes minutes; --analytic does without. Any field of the config
+With libtpu (pip install 'jax[tpu]') a TPU's step is compiled, which takes minutes; --analytic does without. Any field of the config
 can be set: --config.mesh.fsdp=64. Exit codes: 0, also where it does not fit; 2 for a mesh that cannot work.
 """
 

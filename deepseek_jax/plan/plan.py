@@ -182,7 +182,7 @@ def table(plan: Plan) -> str:
   for name in ("ideal", "calibrated"):
     e = getattr(plan, name)
     lines.append(
-      f"{name:10} {e.seconds:.2f} s a step, {plan.tokens / e.seconds:,.0f} tokens/s, MFU {plan.mfu(e):.1%}, bound by {e.bound} "
-      f"(compute {e.compute:.2f}, hbm {e.hbm:.2f}, interconnect {e.interconnect:.2f})"
+      f"{name:10} {e.seconds:.4g} s a step, {plan.tokens / e.seconds:,.0f} tokens/s, MFU {plan.mfu(e):.1%}, bound by {e.bound} "
+      f"(compute {e.compute:.3g}, hbm {e.hbm:.3g}, interconnect {e.interconnect:.3g})"
     )
   return "\n".join(lines)
