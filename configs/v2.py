@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 TOKENS = 8_100_000_000_000
 START, BATCH, SEQ = 2304, 9216, 4096
-MICRO = 768  # of the whole mesh; the paper does not say its own
+MICRO = 256  # of the whole mesh, a sequence on each pair of devices; the paper does not say its own
 RAMP = 225_000_000_000
 
 

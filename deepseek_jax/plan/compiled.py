@@ -79,6 +79,7 @@ def compiled(function, *arguments, **options) -> Compiled:
   path = folder / f"{key}.json"
   with contextlib.suppress(OSError, ValueError, TypeError):  # none yet, or cut short: it is compiled
     return Compiled(text, **json.loads(path.read_text()))
+  print("compiling; libtpu that ends here without a word has failed on this mesh: try another one", file=sys.stderr)
   with _stderr() as log:
     started = time.monotonic()
     executable = _compile(lowered)

@@ -15,7 +15,7 @@ COLLECTIVES = {
   "all_to_all": "all-to-all", "ragged_all_to_all": "ragged-all-to-all", "ppermute": "collective-permute",
 }  # fmt: skip
 PRODUCTS = ("dot_general", "ragged_dot", "ragged_dot_general")
-SLICES = ("slice", "dynamic_slice", "gather", "iota")  # read in part: what they give is what is read
+SLICES = ("slice", "dynamic_slice", "gather")  # read in part: what they give is what is read
 MOVES = ("sort", "dynamic_update_slice", "cumsum", "cummax", "top_k", "argmax", "device_put")
 
 
@@ -131,7 +131,8 @@ class _Counter:
     elif (inner := _inner(params)) is not None:
       return self.walk(inner, inputs[len(inputs) - len(inner.invars) :], times)
     else:
-      return [Value(v.size, _union(inputs)) for v in fresh]
+      sources = _union(inputs)  # none: constants, and counting
+      return [Value(v.size if sources else 0, sources) for v in fresh]
     return fresh
 
   def loop(self, body, times):

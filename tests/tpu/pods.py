@@ -56,11 +56,14 @@ def check_collectives(step: Step):
   # recomputation is not needed by all. In the layers, and in multi-token prediction.
   mixtures = 1 + step.config.model.num_mtp_layers
   assert 8 * mixtures <= found["ragged-all-to-all"] <= 9 * mixtures
-  for kind in ("all-to-all", "collective-permute"):
-    assert found[kind] <= written[kind]
-  assert ("collective-permute" in written) == (step.sizes.get("stage", 1) > 1)
+  assert found["all-to-all"] <= written["all-to-all"]
+  # XLA shifts small pieces of what it gathers; whole streams go from stage to stage alone.
+  stages, model = step.sizes.get("stage", 1) > 1, step.config.model
+  stream = step.config.data.seq // step.sizes.get("tensor", 1) // step.sizes.get("context", 1) * model.embed * 2
+  permuted = {c.axes for c in step.program.collectives() if c.kind == "collective-permute" and c.size >= stream}
+  assert permuted == ({("stage",)} if stages else set()) and ("collective-permute" in written) == stages
   # In loops over layers and microbatches nothing is larger than the weights of a layer or the head, whole on a device.
-  model, experts = step.config.model, step.config.model.moe.num_routed_experts // step.sizes.get("expert", 1)
+  experts = model.moe.num_routed_experts // step.sizes.get("expert", 1)
   weights = max(model.vocab, experts * model.moe.mlp, model.mlp) * model.embed * 2
   rows = 2 * step.config.data.seq * model.moe.num_experts_per_token * model.embed * 2
   largest = max(c.size for c in step.program.collectives() if c.times > 1)

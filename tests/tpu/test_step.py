@@ -1,7 +1,5 @@
 """The whole update on meshes of 64 chips: it compiles, holds what it should, and says only what was written."""
 
-import dataclasses
-
 import pytest
 
 from deepseek_jax.config import Config, DataConfig, MeshConfig, TrainConfig
@@ -43,7 +41,8 @@ def test_a_dense_model_with_microbatches_compiles(sizes):
   dense = ModelConfig(
     vocab=2048, embed=512, layers=2, mlp=512, attention=AttentionConfig(heads=4, kv_heads=4, head_dim=128)
   )
-  config = dataclasses.replace(config_of(sizes), model=dense, train=TrainConfig(global_batch=192, microbatch=64))
+  train, mesh = TrainConfig(global_batch=192, microbatch=64), MeshConfig(**({"data": 1} | sizes))
+  config = Config(model=dense, data=DataConfig(seq=256), mesh=mesh, train=train)
   step = step_for("v5p:4x4x4", sizes, config)
   assert max(c.times for c in step.program.collectives()) == 3 * 2
 
