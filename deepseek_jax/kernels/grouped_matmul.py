@@ -31,15 +31,15 @@ def grouped_matmul(x, w, group_sizes, *, block, implementation="auto"):
   if x.shape[0] % block:
     raise ValueError(f"x has {x.shape[0]} rows, which is not a multiple of block={block}: pad it")
   if implementation == "auto":
-    implementation = "ragged_dot" if _native() else "blocked"
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    implementation = "ragged_dot" if native(device.device_kind) else "blocked"
   return IMPLEMENTATIONS[implementation](x, w, group_sizes, block)
 
 
-def _native():
-  """Whether the device that the program is for, which need not be here, multiplies groups without waste."""
-  device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+def native(device_kind) -> bool:
+  """Whether devices of this kind multiply groups without waste."""
   # One chip, by its two names; v5e is "tpu v5 lite".
-  return device.device_kind.lower() in ("tpu v5", "tpu v5p")
+  return device_kind.lower() in ("tpu v5", "tpu v5p")
 
 
 def _accumulated(x):

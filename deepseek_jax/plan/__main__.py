@@ -43,14 +43,14 @@ def main(argv) -> int:
     if not values[name].value:
       raise ConfigError(f"--{name}=.. says what to plan, e.g. --{name}={example} (see --help)")
   topology, config = parse_topology(values.topology), load_config(values.config, overrides)
-  os.environ.update({"JAX_PLATFORMS": "cpu", **COMPILER_ENVIRONMENT})
+  compile = topology.is_tpu and can_compile() and not values.analytic and not values.fused_attention
+  os.environ.update({"JAX_PLATFORMS": "cpu"} | (COMPILER_ENVIRONMENT if compile else {}))
 
   # Imported late: --help and bad flags need no jax.
   from deepseek_jax.plan.plan import make_plan, table
   from deepseek_jax.plan.search import ranking, search
   from deepseek_jax.training.step import abstract_step
 
-  compile = topology.is_tpu and can_compile() and not values.analytic and not values.fused_attention
   if values.search:
     told = lambda text: print(text, file=sys.stderr)  # noqa: E731
     plans = search(config, topology, abstract_step, compile, values.fused_attention, told)

@@ -90,10 +90,11 @@ def compiled(function, *arguments, **options) -> Compiled:
     m.alias_size_in_bytes, m.host_argument_size_in_bytes, m.host_alias_size_in_bytes, m.host_temp_size_in_bytes,
     executable.cost_analysis().get("flops", 0.0), said, seconds,
   )  # fmt: skip
-  folder.mkdir(parents=True, exist_ok=True)
-  partial = path.with_suffix(f".{os.getpid()}")
-  partial.write_text(json.dumps({name: value for name, value in vars(found).items() if name != "lowered"}))
-  os.replace(partial, path)
+  with contextlib.suppress(OSError):  # without a place to keep it, it is compiled again
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps({name: value for name, value in vars(found).items() if name != "lowered"}))
+    os.replace(partial, path)
   return found
 
 

@@ -16,7 +16,15 @@ COLLECTIVES = {
 }  # fmt: skip
 PRODUCTS = ("dot_general", "ragged_dot", "ragged_dot_general")
 SLICES = ("slice", "dynamic_slice", "gather")  # read in part: what they give is what is read
-MOVES = ("sort", "dynamic_update_slice", "cumsum", "cummax", "top_k", "argmax", "device_put")
+MOVES = ("sort", "cumsum", "cummax", "top_k", "argmax", "device_put")
+UPDATES = (
+  "scatter",
+  "scatter-add",
+  "scatter_add",
+  "scatter_mul",
+  "dynamic_update_slice",
+)  # in place: what is written, read and written
+REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "reduce_prod", "reduce")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,11 +123,13 @@ class _Counter:
       self.add(kind, times, flops=flops, bytes=self.taken(inputs) + sum(v.size for v in fresh))
     elif name in SLICES:
       pass
-    elif name.startswith(("reduce_", "scatter")) or name in MOVES:
-      reads = (
-        sum(root.size for root in _union(inputs)) if name.startswith("reduce_") else self.taken(inputs[1:] or inputs)
-      )
-      self.add("memory", times, bytes=reads + (0 if name.startswith("scatter") else sum(v.size for v in fresh)))
+    elif name in UPDATES:
+      self.add("memory", times, bytes=2 * self.taken(inputs[1:]))
+    elif name in MOVES:
+      self.add("memory", times, bytes=self.taken(inputs) + sum(v.size for v in fresh))
+    elif name in REDUCTIONS:  # fused with what makes the operands
+      reads = sum(root.size for root in _union(inputs))
+      self.add("memory", times, bytes=reads + sum(v.size for v in fresh))
     elif name == "scan":
       self.stored(inputs, times)
       self.loop(params["jaxpr"].jaxpr, times * params["length"])
@@ -155,8 +165,11 @@ class _Counter:
     kind, params = COLLECTIVES[eqn.primitive.name], eqn.params
     axes = params.get("axes") or params.get("axis_name")
     axes = axes if isinstance(axes, tuple) else (axes,)
+    axes = tuple(sorted(axes, key=list(self.sizes).index))
     n = math.prod(self.sizes[axis] for axis in axes)
-    whole = sum(v.size for v in (inputs[:1] if kind == "ragged-all-to-all" else inputs))
+    whole = sum(v.size for v in inputs)
+    if kind == "ragged-all-to-all":  # rows from one buffer to another, of which the smaller has few that are empty
+      whole = min(v.size for v in inputs[:2])
     others = (n - 1) / n
     sent = {
       "all-reduce": 2 * others * whole, "all-gather": others * sum(v.size for v in fresh), "reduce-scatter": others * whole,

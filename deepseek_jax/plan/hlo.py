@@ -45,10 +45,11 @@ class Collective:
 
 
 class Program:
-  """An optimized HLO module. `sizes`: {mesh axis: devices}, in the mesh's order; `trips`: of loops without a constant."""
+  """An optimized HLO module. `sizes`: {mesh axis: devices}, in the mesh's order; `trips`: of loops without a constant;
+  `taken`: how often the larger branch of a conditional is taken, in the order they stand in; default always."""
 
-  def __init__(self, text, sizes, trips=1):
-    self.sizes, self.trips = sizes, trips
+  def __init__(self, text, sizes, trips=1, taken=()):
+    self.sizes, self.trips, self.taken, self.conditionals = sizes, trips, taken, 0
     self.computations, self.entry = _computations(text)
     self.times = dict.fromkeys(self.computations, 0)
     self._run(self.entry, 1)
@@ -59,6 +60,14 @@ class Program:
       if i.opcode == "while":
         condition, body = (re.search(rf"{key}=(%[\w.\-]+)", i.rest)[1] for key in ("condition", "body"))
         self._run(body, times * self._trips(condition))
+      elif i.opcode == "conditional":
+        branches = re.findall(
+          r"%[\w.\-]+",
+          re.search(r"(?:branch_computations=\{[^}]*\}|true_computation=.*?false_computation=%[\w.\-]+)", i.rest)[0],
+        )
+        share = self.taken[self.conditionals % len(self.taken)] if self.taken else 1
+        self.conditionals += 1
+        self._run(max(branches, key=lambda name: len(self.computations[name])), times * share)
       elif i.opcode != "custom-call":
         for names in _CALLED.findall(i.rest):
           for called in re.findall(r"%[\w.\-]+", names):
@@ -96,9 +105,16 @@ class Program:
     sent = {
       "all-gather": others * result, "all-reduce": 2 * others * result, "all-to-all": others * result,
       "reduce-scatter": others * result * (1 if i.opcode.startswith("all-reduce") else n),
-      "collective-permute": result, "ragged-all-to-all": others * arrays[0] * rows_sent,
+      "collective-permute": result, "ragged-all-to-all": others * self._rows(i, arrays) * rows_sent,
     }[kind]  # fmt: skip
     return Collective(kind, axes, max(arrays), sent, self.times[computation])
+
+  def _rows(self, i, arrays):
+    """Bytes of the smaller buffer of a ragged message: the result, or the operand, whose shape a -start has too."""
+    if i.opcode.endswith("-start"):
+      return min(arrays[:2])
+    shapes = {other.name: other.shape for instructions in self.computations.values() for other in instructions}
+    return min(arrays[0], _bytes(*_ARRAY.search(shapes[i.operands[0]]).groups()))
 
   def _axes(self, rest):
     """The mesh axes along which the devices of a group differ."""

@@ -9,7 +9,7 @@ from jax.sharding import AbstractDevice
 
 from deepseek_jax.config import Config
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.kernels.grouped_matmul import block_rows
+from deepseek_jax.kernels.grouped_matmul import block_rows, native
 from deepseek_jax.mesh import AXES, abstract_mesh, check_slices, make_mesh, resolve_mesh
 from deepseek_jax.parallel.pipeline import passes
 from deepseek_jax.plan import roofline
@@ -88,11 +88,18 @@ def make_plan(config: Config, topology: Topology, program, compile=False, fused_
   memory = dataclasses.asdict(estimate_memory(config))
   if compile:
     built, total = compiled_step(config, topology, program)
-    memory["other"] += total - sum(memory.values())
+    # The parts are the estimate's, but for those that are exact in proportion to what XLA allocates.
+    exact = memory["params"] + memory["optimizer"]
+    share = (total - exact) / (sum(memory.values()) - exact)
+    memory = {name: size if name in ("params", "optimizer") else int(size * share) for name, size in memory.items()}
     if built:
-      hlo, seconds = Program(built.hlo, sizes, loops.trips), built.seconds
-      flops = hlo.product_flops(loops.full_rows)
+      hlo, seconds = Program(built.hlo, sizes, loops.trips, loops.taken), built.seconds
+      if native(topology.chip.kind):  # else grouped products are loops of as many blocks as there are
+        flops = hlo.product_flops(loops.full_rows)
       messages = [Operation(c.kind, c.times, axes=c.axes, sent=c.sent) for c in hlo.collectives(loops.sent_rows)]
+      messages += [
+        Operation("all-reduce", hlo.times[name], axes=AXES[:1], sent=size) for name, size in hlo.between_slices()
+      ]
       # Their memory traffic stays with the traced ones.
       operations = [dataclasses.replace(o, axes=(), sent=0) for o in operations] + messages
   sent = defaultdict(lambda: defaultdict(float))
@@ -128,7 +135,8 @@ def compiled_step(config, topology, program):
         raise ConfigError(
           f"XLA cannot compile this mesh for {topology.text} ({reason:.200}): change the mesh a little, or plan with --analytic"
         ) from None
-      return None, int(float(used[1]) * 1024 ** (1 + "KMGT".index(used[2])))
+      # It may read "95.74G of 95.74G".
+      return None, max(int(float(used[1]) * 1024 ** (1 + "KMGT".index(used[2]))), int(topology.chip.hbm) + 1)
   return found, found.device
 
 

@@ -50,7 +50,7 @@ def message_seconds(o: Operation, topology: Topology, sizes) -> float:
   n, stride = math.prod(sizes[axis] for axis in o.axes), math.prod(list(sizes.values())[names.index(o.axes[-1]) + 1 :])
   if names[0] in o.axes and topology.slices > 1:  # the first axis crosses slices, see mesh.py
     return o.times * o.sent / topology.chip.network
-  return o.times * o.sent / topology.bandwidth(n, stride)
+  return o.times * o.sent / topology.bandwidth(n, stride, to_all=o.kind.endswith("all-to-all"))
 
 
 def ideal(operations, topology: Topology, sizes) -> Estimate:

@@ -28,8 +28,8 @@ def search(
   found = [c for c in candidates(config, topology) if estimate_memory(c).total <= SLACK * topology.chip.hbm]
   if not found:
     raise ConfigError(
-      f"{config.name} fits on {topology.text} with no mesh that was tried: take more devices, or model.remat=offload, "
-      "optimizer.offload=true, or a smaller train.microbatch"
+      f"{config.name} fits on {topology.text} with no mesh that was tried: take more devices, or optimizer.offload=true, or "
+      "a train.global_batch that more powers of two divide"
     )
   by_mesh = {}
   for candidate in sorted(found, key=cheapness):
@@ -48,7 +48,9 @@ def search(
         best.append(make_plan(plan.config, topology, program, compile=True))
       except ConfigError as error:
         progress(f"not this one: {error}")
-    plans = sorted(best, key=rank) + plans[COMPILED:]
+    plans = sorted(best + plans[COMPILED:], key=rank)
+    if not plans:
+      raise ConfigError(f"XLA compiles none of the best meshes of {config.name} on {topology.text}: see --analytic")
   return plans
 
 
@@ -62,11 +64,11 @@ def candidates(config: Config, topology: Topology):
   devices, layers = topology.devices, config.model.num_moe_layers or config.model.num_dense_layers
   experts = powers(moe.num_routed_experts) if moe.num_routed_experts else [1]
   stages = [s for s in (1, 2, 4, 8, 16) if s <= layers]
-  for expert, tensor, stage in itertools.product(experts, (1, 2, 4, 8), stages):
-    if devices % (expert * tensor * stage * topology.slices):
+  for expert, tensor, stage, context in itertools.product(experts, (1, 2, 4, 8), stages, (1, 2, 4)):
+    rest, left = divmod(devices, expert * tensor * stage * context * topology.slices)
+    if left or not rest:
       continue
-    rest = devices // (expert * tensor * stage * topology.slices)
-    mesh = MeshConfig(data=topology.slices, fsdp=rest, expert=expert, tensor=tensor, stage=stage)
+    mesh = MeshConfig(data=topology.slices, fsdp=rest, expert=expert, tensor=tensor, stage=stage, context=context)
     parts = topology.slices * rest * expert  # that share the batch
     # Room for what a device receives: the config's own, or one and a half and twice an even load.
     buffers = (moe.buffer_factor,) if expert == 1 or moe.buffer_factor else (1.5, 2.0)
@@ -99,7 +101,7 @@ def cheapness(config: Config):
   recomputed = RECOMPUTED[config.model.remat]
   if mesh.stage > 1:  # which compute everything again, and gather weights in every tick
     recomputed = 0.3 + RECOMPUTED["full"] + (mesh.stage - 1) / (microbatches + mesh.stage - 1)
-  return recomputed + 0.05 * math.log2(mesh.tensor * mesh.stage) + 0.01 * gathered
+  return recomputed + 0.05 * math.log2(mesh.tensor * mesh.stage * mesh.context) + 0.01 * gathered
 
 
 def named(config: Config) -> str:

@@ -79,21 +79,27 @@ class Topology:
   def is_tpu(self) -> bool:
     return self.chip.torus > 0
 
-  def bandwidth(self, size, stride):
+  def bandwidth(self, size, stride, to_all=False):
     """Bytes/s that a device sends in a collective of `size` devices that are `stride` apart, within a slice.
+
+    `to_all`: each device has something else for each other one, which on a torus passes a quarter of a ring on the way, and
+    between nodes takes a GPU's own card.
 
     On a torus the group has two links of each dimension that it spans, or one where it does not go all the way round. GPUs of
     a node have NVLink; between nodes the network cards of those of a node that are in the group share the work.
     """
     if not self.is_tpu:
       of_node = max(min(size, self.shape[-1] // stride), 1)
-      return self.chip.link if of_node >= size else min(self.chip.link, of_node * self.chip.network)
-    left, links = size, 0
+      if of_node >= size:
+        return self.chip.link
+      return self.chip.network if to_all else min(self.chip.link, of_node * self.chip.network)
+    left, links, hops = size, 0, 1.0
     for side in sorted(self.shape, reverse=True):
       if left > 1:
         links += 2 if left >= side > 2 else 1
+        hops = max(hops, min(left, side) / 4)
         left = -(-left // side)
-    return links * self.chip.link
+    return links * self.chip.link / self.chip.devices / (hops if to_all else 1)
 
 
 def parse(text) -> Topology:
@@ -105,7 +111,7 @@ def parse(text) -> Topology:
       f"of the kinds {', '.join(CHIPS)}"
     )
   slices, name, chip = int(match[1] or 1), match[2], CHIPS[match[2]]
-  shape = tuple(map(int, match[3].split("x"))) if match[3] else (1,)
+  shape = tuple(map(int, match[3].split("x"))) if match[3] else (1,) * max(chip.torus, 1)
   if chip.torus and match[3] and len(shape) != chip.torus:
     raise ConfigError(
       f"--topology={text}: {name} chips are joined in {chip.torus} dimensions, such as {name}:{'x'.join(['4'] * chip.torus)}"

@@ -212,7 +212,7 @@ def _environment(events):
   for e in events:
     if e["event"] in ("start", "resume"):
       facts.update(_facts(e))
-    elif e["event"] == "end" and "state_sha256" in e:
+    elif e["event"] == "end" and e.get("state_sha256"):
       facts["state_sha256"] = f"{e['state_sha256']} after step {e['step']:,}"
   return _table((), facts.items()) if facts else ""
 

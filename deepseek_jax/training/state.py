@@ -14,6 +14,8 @@ from deepseek_jax.model.transformer import new_params
 from deepseek_jax.sharding import concrete
 from deepseek_jax.training.optimizer import make_optimizer, moments_in
 
+GATHERED_BYTES = 2**30
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +54,14 @@ def abstract_state(config: Config, mesh) -> TrainState:
   return state
 
 
-def state_sha256(state) -> str:
-  """Hash over the path, dtype, shape and bytes of every array, the same on every mesh that holds the same values."""
+def state_sha256(state) -> str | None:
+  """Hash over the path, dtype, shape and bytes of every array, the same on every mesh that holds the same values.
+
+  None where processes share an array of more than GATHERED_BYTES: each device would have to hold it whole.
+  """
+  arrays = [a for a in jax.tree.leaves(state) if isinstance(a, jax.Array) and not a.is_fully_addressable]
+  if any(a.nbytes > GATHERED_BYTES for a in arrays):
+    return None
   digest = hashlib.sha256()
   for path, array in jax.tree.leaves_with_path(state):
     array = np.ascontiguousarray(to_host(array))

@@ -216,7 +216,8 @@ def make_train_step(config: Config, graphdef, bos):
 def abstract_step(config: Config, mesh):
   """(the update with a full batch, its abstract arguments (state, batch, rates)), to be traced or compiled where nothing runs.
 
-  `mesh` is set, and may be abstract or of devices that are not here.
+  `mesh` is set, and may be abstract or of devices that are not here. The number of microbatches is a constant, also where a
+  ramp of the batch makes it an argument.
   """
   state, microbatch = abstract_state(config, mesh), config.train.microbatch or config.train.global_batch
   microbatches = config.train.global_batch // microbatch
