@@ -147,6 +147,7 @@ def test_two_processes_resume_and_end_bitwise_as_one_with_their_mesh(folder, alo
   assert sorted(p.name for p in (folder / workdir).iterdir()) == sorted(p.name for p in (folder / alone).iterdir())
 
 
+@pytest.mark.chaos
 def test_from_two_processes_to_one_and_back_on_other_meshes(folder, alone, stopped):
   workdir = shutil.copytree(folder / stopped[0], folder / "moved").name
   step = last_event(folder, workdir)["step"] + 3
