@@ -105,16 +105,16 @@ class Program:
     sent = {
       "all-gather": others * result, "all-reduce": 2 * others * result, "all-to-all": others * result,
       "reduce-scatter": others * result * (1 if i.opcode.startswith("all-reduce") else n),
-      "collective-permute": result, "ragged-all-to-all": others * self._rows(i, arrays) * rows_sent,
+      "collective-permute": result, "ragged-all-to-all": others * self._rows(i, computation, arrays) * rows_sent,
     }[kind]  # fmt: skip
     return Collective(kind, axes, max(arrays), sent, self.times[computation])
 
-  def _rows(self, i, arrays):
+  def _rows(self, i, computation, arrays):
     """Bytes of the smaller buffer of a ragged message: the result, or the operand, whose shape a -start has too."""
     if i.opcode.endswith("-start"):
       return min(arrays[:2])
-    shapes = {other.name: other.shape for instructions in self.computations.values() for other in instructions}
-    return min(arrays[0], _bytes(*_ARRAY.search(shapes[i.operands[0]]).groups()))
+    operand = next(other for other in self.computations[computation] if other.name == i.operands[0])
+    return min(arrays[0], _bytes(*_ARRAY.search(operand.shape).groups()))
 
   def _axes(self, rest):
     """The mesh axes along which the devices of a group differ."""
