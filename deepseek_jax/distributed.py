@@ -1,6 +1,7 @@
 """Several processes as one run: how they meet, agree, and end together. A process alone starts nothing of this."""
 
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -14,12 +15,14 @@ import numpy as np
 from jax._src import distributed as _jax  # there is no public name for the client, the processes' notice board
 from jax.experimental import multihost_utils
 
+from deepseek_jax import errors
 from deepseek_jax.errors import ConfigError, UserError
 
 MEET_SECONDS = 120
 # How long a process that is lost goes unnoticed, and how long the first at the end waits for the last.
 TIMEOUTS = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 60}
 _FAILED = "deepseek_jax/failed"
+_SAID = itertools.count()  # all processes ask in one order, and so count alike
 _DAY_MS, _ECHO_SECONDS = 86_400_000, 1  # the second: how long the news takes to all who hear it
 
 
@@ -130,9 +133,28 @@ def wait_for_all(what):
     _jax.global_state.client.wait_at_barrier(f"deepseek_jax/{what}", _DAY_MS)
 
 
-def first_says(number: int) -> int:
-  """The `number` of process 0, on every process."""
-  return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if jax.process_count() > 1 else number
+def first_says(make):
+  """What `make()`, which process 0 alone calls, gives there, on every process: what JSON can hold. All have to call this.
+
+  A UserError that it raises, all raise. It may take a day: the others wait at the notice board, not in a collective, which
+  would time out.
+  """
+  board = _jax.global_state.client
+  if board is None:
+    return make()
+  key = f"deepseek_jax/said/{next(_SAID)}"
+  if jax.process_index():
+    error, said = json.loads(board.blocking_key_value_get(key, _DAY_MS))
+    if error:
+      raise getattr(errors, error)(f"process 0: {said}")
+    return said
+  try:
+    said = make()
+  except UserError as error:
+    board.key_value_set(key, json.dumps([type(error).__name__, str(error)]))
+    raise
+  board.key_value_set(key, json.dumps([None, said]))
+  return said
 
 
 def to_host(array) -> np.ndarray:

@@ -139,16 +139,22 @@ def _range(prefix):
 class RunFolder:
   """Where a run writes its small files: `path` is `workdir` itself, or for a URL a folder that `publish` copies there.
 
-  Objects cannot be appended to: files are copied whole, when they have changed. The files `names` are fetched first, so
-  that they can be appended to, and that a bucket which cannot be written is an error at once.
+  Objects cannot be appended to: files are copied whole, when they have changed.
   """
 
-  def __init__(self, workdir, names):
+  def __init__(self, workdir):
     self.path, self._store, self._published = str(workdir), None, {}
-    if not is_url(workdir):
+    if is_url(workdir):
+      self._store, self.path = Store(workdir), tempfile.mkdtemp(prefix="deepseek_jax-")
+      weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+  def fetch(self, names):
+    """Copies the files `names` here, where there are any, so that they can be appended to.
+
+    Raises StorageError for a bucket that cannot be read, or not be written.
+    """
+    if not self._store:
       return
-    self._store, self.path = Store(workdir), tempfile.mkdtemp(prefix="deepseek_jax-")
-    weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
     probe = f".probe-{uuid.uuid4().hex[:8]}"
     self._store.write(probe, b"")
     self._store.remove(probe)

@@ -21,7 +21,7 @@ distributed.MEET_SECONDS = int(os.environ.get("MEET_SECONDS", 120))
 with distributed.joined(find_place(sys.argv[1], 2, int(sys.argv[2]))):
   me = jax.process_index()
   print("joined")
-  assert distributed.first_says(5 + me) == 5
+  assert distributed.first_says(lambda: [5 + me, None]) == [5, None]
   mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
   x = jax.make_array_from_callback((2,), jax.NamedSharding(mesh, jax.P("d")), lambda i: np.arange(2)[i])
   assert distributed.to_host(x).tolist() == [0, 1]
@@ -54,7 +54,7 @@ def both(coordinator, body):
 
 def test_a_process_alone_starts_nothing():
   with joined(None):
-    assert first_says(3) == 3
+    assert first_says(lambda: 3) == 3
     assert to_host([1, 2]).tolist() == [1, 2]
     wait_for_all("place")
   with pytest.raises(KeyError), joined(None):
@@ -84,6 +84,19 @@ distributed.wait_for_all("a place that one never comes to")
   assert f"{'process 1: ' if index else ''}{message}\n" in ends[index][2]
   assert f"error: process {index} failed (" in ends[1 - index][2]
   assert "Traceback" not in ends[0][2] + ends[1][2]
+
+
+def test_what_process_0_raises_all_raise(coordinator):
+  body = """
+for _ in range(2):
+  try:
+    distributed.first_says(lambda: (_ for _ in ()).throw(DataError(f"none at {me}")))
+  except DataError as error:
+    print("caught:", error, file=sys.stderr)
+"""
+  ((code, _, err), (code_1, _, err_1)), _ = both(coordinator, body)
+  assert (code, code_1) == (0, 0), err + err_1
+  assert err.count("caught: none at 0\n") == 2 and err_1.count("caught: process 0: none at 0\n") == 2
 
 
 def test_a_port_that_is_taken_is_an_error(coordinator):

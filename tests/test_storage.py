@@ -125,7 +125,8 @@ def test_safe_names():
 def test_a_run_folder_brings_what_it_appends_to_and_publishes_what_changed(buckets, scheme):
   url = f"{scheme}://bucket-a/run"
   Store(url).write("metrics.jsonl", b"1\n")
-  files = RunFolder(url, ("metrics.jsonl", "events.jsonl"))
+  files = RunFolder(url)
+  files.fetch(("metrics.jsonl", "events.jsonl"))
   folder = pathlib.Path(files.path)
   with open(folder / "metrics.jsonl", "ab") as file:
     file.write(b"2\n")
@@ -143,7 +144,8 @@ def test_a_run_folder_brings_what_it_appends_to_and_publishes_what_changed(bucke
 
 
 def test_a_run_folder_of_a_path_is_that_path(tmp_path):
-  files = RunFolder(tmp_path, ("metrics.jsonl",))
+  files = RunFolder(tmp_path)
+  files.fetch(("metrics.jsonl",))
   files.publish()
   assert files.path == str(tmp_path)
   assert not list(tmp_path.iterdir())
@@ -153,4 +155,4 @@ def test_a_run_folder_of_a_path_is_that_path(tmp_path):
 def test_a_run_folder_that_cannot_be_written_is_an_error_at_once(buckets, scheme):
   buckets.fail(403, "(PUT|POST)")
   with pytest.raises(StorageError, match="PERMISSION_DENIED.*credentials"):
-    RunFolder(f"{scheme}://bucket-a/run", ())
+    RunFolder(f"{scheme}://bucket-a/run").fetch(())

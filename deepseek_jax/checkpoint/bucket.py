@@ -15,12 +15,12 @@ import zlib
 import jax
 import numpy as np
 import tensorstore as ts
-from jax.experimental import multihost_utils
 
 from deepseek_jax.checkpoint import manifest
 from deepseek_jax.checkpoint.arrays import array_spec, open_below, tree_metadata
 from deepseek_jax.checkpoint.manager import CHUNK_BYTES, Checkpointer, CheckpointReader, shard_axes
 from deepseek_jax.checkpoint.tree import check_fits, flatten
+from deepseek_jax.distributed import first_says, wait_for_all
 from deepseek_jax.errors import CheckpointError, StorageError
 from deepseek_jax.storage import Store, explain, in_parallel, is_url
 
@@ -121,8 +121,7 @@ class BucketCheckpointer(BucketReader):
     super().__init__(workdir)
     self._config, self._saving, self._pending = config, None, None
     self._thread = concurrent.futures.ThreadPoolExecutor(1)
-    if jax.process_index() == 0:
-      self._store.write(_END, b"")
+    first_says(lambda: self._store.write(_END, b""))
 
   def __enter__(self):
     return self
@@ -133,13 +132,7 @@ class BucketCheckpointer(BucketReader):
   def save(self, step, state, meta):
     """As Checkpointer's. All processes call it, and process 0 completes the step when all have written their part."""
     self.wait()
-    if self._store.read(f"{step}/{manifest.NAME}") is not None:
-      raise CheckpointError(f"checkpoint {self._directory}/{step} exists: restore it, or use another --workdir")
-    if jax.process_index() == 0:  # what an unfinished save of this step has left
-      self._store.delete(f"{step}/")
-      self._store.delete(f"{step}.parts/")
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices(f"checkpoint {step}")
+    first_says(lambda: self._make_room(step))
     flat = flatten(state)
     for array in flat.values():
       array.copy_to_host_async()
@@ -149,7 +142,7 @@ class BucketCheckpointer(BucketReader):
     self._pending = self._thread.submit(self._write, step, layouts, pieces, json.dumps(meta).encode())
 
   def wait(self):
-    """Returns once the pending save is complete. Raises CheckpointError where it failed."""
+    """Returns once the pending save is complete, on all processes. Raises CheckpointError where it failed."""
     pending, self._pending = self._pending, None
     try:
       if pending:
@@ -187,15 +180,29 @@ class BucketCheckpointer(BucketReader):
     self._store.remove(f"{step}/{manifest.NAME}")
     return f"; its manifest is now {_REJECTED}"
 
+  def _make_room(self, step):
+    """Removes what an unfinished save of `step` has left."""
+    if self._store.read(f"{step}/{manifest.NAME}") is not None:
+      raise CheckpointError(f"checkpoint {self._directory}/{step} exists: restore it, or use another --workdir")
+    self._store.delete(f"{step}/")
+    self._store.delete(f"{step}.parts/")
+
   def _write(self, step, layouts, pieces, meta):
     """In the thread: no collectives here, for the main thread has its own under way."""
-    process, count = jax.process_index(), jax.process_count()
+    process = jax.process_index()
     mine = f"state/ocdbt.process_{process}"
     base, context = self._store.arrays(f"{step}/{mine}")
     _write_arrays(base, context, layouts, pieces)
     files = self._checksums(step, self._below(step, f"{mine}/", f"{mine}/manifest.ocdbt"))
     if process:
-      return self._store.write(f"{step}.parts/{process}", json.dumps(files).encode())
+      self._store.write(f"{step}.parts/{process}", json.dumps(files).encode())
+    else:
+      self._complete(step, layouts, files, meta)
+    wait_for_all(f"checkpoint {step}")  # here, lest the main thread wait for process 0 in a collective, which times out
+
+  def _complete(self, step, layouts, files, meta):
+    """Process 0: makes a step of what all have written; `files` are its own, {name: (size, crc32)}."""
+    count = jax.process_count()
     for other in range(1, count):  # where one of them dies, jax.distributed ends this one too
       while (part := self._store.read(f"{step}.parts/{other}")) is None:
         time.sleep(_POLL_SECONDS)

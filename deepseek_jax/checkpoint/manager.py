@@ -12,19 +12,18 @@ import sys
 import tempfile
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from deepseek_jax.checkpoint import lock, manifest
 from deepseek_jax.checkpoint.quiet import silence_orbax
 from deepseek_jax.checkpoint.tree import check_fits, flatten, listing, nest
+from deepseek_jax.distributed import first_says
 from deepseek_jax.errors import CheckpointError
 
 FORMAT_VERSION = 1
+SAVE_SECONDS = 86_400  # Orbax's 20 minutes are too few to write terabytes and for process 0 to read them back
 CHUNK_BYTES = 1 << 26  # at most this much is read or written for a part of an array
 _REJECTED = re.compile(r"\d+\.rejected(-\d+)?")
-_NONE, _REFUSED = -1, -2  # what stands for a step where there is none to continue from
 
 silence_orbax()
 
@@ -41,14 +40,7 @@ class CheckpointReader:
     Newer ones are named on stderr with the reason. Process 0 reads and decides for all processes. Raises CheckpointError
     where there are checkpoints and none verifies: they stay as they are, and no run starts over on top of them.
     """
-    step, refusal = _REFUSED, f"process 0 found no checkpoint in {self._directory} that can be used: see its error"
-    if jax.process_index() == 0:
-      step, refusal = self._newest_verified()
-    if jax.process_count() > 1:
-      step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
-    if step == _REFUSED:
-      raise CheckpointError(refusal)
-    return None if step == _NONE else step
+    return first_says(self._newest_verified)
 
   def meta(self, step):
     """The dict saved with `step`. Raises CheckpointError where it is missing, malformed or of a newer format."""
@@ -114,20 +106,20 @@ class CheckpointReader:
     return os.listdir(self._directory) if self._directory.is_dir() else []
 
   def _newest_verified(self):
-    """(step, "") or (_NONE, "") or (_REFUSED, why)."""
+    """`latest`, of this process."""
     reasons = {}
     for step in reversed(self.steps()):
       reason = self._verify(step)
       if reason is None:
         for newer, why in reasons.items():
           print(f"checkpoint {self._directory}/{newer} rejected: {why}{self._set_aside(newer)}", file=sys.stderr)
-        return step, ""
+        return step
       reasons[step] = reason
     unusable = [f"{step}: {reason}" for step, reason in reasons.items()]
     unusable += [f"{name}: set aside before" for name in sorted(self._names()) if _REJECTED.fullmatch(name)]
     if not unusable:
-      return _NONE, ""
-    return _REFUSED, (
+      return None
+    raise CheckpointError(
       f"none of the checkpoints in {self._directory} can be used: {listing(unusable)}; to train from scratch again, move "
       "them out of that folder, or use another --workdir"
     )
@@ -262,13 +254,15 @@ def _options(config, write_manifest):
     preservation_policy=policies.AnyPreservationPolicy(preserved),
     cleanup_tmp_directories=True,
     async_options=ocp.options.AsyncOptions(
-      post_finalization_callback=write_manifest, barrier_sync_fn=_barrier if jax.process_count() > 1 else None
+      timeout_secs=SAVE_SECONDS,
+      post_finalization_callback=write_manifest,
+      barrier_sync_fn=_barrier if jax.process_count() > 1 else None,
     ),
   )
 
 
 def _barrier(*, key, timeout_ms):
-  """Orbax's own, but in a process whose save has failed: in a `finally`, Orbax would wait 20 minutes for the others."""
+  """Orbax's own, but in a process whose save has failed: in a `finally`, Orbax would wait SAVE_SECONDS for the others."""
   if failure := sys.exc_info()[1]:
     raise failure
   ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)

@@ -80,9 +80,10 @@ def run(config: Config, workdir: str, evaluate, sample, accept_data_change=False
   """
   check_x64(config.model)
   load_tokenizer(config.data, config.model.vocab)  # an unfit one is an error before any device is touched
-  files = RunFolder(workdir, (metrics.METRICS, metrics.EVENTS))  # and so is a bucket that cannot be written
+  files = RunFolder(workdir)
+  first_says(lambda: files.fetch((metrics.METRICS, metrics.EVENTS)))  # and so is a bucket that cannot be written
   weights = None
-  if config.init_from and not open_reader(workdir).steps():  # a run that resumes has weights of its own
+  if config.init_from and not first_says(open_reader(workdir).steps):  # a run that resumes has weights of its own
     weights = open_weights(config.init_from)
     check_fits(weights.directory, weights.model, config)
   on_mesh = resolve_mesh(config, len(jax.devices()))
@@ -169,9 +170,9 @@ class Run:
 
   def main(self) -> int:
     """Trains and ends the run, unless it has ended before. Returns the exit code."""
-    ended = [e for e in metrics.read(os.path.join(self.files.path, metrics.EVENTS)) if e["event"] == "end"]
-    finished = bool(ended) and (ended[-1]["step"], ended[-1]["reason"]) == (self.step, "finished")
-    if first_says(self.step >= self.config.train.steps and finished):
+    events = os.path.join(self.files.path, metrics.EVENTS)
+    ends = first_says(lambda: [[e["step"], e["reason"]] for e in metrics.read(events) if e["event"] == "end"])
+    if self.step >= self.config.train.steps and ends[-1:] == [[self.step, "finished"]]:
       print(f"finished already: step {self.step} of {self.config.train.steps}; raise --config.train.steps to go on")
       return 0
     self.state = self.first_state()

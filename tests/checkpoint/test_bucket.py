@@ -250,41 +250,76 @@ def test_a_step_that_is_not_there(objects):
 
 
 PROCESS = """
-import sys
+import sys, time
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding
-from deepseek_jax.checkpoint.bucket import open_checkpointer
+from deepseek_jax import distributed
+from deepseek_jax.checkpoint.bucket import BucketCheckpointer, open_checkpointer
 from deepseek_jax.config import CheckpointConfig
+from deepseek_jax.processes import find_place
 
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-mesh = jax.make_mesh((2,), ("a",), axis_types=(AxisType.Explicit,))
-value = {"x": np.arange(8192, dtype=np.float32).reshape(4, 2048), "step": np.int32(7)}
-specs = {"x": jax.P(None, "a"), "step": jax.P()}
-with jax.set_mesh(mesh), open_checkpointer("gs://bucket-a/run", CheckpointConfig()) as checkpointer:
-  put = lambda v, s: jax.make_array_from_callback(v.shape, NamedSharding(mesh, s), lambda index: v[index])
-  state = {name: put(value[name], specs[name]) for name in value}
-  for step in (1, 2):
-    checkpointer.save(step, state, {"format_version": 1})
-  assert checkpointer.latest() == 2
+def slow_in_process_0(name):
+  method = getattr(BucketCheckpointer, name)
+  def slow(*arguments):
+    if jax.process_index() == 0:
+      time.sleep(3)
+    return method(*arguments)
+  setattr(BucketCheckpointer, name, slow)
+
+with distributed.joined(find_place(sys.argv[1], 2, int(sys.argv[2]))):
+  mesh = jax.make_mesh((2,), ("a",), axis_types=(AxisType.Explicit,))
+  value = {"x": np.arange(8192, dtype=np.float32).reshape(4, 2048), "step": np.int32(7)}
+  specs = {"x": jax.P(None, "a"), "step": jax.P()}
+  with jax.set_mesh(mesh), open_checkpointer("gs://bucket-a/run", CheckpointConfig()) as checkpointer:
+    put = lambda v, s: jax.make_array_from_callback(v.shape, NamedSharding(mesh, s), lambda index: v[index])
+    state = {name: put(value[name], specs[name]) for name in value}
+    save = lambda step: checkpointer.save(step, state, {"format_version": 1})
+    exec(sys.argv[3])
 """
 
 
-def test_two_processes_write_their_parts_of_one_step_that_one_process_reads(buckets, objects):
+def two_processes(body):
+  """(exit codes, stderrs) of two processes that run `body`."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{free.getsockname()[1]}"
-  environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+  # Who waits in a collective for longer than the others take gets an error.
+  flags = {"XLA_FLAGS": "--xla_cpu_collective_timeout_seconds=2", "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
   command = [sys.executable, "-c", PROCESS, address]
-  processes = [subprocess.Popen([*command, str(i)], env=environment, stderr=subprocess.PIPE) for i in range(2)]
+  processes = [
+    subprocess.Popen([*command, str(i), body], env=os.environ | flags, stderr=subprocess.PIPE, text=True)
+    for i in range(2)
+  ]
   try:
-    errors = [process.communicate(timeout=120)[1].decode() for process in processes]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
   finally:
     for process in processes:
       process.kill()
-  assert [process.returncode for process in processes] == [0, 0], errors
+  return [process.returncode for process in processes], errors
+
+
+def test_two_processes_write_their_parts_of_one_step_that_one_process_reads(buckets, objects):
+  codes, errors = two_processes("save(1); save(2); assert checkpointer.latest() == 2")
+  assert codes == [0, 0], errors
   parts = {key.split("/")[4] for key in objects if key.startswith("run/checkpoints/2/state/ocdbt")}
   assert parts == {"ocdbt.process_0", "ocdbt.process_1"}
   reader, sharding = open_reader(GS), jax.sharding.SingleDeviceSharding(jax.devices()[0])
   assert reader.latest() == 2
   restored = reader.restore(2, {"x": jax.ShapeDtypeStruct((4, 2048), np.float32, sharding=sharding)})
   np.testing.assert_array_equal(restored["x"], np.arange(8192, dtype=np.float32).reshape(4, 2048))
+
+
+def test_no_process_waits_in_a_collective_while_the_first_completes_or_verifies_a_step(buckets):
+  body = """
+slow_in_process_0("_complete")
+slow_in_process_0("_verify")
+meet = lambda: distributed.to_host(state["x"])  # a collective
+meet()
+save(1)
+checkpointer.wait()
+meet()
+assert checkpointer.latest() == 1
+meet()
+"""
+  codes, errors = two_processes(body)
+  assert codes == [0, 0], errors
