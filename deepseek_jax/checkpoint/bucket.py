@@ -126,8 +126,10 @@ class BucketCheckpointer(BucketReader):
   def __enter__(self):
     return self
 
-  def __exit__(self, *exception):
-    self.close()
+  def __exit__(self, kind, *exception):
+    # As Checkpointer's: alone it keeps the work that is saved already; of several it is to end, and its save stays undone.
+    if kind is None or jax.process_count() == 1:
+      self.close()
 
   def save(self, step, state, meta):
     """As Checkpointer's. All processes call it, and process 0 completes the step when all have written their part."""

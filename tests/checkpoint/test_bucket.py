@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -323,3 +324,24 @@ meet()
 """
   codes, errors = two_processes(body)
   assert codes == [0, 0], errors
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_that_fails_ends_both_at_once_and_leaves_its_save_undone(buckets, objects, index):
+  buckets.fail("hang", "POST run/checkpoints/2/")
+  body = f"""
+save(1)
+checkpointer.wait()
+save(2)
+if jax.process_index() == {index}:
+  print("failed at", time.time(), file=sys.stderr)
+  raise KeyError("a mistake in the code")
+distributed.wait_for_all("a place that one never comes to")
+"""
+  codes, errors = two_processes(body)
+  assert codes == [1, 1], errors
+  assert (
+    time.time() - float(re.search("failed at (.*)", errors[index])[1]) < 15
+  )  # requests that hang are tried for longer
+  buckets.heal()
+  assert (newest(GS), open_reader(GS).steps()) == (1, [1])
