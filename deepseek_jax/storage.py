@@ -94,6 +94,13 @@ class Store:
     names = self._do("listed", lambda: self._objects.list(_range(prefix)), prefix)
     return sorted(name.decode() for name in names)
 
+  def has(self, name):
+    """Whether there is an object `name`, by a list: to read it would be to read all of it."""
+    end = (
+      f"{name}!"  # before it comes what goes on with a space or a control character, and hardly an object is called so
+    )
+    return name.encode() in self._do("listed", lambda: self._objects.list(ts.KvStore.KeyRange(name, end)), name)
+
   def remove(self, name):
     """Removes one object, if it is there."""
     self._do("deleted", lambda: self._objects.write(name, None), name)
@@ -132,7 +139,7 @@ class Store:
 
 
 def _range(prefix):
-  """The keys that start with `prefix`, ASCII."""
+  """The keys that start with `prefix`."""
   return ts.KvStore.KeyRange(prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1)) if prefix else ts.KvStore.KeyRange()
 
 

@@ -18,13 +18,17 @@ Object = collections.namedtuple("Object", "content generation etag")
 
 
 class Buckets(http.server.ThreadingHTTPServer):
-  """`objects`: {bucket: {key: Object}}, to be read and changed by tests. `log`: (method, key) of what was asked."""
+  """`objects`: {bucket: {key: Object}}, to be read and changed by tests. `log`: (method, key) of what was asked.
+
+  `listed`: keys that lists have named. `sent`: {key: how often its content was sent}.
+  """
 
   daemon_threads = True
 
   def __init__(self, port=0):
     super().__init__(("127.0.0.1", port), _Handler)
     self.objects, self.log, self.lock = collections.defaultdict(dict), [], threading.RLock()
+    self.listed, self.sent = set(), collections.Counter()
     self._faults, self._generations = [], itertools.count(1_700_000_000_000_000)
     threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -110,7 +114,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if self.command != "HEAD" and status not in (204, 304):
       self.wfile.write(body)
 
-  def _media(self, found, **headers):
+  def _media(self, key, found, **headers):
+    self.server.sent[key] += 1
     content, status = found.content, 200
     asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range") or "")
     if asked:
@@ -139,6 +144,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         k for k in sorted(objects) if k.startswith(query.get("prefix", "")) and k >= query.get("startOffset", "")
       ]
       names = [k for k in names if not query.get("endOffset") or k < query["endOffset"]]
+      self.server.listed.update(names)
       return self._answer(200, json.dumps(
         {"items": [{"name": k, "generation": str(objects[k].generation), "size": str(len(objects[k].content))} for k in names]}
       ).encode())  # fmt: skip
@@ -147,7 +153,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if self.command == "DELETE":
       del objects[key]
       return self._answer(204)
-    return self._media(found, x_goog_generation=found.generation)
+    return self._media(key, found, x_goog_generation=found.generation)
 
   def _s3(self, bucket, objects, key, query, body):
     found = objects.get(key)
@@ -160,6 +166,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       return self._answer(200, b"", ETag=self.server.put(bucket, key, body).etag)
     if not key:
       names = [k for k in sorted(objects) if k.startswith(query.get("prefix", "")) and k > query.get("start-after", "")]
+      self.server.listed.update(names)
       items = "".join(
         f"<Contents><Key>{xml.sax.saxutils.escape(k)}</Key><Size>{len(objects[k].content)}</Size></Contents>"
         for k in names
@@ -170,4 +177,4 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       return self._answer(204)
     if not found:
       return self._answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
-    return self._media(found, ETag=etag)
+    return self._media(key, found, ETag=etag)

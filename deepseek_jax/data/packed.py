@@ -11,7 +11,7 @@ import zlib
 
 import numpy as np
 
-from deepseek_jax.data.sources import write_atomically
+from deepseek_jax.data.cache import write_atomically
 from deepseek_jax.errors import DataError
 
 FORMAT = 1  # raised when files of an older version must not be read

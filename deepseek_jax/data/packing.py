@@ -2,20 +2,16 @@
 
 import concurrent.futures
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
-import pathlib
-import shutil
 import sys
-import uuid
 
 import numpy as np
 import rich.console
 import rich.progress
 
-from deepseek_jax.data import packed, readers
+from deepseek_jax.data import cache, packed, readers
 from deepseek_jax.errors import DataError
 
 BATCH = 1 << 22  # characters tokenised at once: enough for every thread, little enough for memory
@@ -28,7 +24,7 @@ def pack(source, tokenizer, config):
   that on file systems without locks two builders at once do no harm. What a killed build leaves is never read, and the
   next build of the same data removes it, given locks. Raises DataError for text that cannot be packed.
   """
-  root = cache_root(config)
+  root = cache.root(config)
   try:
     root.mkdir(parents=True, exist_ok=True)
     memo = hashlib.sha256(os.path.abspath(os.path.expanduser(source.name)).encode()).hexdigest()[:16]
@@ -37,10 +33,10 @@ def pack(source, tokenizer, config):
     folder = root / fingerprint[:24]
     if folder.is_dir():
       return folder, fingerprint, True
-    with _turn(root / f"{folder.name}.lock", source.name) as alone:
+    with cache.turn(root / f"{folder.name}.lock", f"packs {source.name}") as alone:
       if folder.is_dir():
         return folder, fingerprint, True
-      with _temporary(folder, alone) as temporary:
+      with cache.temporary(folder, alone) as temporary:
         _build(temporary, fingerprint, source, tokenizer, config)
         _rename(temporary, folder)
   except OSError as error:
@@ -48,12 +44,6 @@ def pack(source, tokenizer, config):
       f"cannot write packed data under {root}: {error.strerror or error}. Make room, or set data.cache to another folder"
     ) from None
   return folder, fingerprint, False
-
-
-def cache_root(config):
-  """Folder of all packed data: in data.cache, else in the user's cache folder."""
-  parent = config.cache or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  return pathlib.Path(parent).expanduser() / "deepseek_jax"
 
 
 def is_heldout(text, fraction):
@@ -140,35 +130,6 @@ def _progress(what, total):
   with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bar:
     task = bar.add_task(what, total=total)
     yield lambda done: bar.update(task, completed=done)
-
-
-@contextlib.contextmanager
-def _turn(path, what):
-  """Lets one process at a time into the block, by a lock on the file `path`; gives whether the file system knows locks."""
-  with open(path, "ab") as file:  # to write, since NFS locks no other
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      locked = True
-    except BlockingIOError:
-      print(f"data: waiting for another process, which packs {what}", file=sys.stderr, flush=True)
-      fcntl.flock(file, fcntl.LOCK_EX)
-      locked = True
-    except OSError:
-      locked = False
-    yield locked
-
-
-@contextlib.contextmanager
-def _temporary(folder, alone):
-  """Gives a new folder for what shall become `folder`. Those that others left go, if this builder is `alone`."""
-  for left in folder.parent.glob(f"{folder.name}.tmp-*") if alone else ():
-    shutil.rmtree(left, ignore_errors=True)  # what is another user's stays
-  temporary = folder.parent / f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}"
-  temporary.mkdir()
-  try:
-    yield temporary
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)  # gone already unless the build failed or lost the race
 
 
 def _rename(temporary, folder):

@@ -12,7 +12,7 @@ import sys
 import grain
 import numpy as np
 
-from deepseek_jax.data import packed, packing, sources, tokenizer
+from deepseek_jax.data import cache, packed, packing, sources, tokenizer
 from deepseek_jax.errors import ConfigError, DataError
 
 
@@ -85,7 +85,7 @@ def open_data(config, vocab, seed):
   is wrong with sources, tokenizer or packed files, and when a split has not one window.
   """
   text_tokenizer = load_tokenizer(config, vocab)
-  found = [sources.find(name, packing.cache_root(config) / "objects") for name in config.sources]
+  found = [sources.find(name, cache.root(config) / "objects") for name in config.sources]
   fingerprints, indexes, splits = [], [], []
   for source in found:
     folder, fingerprint, reused = packing.pack(source, text_tokenizer, config)

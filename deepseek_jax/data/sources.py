@@ -10,7 +10,7 @@ import pathlib
 import sysconfig
 import time
 
-from deepseek_jax.data import readers, remote
+from deepseek_jax.data import cache, readers, remote
 from deepseek_jax.errors import DataError
 from deepseek_jax.storage import is_url
 
@@ -49,7 +49,7 @@ class Source:
     Hashes are remembered in the JSON file `memo` by (path, size, modification time), so that an unchanged corpus is
     not read at every start.
     """
-    known = _read_memo(memo)
+    known = cache.read_memo(memo)
     keys = [f"{file.path.resolve()} {file.size} {file.mtime_ns}" for file in self.files]
     unknown = {key: file.path for key, file in zip(keys, self.files, strict=True) if key not in known}
     with concurrent.futures.ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
@@ -58,7 +58,7 @@ class Source:
     settled = time.time_ns() - SETTLED_SECONDS * 1e9
     memory = {key: hashes[key] for key, file in zip(keys, self.files, strict=True) if file.mtime_ns < settled}
     if memory != known:
-      write_atomically(memo, json.dumps(memory))
+      cache.write_atomically(memo, json.dumps(memory))
     listing = [[file.name, hashes[key]] for key, file in zip(keys, self.files, strict=True)]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
@@ -69,9 +69,9 @@ class Source:
         raise DataError(f"{file.path} changed while data was packed: run again when nothing writes to it")
 
 
-def find(name, cache=None):
+def find(name, copies=None):
   """The Source for `name`: python-stdlib, a file, a folder (searched with its subfolders) or a glob; the last three also
-  in a bucket (gs://, s3://), whose objects are copied below the folder `cache`.
+  in a bucket (gs://, s3://), whose objects are copied below the folder `copies`.
 
   Raises DataError when there is no such path, or nothing under it has a known suffix.
   """
@@ -79,7 +79,7 @@ def find(name, cache=None):
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     paths = [path for path in _walk(root, NOT_LIBRARY) if path.suffix == ".py"]
   elif is_url(name):
-    root, paths = remote.fetch(name, cache)
+    root, paths = remote.fetch(name, copies)
   else:
     root = pathlib.Path(name).expanduser()
     if root.is_dir():
@@ -107,13 +107,6 @@ def stat(name, path):
   return File(name, path, status.st_size, status.st_mtime_ns)
 
 
-def write_atomically(path, text):
-  """Replaces the file at `path` by one that holds `text`, in one step."""
-  temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-  temporary.write_text(text)
-  os.replace(temporary, path)
-
-
 def _walk(root, skipped):
   """Paths of the files under `root`, without hidden folders, those named in `skipped`, and links to folders."""
   paths = []
@@ -129,12 +122,3 @@ def _sha256(path):
       return hashlib.file_digest(file, "sha256").hexdigest()
   except OSError as error:
     raise DataError(f"cannot read {path}: {error.strerror}; make it readable or take it out of data.sources") from None
-
-
-def _read_memo(path):
-  """Remembered hashes; a memo that is missing or damaged remembers nothing."""
-  try:
-    memory = json.loads(path.read_bytes())
-  except (OSError, ValueError):
-    return {}
-  return memory if isinstance(memory, dict) else {}

@@ -14,7 +14,7 @@ import pytest
 
 import deepseek_jax
 from deepseek_jax.config import DataConfig
-from deepseek_jax.data import packing, pipeline, sources, tokenizer
+from deepseek_jax.data import cache, packing, pipeline, sources, tokenizer
 from deepseek_jax.errors import ConfigError, DataError
 
 ROOT = pathlib.Path(deepseek_jax.__file__).parents[1]
@@ -257,7 +257,7 @@ def test_the_cache_follows_the_user(config, monkeypatch, tmp_path):
   assert (tmp_path / "xdg" / "deepseek_jax").is_dir()
   monkeypatch.delenv("XDG_CACHE_HOME")
   monkeypatch.setenv("HOME", str(tmp_path / "home"))
-  assert packing.cache_root(config(cache="")) == tmp_path / "home" / ".cache" / "deepseek_jax"
+  assert cache.root(config(cache="")) == tmp_path / "home" / ".cache" / "deepseek_jax"
 
 
 def test_too_little_text(config, tmp_path):

@@ -1,5 +1,11 @@
 """Text in buckets: what is found, what is copied, and when it is copied again."""
 
+import concurrent.futures
+import pathlib
+import signal
+import subprocess
+import sys
+
 import pytest
 
 from deepseek_jax.data import sources
@@ -42,6 +48,63 @@ def test_objects_folders_and_globs(text, scheme, path, expected, tmp_path):
   for file in source.files:
     assert tmp_path in file.path.parents
     assert file.path.read_bytes().decode() in file.name
+
+
+@BOTH
+@pytest.mark.parametrize(
+  ("path", "prefix"), [("text", "text/"), ("text/a.txt", "text/a.txt"), ("text/de*/*", "text/de"), ("text/", "text/")]
+)
+def test_nothing_else_of_the_bucket_is_listed(text, scheme, path, prefix, tmp_path):
+  text.listed.clear()
+  sources.find(f"{scheme}://bucket-a/{path}", tmp_path)
+  assert text.listed and all(name.startswith(prefix) for name in text.listed)
+
+
+@BOTH
+def test_of_several_processes_one_copies_and_the_others_find_it(text, scheme, tmp_path, capfd):
+  text.fail(503, "GET text/.", times=4)  # so that all are there before the first has a copy
+  text.sent.clear()
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:  # a lock is the open file's, and so between threads as well
+    found = list(pool.map(sources.find, [f"{scheme}://bucket-a/text"] * 4, [tmp_path] * 4))
+  assert set(text.sent.values()) == {1} and len(text.sent) == 4
+  assert all(source == found[0] for source in found)
+  assert f"waiting for another process, which copies {scheme}://bucket-a" in capfd.readouterr().err
+
+
+def test_what_was_cut_short_is_not_taken_for_a_copy_and_what_was_whole_is(text, tmp_path):
+  program = """
+import os, pathlib, signal, sys
+from deepseek_jax.data import sources
+write = pathlib.Path.write_bytes
+def cut_short(path, content):
+  if content == b"b.txt":
+    write(path, content[:2])
+    os.kill(os.getpid(), signal.SIGKILL)
+  return write(path, content)
+pathlib.Path.write_bytes = cut_short
+sources.find("gs://bucket-a/text", pathlib.Path(sys.argv[1]))
+"""
+  killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=pathlib.Path(__file__).parents[2])
+  assert killed.returncode == -signal.SIGKILL
+  assert [path for path in tmp_path.rglob("*") if path.is_file() and path.read_bytes() == b"b."]
+  assert not list(tmp_path.rglob("b.txt"))
+  for file in sources.find("gs://bucket-a/text", tmp_path).files:
+    assert file.path.read_bytes().decode() in file.name
+  assert not list(tmp_path.glob("*.tmp-*"))
+  text.put("bucket-a", "text/b.txt", b"B.txt")
+  text.fail("cut", "GET text/b.txt")
+  with pytest.raises(StorageError):
+    sources.find("gs://bucket-a/text", tmp_path / "other")
+  text.heal()
+  text.sent.clear()
+  sources.find("gs://bucket-a/text", tmp_path / "other")
+  assert text.sent["text/b.txt"] == 1 and text.sent["text/a.txt"] == 0
+
+
+def test_a_copy_that_is_not_as_it_was_left_is_made_again(text, tmp_path):
+  first = sources.find("gs://bucket-a/text/*.txt", tmp_path).files[0]
+  first.path.write_bytes(b"")
+  assert sources.find("gs://bucket-a/text/*.txt", tmp_path).files[0].path.read_bytes() == b"a.txt"
 
 
 @BOTH
