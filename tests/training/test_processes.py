@@ -148,6 +148,25 @@ def test_two_processes_resume_and_end_bitwise_as_one_with_their_mesh(folder, alo
 
 
 @pytest.mark.chaos
+def test_two_processes_in_a_bucket_end_as_on_disk_and_the_first_alone_fetches(folder, alone, buckets):
+  for path in (folder / "text").iterdir():
+    buckets.put("bucket-a", f"text/{path.name}", path.read_bytes())
+  texts = {f"text/{path.name}": 1 for path in (folder / "text").iterdir()}
+  options = [*FSDP, "--workdir=gs://bucket-a/run", "--config.data.sources=gs://bucket-a/text/*.txt"]
+  for says, fetched in (
+    ("from scratch", texts),
+    ("finished already", {"run/metrics.jsonl": 1, "run/events.jsonl": 1}),
+  ):
+    buckets.log.clear()
+    buckets.sent.clear()
+    assert says in finish(train(folder, "", *options, processes=2))
+    assert len([key for method, key in buckets.log if method == "POST" and ".probe-" in key]) == 1
+    assert {key: n for key, n in buckets.sent.items() if key.endswith((".txt", ".jsonl"))} == fetched
+  end = json.loads(buckets.objects["bucket-a"]["run/events.jsonl"].content.splitlines()[-1])
+  assert end["state_sha256"] == last_event(folder, alone)["state_sha256"]
+
+
+@pytest.mark.chaos
 def test_from_two_processes_to_one_and_back_on_other_meshes(folder, alone, stopped):
   workdir = shutil.copytree(folder / stopped[0], folder / "moved").name
   step = last_event(folder, workdir)["step"] + 3
