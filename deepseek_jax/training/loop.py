@@ -217,7 +217,7 @@ class Run:
     reason = "finished" if request.signal is None else request.signal.name
     digest = state_sha256(self.state)
     self.writer.event("end", self.step, reason=reason, state_sha256=digest)
-    print(f"state_sha256 {digest or 'not made: arrays too large to gather'}\nreport   {self.report()}")
+    print(f"state_sha256 {digest}\nreport   {self.report()}")
     if request.signal is None:
       return 0
     print(f"stopped by {reason} at step {self.step}, saved; the same command continues from there")

@@ -1,6 +1,7 @@
 """The training state: plain nested dicts, born sharded."""
 
 import dataclasses
+import functools
 import hashlib
 
 import jax
@@ -14,7 +15,7 @@ from deepseek_jax.model.transformer import new_params
 from deepseek_jax.sharding import concrete
 from deepseek_jax.training.optimizer import make_optimizer, moments_in
 
-GATHERED_BYTES = 2**30
+GATHERED_BYTES = 2**30  # of an array that each device and process may hold whole
 
 
 @jax.tree_util.register_dataclass
@@ -54,17 +55,38 @@ def abstract_state(config: Config, mesh) -> TrainState:
   return state
 
 
-def state_sha256(state) -> str | None:
-  """Hash over the path, dtype, shape and bytes of every array, the same on every mesh that holds the same values.
-
-  None where processes share an array of more than GATHERED_BYTES: each device would have to hold it whole.
-  """
-  arrays = [a for a in jax.tree.leaves(state) if isinstance(a, jax.Array) and not a.is_fully_addressable]
-  if any(a.nbytes > GATHERED_BYTES for a in arrays):
-    return None
+def state_sha256(state) -> str:
+  """Hash over the path, dtype, shape and content of every array, the same on every mesh that holds the same values."""
   digest = hashlib.sha256()
   for path, array in jax.tree.leaves_with_path(state):
-    array = np.ascontiguousarray(to_host(array))
     digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-    digest.update(array.reshape(-1).view(np.uint8).data)
+    digest.update(_content(array).reshape(-1).view(np.uint8).data)
   return digest.hexdigest()
+
+
+def _content(array) -> np.ndarray:
+  """What is hashed of an array: its bytes, or of more than GATHERED_BYTES, which stay where they are, four sums."""
+  if array.nbytes <= GATHERED_BYTES:
+    return np.ascontiguousarray(to_host(array))
+  return np.array([to_host(_sum(array, np.uint32(seed))) for seed in range(1, 5)])
+
+
+@jax.jit
+def _sum(array, seed):
+  """The sum, modulo 2**32, of a hash of each element's bits and place: exact in any order, and so on any mesh.
+
+  `seed`, uint32, makes another hash. It tells apart what chance or a mistake makes differ, not what an adversary does.
+  """
+  array = jax.device_put(array, jax.memory.Space.Device)  # from the host, where an offloaded moment is
+  unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
+  bits = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)  # of 8 bytes: two words, on a last axis
+  sharding = jax.typeof(bits).sharding
+  places = [jax.lax.broadcasted_iota(jnp.uint32, bits.shape, i, out_sharding=sharding) for i in range(bits.ndim)]
+  return jnp.sum(functools.reduce(lambda mixed, word: _mix(mixed ^ word), [*places, bits], seed), dtype=jnp.uint32)
+
+
+def _mix(word):
+  """MurmurHash3's finalizer, in which every bit of a uint32 changes half of the others."""
+  word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
+  word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)
+  return word ^ (word >> 16)

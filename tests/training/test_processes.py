@@ -33,6 +33,11 @@ def key_of_process_0(hasher, devices):
   hasher.update(digest.encode())
 cache_key._hash_accelerator_config = key_of_process_0
 """
+# Some arrays are as those too large to gather when the state is hashed.
+LARGE_ARRAYS = """
+from deepseek_jax.training import state
+state.GATHERED_BYTES = 20_000
+"""
 # Faults of one process, named by the variable FAULT.
 FAULTS = """
 fault, process = os.environ.get("FAULT"), os.environ.get("JAX_PROCESS_ID")
@@ -66,7 +71,7 @@ def folder(tmp_path_factory):
     (folder / "text" / f"{i}.txt").write_text(" ".join(f"def f{i * j % 17} ( x ) = y + {j % 7}" for j in range(40)))
   config = CONFIG.format(source=str(folder / "text"), cache=str(folder / "cache"), steps=STEPS)
   config = config.replace("layers=3", 'layers=2, remat="none"').replace("log=dict(", "log=dict(tensorboard=False, ")
-  (folder / "config.py").write_text(ONE_KEY + FAULTS + config)
+  (folder / "config.py").write_text(ONE_KEY + LARGE_ARRAYS + FAULTS + config)
   return folder
 
 

@@ -221,7 +221,9 @@ def test_document_positions():
   assert positions.tolist() == [[0, 0, 1, 2, 0, 1], [0, 1, 2, 3, 4, 5]]
 
 
-def test_state_hash_sees_every_bit_and_no_mesh():
+@pytest.mark.parametrize("gathered_bytes", [1 << 30, 2000])
+def test_state_hash_sees_every_bit_and_no_mesh(gathered_bytes, monkeypatch):
+  monkeypatch.setattr("deepseek_jax.training.state.GATHERED_BYTES", gathered_bytes)
   hashes = []
   for mesh_config in (MeshConfig(data=1), MESHES["fsdp=2 x tensor=2"]):
     mesh = make_mesh(mesh_config, jax.devices()[: int(np.prod(dataclasses.astuple(mesh_config)))])
@@ -229,7 +231,17 @@ def test_state_hash_sees_every_bit_and_no_mesh():
       state = jax.jit(new_state, static_argnums=0)(CONFIG, jax.random.key(0))
     hashes.append(state_sha256(state))
   assert hashes[0] == hashes[1]
-  flipped = jax.device_get(state)
-  flipped.params["embed"] = flipped.params["embed"].copy()
-  flipped.params["embed"].view(np.uint32)[3, 4] ^= 1
-  assert state_sha256(flipped) != hashes[0]
+  host = jax.device_get(state)
+  assert state_sha256(host) == hashes[0]
+  for change in ("a bit", "a sign", "two elements", "two rows"):
+    host.params["embed"] = embed = np.array(state.params["embed"])
+    if change == "a bit":
+      embed.view(np.uint32)[3, 4] ^= 1
+    elif change == "a sign":
+      embed[3, 4] *= -1
+    elif change == "two elements":
+      embed[3, 4], embed[4, 3] = embed[4, 3], embed[3, 4]
+    else:
+      embed[[3, 4]] = embed[[4, 3]]
+    hashes.append(state_sha256(host))
+  assert len(set(hashes)) == 5
