@@ -96,9 +96,7 @@ class Store:
 
   def has(self, name):
     """Whether there is an object `name`, by a list: to read it would be to read all of it."""
-    end = (
-      f"{name}!"  # before it comes what goes on with a space or a control character, and hardly an object is called so
-    )
+    end = f"{name}!"  # before which hardly another name comes: those with a space or a control character
     return name.encode() in self._do("listed", lambda: self._objects.list(ts.KvStore.KeyRange(name, end)), name)
 
   def remove(self, name):

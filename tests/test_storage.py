@@ -19,6 +19,7 @@ def test_objects_are_written_read_listed_and_deleted(buckets, scheme):
   assert buckets.objects["bucket-a"].keys() == {"run/a b/c", "run/a/d"}
   assert store.names() == ["a b/c", "a/d"]
   assert store.names("a/") == ["a/d"]
+  assert store.has("a/d") and not store.has("a") and not store.has("a/")
   assert (store.read("a b/c"), store.read("none")) == (b"1", None)
   store.delete("a/")
   assert store.names() == ["a b/c"]

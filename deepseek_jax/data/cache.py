@@ -45,7 +45,7 @@ def temporary(folder, alone):
   try:
     yield temporary
   finally:
-    shutil.rmtree(temporary, ignore_errors=True)  # gone already unless the build failed or lost the race
+    shutil.rmtree(temporary, ignore_errors=True)  # gone already where it was whole and renamed
 
 
 def write_atomically(path, text):
