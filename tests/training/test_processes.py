@@ -57,8 +57,9 @@ if fault and process == "1":
     loop.Run.first_state = raising
   else:
     import resource
-    save = loop.Checkpointer.save
-    loop.Checkpointer.save = save_on_a_full_disk
+    from deepseek_jax.checkpoint.manager import Checkpointer
+    save = Checkpointer.save
+    Checkpointer.save = save_on_a_full_disk
 """
 
 
