@@ -80,7 +80,8 @@ def attend_context(q, keys, expand, *, scale, axis, kind, segment_ids=None):
   _, total, weighted = TRAVEL[kind](sums, visit, held, axis)
   y = weighted / total[..., None]  # [2, batch, heads, L, value width]
   y = y.transpose(1, 0, 3, 2, 4).reshape(*q.shape[:3], -1)  # [batch, 2 L, heads, value width]
-  return y.astype(q.dtype)
+  # The barrier: libtpu 0.0.50 ends in a failed check where it joins this transposition with the product that follows.
+  return jax.lax.optimization_barrier(y.astype(q.dtype))
 
 
 def _gather(sums, visit, held, axis):

@@ -63,13 +63,18 @@ def exchanged(x, indices, weights, experts, compute, buffer_factor=0.0):
   local, weights = in_front(local, rows_at(weights, source, slots), each)  # [rows, n]
   # One message of both: whole numbers are exact in a float of this size.
   facts = jnp.concatenate([weights, local.astype(weights.dtype)], -1)
-  move = EXCHANGE["padded" if _platform() == "cpu" else "ragged"]
+  move = ragged if has_ragged(jax.sharding.get_abstract_mesh().abstract_device.device_kind) else padded
   received = move(rows_at(x, source, slots), routes, tokens)  # [room, embed]
   weights, local = jnp.split(move(facts, routes, tokens), 2, -1)  # [room, n]
   full = jnp.arange(room) < routes.sent[:, routes.me].sum()
   y, lost = compute(received, jnp.where(full[:, None], local.astype(jnp.int32), each), weights, load, most)
   y = move(y, routes, tokens, back=rows)  # [rows, embed]
   return sums_at(y, source, slots).astype(x.dtype), lost + lost_rows
+
+
+def has_ragged(device_kind) -> bool:
+  """Whether devices of this kind have the collective of `ragged`: CPUs do not, and libtpu refuses it on a v5e's torus."""
+  return device_kind not in ("cpu", "TPU v5 lite")
 
 
 def targets(holders, devices):
@@ -128,7 +133,7 @@ def padded(rows, routes, most, back=None):
 
 
 def ragged(rows, routes, most, back=None):
-  """As `padded`, by the collective that sends as many rows as there are; CPUs do not have it."""
+  """As `padded`, by the collective that sends as many rows as there are."""
   me, size = routes.me, routes.room if back is None else back
   there, here, starts, landing = routes.sent[me], routes.sent[:, me], routes.start[me], routes.arrival[me]
   if back is not None:
@@ -140,10 +145,3 @@ def ragged(rows, routes, most, back=None):
 def _varying_like(x, like):
   missing = jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
   return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
-
-
-def _platform():
-  return jax.sharding.get_abstract_mesh().abstract_device.platform
-
-
-EXCHANGE = {"padded": padded, "ragged": ragged}

@@ -9,8 +9,10 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import pathlib
+import re
 import sys
 import tempfile
 import time
@@ -22,6 +24,7 @@ from deepseek_jax.plan.topology import Topology
 
 # About a sixth less time than by default, the same messages, memory within 1% (libtpu 0.0.50, V3's widths on 64 chips).
 LEVEL = "O1"
+ADVICE = "change the mesh or the microbatch a little, or plan with --analytic"
 
 
 def devices(topology: Topology):
@@ -64,53 +67,80 @@ class Compiled:
     return self.argument + self.output - self.aliased + self.temporary
 
 
-def compiled(function, *arguments, **options) -> Compiled:
+class OutOfMemory(Exception):
+  """A program that does not fit the chip's memory. `args`: the bytes that XLA says it needs, at least one more than there are."""
+
+
+def compiled(function, *arguments, log=None, **options) -> Compiled:
   """`function`, jitted with `options`, for the TPU mesh that is set; `arguments` are abstract, with shardings on it.
 
-  Comes from the user's cache folder where the same program was compiled before by the same versions. Raises what XLA raises:
-  jax.errors.JaxRuntimeError for a program that does not fit the chip's memory.
+  Comes from the user's cache folder where the same program was compiled before by the same versions, under the same flags of
+  XLA. What libtpu says goes to the file `log`, if one is named: where it ends the process, that is all there is to read.
+  Raises OutOfMemory, and for what XLA cannot compile jax.errors.JaxRuntimeError.
   """
   lowered = jax.jit(function, **options).trace(*arguments).lower(lowering_platforms=("tpu",))
-  text, mesh = lowered.as_text(), jax.sharding.get_mesh()
-  versions = [importlib.metadata.version(name) for name in ("jax", "libtpu")]
-  facts = json.dumps([LEVEL, versions, [f"{d} {d.device_kind}" for d in mesh.devices.flat], dict(mesh.shape)])
-  key = hashlib.sha256(f"{facts}\n{text}".encode()).hexdigest()
+  text = lowered.as_text()
+  path = _place(text, jax.sharding.get_mesh())
+  try:
+    found = json.loads(path.read_text())
+  except (OSError, ValueError):  # none yet, or cut short
+    found = _facts(lowered, log)
+    _keep(path, json.dumps(found))
+  if "needed" in found:
+    raise OutOfMemory(found["needed"])
+  return Compiled(text, **found)
+
+
+def _place(text, mesh):
+  """Where what is known of a program is kept."""
+  versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")]
+  said = [os.environ.get(name) for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")]
+  fields = [field.name for field in dataclasses.fields(Compiled)]
+  about = json.dumps(
+    [LEVEL, versions, said, fields, [f"{d} {d.device_kind}" for d in mesh.devices.flat], dict(mesh.shape)]
+  )
   folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "deepseek_jax", "plans")
-  path = folder / f"{key}.json"
-  with contextlib.suppress(OSError, ValueError, TypeError):  # none yet, or cut short: it is compiled
-    return Compiled(text, **json.loads(path.read_text()))
-  print("compiling; libtpu that ends here without a word has failed on this mesh: try another one", file=sys.stderr)
-  with _stderr() as log:
-    started = time.monotonic()
-    executable = _compile(lowered)
-    seconds, said = time.monotonic() - started, log()
-  m = executable.memory_analysis()
-  found = Compiled(
-    text, executable.as_text(), m.argument_size_in_bytes, m.temp_size_in_bytes, m.output_size_in_bytes,
-    m.alias_size_in_bytes, m.host_argument_size_in_bytes, m.host_alias_size_in_bytes, m.host_temp_size_in_bytes,
-    executable.cost_analysis().get("flops", 0.0), said, seconds,
-  )  # fmt: skip
+  return folder / f"{hashlib.sha256(about.encode() + text.encode()).hexdigest()}.json"
+
+
+def _keep(path, text):
   with contextlib.suppress(OSError):  # without a place to keep it, it is compiled again
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps({name: value for name, value in vars(found).items() if name != "lowered"}))
+    partial.write_text(text)
     os.replace(partial, path)
-  return found
 
 
-def _compile(lowered):
-  usual = jax.config.jax_optimization_level
+def _facts(lowered, log) -> dict:
+  """The fields of Compiled but for `lowered`, or {"needed": bytes} where that is more than there is."""
+  usual, started = jax.config.jax_optimization_level, time.monotonic()
   jax.config.update("jax_optimization_level", LEVEL)
   try:
-    return lowered.compile()
+    with _stderr(log) as said:
+      executable = lowered.compile()
+      text = said()
+  except jax.errors.JaxRuntimeError as error:
+    used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
+    if not used:
+      raise
+    needed, limit = (int(float(used[i]) * 1024 ** (1 + "KMGT".index(used[i + 1]))) for i in (1, 3))
+    return {"needed": max(needed, limit + 1)}  # it may read "95.74G of 95.74G"
   finally:
     jax.config.update("jax_optimization_level", usual)
+  m = executable.memory_analysis()
+  return {
+    "hlo": executable.as_text(), "argument": m.argument_size_in_bytes, "temporary": m.temp_size_in_bytes,
+    "output": m.output_size_in_bytes, "aliased": m.alias_size_in_bytes, "host_argument": m.host_argument_size_in_bytes,
+    "host_aliased": m.host_alias_size_in_bytes, "host_temporary": m.host_temp_size_in_bytes,
+    "flops": executable.cost_analysis().get("flops", 0.0), "log": text, "seconds": time.monotonic() - started,
+  }  # fmt: skip
 
 
 @contextlib.contextmanager
-def _stderr():
-  """A function that returns what was written to file descriptor 2 so far: libtpu does not write to sys.stderr."""
-  with tempfile.TemporaryFile() as file:
+def _stderr(path):
+  """A function that returns what was written to file descriptor 2 so far: libtpu does not write to sys.stderr. It goes to the
+  file at `path`, or to one without a name."""
+  with open(path, "w+b") if path else tempfile.TemporaryFile() as file:
     sys.stderr.flush()
     kept = os.dup(2)
     os.dup2(file.fileno(), 2)
@@ -124,3 +154,39 @@ def _stderr():
     finally:
       os.dup2(kept, 2)
       os.close(kept)
+
+
+def in_child(function, *arguments):
+  """`function(*arguments, log)` by a process of its own, with `log` as in `compiled`: libtpu ends the process that asks for a
+  program at which one of its own checks fails.
+
+  Raises ConfigError: that of the function, or, where the process ended without an answer, one with what it said last.
+  """
+  context = multiprocessing.get_context("spawn")
+  receive, send = context.Pipe(duplex=False)
+  with tempfile.NamedTemporaryFile("r", errors="replace") as log:
+    child = context.Process(target=_answer, args=(send, function, *arguments, log.name), daemon=True)
+    child.start()
+    send.close()
+    try:
+      answer = receive.recv()
+    except EOFError:
+      child.join()
+      raise ConfigError(f"libtpu ended the compilation ({_last_words(log.read())}): {ADVICE}") from None
+    finally:
+      child.kill()
+  if isinstance(answer, ConfigError):
+    raise answer
+  return answer
+
+
+def _answer(send, function, *arguments):
+  try:
+    send.send(function(*arguments))
+  except ConfigError as error:
+    send.send(error)
+
+
+def _last_words(text):
+  failed = re.search(r"(?:Check failed|F\d{4} |Fatal).*", text)
+  return (failed[0] if failed else text.strip()[-200:] or "it said nothing")[:300]

@@ -1,6 +1,7 @@
 """How much memory a training step needs on each device: derived from shapes, before any device exists."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -10,6 +11,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.mesh import abstract_mesh
 from deepseek_jax.parallel.pipeline import stage_table
 from deepseek_jax.plan.flops import abstract_params
+from deepseek_jax.plan.topology import Chip
 from deepseek_jax.sharding import WHOLE_WEIGHTS, batch_parts, rules, size_per_device
 
 
@@ -37,8 +39,8 @@ COPIES = {
 }  # fmt: skip
 
 
-def estimate_memory(config: Config) -> Memory:
-  """Bytes per device of a step of `config`, whose mesh sizes are resolved.
+def estimate_memory(config: Config, chip: Chip | None = None) -> Memory:
+  """Bytes per device of a step of `config`, whose mesh sizes are resolved, on that kind of chip.
 
   Parameters and moments are exact; with ZeRO 1 and 2, and in a pipeline, weights in use come on top, as collectives. Of the
   rest what is large is counted, times COPIES: gradients in float32; what the forward pass keeps under the remat policy, the
@@ -46,78 +48,98 @@ def estimate_memory(config: Config) -> Memory:
   the gathered head with its gradient, and logits.
   """
   model, mesh, zero = config.model, config.mesh, config.parallel.zero
-  kept = _elements(model, mesh)
+  shapes = dataclasses.replace(model, remat="full", moe=dataclasses.replace(model.moe, buffer_factor=0.0))
+  kept = _elements(shapes, mesh)
   bytes_kept, compute = jnp.dtype(model.param_dtype).itemsize, jnp.dtype(model.compute_dtype).itemsize
   in_use, gradients = 0, COPIES["gradients"] * kept
   if zero < 3:
-    with rules(WHOLE_WEIGHTS):
-      whole = _elements(model, mesh)
-      if mesh.stage > 1:  # the last stack is in the stages, the rest whole on each
-        staged = _elements(model, mesh, "moe_layers" if model.num_moe_layers else "dense_layers")
-        whole += staged // mesh.stage - staged
+    whole = _elements(shapes, mesh, whole=True)
+    if mesh.stage > 1:  # the last stack is in the stages, the rest whole on each
+      staged = _elements(shapes, mesh, whole=True, stack="moe_layers" if model.num_moe_layers else "dense_layers")
+      whole += staged // mesh.stage - staged
     in_use, gradients = whole * compute, COPIES["whole_gradients"] * whole
   elif mesh.stage > 1:
     in_use = kept * bytes_kept  # laid out in stages
   moments = 0 if config.optimizer.offload else 2 * kept * jnp.dtype(config.optimizer.moments_dtype).itemsize
-  activations, weights, head = map(int, _passes(config, compute))
+  activations, weights, head = map(int, _passes(config, compute, chip))
   return Memory(kept * bytes_kept, moments, int(gradients * bytes_kept), activations, in_use + weights, head)
 
 
-def _elements(model, mesh, stack=None):
-  """Parameters, of one stack or all, that one device holds under the rules in force."""
-  params = abstract_params(model, mesh)[0]
-  return sum(size_per_device(leaf) for leaf in jax.tree.leaves(params[stack] if stack else params))
+@functools.cache  # a search asks for few meshes and many ways to use them
+def _elements(model, mesh, whole=False, stack=None):
+  """Parameters, of one stack or all, that one device holds; `whole`: as ZeRO 1 and 2 use them."""
+  with rules(WHOLE_WEIGHTS if whole else {}):
+    params = abstract_params(model, mesh)[0]
+    return sum(size_per_device(leaf) for leaf in jax.tree.leaves(params[stack] if stack else params))
 
 
-def _passes(config: Config, width):
+def _passes(config: Config, width, chip):
   """(activations, weights of a block, head): bytes in a microbatch's passes, elements being `width` bytes wide."""
-  m, mesh, a, moe = config.model, config.mesh, config.model.attention, config.model.moe
-  wide, tensor = max(4, width), mesh.tensor
+  m, mesh, moe, tensor = config.model, config.mesh, config.model.moe, config.mesh.tensor
+  wide = max(4, width)
   rows = -(-(config.train.microbatch or config.train.global_batch) // batch_parts(abstract_mesh(mesh)))
   seq = config.data.seq // mesh.context
-  tokens = rows * seq
-  stream = tokens * m.embed * width // tensor  # one residual stream
-  if a.kind == "mla":
-    key, value = a.qk_nope_head_dim + a.qk_rope_head_dim, a.v_head_dim
-    heads = a.heads * (2 * key + value + a.qk_nope_head_dim) // tensor + a.q_lora_rank + a.kv_lora_rank
-    attention = a.q_lora_rank * m.embed + (a.q_lora_rank or m.embed) * a.heads * key // tensor
-    attention += a.kv_lora_rank * (m.embed + a.heads * (a.qk_nope_head_dim + value) // tensor)
-    attention += a.heads * value * m.embed // tensor
-  else:
-    heads = (a.heads + 2 * a.kv_heads) * a.head_dim // tensor
-    attention = 2 * m.embed * (a.heads + a.kv_heads) * a.head_dim // tensor
-  inner, experts, choices = m.mlp, 0, 0
-  if m.num_moe_layers:  # rows for the choices that a device has room for
-    choices = _room(moe, mesh.expert)
-    inner = max(m.mlp * bool(m.num_dense_layers), (choices + moe.num_shared_experts) * moe.mlp)
-    experts = 3 * m.embed * moe.mlp * (moe.num_routed_experts // mesh.expert) // tensor * width
+  stream = rows * seq * m.embed * width // tensor  # one residual stream
+  heads, attention = _attention(m, tensor)
+  experts = 3 * m.embed * moe.mlp * (moe.num_routed_experts // mesh.expert) // tensor
   # The whole sequence, or of a context mesh one pair of chunks at a time.
   span = config.data.seq if mesh.context == 1 else seq // 2
-  scores = rows * a.heads // tensor * min(seq, span) * span * wide
-  expert_rows = tokens * choices * m.embed * width
-  products = stream + tokens * (2 * m.embed + heads + 2 * inner // tensor) * width + 2 * expert_rows
-  # attend() keeps no scores of MLA, of dropout or of float64.
-  all_of_it = products + (scores if a.kind == "gqa" and not a.dropout and width < 8 else 0)
-  a_layer = {
-    "full": COPIES["kept_inputs"] * stream, "dots": COPIES["kept_products"] * products,
-    "none": COPIES["kept_products"] * all_of_it, "offload": 0,
-  }[m.remat]  # fmt: skip
-  layers, waiting = m.layers + m.num_mtp_layers, 0
-  if mesh.stage > 1:  # a circuit's layers at a time, and the streams of microbatches under way
+  scores = rows * m.attention.heads // tensor * min(seq, span) * span * wide
+  expert_rows = rows * seq * _room(moe, mesh.expert) * m.embed * width
+  a_layer = {"full": COPIES["kept_inputs"] * stream, "offload": 0}.get(m.remat)
+  if a_layer is None:
+    a_layer = stream + rows * seq * (2 * m.embed + heads + 2 * _inner(config) // tensor) * width
+    if m.remat == "none":  # attend() keeps no scores of MLA, of dropout or of float64
+      a_layer += scores if m.attention.kind == "gqa" and not m.attention.dropout and width < 8 else 0
+      a_layer += 2 * expert_rows
+    a_layer *= COPIES["kept_products"]
+  layers, waiting, ends = m.layers + m.num_mtp_layers, 0, 1 + m.num_mtp_layers
+  if (
+    mesh.stage > 1
+  ):  # a circuit's layers at a time, and the streams of microbatches under way; the head has its turn after
     circuits, in_stages = config.parallel.circuits, m.num_moe_layers or m.num_dense_layers
     slots = stage_table(in_stages, mesh.stage, circuits, config.parallel.stage_layers)[0].shape[-1]
-    layers, waiting = max(slots, m.layers - in_stages + m.num_mtp_layers), (circuits + 2) * mesh.stage + 3
-  dense = (attention + 3 * m.embed * m.mlp // tensor) * width
-  heads = 1 + m.num_mtp_layers
+    layers, waiting, ends = max(slots, m.layers - in_stages + m.num_mtp_layers), (circuits + 2) * mesh.stage + 3, 0
   return (
-    a_layer * layers + waiting * stream + COPIES["scores"] * scores + COPIES["rows"] * expert_rows,
-    COPIES["layer"] * dense + COPIES["experts"] * experts,
-    COPIES["head"] * m.embed * m.vocab // tensor * (width + wide) * heads
+    a_layer * layers + waiting * stream + _score_copies(config, chip) * scores + COPIES["rows"] * expert_rows,
+    (COPIES["layer"] * (attention + 3 * m.embed * m.mlp // tensor) + COPIES["experts"] * experts) * width,
+    COPIES["head"] * m.embed * m.vocab // tensor * (width + wide) * ends
     + rows * min(config.train.loss_chunk, seq) * m.vocab // tensor * wide,
   )
 
 
+def _attention(model, tensor):
+  """(numbers that a token's queries, keys and values have, parameters) of a layer's attention on a device."""
+  a = model.attention
+  if a.kind != "mla":
+    widths = (a.heads + 2 * a.kv_heads) * a.head_dim // tensor
+    return widths, 2 * model.embed * (a.heads + a.kv_heads) * a.head_dim // tensor
+  key, value = a.qk_nope_head_dim + a.qk_rope_head_dim, a.v_head_dim
+  params = a.q_lora_rank * model.embed + (a.q_lora_rank or model.embed) * a.heads * key // tensor
+  params += a.kv_lora_rank * (model.embed + a.heads * (a.qk_nope_head_dim + value) // tensor)
+  params += a.heads * value * model.embed // tensor
+  return a.heads * (2 * key + value + a.qk_nope_head_dim) // tensor + a.q_lora_rank + a.kv_lora_rank, params
+
+
+def _inner(config: Config):
+  """Inner width of a layer's feed-forward that is kept, on average; products of routed experts are not among the dots."""
+  m, moe = config.model, config.model.moe
+  of_experts = _room(moe, config.mesh.expert) if m.remat == "none" else 0
+  each = m.num_dense_layers * m.mlp + m.num_moe_layers * (of_experts + moe.num_shared_experts) * moe.mlp
+  return each // m.layers
+
+
+def _score_copies(config: Config, chip):
+  """With a key head for each query head XLA makes more copies of the scores on newer chips, and where heads are shared out."""
+  a = config.model.attention
+  if a.kind == "mla" or a.kv_heads < a.heads:
+    return COPIES["scores"]
+  return 4.1 if chip and chip.kind in ("TPU v6e", "TPU7x") else COPIES["scores"] + (config.mesh.tensor > 1)
+
+
 def _room(moe, devices):
   """Choices for each of a device's tokens that it has room for: see model/exchange.py."""
+  if not moe.num_routed_experts:
+    return 0
   most = devices * min(moe.num_experts_per_token, moe.num_routed_experts // devices)
   return min(most, math.ceil(moe.buffer_factor * moe.num_experts_per_token)) if moe.buffer_factor else most

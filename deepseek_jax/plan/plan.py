@@ -1,7 +1,6 @@
 """A plan: what a step of a config needs and how fast it is on a topology that need not be here."""
 
 import dataclasses
-import re
 from collections import defaultdict
 
 import jax
@@ -11,9 +10,10 @@ from deepseek_jax.config import Config
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.kernels.grouped_matmul import block_rows, native
 from deepseek_jax.mesh import AXES, abstract_mesh, check_slices, make_mesh, resolve_mesh
+from deepseek_jax.model.exchange import has_ragged
 from deepseek_jax.parallel.pipeline import passes
 from deepseek_jax.plan import roofline
-from deepseek_jax.plan.compiled import compiled, devices
+from deepseek_jax.plan.compiled import ADVICE, OutOfMemory, compiled, devices, in_child
 from deepseek_jax.plan.count import Loops, Operation, counted
 from deepseek_jax.plan.flops import training_flops
 from deepseek_jax.plan.hlo import Program
@@ -82,12 +82,12 @@ def make_plan(config: Config, topology: Topology, program, compile=False, fused_
   config = resolve_mesh(config, topology.devices)
   sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
   check_slices(tuple(sizes.values()), topology.slices)
-  loops = expected_loops(config, fused_attention)
+  loops = expected_loops(config, topology.chip.kind, fused_attention)
   operations = traced(config, program, sizes, loops)
   flops, seconds = sum(o.times * o.flops for o in operations), 0.0
-  memory = dataclasses.asdict(estimate_memory(config))
+  memory = dataclasses.asdict(estimate_memory(config, topology.chip))
   if compile:
-    built, total = compiled_step(config, topology, program)
+    built, total = in_child(compiled_step, config, topology, program)
     # The parts are the estimate's, but for those that are exact in proportion to what XLA allocates.
     exact = memory["params"] + memory["optimizer"]
     share = (total - exact) / (sum(memory.values()) - exact)
@@ -121,26 +121,22 @@ def traced(config, program, sizes, loops) -> list[Operation]:
     return counted(jax.jit(step, donate_argnums=0).trace(*arguments).jaxpr, sizes, loops)
 
 
-def compiled_step(config, topology, program):
-  """(Compiled or None where it does not fit, bytes on a device)."""
+def compiled_step(config, topology, program, log=None):
+  """(Compiled or None where it does not fit, bytes on a device); `log` as in `compiled`."""
   mesh = make_mesh(config.mesh, devices(topology))
   with jax.set_mesh(mesh):
     step, arguments = program(config, mesh)
     try:
-      found = compiled(step, *arguments, donate_argnums=0)
+      found = compiled(step, *arguments, log=log, donate_argnums=0)
+    except OutOfMemory as error:
+      return None, error.args[0]
     except jax.errors.JaxRuntimeError as error:
-      used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
-      if not used:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-          f"XLA cannot compile this mesh for {topology.text} ({reason:.200}): change the mesh a little, or plan with --analytic"
-        ) from None
-      # It may read "95.74G of 95.74G".
-      return None, max(int(float(used[1]) * 1024 ** (1 + "KMGT".index(used[2]))), int(topology.chip.hbm) + 1)
+      reason = str(error).strip().splitlines()[0]
+      raise ConfigError(f"XLA cannot compile this for {topology.text} ({reason:.200}): {ADVICE}") from None
   return found, found.device
 
 
-def expected_loops(config: Config, fused_attention=False) -> Loops:
+def expected_loops(config: Config, device_kind, fused_attention=False) -> Loops:
   """What tokens that choose experts evenly and a schedule of stages make of a step."""
   moe, mesh, train = config.model.moe, config.mesh, config.train
   microbatch = train.microbatch or train.global_batch
@@ -161,8 +157,10 @@ def expected_loops(config: Config, fused_attention=False) -> Loops:
   # Distinct devices among the choices of a token, within the groups that it may choose from.
   reachable = max(mesh.expert * moe.topk_groups / moe.num_expert_groups, 1)
   distinct = reachable * (1 - (1 - 1 / reachable) ** moe.num_experts_per_token)
-  sent = distinct / min(moe.num_experts_per_token, mesh.expert)
-  return dataclasses.replace(found, full_rows=min(full, 1), sent_rows=min(sent, 1))
+  sent = min(distinct / min(moe.num_experts_per_token, mesh.expert), 1)
+  if not has_ragged(device_kind):  # as many rows to every device
+    sent = mesh.expert / min(moe.num_experts_per_token, mesh.expert)
+  return dataclasses.replace(found, full_rows=min(full, 1), sent_rows=sent)
 
 
 def table(plan: Plan) -> str:

@@ -1,8 +1,9 @@
-"""The best mesh for a config on a topology: many are planned without a compiler, the best few with it."""
+"""The best mesh for a config on a topology: the best found is changed in one respect at a time, without a compiler; then the
+best few are compiled."""
 
 import dataclasses
-import itertools
-import math
+import functools
+import heapq
 
 from deepseek_jax.config import Config, MeshConfig
 from deepseek_jax.errors import ConfigError
@@ -11,97 +12,134 @@ from deepseek_jax.plan.memory import estimate_memory
 from deepseek_jax.plan.plan import Plan, make_plan
 from deepseek_jax.plan.topology import GIB, Topology
 
-TRACED, COMPILED = 24, 3  # candidates that are planned, and those of them that are compiled, unless said otherwise
-# Shares of a step that the remat policies compute again, roughly.
-RECOMPUTED = {"none": 0.0, "dots": 0.05, "full": 0.25, "offload": 0.27}
+PLANNED, COMPILED = 40, 3  # how many are planned, and of the best how many are compiled
+TRIED = AXES[1], *AXES[3:]  # fsdp has the devices that are left, data the slices
+REMAT = ("full", "none", "dots", "offload")
+BUFFERS = (2.0, 1.5)  # even loads
 SLACK = 1.1  # estimated memory of a candidate may be that much over the limit: the estimate is no better
 
 
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """What is tried: sizes of TRIED, sequences of a microbatch on a device, remat, room for what a device receives."""
+
+  expert: int
+  tensor: int
+  stage: int
+  context: int
+  rows: int
+  remat: str
+  buffer: float
+
+  def neighbours(self):
+    changed = functools.partial(dataclasses.replace, self)
+    yield from (changed(rows=rows) for rows in (2 * self.rows, self.rows // 2) if rows)
+    for axis in TRIED:
+      now = getattr(self, axis)
+      for size, rows in ((2 * now, 2 * self.rows), (now // 2, self.rows // 2)):
+        # Also with as many sequences in a microbatch as before, where the axis does not share them out.
+        yield from (changed(**{axis: size, "rows": n}) for n in (self.rows, rows) if size and n)
+    yield from (changed(remat=remat) for remat in REMAT)
+    yield from (changed(buffer=buffer) for buffer in BUFFERS if self.buffer)
+
+
 def search(
-  config: Config, topology: Topology, program, compile=False, fused_attention=False, progress=print, most=TRACED
+  config: Config, topology: Topology, program, compile=False, fused_attention=False, progress=print, most=PLANNED
 ) -> list[Plan]:
   """Plans of other meshes, microbatches, buffer factors and remat policies than `config` has, the fastest that fits first.
 
-  Raises ConfigError where no mesh works at all. Arguments as in `make_plan`; `progress` is told what happens, and at
-  `most` candidates are planned.
+  Begins with the mesh of the config and with one for every number of expert shards, and changes the best of what it knows
+  in one respect, until `most` are planned or none is left. What does not fit is not planned, only changed: that of the
+  least memory first.
+
+  Raises ConfigError where no mesh works at all. Arguments as in `make_plan`; `progress` is told what happens.
   """
-  found = [c for c in candidates(config, topology) if estimate_memory(c).total <= SLACK * topology.chip.hbm]
-  if not found:
+  seen, heap, plans = set(), [], []
+  waiting = starts(config, topology)
+  while len(plans) < most:
+    for choice in waiting:
+      candidate = None if choice in seen else applied(choice, config, topology)
+      seen.add(choice)
+      if candidate is None:
+        continue
+      worth = (True, estimate_memory(candidate, topology.chip).total)
+      if worth[1] <= SLACK * topology.chip.hbm and len(plans) < most:
+        progress(f"{len(plans) + 1} of at most {most}: {named(candidate)}")
+        plans.append(make_plan(candidate, topology, program, fused_attention=fused_attention))
+        worth = rank(plans[-1])
+      heapq.heappush(heap, (*worth, len(seen), choice))
+    if not heap:
+      break
+    waiting = heapq.heappop(heap)[-1].neighbours()
+  if not plans:
     raise ConfigError(
       f"{config.name} fits on {topology.text} with no mesh that was tried: take more devices, or optimizer.offload=true, or "
       "a train.global_batch that more powers of two divide"
     )
-  by_mesh = {}
-  for candidate in sorted(found, key=cheapness):
-    by_mesh.setdefault(candidate.mesh, []).append(candidate)
-  found = sorted((c for of_mesh in by_mesh.values() for c in of_mesh[:2]), key=cheapness)[:most]
-  plans = []
-  for number, candidate in enumerate(found, 1):
-    progress(f"{number} of {len(found)}: {named(candidate)}")
-    plans.append(make_plan(candidate, topology, program, fused_attention=fused_attention))
   plans.sort(key=rank)
-  if compile:
-    best = []
-    for plan in plans[:COMPILED]:
-      progress(f"compiling {named(plan.config)}")
-      try:
-        best.append(make_plan(plan.config, topology, program, compile=True))
-      except ConfigError as error:
-        progress(f"not this one: {error}")
-    plans = sorted(best + plans[COMPILED:], key=rank)
-    if not plans:
-      raise ConfigError(f"XLA compiles none of the best meshes of {config.name} on {topology.text}: see --analytic")
-  return plans
+  return best_compiled(plans, topology, program, progress) if compile else plans
+
+
+def best_compiled(plans, topology, program, progress):
+  """`plans`, of which the first are compiled until COMPILED of them fit, or twice as many were tried."""
+  found, untried = [], list(plans)
+  while untried and len(plans) - len(untried) < 2 * COMPILED and sum(plan.fits for plan in found) < COMPILED:
+    plan = untried.pop(0)
+    progress(f"compiling {named(plan.config)}")
+    try:
+      found.append(make_plan(plan.config, topology, program, compile=True))
+    except ConfigError as error:
+      progress(f"not this one: {error}")
+  if not found:
+    raise ConfigError(f"XLA compiles none of the best meshes on {topology.text}: see --analytic")
+  return sorted(found, key=rank) + untried
 
 
 def rank(plan: Plan):
   return not plan.fits, plan.calibrated.seconds
 
 
-def candidates(config: Config, topology: Topology):
-  """Configs with meshes that use all devices, and what goes with them."""
-  moe, train = config.model.moe, config.train
-  devices, layers = topology.devices, config.model.num_moe_layers or config.model.num_dense_layers
-  experts = powers(moe.num_routed_experts) if moe.num_routed_experts else [1]
-  stages = [s for s in (1, 2, 4, 8, 16) if s <= layers]
-  for expert, tensor, stage, context in itertools.product(experts, (1, 2, 4, 8), stages, (1, 2, 4)):
-    rest, left = divmod(devices, expert * tensor * stage * context * topology.slices)
-    if left or not rest:
-      continue
-    mesh = MeshConfig(data=topology.slices, fsdp=rest, expert=expert, tensor=tensor, stage=stage, context=context)
-    parts = topology.slices * rest * expert  # that share the batch
-    # Room for what a device receives: the config's own, or one and a half and twice an even load.
-    buffers = (moe.buffer_factor,) if expert == 1 or moe.buffer_factor else (1.5, 2.0)
-    for rows, (remat, buffer) in itertools.product((1, 2, 4, 8), itertools.product(RECOMPUTED, buffers)):
-      micro = parts * rows
-      if train.global_batch % micro or (train.batch_ramp_from and train.batch_ramp_from % micro):
-        continue
-      try:
-        yield resolve_mesh(varied(config, mesh, micro, remat, buffer), devices)
-      except ConfigError:  # this one does not divide the model: the next may
-        continue
+def starts(config: Config, topology: Topology) -> list[Choice]:
+  moe, found = config.model.moe, []
+  plain = Choice(1, 1, 1, 1, 1, "full", moe.buffer_factor or BUFFERS[0] * bool(moe.num_routed_experts))
+  try:
+    config = resolve_mesh(config, topology.devices)
+  except ConfigError:
+    pass  # it is for other machines
+  else:
+    m = config.mesh
+    rows = (config.train.microbatch or config.train.global_batch) // (
+      topology.devices // (m.tensor * m.stage * m.context)
+    )
+    found = [Choice(m.expert, m.tensor, m.stage, m.context, max(rows, 1), config.model.remat, plain.buffer)]
+  experts = (2**i for i in range(moe.num_routed_experts.bit_length()) if moe.num_routed_experts % 2**i == 0)
+  return found + [dataclasses.replace(plain, expert=expert) for expert in experts or [1]]
 
 
-def varied(config: Config, mesh, microbatch, remat, buffer):
-  moe = dataclasses.replace(config.model.moe, buffer_factor=buffer)
-  model = dataclasses.replace(config.model, remat=remat, moe=moe)
-  train = dataclasses.replace(config.train, microbatch=microbatch)
-  return dataclasses.replace(config, model=model, mesh=mesh, train=train)
-
-
-def powers(limit):
-  return [2**i for i in range(limit.bit_length()) if limit % 2**i == 0]
-
-
-def cheapness(config: Config):
-  """Which candidates to look at first: without stages, few gathers of weights, little recomputation."""
-  mesh, train = config.mesh, config.train
-  microbatches = train.global_batch // train.microbatch
-  gathered = microbatches * (mesh.fsdp > 1) / max(mesh.expert, 1)
-  recomputed = RECOMPUTED[config.model.remat]
-  if mesh.stage > 1:  # which compute everything again, and gather weights in every tick
-    recomputed = 0.3 + RECOMPUTED["full"] + (mesh.stage - 1) / (microbatches + mesh.stage - 1)
-  return recomputed + 0.05 * math.log2(mesh.tensor * mesh.stage * mesh.context) + 0.01 * gathered
+def applied(choice: Choice, config: Config, topology: Topology) -> Config | None:
+  """`config` with what was chosen, or None where that does not divide the devices, the batch or the model."""
+  axes = {axis: getattr(choice, axis) for axis in TRIED}
+  others = choice.tensor * choice.stage * choice.context
+  microbatch = topology.devices // others * choice.rows
+  train, moe = config.train, config.model.moe
+  fsdp, left = divmod(topology.devices, others * choice.expert * topology.slices)
+  shared_out = choice.expert == 1 or moe.num_routed_experts
+  if (
+    left
+    or not fsdp
+    or not shared_out
+    or train.global_batch % microbatch
+    or (train.batch_ramp_from or microbatch) % microbatch
+  ):
+    return None
+  mesh = MeshConfig(data=topology.slices, fsdp=fsdp, **axes)
+  moe = dataclasses.replace(moe, buffer_factor=choice.buffer if choice.expert > 1 else moe.buffer_factor)
+  model = dataclasses.replace(config.model, remat=choice.remat, moe=moe)
+  train = dataclasses.replace(train, microbatch=microbatch)
+  try:
+    return resolve_mesh(dataclasses.replace(config, model=model, mesh=mesh, train=train), topology.devices)
+  except ConfigError:
+    return None
 
 
 def named(config: Config) -> str:

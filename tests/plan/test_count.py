@@ -36,7 +36,7 @@ def on(config, **sizes):
 
 def operations(config, loops=None):
   sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
-  return traced(config, abstract_step, sizes, loops or expected_loops(config))
+  return traced(config, abstract_step, sizes, loops or expected_loops(config, "TPU v5p"))
 
 
 def total(found, of, kind=""):
@@ -126,7 +126,7 @@ def test_shares_of_rows_that_are_full():
   """Four devices with two experts each and room for twice an even load."""
   moe = dataclasses.replace(MOE.model.moe, buffer_factor=2.0)
   config = dataclasses.replace(on(MOE, expert=4), model=dataclasses.replace(MOE.model, moe=moe))
-  loops = expected_loops(config)
+  loops = expected_loops(config, "TPU v5p")
   load, block = 2 * 64 * 2, 64  # 2 sequences a device and microbatch; a block is half a mean group
   assert loops.full_rows == pytest.approx((load + block) / (2 * load + 2 * block))
   # Two choices among four devices fall on 1.75 of them.

@@ -1,16 +1,18 @@
 """Plans through their door: python -m deepseek_jax.plan."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import load_config
+from deepseek_jax.plan import search as search_module
 from deepseek_jax.plan.__main__ import main
 from deepseek_jax.plan.flops import abstract_params, training_flops
 from deepseek_jax.plan.plan import make_plan
-from deepseek_jax.plan.search import candidates, search
+from deepseek_jax.plan.search import Choice, applied, rank, search
 from deepseek_jax.plan.topology import parse
 from deepseek_jax.sharding import size_per_device
 from deepseek_jax.training.step import abstract_step
@@ -101,16 +103,19 @@ def test_near_what_maxtext_publishes_for_v3_on_512_chips():
   assert plan.mfu(plan.calibrated) == pytest.approx(0.332, rel=0.2)
 
 
-def test_search_ranks_meshes_that_fit_before_those_that_do_not():
-  config = load_config("configs/7b.py", {"train.global_batch": "64", "train.microbatch": "0", "model.layers": "4"})
-  topology = parse("v5e:4x2")
-  found = list(candidates(config, topology))
-  assert len({c.mesh for c in found}) > 5 and {c.model.remat for c in found} == {"none", "dots", "full", "offload"}
-  told = []
-  plans = search(config, topology, abstract_step, progress=told.append, most=6)
-  assert len(plans) == len(told) == 6
-  order = [(not p.fits, p.calibrated.seconds) for p in plans]
-  assert order == sorted(order) and plans[0].fits
+def test_search_finds_the_best_of_all_and_ranks_what_does_not_fit_last(monkeypatch):
+  monkeypatch.setattr(search_module, "REMAT", ("full", "dots"))
+  config = load_config("configs/7b.py", {"train.global_batch": "2", "train.microbatch": "0", "model.layers": "2"})
+  topology, told = parse("v5p:2x1x1"), []
+  plans = search(config, topology, abstract_step, progress=told.append, most=9)
+  assert len(plans) == len(told) == 9 and plans == sorted(plans, key=rank)
+  plain = Choice(1, 1, 1, 1, rows=1, remat="full", buffer=0.0)
+  meshes = [plain, *(replace(plain, **{axis: 2}) for axis in ("tensor", "stage", "context"))]  # of two devices
+  choices = (replace(mesh, rows=rows, remat=remat) for mesh in meshes for rows in (1, 2) for remat in ("full", "dots"))
+  every = [c for c in (applied(choice, config, topology) for choice in choices) if c]
+  assert len(every) > 12  # a whole batch of two sequences on a pipeline and a row on both devices are among them
+  best = min((make_plan(c, topology, abstract_step) for c in every), key=rank)
+  assert plans[0].fits and plans[0].config == best.config
 
 
 def test_search_says_where_nothing_fits():

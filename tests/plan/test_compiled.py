@@ -1,0 +1,37 @@
+"""What a compiler in a process of its own can do to a plan."""
+
+import os
+
+import pytest
+
+from deepseek_jax.errors import ConfigError
+from deepseek_jax.plan.compiled import in_child
+
+
+def works(value, log):
+  return value, os.path.exists(log), os.getpid()
+
+
+def refuses(log):
+  raise ConfigError("no such topology")
+
+
+def ends(log):
+  with open(log, "w") as f:
+    f.write("I0000 hello\nF0000 fusion.cc:1] Check failed: a == b\n*** stack ***\n")
+  os.abort()
+
+
+def test_a_child_answers():
+  value, had_log, process = in_child(works, 3)
+  assert value == 3 and had_log and process != os.getpid()
+
+
+def test_its_errors_are_ours():
+  with pytest.raises(ConfigError, match="^no such topology$"):
+    in_child(refuses)
+
+
+def test_its_end_is_an_error_with_its_last_words():
+  with pytest.raises(ConfigError, match="Check failed: a == b.*--analytic"):
+    in_child(ends)
