@@ -169,7 +169,7 @@ class _Counter:
     n = math.prod(self.sizes[axis] for axis in axes)
     whole = sum(v.size for v in inputs)
     if kind == "ragged-all-to-all":  # rows from one buffer to another, of which the smaller has few that are empty
-      whole = min(v.size for v in inputs[:2])
+      whole = min(held(v.aval) for v in eqn.invars[:2])
     others = (n - 1) / n
     sent = {
       "all-reduce": 2 * others * whole, "all-gather": others * sum(v.size for v in fresh), "reduce-scatter": others * whole,

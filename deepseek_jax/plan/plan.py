@@ -25,7 +25,7 @@ from deepseek_jax.plan.topology import GIB, Topology
 class Plan:
   """`memory`: bytes on a device by part. `collectives`: {kind: {axes: bytes that a device sends in a step}}. FLOPs are of all
   devices: `model_flops` 6 x active parameters and causal attention, `compiled_flops` what the program does. `source`:
-  "compiled" by XLA, or "analytic"."""
+  "compiled" by XLA, or "analytic"; `compile_seconds` of CPU time, when it was first compiled."""
 
   config: Config
   topology: Topology
@@ -170,7 +170,7 @@ def table(plan: Plan) -> str:
   train = config.train
   lines = [
     f"plan       {config.name} on {t.text}: {t.devices} x {t.chip.kind}, {plan.source}"
-    + (f" in {plan.compile_seconds:.0f} s" if plan.compile_seconds else ""),
+    + (f" in {plan.compile_seconds:.0f} s of CPU time" if plan.compile_seconds else ""),
     f"mesh       {mesh or 'one device'}",
     f"batch      {train.global_batch:,} sequences of {config.data.seq:,} in "
     f"{train.global_batch // (train.microbatch or train.global_batch)} microbatches, remat {config.model.remat}",

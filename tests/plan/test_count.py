@@ -122,6 +122,14 @@ def test_fused_attention_leaves_no_scores_and_does_half_of_their_products():
   assert total(plain, "bytes") - total(fused, "bytes") > 3 * scores
 
 
+def test_ragged_messages_carry_rows_and_facts_there_and_back():
+  """2 MoE layers of 2 microbatches, with nothing recomputed: a dispatch and a combine, forward and backward."""
+  found = [o for o in operations(on(MOE, expert=4)) if o.kind == "ragged-all-to-all"]
+  rows = 2 * 64 * 1.75 * 3 / 4  # of 2 sequences, each for 1.75 devices of 4, of which one is its own
+  assert {(o.sent, o.times) for o in found} == {(rows * 64 * 2, 2 * 2), (rows * 4 * 4, 2 * 2)}
+  assert sum(o.sent == rows * 64 * 2 for o in found) == 4 and len(found) == 6
+
+
 def test_shares_of_rows_that_are_full():
   """Four devices with two experts each and room for twice an even load."""
   moe = dataclasses.replace(MOE.model.moe, buffer_factor=2.0)

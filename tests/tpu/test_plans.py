@@ -1,43 +1,84 @@
-"""The documented plans: each config on its topology compiles in minutes, fits, and is what the estimate says."""
+"""Plans as they are asked for, with a compiler and without: documented ones, others, several slices, too little memory."""
 
-import jax
+import contextlib
+import io
+import json
+
 import pytest
 
-from deepseek_jax.flags import load_config
-from deepseek_jax.mesh import resolve_mesh
-from deepseek_jax.plan.memory import estimate_memory
-from deepseek_jax.plan.plan import make_plan
-from deepseek_jax.plan.topology import parse
-from deepseek_jax.training.step import abstract_step
+from deepseek_jax.plan.__main__ import main
 
 DOCUMENTED = {"7b": "v5e:16x16", "67b": "v5p:8x8x8", "v2": "v5p:8x8x8", "v3": "v5p:8x8x16"}
-# Plans that the constants of plan/memory.py were not fitted to.
+# Plans that the constants of plan/memory.py were not fitted to: another chip, another shape of mesh, or both.
 HELD_OUT = {
-  "moe_16b": ("v5p:4x4x4", {
-    "mesh.fsdp": 8, "mesh.expert": 8, "model.moe.buffer_factor": 1.5, "train.microbatch": 128, "train.global_batch": 1024,
+  "experts on v6e": ("moe_16b", "v6e:8x8", {
+    "mesh.fsdp": 8, "mesh.expert": 8, "model.moe.buffer_factor": 2, "train.microbatch": 64, "train.global_batch": 1024,
+  }),
+  "heads and contexts on v6e": ("7b", "v6e:8x8", {
+    "mesh.fsdp": 8, "mesh.tensor": 4, "mesh.context": 2, "train.microbatch": 32, "train.global_batch": 1024,
+  }),
+  "heads on tpu7x": ("67b", "tpu7x:4x4x8", {"mesh.fsdp": 128, "mesh.tensor": 2, "train.microbatch": 128}),
+  "experts in stages": ("moe_16b", "v5p:4x4x4", {
+    "mesh.fsdp": 8, "mesh.expert": 4, "mesh.stage": 2, "model.moe.buffer_factor": 2, "train.microbatch": 32,
+    "train.global_batch": 1024,
   }),
 }  # fmt: skip
 
 
-def plan_and_estimate(name, topology, fields):
-  config = load_config(f"configs/{name}.py", {path: str(value) for path, value in fields.items()})
-  plan = make_plan(config, parse(topology), abstract_step, compile=True)
-  estimate = estimate_memory(resolve_mesh(config, parse(topology).devices)).total
-  print(
-    f"{name} on {topology}: compiled in {plan.compile_seconds:.0f} s, {plan.total / 2**30:.1f} GiB, estimated {estimate / 2**30:.1f}"
-  )
-  return plan, estimate
+def plans(name, topology, fields):
+  """(compiled, analytic) plans through the program's own door, as read from its JSON."""
+  arguments = ["plan", f"--config=configs/{name}.py", f"--topology={topology}", "--json=-"]
+  arguments += [f"--config.{path}={value}" for path, value in fields.items()]
+  found = []
+  for more in ([], ["--analytic"]):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+      assert main(arguments + more) == 0
+    found.append(json.loads(out.getvalue()))
+  compiled, analytic = found
+  total, estimate = (plan["hbm_bytes_per_device"]["total"] / 2**30 for plan in found)
+  print(f"{name} on {topology}: {compiled['compile_seconds']:.0f} CPU s, {total:.1f} GiB, estimated {estimate:.1f}")
+  assert (compiled["source"], analytic["source"]) == ("compiled", "analytic")
+  return compiled, analytic
+
+
+def check(compiled, analytic, memory):
+  """Memory within `memory`, and what does not depend on XLA's choices within a twentieth: products, ragged messages."""
+  total, estimate = (plan["hbm_bytes_per_device"]["total"] for plan in (compiled, analytic))
+  assert estimate == pytest.approx(total, rel=memory)
+  assert compiled["compiled_flops"] == pytest.approx(analytic["compiled_flops"], rel=0.05)
+  ragged = [plan["collective_bytes"].get("ragged-all-to-all", {"expert": 0}) for plan in (compiled, analytic)]
+  assert ragged[0] == pytest.approx(ragged[1], rel=0.1)
+  # XLA sums what we scatter, now and then, and the other way round.
+  everything = [sum(sum(by_axes.values()) for by_axes in p["collective_bytes"].values()) for p in (compiled, analytic)]
+  assert everything[0] == pytest.approx(everything[1], rel=0.5)
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_a_documented_plan_fits_and_was_estimated(name):
-  plan, estimate = plan_and_estimate(name, DOCUMENTED[name], {})
-  assert plan.fits and plan.source == "compiled" and jax.device_count() < plan.topology.devices
-  assert estimate == pytest.approx(plan.total, rel=0.1)
-  assert plan.compiled_flops == pytest.approx(plan.model_flops, rel=1) and plan.compiled_flops > plan.model_flops
+  compiled, analytic = plans(name, DOCUMENTED[name], {})
+  check(compiled, analytic, memory=0.1)
+  assert compiled["fits"] and 0 < compiled["compile_seconds"] < 360
 
 
-@pytest.mark.parametrize("name", HELD_OUT)
-def test_a_plan_that_was_held_out(name):
-  plan, estimate = plan_and_estimate(name, *HELD_OUT[name])
-  assert estimate == pytest.approx(plan.total, rel=0.2)
+@pytest.mark.parametrize("case", HELD_OUT)
+def test_a_plan_that_was_held_out(case):
+  check(*plans(*HELD_OUT[case]), memory=0.2)
+
+
+def test_two_slices_sum_gradients_once_between_them():
+  slices = {"mesh.data": 2, "mesh.fsdp": 64, "train.microbatch": 256}
+  compiled, analytic = plans("7b", "2*v5p:4x4x4", slices)
+  check(compiled, analytic, memory=0.1)
+  shards = compiled["hbm_bytes_per_device"]["params"]  # float32, as the gradients are
+  for plan in (compiled, analytic):
+    assert plan["collective_bytes"]["all-reduce"]["data"] == pytest.approx(shards, rel=0.05)
+
+
+def test_what_does_not_fit_is_an_answer_and_is_remembered(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  fields = {"mesh.fsdp": 4, "model.layers": 2, "train.microbatch": 8, "train.global_batch": 8}
+  compiled, analytic = plans("7b", "v5e:2x2", fields)
+  memory = compiled["hbm_bytes_per_device"]
+  assert not compiled["fits"] and not analytic["fits"] and memory["total"] > memory["limit"]
+  (kept,) = (tmp_path / "deepseek_jax" / "plans").glob("*.json")
+  assert json.loads(kept.read_text()).keys() == {"needed"}

@@ -47,6 +47,17 @@ def test_a_dense_model_with_microbatches_compiles(sizes):
   assert max(c.times for c in step.program.collectives()) == 3 * 2
 
 
+def test_a_dense_model_in_contexts_compiles():
+  """libtpu 0.0.50 ends in a failed check where the attention's result is not kept apart from the product that follows."""
+  sizes = dict(fsdp=2, context=2)
+  dense = ModelConfig(
+    vocab=2048, embed=1024, layers=1, mlp=1024, attention=AttentionConfig(heads=8, kv_heads=8, head_dim=128)
+  )
+  train, mesh = TrainConfig(global_batch=4, microbatch=4), MeshConfig(**({"data": 1} | sizes))
+  step = step_for("v6e:2x2", sizes, Config(model=dense, data=DataConfig(seq=4096), mesh=mesh, train=train))
+  assert any("context" in c.axes for c in step.program.collectives())
+
+
 def test_collectives_are_those_written(step):
   check_collectives(step)
 
