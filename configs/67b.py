@@ -20,6 +20,7 @@ def get_config():
         layers=95,
         mlp=22_016,
         init_std=0.006,
+        remat="dots",
         attention=dict(heads=64, kv_heads=8, head_dim=128, rope_theta=10_000.0),
       ),
       data=dict(tokenizer="deepseek-llm", seq=SEQ),
@@ -27,7 +28,7 @@ def get_config():
       schedule=dict(
         kind="multi_step", peak=3.2e-4, warmup_steps=2000, tokens=TOKENS, milestones=(0.8, 0.9), factors=(0.316, 0.1)
       ),
-      mesh=dict(data=1, fsdp=-1),  # fsdp=512 on v5p:8x8x8
+      mesh=dict(data=1, fsdp=-1, context=2),  # fsdp=256 on v5p:8x8x8
       train=dict(steps=steps, global_batch=BATCH, microbatch=512),  # the paper does not say its microbatch
     )
   )

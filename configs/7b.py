@@ -27,7 +27,7 @@ def get_config():
       schedule=dict(
         kind="multi_step", peak=4.2e-4, warmup_steps=2000, tokens=TOKENS, milestones=(0.8, 0.9), factors=(0.316, 0.1)
       ),
-      mesh=dict(data=1, fsdp=-1),  # fsdp=256 on v5e:16x16
+      mesh=dict(data=1, fsdp=-1, context=2),  # fsdp=128 on v5e:16x16
       train=dict(steps=steps, global_batch=BATCH, microbatch=256),  # the paper does not say its microbatch
     )
   )

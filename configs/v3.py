@@ -48,7 +48,7 @@ def get_config():
       ),
       balance=dict(bias_speed=0.001, bias_tokens=143 * T // 10, expert_loss=1e-4),  # config.json has 0.001 for the last
       mtp=dict(weights=(0.3, 0.1), tokens=(10 * T,)),
-      mesh=dict(data=1, fsdp=-1, expert=64),  # fsdp=16 on v5p:8x8x16
+      mesh=dict(data=1, fsdp=-1, expert=256, context=2),  # fsdp=2 on v5p:8x8x16
       train=dict(steps=steps, global_batch=BATCH, microbatch=MICRO, batch_ramp_from=START, batch_ramp_tokens=RAMP),
     )
   )  # fmt: skip

@@ -61,7 +61,7 @@ def test_dry_run_of_67b_needs_none_of_its_devices(capsys):
   out = capsys.readouterr().out
   for words in (
     "67,425,001,472",
-    "fsdp=512",
+    "fsdp=256",
     "model.layers = 95",
     "2,000,003,530,752 in 105,964 steps",
     "GiB a device",
@@ -71,7 +71,7 @@ def test_dry_run_of_67b_needs_none_of_its_devices(capsys):
 
 def test_dry_run_checks_the_target_mesh():
   with pytest.raises(ConfigError, match=r"train\.microbatch=512 does not divide .*=1024"):
-    train.main(["train", "--config=configs/67b.py", "--dry_run", "--devices=1024"])
+    train.main(["train", "--config=configs/67b.py", "--dry_run", "--devices=2048"])
 
 
 def test_virtual_devices_get_threads_enough_for_their_collectives():

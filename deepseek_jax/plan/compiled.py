@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import multiprocessing
 import os
 import pathlib
 import re
@@ -24,7 +23,6 @@ from deepseek_jax.plan.topology import Topology
 
 # About a sixth less time than by default, the same messages, memory within 1% (libtpu 0.0.50, V3's widths on 64 chips).
 LEVEL = "O1"
-ADVICE = "change the mesh or the microbatch a little, or plan with --analytic"
 
 
 def devices(topology: Topology):
@@ -120,11 +118,9 @@ def _facts(lowered, log) -> dict:
       executable = lowered.compile()
       text = said()
   except jax.errors.JaxRuntimeError as error:
-    used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
-    if not used:
+    if not (needed := out_of_memory(str(error))):
       raise
-    needed, limit = (int(float(used[i]) * 1024 ** (1 + "KMGT".index(used[i + 1]))) for i in (1, 3))
-    return {"needed": max(needed, limit + 1)}  # it may read "95.74G of 95.74G"
+    return {"needed": needed}
   finally:
     jax.config.update("jax_optimization_level", usual)
   m = executable.memory_analysis()
@@ -134,6 +130,17 @@ def _facts(lowered, log) -> dict:
     "host_aliased": m.host_alias_size_in_bytes, "host_temporary": m.host_temp_size_in_bytes,
     "flops": executable.cost_analysis().get("flops", 0.0), "log": text, "seconds": time.process_time() - started,
   }  # fmt: skip
+
+
+def out_of_memory(message) -> int | None:
+  """Bytes that a program needs, at least one more than there are, of XLA's error; None where it is about something else."""
+  # "Used 99.9G of 95.7G hbm", which may read "95.7G of 95.7G"; of temporaries alone "(204.5G) exceeds available HBM (95.7G)".
+  size = r"\(?([\d.]+)([KMGT])\)?"
+  used = re.search(rf"(?:Used|temporaries) {size} (?:of|exceeds available HBM) {size}", message)
+  if not used:
+    return None
+  needed, limit = (int(float(used[i]) * 1024 ** (1 + "KMGT".index(used[i + 1]))) for i in (1, 3))
+  return max(needed, limit + 1)
 
 
 @contextlib.contextmanager
@@ -154,39 +161,3 @@ def _stderr(path):
     finally:
       os.dup2(kept, 2)
       os.close(kept)
-
-
-def in_child(function, *arguments):
-  """`function(*arguments, log)` by a process of its own, with `log` as in `compiled`: libtpu ends the process that asks for a
-  program at which one of its own checks fails.
-
-  Raises ConfigError: that of the function, or, where the process ended without an answer, one with what it said last.
-  """
-  context = multiprocessing.get_context("spawn")
-  receive, send = context.Pipe(duplex=False)
-  with tempfile.NamedTemporaryFile("r", errors="replace") as log:
-    child = context.Process(target=_answer, args=(send, function, *arguments, log.name), daemon=True)
-    child.start()
-    send.close()
-    try:
-      answer = receive.recv()
-    except EOFError:
-      child.join()
-      raise ConfigError(f"libtpu ended the compilation ({_last_words(log.read())}): {ADVICE}") from None
-    finally:
-      child.kill()
-  if isinstance(answer, ConfigError):
-    raise answer
-  return answer
-
-
-def _answer(send, function, *arguments):
-  try:
-    send.send(function(*arguments))
-  except ConfigError as error:
-    send.send(error)
-
-
-def _last_words(text):
-  failed = re.search(r"(?:Check failed|F\d{4} |Fatal).*", text)
-  return (failed[0] if failed else text.strip()[-200:] or "it said nothing")[:300]

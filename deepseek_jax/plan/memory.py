@@ -34,7 +34,7 @@ class Memory:
 # How often XLA holds each of these at the peak of a step: fitted to what libtpu 0.0.50 allocates for 12 steps, dense and
 # mixtures, 64 to 1024 chips, each within 4%. Two copies of what is kept, or of the scores, are XLA's own, not the program's.
 COPIES = {
-  "kept_inputs": 1.9, "kept_products": 1.12, "scores": 1.95, "head": 1.27, "layer": 3.1, "experts": 3.5, "rows": 12.4,
+  "kept_inputs": 1.9, "kept_products": 1.12, "kept": 1.0, "scores": 1.95, "head": 1.27, "layer": 3.1, "experts": 3.5, "rows": 12.4,
   "gradients": 3.7, "whole_gradients": 1.6,
 }  # fmt: skip
 
@@ -86,13 +86,17 @@ def _passes(config: Config, width, chip):
   span = config.data.seq if mesh.context == 1 else seq // 2
   scores = rows * m.attention.heads // tensor * min(seq, span) * span * wide
   expert_rows = rows * seq * _room(moe, mesh.expert) * m.embed * width
-  a_layer = {"full": COPIES["kept_inputs"] * stream, "offload": 0}.get(m.remat)
-  if a_layer is None:
-    a_layer = stream + rows * seq * (2 * m.embed + heads + 2 * _inner(config) // tensor) * width
-    if m.remat == "none":  # attend() keeps no scores of MLA, of dropout or of float64
-      a_layer += scores if m.attention.kind == "gqa" and not m.attention.dropout and width < 8 else 0
-      a_layer += 2 * expert_rows
-    a_layer *= COPIES["kept_products"]
+  choices = _room(moe, mesh.expert) if m.num_moe_layers else 0
+  inner = (m.num_dense_layers * m.mlp + m.num_moe_layers * moe.num_shared_experts * moe.mlp) // m.layers  # on average
+  if m.remat == "dots":  # products of whole matrices, which those of routed experts are not
+    a_layer = COPIES["kept_products"] * (stream + rows * seq * (2 * m.embed + heads + 2 * inner // tensor) * width)
+  elif m.remat == "none":  # gathered weights too, and what is elementwise; attend() keeps no scores of MLA or dropout
+    kept_scores = 1.5 * scores if m.attention.kind == "gqa" and not m.attention.dropout and width < 8 else 0
+    whole = (attention + 3 * m.embed * inner // tensor + experts) * width
+    rows_kept = 14 * stream + rows * seq * (heads + 6 * (inner + choices * moe.mlp) // tensor) * width + 3 * expert_rows
+    a_layer = COPIES["kept"] * (rows_kept + kept_scores + whole)
+  else:
+    a_layer = COPIES["kept_inputs"] * stream * (m.remat == "full")
   layers, waiting, ends = m.layers + m.num_mtp_layers, 0, 1 + m.num_mtp_layers
   if (
     mesh.stage > 1
@@ -119,14 +123,6 @@ def _attention(model, tensor):
   params += a.kv_lora_rank * (model.embed + a.heads * (a.qk_nope_head_dim + value) // tensor)
   params += a.heads * value * model.embed // tensor
   return a.heads * (2 * key + value + a.qk_nope_head_dim) // tensor + a.q_lora_rank + a.kv_lora_rank, params
-
-
-def _inner(config: Config):
-  """Inner width of a layer's feed-forward that is kept, on average; products of routed experts are not among the dots."""
-  m, moe = config.model, config.model.moe
-  of_experts = _room(moe, config.mesh.expert) if m.remat == "none" else 0
-  each = m.num_dense_layers * m.mlp + m.num_moe_layers * (of_experts + moe.num_shared_experts) * moe.mlp
-  return each // m.layers
 
 
 def _score_copies(config: Config, chip):

@@ -13,7 +13,8 @@ from deepseek_jax.mesh import AXES, abstract_mesh, check_slices, make_mesh, reso
 from deepseek_jax.model.exchange import has_ragged
 from deepseek_jax.parallel.pipeline import passes
 from deepseek_jax.plan import roofline
-from deepseek_jax.plan.compiled import ADVICE, OutOfMemory, compiled, devices, in_child
+from deepseek_jax.plan.child import ADVICE, in_child
+from deepseek_jax.plan.compiled import OutOfMemory, compiled, devices
 from deepseek_jax.plan.count import Loops, Operation, counted
 from deepseek_jax.plan.flops import training_flops
 from deepseek_jax.plan.hlo import Program

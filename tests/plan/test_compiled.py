@@ -1,11 +1,14 @@
-"""What a compiler in a process of its own can do to a plan."""
+"""What a compiler, in a process of its own, can do to a plan."""
 
 import os
 
 import pytest
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.plan.compiled import in_child
+from deepseek_jax.plan.child import in_child
+from deepseek_jax.plan.compiled import out_of_memory
+
+GIB = 2**30
 
 
 def works(value, log):
@@ -35,3 +38,19 @@ def test_its_errors_are_ours():
 def test_its_end_is_an_error_with_its_last_words():
   with pytest.raises(ConfigError, match="Check failed: a == b.*--analytic"):
     in_child(ends)
+
+
+@pytest.mark.parametrize(
+  ("message", "needed"),
+  [
+    ("Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded", 20.5 * GIB),
+    ("Used 95.74G of 95.74G hbm.", 95.74 * GIB + 1),
+    (
+      "memory required for HLO temporaries (204.50G) exceeds available HBM (95.73G). HLO module: jit_step.",
+      204.5 * GIB,
+    ),
+    ("INTERNAL: RET_CHECK failure", None),
+  ],
+)
+def test_what_is_said_of_too_little_memory(message, needed):
+  assert out_of_memory(message) == (needed and int(needed))

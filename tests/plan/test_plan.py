@@ -60,7 +60,7 @@ def _leaves(config, mesh):
 def test_a_plan_for_people_and_in_a_file(capsys, tmp_path):
   path = tmp_path / "plan.json"
   text = planned(capsys, "--config=configs/7b.py", "--topology=v5e:4x4", f"--json={path}")
-  assert "DOES NOT FIT" in text and "MFU" in text and "fsdp=16" in text
+  assert "DOES NOT FIT" in text and "MFU" in text and "fsdp=8 x context=2" in text
   assert json.loads(path.read_text())["fits"] is False
 
 
@@ -82,7 +82,13 @@ def test_what_cannot_work_is_one_error(arguments, word):
 
 
 def test_several_slices_send_gradients_over_the_network(capsys):
-  arguments = ("--config=configs/7b.py", "--config.train.microbatch=32", "--config.train.global_batch=64", "--json=-")
+  arguments = (
+    "--config=configs/7b.py",
+    "--config.train.microbatch=32",
+    "--config.train.global_batch=64",
+    "--config.mesh.context=1",
+    "--json=-",
+  )
   one = json.loads(planned(capsys, "--topology=v5p:4x4x2", *arguments))
   two = json.loads(
     planned(capsys, "--topology=2*v5p:4x2x2", "--config.mesh.data=2", "--config.mesh.fsdp=16", *arguments)
@@ -95,7 +101,7 @@ def test_near_what_maxtext_publishes_for_v3_on_512_chips():
   """AI-Hypercomputer/maxtext, deepseek_v3_dropless_v5p_1024: fsdp alone, 8 sequences of 8192 a chip, flash attention, block
   inputs offloaded, 33.2% MFU measured."""
   fields = {
-    "mesh.fsdp": 512, "mesh.expert": 1, "data.seq": 8192, "train.global_batch": 4096, "train.microbatch": 4096,
+    "mesh.fsdp": 512, "mesh.expert": 1, "mesh.context": 1, "data.seq": 8192, "train.global_batch": 4096, "train.microbatch": 4096,
     "train.batch_ramp_from": 0, "train.batch_ramp_tokens": 0, "model.remat": "offload", "model.moe.buffer_factor": 0,
   }  # fmt: skip
   config = load_config("configs/v3.py", {path: str(value) for path, value in fields.items()})
@@ -105,7 +111,9 @@ def test_near_what_maxtext_publishes_for_v3_on_512_chips():
 
 def test_search_finds_the_best_of_all_and_ranks_what_does_not_fit_last(monkeypatch):
   monkeypatch.setattr(search_module, "REMAT", ("full", "dots"))
-  config = load_config("configs/7b.py", {"train.global_batch": "2", "train.microbatch": "0", "model.layers": "2"})
+  config = load_config(
+    "configs/7b.py", {"train.global_batch": "2", "train.microbatch": "0", "mesh.context": "1", "model.layers": "2"}
+  )
   topology, told = parse("v5p:2x1x1"), []
   plans = search(config, topology, abstract_step, progress=told.append, most=9)
   assert len(plans) == len(told) == 9 and plans == sorted(plans, key=rank)

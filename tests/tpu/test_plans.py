@@ -17,7 +17,9 @@ HELD_OUT = {
   "heads and contexts on v6e": ("7b", "v6e:8x8", {
     "mesh.fsdp": 8, "mesh.tensor": 4, "mesh.context": 2, "train.microbatch": 32, "train.global_batch": 1024,
   }),
-  "heads on tpu7x": ("67b", "tpu7x:4x4x8", {"mesh.fsdp": 128, "mesh.tensor": 2, "train.microbatch": 128}),
+  "heads on tpu7x": ("67b", "tpu7x:4x4x8", {
+    "mesh.fsdp": 128, "mesh.tensor": 2, "mesh.context": 1, "model.remat": "full", "train.microbatch": 128,
+  }),
   "experts in stages": ("moe_16b", "v5p:4x4x4", {
     "mesh.fsdp": 8, "mesh.expert": 4, "mesh.stage": 2, "model.moe.buffer_factor": 2, "train.microbatch": 32,
     "train.global_batch": 1024,
@@ -66,7 +68,7 @@ def test_a_plan_that_was_held_out(case):
 
 
 def test_two_slices_sum_gradients_once_between_them():
-  slices = {"mesh.data": 2, "mesh.fsdp": 64, "train.microbatch": 256}
+  slices = {"mesh.data": 2, "mesh.fsdp": 64, "mesh.context": 1, "train.microbatch": 256}
   compiled, analytic = plans("7b", "2*v5p:4x4x4", slices)
   check(compiled, analytic, memory=0.1)
   shards = compiled["hbm_bytes_per_device"]["params"]  # float32, as the gradients are
@@ -76,7 +78,7 @@ def test_two_slices_sum_gradients_once_between_them():
 
 def test_what_does_not_fit_is_an_answer_and_is_remembered(tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  fields = {"mesh.fsdp": 4, "model.layers": 2, "train.microbatch": 8, "train.global_batch": 8}
+  fields = {"mesh.fsdp": 4, "mesh.context": 1, "model.layers": 2, "train.microbatch": 8, "train.global_batch": 8}
   compiled, analytic = plans("7b", "v5e:2x2", fields)
   memory = compiled["hbm_bytes_per_device"]
   assert not compiled["fits"] and not analytic["fits"] and memory["total"] > memory["limit"]

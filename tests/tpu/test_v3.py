@@ -22,7 +22,7 @@ def config_of(sizes, more):
     "train.global_batch": rows * max(sizes.get("stage", 1), 2), "train.microbatch": rows, "train.batch_ramp_from": 0,
     "train.batch_ramp_tokens": 0,
   }  # fmt: skip
-  fields |= {f"mesh.{axis}": size for axis, size in ({"data": 1, "fsdp": 1} | sizes).items()} | more
+  fields |= {f"mesh.{axis}": size for axis, size in ({"data": 1, "fsdp": 1, "context": 1} | sizes).items()} | more
   return load_config("configs/v3.py", {path: str(value) for path, value in fields.items()})
 
 
