@@ -289,7 +289,7 @@ def test_non_finite_losses_stop_the_run(folder):
 def test_a_run_resumes_on_other_meshes(folder, uninterrupted):
   """Checkpoints know no mesh: six steps with two stages, moments in host memory, then experts and sequences shared."""
   command = [sys.executable, "-m", "deepseek_jax.train", f"--config={folder}/config.py", f"--workdir={folder}/mesh"]
-  env = environment() | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+  env = environment() | {"JAX_NUM_CPU_DEVICES": "4"}
   for axes, steps, more in (
     ({"stage": 2, "tensor": 2}, STEPS // 2, ["--config.optimizer.offload=true", "--config.parallel.latent=sharded"]),
     ({"expert": 2, "context": 2}, STEPS, ["--config.parallel.zero=1", "--config.model.moe.buffer_factor=4"]),
