@@ -24,7 +24,7 @@ def get_config():
   return ConfigDict(dict(
     name="process",
     model=dict(vocab=264, embed=32, layers=3, first_dense_layers=1, num_mtp_layers=1, mlp=48, init_std=0.1,
-               compute_dtype="float32",
+               compute_dtype="float32", remat="none",
                attention=dict(kind="mla", heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8,
                               qk_rope_head_dim=4, v_head_dim=8),
                moe=dict(num_routed_experts=4, num_shared_experts=1, num_experts_per_token=2, mlp=16, score="sigmoid",
