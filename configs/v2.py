@@ -28,6 +28,7 @@ def get_config():
         first_dense_layers=1,
         mlp=12_288,
         init_std=0.006,
+        remat="dots",
         attention=dict(
           kind="mla", heads=128, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
           v_head_dim=128,
@@ -45,7 +46,7 @@ def get_config():
       ),
       # Section 3.1.2; the released config.json has 0.001 for the first.
       balance=dict(expert_loss=0.003, device_loss=0.05, communication_loss=0.02),
-      mesh=dict(data=1, fsdp=-1, expert=8, context=2),  # fsdp=32 on v5p:8x8x8
+      mesh=dict(data=1, fsdp=-1, expert=32, context=2),  # fsdp=8 on v5p:8x8x8
       train=dict(
         steps=steps, global_batch=BATCH, microbatch=MICRO, batch_ramp_from=START, batch_ramp_tokens=RAMP
       ),

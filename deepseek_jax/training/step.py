@@ -138,6 +138,7 @@ def scanned_sums(work: Work):
       nats, share, observed = work.objective(model, tokens, key, work.mtp_weight)
     return share, {"loss": nats.sum(), **observed}
 
+  @functools.partial(jax.jit, inline=True)  # traced once for the shapes and for the loop
   def one(i):
     (total, observed), grads = jax.value_and_grad(share, has_aux=True)(weights, *work.read(i))
     return varying((shards(grads) if zero == 2 else grads, {"total_loss": total, **observed}))

@@ -21,7 +21,7 @@ from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
 from deepseek_jax.sharding import spec
-from deepseek_jax.training.state import new_state
+from deepseek_jax.training.state import abstract_state, new_state
 from deepseek_jax.training.step import make_row_nats, make_train_step
 
 SEQ, BATCH, MICROBATCHES = 16, 16, 2
@@ -66,8 +66,11 @@ def tokens(step):
   return ids.reshape(MICROBATCHES, -1, SEQ + 1)
 
 
-def train(config, steps):
-  """([gradients of each step], [metrics of each step], last state) of `steps` updates on the mesh of `config`."""
+def train(config, steps, first=None):
+  """([gradients of each step], [metrics of each step], last state, first) of `steps` updates on the mesh of `config`.
+
+  `first` is the state before them. Where it is None it is born on the mesh, which takes a program as large as the step's.
+  """
   sizes = dataclasses.astuple(config.mesh)
   mesh = make_mesh(config.mesh, jax.devices()[: int(np.prod(sizes))])
   dtype = config.model.param_dtype
@@ -76,14 +79,19 @@ def train(config, steps):
   found, reported = [], []
   with jax.set_mesh(mesh):
     # Blocks here and on every step: with fewer cores than virtual devices, programs in flight starve a collective.
-    state = jax.block_until_ready(jax.jit(new_state, static_argnums=0)(config, jax.random.key(config.seed)))
+    if first is None:
+      state = jax.jit(new_state, static_argnums=0)(config, jax.random.key(config.seed))
+    else:
+      state = jax.device_put(first, jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh)))
+    state = jax.block_until_ready(state)
+    first = jax.device_get(state)
     step = jax.jit(make_train_step(config, graphdef(config.model), bos=0), static_argnums=2)
     for i in range(steps):
       batch = jax.device_put(tokens(i), NamedSharding(mesh, spec(None, "batch", None)))
       state, metrics = jax.block_until_ready(step(state, batch, MICROBATCHES, rates))
       found.append(jax.device_get(state.opt_state[1].mu))
       reported.append(jax.device_get(metrics))
-    return found, reported, jax.device_get(state)
+    return found, reported, jax.device_get(state), first
 
 
 @functools.cache
@@ -102,12 +110,15 @@ def changed(config, mesh, offload=False, kind="gather", **parallel):
   )  # fmt: skip
 
 
-def assert_equal(config, mesh, parallel, steps=3, tolerance=1e-10):
-  """Training of `config` on the mesh is that on one device, up to `tolerance` relative to the largest of each array."""
+def assert_equal(config, mesh, parallel, born=True, steps=3, tolerance=1e-10):
+  """Training of `config` on the mesh is that on one device, up to `tolerance` relative to the largest of each array.
+
+  The state is `born` on the mesh, or that of one device laid out there.
+  """
   expected = one_device(config, steps)
   config = changed(config, mesh, **parallel)
   with jax.enable_x64(config.model.param_dtype == "float64"):
-    ours = train(config, steps)
+    ours = train(config, steps, None if born else expected[3])
   for a, b in zip(ours[1], expected[1], strict=True):
     for name in ("loss", "total_loss", "grad_norm", *(("mtp_loss", "balance_loss") if config is V3 else ())):
       np.testing.assert_allclose(a[name], b[name], rtol=tolerance)
@@ -176,7 +187,7 @@ def name(case):
 @pytest.mark.parametrize("case", FOUR, ids=name)
 def test_three_steps_in_float64_equal_one_device(case):
   model, mesh, parallel = case
-  assert_equal(float64(CONFIGS[model]), mesh, parallel)
+  assert_equal(float64(CONFIGS[model]), mesh, parallel, born=False)
 
 
 @pytest.mark.meshes

@@ -24,7 +24,7 @@ def get_config():
   return ConfigDict(dict(
     name="process",
     model=dict(vocab=264, embed=32, layers=3, first_dense_layers=1, num_mtp_layers=1, mlp=48, init_std=0.1,
-               compute_dtype="float32",
+               compute_dtype="float32", remat="none",
                attention=dict(kind="mla", heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8,
                               qk_rope_head_dim=4, v_head_dim=8),
                moe=dict(num_routed_experts=4, num_shared_experts=1, num_experts_per_token=2, mlp=16, score="sigmoid",
@@ -289,7 +289,7 @@ def test_non_finite_losses_stop_the_run(folder):
 def test_a_run_resumes_on_other_meshes(folder, uninterrupted):
   """Checkpoints know no mesh: six steps with two stages, moments in host memory, then experts and sequences shared."""
   command = [sys.executable, "-m", "deepseek_jax.train", f"--config={folder}/config.py", f"--workdir={folder}/mesh"]
-  env = environment() | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+  env = environment() | {"JAX_NUM_CPU_DEVICES": "4"}
   for axes, steps, more in (
     ({"stage": 2, "tensor": 2}, STEPS // 2, ["--config.optimizer.offload=true", "--config.parallel.latent=sharded"]),
     ({"expert": 2, "context": 2}, STEPS, ["--config.parallel.zero=1", "--config.model.moe.buffer_factor=4"]),
