@@ -37,7 +37,9 @@ def devices(topology: Topology):
     reason = (str(error).strip().splitlines() or [""])[0]
     raise ConfigError(f"--topology={topology.text}: libtpu cannot make it: {reason[:200]}") from None
   if len(found) != topology.devices:
-    raise ConfigError(f"--topology={topology.text}: libtpu finds {len(found)} devices in it, not {topology.devices}")
+    raise ConfigError(
+      f"--topology={topology.text}: libtpu finds {len(found)} devices in it, not {topology.devices}: plan with --analytic"
+    )
   return found
 
 

@@ -31,11 +31,12 @@ class Memory:
     return sum(dataclasses.astuple(self))
 
 
-# How often XLA holds each of these at the peak of a step: fitted to what libtpu 0.0.50 allocates for 12 steps, dense and
-# mixtures, 64 to 1024 chips, each within 4%. Two copies of what is kept, or of the scores, are XLA's own, not the program's.
+# How often XLA holds each of these at the peak of a step: fitted to what libtpu 0.0.50 allocates for 36 steps, dense and
+# mixtures, on v5e, v5p, v6e and tpu7x, 4 to 1024 chips, all within 10% but a model of 0.1 GiB. Two copies of what is kept, or of
+# the scores, are XLA's own, not the program's.
 COPIES = {
-  "kept_inputs": 1.9, "kept_products": 1.12, "kept": 1.0, "scores": 1.95, "head": 1.27, "layer": 3.1, "experts": 3.5, "rows": 12.4,
-  "gradients": 3.7, "whole_gradients": 1.6,
+  "kept_inputs": 1.67, "kept_products": 0.95, "kept": 1.0, "scores": 2.08, "head": 1.16, "layer": 1.83, "experts": 4.4,
+  "rows": 7.5, "gradients": 3.72, "whole_gradients": 1.56,
 }  # fmt: skip
 
 
@@ -85,10 +86,13 @@ def _passes(config: Config, width, chip):
   # The whole sequence, or of a context mesh one pair of chunks at a time.
   span = config.data.seq if mesh.context == 1 else seq // 2
   scores = rows * m.attention.heads // tensor * min(seq, span) * span * wide
-  expert_rows = rows * seq * _room(moe, mesh.expert) * m.embed * width
-  choices = _room(moe, mesh.expert) if m.num_moe_layers else 0
+  choices = _room(moe, mesh.expert)
+  expert_rows = rows * seq * choices * m.embed * width
   inner = (m.num_dense_layers * m.mlp + m.num_moe_layers * moe.num_shared_experts * moe.mlp) // m.layers  # on average
   if m.remat == "dots":  # products of whole matrices, which those of routed experts are not
+    if m.attention.kind == "mla" and mesh.context > 1:  # keys and values are made of latents for every pair of chunks
+      made = m.attention.heads * (m.attention.qk_nope_head_dim + m.attention.v_head_dim) // tensor
+      heads += made * (2 * mesh.context - 1) // 2
     a_layer = COPIES["kept_products"] * (stream + rows * seq * (2 * m.embed + heads + 2 * inner // tensor) * width)
   elif m.remat == "none":  # gathered weights too, and what is elementwise; attend() keeps no scores of MLA or dropout
     kept_scores = 1.5 * scores if m.attention.kind == "gqa" and not m.attention.dropout and width < 8 else 0
@@ -98,9 +102,7 @@ def _passes(config: Config, width, chip):
   else:
     a_layer = COPIES["kept_inputs"] * stream * (m.remat == "full")
   layers, waiting, ends = m.layers + m.num_mtp_layers, 0, 1 + m.num_mtp_layers
-  if (
-    mesh.stage > 1
-  ):  # a circuit's layers at a time, and the streams of microbatches under way; the head has its turn after
+  if mesh.stage > 1:  # a circuit's layers, and the streams of microbatches under way; the head has its turn after
     circuits, in_stages = config.parallel.circuits, m.num_moe_layers or m.num_dense_layers
     slots = stage_table(in_stages, mesh.stage, circuits, config.parallel.stage_layers)[0].shape[-1]
     layers, waiting, ends = max(slots, m.layers - in_stages + m.num_mtp_layers), (circuits + 2) * mesh.stage + 3, 0
@@ -126,11 +128,12 @@ def _attention(model, tensor):
 
 
 def _score_copies(config: Config, chip):
-  """With a key head for each query head XLA makes more copies of the scores on newer chips, and where heads are shared out."""
-  a = config.model.attention
+  """XLA makes more copies of the scores with a key head for each query head, then most on newer chips, and under `dots`."""
+  a, dots = config.model.attention, config.model.remat == "dots"
   if a.kind == "mla" or a.kv_heads < a.heads:
-    return COPIES["scores"]
-  return 4.1 if chip and chip.kind in ("TPU v6e", "TPU7x") else COPIES["scores"] + (config.mesh.tensor > 1)
+    return COPIES["scores"] + (dots and a.kind != "mla")
+  new = chip and chip.kind in ("TPU v6e", "TPU7x")
+  return 4.1 if new else COPIES["scores"] + (config.mesh.tensor > 1) + 2 * dots
 
 
 def _room(moe, devices):
