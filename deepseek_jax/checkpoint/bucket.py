@@ -149,6 +149,8 @@ class BucketCheckpointer(BucketReader):
     try:
       if pending:
         pending.result()
+    except jax.errors.JaxRuntimeError:
+      raise  # another process is gone: it has said why
     except (StorageError, ValueError, RuntimeError) as error:
       where = f"{self._directory}/{self._saving}"
       reason = error if isinstance(error, StorageError) else explain(error)

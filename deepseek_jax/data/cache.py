@@ -40,12 +40,12 @@ def temporary(folder, alone):
   """Gives a new folder beside `folder` for what is not whole yet. Those that others left go, if this process is `alone`."""
   for left in folder.parent.glob(f"{folder.name}.tmp-*") if alone else ():
     shutil.rmtree(left, ignore_errors=True)  # what is another user's stays
-  temporary = folder.parent / f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}"
-  temporary.mkdir()
+  made = folder.parent / f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}"
+  made.mkdir()
   try:
-    yield temporary
+    yield made
   finally:
-    shutil.rmtree(temporary, ignore_errors=True)  # gone already where it was whole and renamed
+    shutil.rmtree(made, ignore_errors=True)  # gone already where it was whole and renamed
 
 
 def write_atomically(path, text):

@@ -74,7 +74,7 @@ def exchanged(x, indices, weights, experts, compute, buffer_factor=0.0):
 
 def has_ragged(device_kind) -> bool:
   """Whether devices of this kind have the collective of `ragged`: CPUs do not, and libtpu refuses it on a v5e's torus."""
-  return device_kind not in ("cpu", "TPU v5 lite")
+  return device_kind not in ("cpu", "TPU v5 lite", "TPU v5e")
 
 
 def targets(holders, devices):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import Config
 from deepseek_jax.mesh import abstract_mesh
+from deepseek_jax.model.exchange import has_ragged
 from deepseek_jax.parallel.pipeline import stage_table
 from deepseek_jax.plan.flops import abstract_params
 from deepseek_jax.plan.topology import Chip
@@ -41,7 +42,7 @@ COPIES = {
 
 
 def estimate_memory(config: Config, chip: Chip | None = None) -> Memory:
-  """Bytes per device of a step of `config`, whose mesh sizes are resolved, on that kind of chip.
+  """Bytes per device of a step of `config`, whose mesh sizes are resolved, on that kind of chip; default v5p.
 
   Parameters and moments are exact; with ZeRO 1 and 2, and in a pipeline, weights in use come on top, as collectives. Of the
   rest what is large is counted, times COPIES: gradients in float32; what the forward pass keeps under the remat policy, the
@@ -68,7 +69,7 @@ def estimate_memory(config: Config, chip: Chip | None = None) -> Memory:
 
 @functools.cache  # a search asks for few meshes and many ways to use them
 def _elements(model, mesh, whole=False, stack=None):
-  """Parameters, of one stack or all, that one device holds; `whole`: as ZeRO 1 and 2 use them."""
+  """Parameters, of one stack or all, that one device holds outside of `rules`; `whole`: as ZeRO 1 and 2 use them."""
   with rules(WHOLE_WEIGHTS if whole else {}):
     params = abstract_params(model, mesh)[0]
     return sum(size_per_device(leaf) for leaf in jax.tree.leaves(params[stack] if stack else params))
@@ -81,36 +82,50 @@ def _passes(config: Config, width, chip):
   rows = -(-(config.train.microbatch or config.train.global_batch) // batch_parts(abstract_mesh(mesh)))
   seq = config.data.seq // mesh.context
   stream = rows * seq * m.embed * width // tensor  # one residual stream
-  heads, attention = _attention(m, tensor)
+  _, attention = _attention(m, tensor)
   experts = 3 * m.embed * moe.mlp * (moe.num_routed_experts // mesh.expert) // tensor
   # The whole sequence, or of a context mesh one pair of chunks at a time.
   span = config.data.seq if mesh.context == 1 else seq // 2
   scores = rows * m.attention.heads // tensor * min(seq, span) * span * wide
-  choices = _room(moe, mesh.expert)
-  expert_rows = rows * seq * choices * m.embed * width
-  inner = (m.num_dense_layers * m.mlp + m.num_moe_layers * moe.num_shared_experts * moe.mlp) // m.layers  # on average
-  if m.remat == "dots":  # products of whole matrices, which those of routed experts are not
-    if m.attention.kind == "mla" and mesh.context > 1:  # keys and values are made of latents for every pair of chunks
-      made = m.attention.heads * (m.attention.qk_nope_head_dim + m.attention.v_head_dim) // tensor
-      heads += made * (2 * mesh.context - 1) // 2
-    a_layer = COPIES["kept_products"] * (stream + rows * seq * (2 * m.embed + heads + 2 * inner // tensor) * width)
-  elif m.remat == "none":  # gathered weights too, and what is elementwise; attend() keeps no scores of MLA or dropout
-    kept_scores = 1.5 * scores if m.attention.kind == "gqa" and not m.attention.dropout and width < 8 else 0
-    whole = (attention + 3 * m.embed * inner // tensor + experts) * width
-    rows_kept = 14 * stream + rows * seq * (heads + 6 * (inner + choices * moe.mlp) // tensor) * width + 3 * expert_rows
-    a_layer = COPIES["kept"] * (rows_kept + kept_scores + whole)
-  else:
-    a_layer = COPIES["kept_inputs"] * stream * (m.remat == "full")
+  expert_rows = rows * seq * _room(moe, mesh.expert) * m.embed * width
+  padding = (
+    0 if mesh.expert == 1 or not chip or has_ragged(chip.kind) else 2 * mesh.expert
+  )  # rows for all, there and here
+  a_layer = _kept(config, width, rows * seq, scores, expert_rows, (attention + experts) * width)
   layers, waiting, ends = m.layers + m.num_mtp_layers, 0, 1 + m.num_mtp_layers
   if mesh.stage > 1:  # a circuit's layers, and the streams of microbatches under way; the head has its turn after
     circuits, in_stages = config.parallel.circuits, m.num_moe_layers or m.num_dense_layers
     slots = stage_table(in_stages, mesh.stage, circuits, config.parallel.stage_layers)[0].shape[-1]
     layers, waiting, ends = max(slots, m.layers - in_stages + m.num_mtp_layers), (circuits + 2) * mesh.stage + 3, 0
   return (
-    a_layer * layers + waiting * stream + _score_copies(config, chip) * scores + COPIES["rows"] * expert_rows,
+    a_layer * layers
+    + waiting * stream
+    + _score_copies(config, chip) * scores
+    + COPIES["rows"] * expert_rows
+    + padding * rows * seq * m.embed * width,
     (COPIES["layer"] * (attention + 3 * m.embed * m.mlp // tensor) + COPIES["experts"] * experts) * width,
     COPIES["head"] * m.embed * m.vocab // tensor * (width + wide) * ends
     + rows * min(config.train.loss_chunk, seq) * m.vocab // tensor * wide,
+  )
+
+
+def _kept(config: Config, width, tokens, scores, expert_rows, weights):
+  """Bytes that a layer's forward pass keeps of `tokens` under the remat policy; `weights` of its attention and experts."""
+  m, a, moe, tensor = config.model, config.model.attention, config.model.moe, config.mesh.tensor
+  stream, (heads, _) = tokens * m.embed * width // tensor, _attention(m, tensor)
+  if m.remat in ("full", "offload"):
+    return COPIES["kept_inputs"] * stream * (m.remat == "full")
+  inner = (m.num_dense_layers * m.mlp + m.num_moe_layers * moe.num_shared_experts * moe.mlp) // m.layers  # on average
+  if m.remat == "dots":  # products of whole matrices, which those of routed experts are not
+    if a.kind == "mla" and config.mesh.context > 1:  # keys and values are made of latents for every pair of chunks
+      heads += a.heads * (a.qk_nope_head_dim + a.v_head_dim) // tensor * (2 * config.mesh.context - 1) // 2
+    return COPIES["kept_products"] * (stream + tokens * (2 * m.embed + heads + 2 * inner // tensor) * width)
+  # Gathered weights too, and what is elementwise; attend() keeps no scores of MLA or dropout.
+  kept_scores = 1.5 * scores if a.kind == "gqa" and not a.dropout and width < 8 else 0
+  inner_rows = 6 * (inner + _room(moe, config.mesh.expert) * moe.mlp) // tensor
+  weights += 3 * m.embed * inner // tensor * width
+  return COPIES["kept"] * (
+    14 * stream + tokens * (heads + inner_rows) * width + 3 * expert_rows + kept_scores + weights
   )
 
 

@@ -25,7 +25,8 @@ from deepseek_jax.plan.topology import GIB, Topology
 @dataclasses.dataclass(frozen=True)
 class Plan:
   """`memory`: bytes on a device by part. `collectives`: {kind: {axes: bytes that a device sends in a step}}. FLOPs are of all
-  devices: `model_flops` 6 x active parameters and causal attention, `compiled_flops` what the program does. `source`:
+  devices: `model_flops` 6 x active parameters and causal attention, `compiled_flops` what the program does (of grouped products as traced, but on
+  v5p). `source`:
   "compiled" by XLA, or "analytic"; `compile_seconds` of CPU time, when it was first compiled."""
 
   config: Config
@@ -73,7 +74,8 @@ def make_plan(config: Config, topology: Topology, program, compile=False, fused_
   """The Plan of `config`, whose mesh may be open, on `topology`.
 
   Args:
-    program: (config, mesh) -> (the step, its abstract arguments), of a mesh that is set.
+    program: (config, mesh) -> (the step, its abstract arguments), of a mesh that is set; a module's own function, since
+      another process compiles.
     compile: for a TPU topology, with libtpu: memory and messages are those of the compiled program.
     fused_attention: reckon with a fused causal kernel, in which no scores leave the chip; not with `compile`.
 
@@ -85,6 +87,8 @@ def make_plan(config: Config, topology: Topology, program, compile=False, fused_
   check_slices(tuple(sizes.values()), topology.slices)
   loops = expected_loops(config, topology.chip.kind, fused_attention)
   operations = traced(config, program, sizes, loops)
+  if not has_ragged(topology.chip.kind):
+    operations = [dataclasses.replace(o, kind=o.kind.removeprefix("ragged-")) for o in operations]
   flops, seconds = sum(o.times * o.flops for o in operations), 0.0
   memory = dataclasses.asdict(estimate_memory(config, topology.chip))
   if compile:
@@ -95,7 +99,8 @@ def make_plan(config: Config, topology: Topology, program, compile=False, fused_
     memory = {name: size if name in ("params", "optimizer") else int(size * share) for name, size in memory.items()}
     if built:
       hlo, seconds = Program(built.hlo, sizes, loops.trips, loops.taken), built.seconds
-      if native(topology.chip.kind):  # else grouped products are loops of as many blocks as there are
+      # Else grouped products are loops of as many blocks as there are.
+      if native(topology.chip.kind) or not config.model.moe.num_routed_experts:
         flops = hlo.product_flops(loops.full_rows)
       messages = [Operation(c.kind, c.times, axes=c.axes, sent=c.sent) for c in hlo.collectives(loops.sent_rows)]
       messages += [

@@ -13,7 +13,9 @@ from deepseek_jax.plan.plan import Plan, make_plan
 from deepseek_jax.plan.topology import GIB, Topology
 
 PLANNED, COMPILED = 40, 3  # how many are planned, and of the best how many are compiled
-TRIED = AXES[1], *AXES[3:]  # fsdp has the devices that are left, data the slices
+TRIED = tuple(
+  axis for axis in AXES if axis not in (AXES[0], AXES[2])
+)  # data has the slices, fsdp the devices that are left
 REMAT = ("full", "none", "dots", "offload")
 BUFFERS = (2.0, 1.5)  # even loads
 SLACK = 1.1  # estimated memory of a candidate may be that much over the limit: the estimate is no better
@@ -40,7 +42,7 @@ class Choice:
         # Also with as many sequences in a microbatch as before, where the axis does not share them out.
         yield from (changed(**{axis: size, "rows": n}) for n in (self.rows, rows) if size and n)
     yield from (changed(remat=remat) for remat in REMAT)
-    yield from (changed(buffer=buffer) for buffer in BUFFERS if self.buffer)
+    yield from (changed(buffer=buffer) for buffer in BUFFERS if self.buffer and self.expert > 1)
 
 
 def search(
@@ -81,7 +83,8 @@ def search(
 
 
 def best_compiled(plans, topology, program, progress):
-  """`plans`, of which the first are compiled until COMPILED of them fit, or twice as many were tried."""
+  """`plans`, of which the first are compiled until COMPILED of them fit, or twice as many were tried: those that fit first,
+  and the compiled ones before the others. One that does not compile is left out."""
   found, untried = [], list(plans)
   while untried and len(plans) - len(untried) < 2 * COMPILED and sum(plan.fits for plan in found) < COMPILED:
     plan = untried.pop(0)
@@ -92,7 +95,7 @@ def best_compiled(plans, topology, program, progress):
       progress(f"not this one: {error}")
   if not found:
     raise ConfigError(f"XLA compiles none of the best meshes on {topology.text}: see --analytic")
-  return sorted(found, key=rank) + untried
+  return sorted(found + untried, key=lambda plan: (not plan.fits, plan.source == "analytic", rank(plan)))
 
 
 def rank(plan: Plan):

@@ -1,6 +1,7 @@
 """What a compiler, in a process of its own, can do to a plan."""
 
 import os
+import signal
 
 import pytest
 
@@ -25,6 +26,14 @@ def ends(log):
   os.abort()
 
 
+def is_killed(log):
+  os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_wrong(log):
+  raise TypeError("a mistake of ours")
+
+
 def test_a_child_answers():
   value, had_log, process = in_child(works, 3)
   assert value == 3 and had_log and process != os.getpid()
@@ -36,8 +45,15 @@ def test_its_errors_are_ours():
 
 
 def test_its_end_is_an_error_with_its_last_words():
-  with pytest.raises(ConfigError, match="Check failed: a == b.*--analytic"):
+  with pytest.raises(ConfigError, match=r"SIGABRT .*Check failed: a == b.*--analytic"):
     in_child(ends)
+  with pytest.raises(ConfigError, match="SIGKILL.*memory"):
+    in_child(is_killed)
+
+
+def test_a_mistake_is_no_ones_but_ours():
+  with pytest.raises(RuntimeError, match="is_wrong(.|\n)*TypeError: a mistake of ours"):
+    in_child(is_wrong)
 
 
 @pytest.mark.parametrize(

@@ -139,3 +139,5 @@ def test_shares_of_rows_that_are_full():
   assert loops.full_rows == pytest.approx((load + block) / (2 * load + 2 * block))
   # Two choices among four devices fall on 1.75 of them.
   assert loops.sent_rows == pytest.approx(1.75 / 2)
+  # Where there are no ragged messages each of four devices is sent as many rows as there are tokens, of two sorted choices.
+  assert expected_loops(config, "TPU v5 lite").sent_rows == pytest.approx(4 / 2)

@@ -126,6 +126,33 @@ def test_search_finds_the_best_of_all_and_ranks_what_does_not_fit_last(monkeypat
   assert plans[0].fits and plans[0].config == best.config
 
 
+def test_search_compiles_until_three_fit(monkeypatch):
+  """What XLA refuses is left out, what does not fit after all comes last, and compiled plans come first."""
+  config = load_config("configs/7b.py", {"train.global_batch": "8", "train.microbatch": "8", "model.layers": "2"})
+  plan = make_plan(config, parse("v5p:2x2x1"), abstract_step)
+  plans = [
+    replace(plan, calibrated=replace(plan.calibrated, seconds=seconds)) for seconds in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
+  ]
+  answers = iter([
+    ConfigError("libtpu ended"), replace(plan, memory={"params": 2**40}, source="compiled"),
+    *(replace(plan, source="compiled", calibrated=replace(plan.calibrated, seconds=seconds)) for seconds in (9.0, 7.0, 8.0)),
+  ])  # fmt: skip
+
+  def compile_next(*arguments, compile):
+    answer = next(answers)
+    if isinstance(answer, ConfigError):
+      raise answer
+    return answer
+
+  monkeypatch.setattr(search_module, "make_plan", compile_next)
+  told = []
+  found = search_module.best_compiled(plans, parse("v5p:2x2x1"), abstract_step, told.append)
+  order = [(p.fits, p.source, p.calibrated.seconds) for p in found]
+  assert order[:3] == [(True, "compiled", 7.0), (True, "compiled", 8.0), (True, "compiled", 9.0)]
+  assert order[3] == (True, "analytic", 6.0) and order[4][:2] == (False, "compiled") and len(found) == 5
+  assert "not this one: libtpu ended" in told
+
+
 def test_search_says_where_nothing_fits():
   with pytest.raises(ConfigError, match="more devices"):
     search(load_config("configs/67b.py"), parse("v5e:2x2"), abstract_step)

@@ -9,7 +9,7 @@ import pytest
 from deepseek_jax.plan.__main__ import main
 
 DOCUMENTED = {"7b": "v5e:16x16", "67b": "v5p:8x8x8", "v2": "v5p:8x8x8", "v3": "v5p:8x8x16"}
-# Plans that the constants of plan/memory.py were not fitted to: another chip, another shape of mesh, or both.
+# Plans that the constants of plan/memory.py were not fitted to.
 HELD_OUT = {
   "experts on v6e": ("moe_16b", "v6e:8x8", {
     "mesh.fsdp": 8, "mesh.expert": 8, "model.moe.buffer_factor": 2, "train.microbatch": 64, "train.global_batch": 1024,
@@ -50,9 +50,9 @@ def check(compiled, analytic, memory):
   assert compiled["compiled_flops"] == pytest.approx(analytic["compiled_flops"], rel=0.05)
   ragged = [plan["collective_bytes"].get("ragged-all-to-all", {"expert": 0}) for plan in (compiled, analytic)]
   assert ragged[0] == pytest.approx(ragged[1], rel=0.1)
-  # XLA sums what we scatter, now and then, and the other way round.
+  # Where XLA makes an all-reduce of a gather or a scatter, it sends twice as much.
   everything = [sum(sum(by_axes.values()) for by_axes in p["collective_bytes"].values()) for p in (compiled, analytic)]
-  assert everything[0] == pytest.approx(everything[1], rel=0.5)
+  assert 0.9 < everything[0] / everything[1] < 2.05
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
@@ -83,4 +83,6 @@ def test_what_does_not_fit_is_an_answer_and_is_remembered(tmp_path, monkeypatch)
   memory = compiled["hbm_bytes_per_device"]
   assert not compiled["fits"] and not analytic["fits"] and memory["total"] > memory["limit"]
   (kept,) = (tmp_path / "deepseek_jax" / "plans").glob("*.json")
-  assert json.loads(kept.read_text()).keys() == {"needed"}
+  assert json.loads(kept.read_text()) == {"needed": memory["total"]}
+  kept.write_text(json.dumps({"needed": 123 * 2**30}))
+  assert plans("7b", "v5e:2x2", fields)[0]["hbm_bytes_per_device"]["total"] == pytest.approx(123 * 2**30, abs=8)
