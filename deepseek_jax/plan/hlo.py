@@ -68,6 +68,8 @@ class Program:
         share = self.taken[self.conditionals % len(self.taken)] if self.taken else 1
         self.conditionals += 1
         self._run(max(branches, key=lambda name: len(self.computations[name])), times * share)
+      elif i.opcode in ("call", "call-start"):  # the latter on a sparse core, where libtpu puts messages of tpu7x
+        self._run(re.search(r"to_apply=(%[\w.\-]+)", i.rest)[1], times)
       elif i.opcode != "custom-call":
         for names in _CALLED.findall(i.rest):
           for called in re.findall(r"%[\w.\-]+", names):

@@ -60,6 +60,14 @@ def test_products(instruction, flops):
   assert Program(module(instruction), SIZES).product_flops() == flops
 
 
+def test_a_message_of_a_sparse_core_counts():
+  """As libtpu writes it for tpu7x: a call on another core."""
+  text = module('%start = ((), (), (s32[1]{0})) call-start(), async_execution_thread="sparsecore", to_apply=%sent')
+  sent = "%sent (q: f32[64,2]) -> f32[64,2] {\n  ROOT %r = f32[64,2]{1,0} all-reduce(%q), replica_groups={}, to_apply=%add\n}\n"
+  (found,) = Program(text.replace("ENTRY", f"{sent}\nENTRY"), SIZES).collectives()
+  assert (found.kind, found.times, found.size) == ("all-reduce", 1, 512)
+
+
 def convolution(left, right, out, labels, window):
   text = module("")
   text = text.replace("bf16[8,16]{1,0:T(8,128)(2,1)} parameter(0)", f"bf16[{left}] parameter(0)")
