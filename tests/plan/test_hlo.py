@@ -63,7 +63,8 @@ def test_products(instruction, flops):
 def test_a_message_of_a_sparse_core_counts():
   """As libtpu writes it for tpu7x: a call on another core."""
   text = module('%start = ((), (), (s32[1]{0})) call-start(), async_execution_thread="sparsecore", to_apply=%sent')
-  sent = "%sent (q: f32[64,2]) -> f32[64,2] {\n  ROOT %r = f32[64,2]{1,0} all-reduce(%q), replica_groups={}, to_apply=%add\n}\n"
+  message = "ROOT %r = f32[64,2]{1,0} all-reduce(%q), replica_groups={}, to_apply=%add"
+  sent = f"%sent (q: f32[64,2]) -> f32[64,2] {{\n  %q = f32[64,2]{{1,0}} parameter(0)\n  {message}\n}}\n"
   (found,) = Program(text.replace("ENTRY", f"{sent}\nENTRY"), SIZES).collectives()
   assert (found.kind, found.times, found.size) == ("all-reduce", 1, 512)
 
