@@ -3,15 +3,15 @@
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.kernels.fp8_matmul.xla import accumulated, of_rows, product
+from deepseek_jax.kernels.fp8_matmul.xla import accumulated, of_rows, padded, product, whole
 from deepseek_jax.kernels.implementations import vary
 from deepseek_jax.kernels.qtensor import QTensor
 
 
 def matmul(a, b, group_sizes, step, out_dtype):
-  rows, whole = a.shape[0], -(-a.shape[0] // step) * step
+  a, b, rows = whole(a), whole(b), a.shape[0]
   # Rows have scales of their own.
-  values, scales = (jnp.pad(x, ((0, whole - rows), (0, 0))) for x in (a.values, a.scales))
+  values, scales = (padded(x, 0, -rows % step) for x in (a.values, a.scales))
   visits, of_visit = _visits(group_sizes, step)
 
   def visit(i, y):
@@ -21,13 +21,12 @@ def matmul(a, b, group_sizes, step, out_dtype):
     old = jax.lax.dynamic_slice_in_dim(y, start, step)
     return jax.lax.dynamic_update_slice_in_dim(y, jnp.where(own[:, None], new, old), start, 0)
 
-  zeros = jnp.zeros((whole, b.shape[1]), out_dtype)
+  zeros = jnp.zeros((values.shape[0], b.shape[1]), out_dtype)
   return jax.lax.fori_loop(0, visits, visit, vary(zeros, a, b, group_sizes)[0])[:rows]
 
 
 def wgrad(a, b, group_sizes, step, out_dtype):
-  missing = -a.shape[1] % step
-  values = [jnp.pad(q.values, ((0, 0), (0, missing))) for q in (a, b)]
+  values = [padded(q.values, 1, -a.shape[1] % step) for q in (a, b)]
   visits, of_visit = _visits(group_sizes, step)
 
   def visit(i, dw):

@@ -17,4 +17,4 @@ def quantize(x, tile, pow2):
 
 
 def quantize_both(x, block, pow2):
-  return quantize(x, (1, block), pow2), quantize(x.mT, (1, block), pow2)
+  return quantize(x, (1, block), pow2), quantize(x, (block, 1), pow2).T  # bytes are transposed, not floats
