@@ -13,17 +13,20 @@ import numpy as np
 import pytest
 
 from deepseek_jax.kernels.fp8_grouped_matmul import api as grouped
-from deepseek_jax.kernels.fp8_grouped_matmul.api import fp8_grouped_matmul, fp8_grouped_wgrad
 from deepseek_jax.kernels.fp8_matmul import api as dense
-from deepseek_jax.kernels.fp8_matmul.api import fp8_matmul
 from deepseek_jax.kernels.qtensor import QTensor
 from deepseek_jax.kernels.quantize import api as quantizers
-from deepseek_jax.kernels.quantize.api import quantize, quantize_both
 
+quantize = jax.jit(quantizers.quantize, static_argnames=("tile", "pow2", "implementation"))
+quantize_both = jax.jit(quantizers.quantize_both, static_argnames=("block", "pow2", "implementation"))
+fp8_matmul = jax.jit(dense.fp8_matmul, static_argnames=("out_dtype", "implementation"))
+fp8_grouped_matmul = jax.jit(grouped.fp8_grouped_matmul, static_argnames=("step", "implementation"))
+fp8_grouped_wgrad = jax.jit(grouped.fp8_grouped_wgrad, static_argnames=("step", "implementation"))
 ROWS, K, N = 256, 384, 256
 QUANTIZE = pytest.mark.parametrize("implementation", quantizers.IMPLEMENTATIONS)
 MATMUL = pytest.mark.parametrize("implementation", dense.IMPLEMENTATIONS)
 GROUPED = pytest.mark.parametrize("implementation", grouped.IMPLEMENTATIONS)
+GROUPED_IN_STEPS = pytest.mark.parametrize(("implementation", "step"), [("reference", 128), ("xla", 32), ("xla", 128)])
 TILES = pytest.mark.parametrize("tile", [(1, 128), (128, 128)], ids=["activations", "weights"])
 SIZES = {
   "several": (100, 29, 127),
@@ -73,10 +76,10 @@ def random_scales(q, seed):
 @QUANTIZE
 @TILES
 @pytest.mark.parametrize("pow2", [False, True])
-@pytest.mark.parametrize("shape", [(256, 256), (100, 200), (2, 129, 127)], ids=str)
+@pytest.mark.parametrize("shape", [(256, 256), (2, 129, 127)], ids=str)
 def test_tiles_are_rounded_as_numpy_rounds_them(implementation, tile, pow2, shape):
   x = normal(*shape)
-  q = jax.jit(lambda x: quantize(x, tile, pow2=pow2, implementation=implementation))(x)
+  q = quantize(x, tile, pow2=pow2, implementation=implementation)
   x, values, (rows, columns) = np.asarray(x), np.asarray(q.values, np.float32), tile
   scales = np.asarray(q.scales)
   for i in range(q.scales.shape[-2]):
@@ -129,7 +132,7 @@ def test_the_greatest_value_of_a_tile_becomes_448_of_its_sign(implementation):
 
 @QUANTIZE
 @TILES
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
 @pytest.mark.parametrize("pow2", [False, True])
 def test_a_tile_with_a_value_that_is_not_finite_is_nan_and_no_other(implementation, tile, value, pow2):
   q = quantize(normal(256, 256).at[130, 7].set(value), tile, pow2=pow2, implementation=implementation)
@@ -157,7 +160,7 @@ def test_both_are_the_matrix_and_its_transpose_in_tiles_along_their_rows(impleme
 def test_product_of_the_same_operands(implementation, wgrad, k):
   a, b = operands(k, outliers=True, wgrad=wgrad)
   reference = float64(a) @ float64(b).T
-  product = jax.jit(functools.partial(fp8_matmul, implementation=implementation), static_argnames="out_dtype")
+  product = functools.partial(fp8_matmul, implementation=implementation)
   assert error(product(a, b), reference) < 1e-6
   rounded = product(a, b, out_dtype=jnp.bfloat16)
   assert rounded.dtype == jnp.bfloat16 and error(rounded, reference) < 2e-3
@@ -248,12 +251,11 @@ def spans(name):
   return [slice(end - size, end) for end, size in zip(ends, SIZES[name], strict=True)]
 
 
-@GROUPED
-@pytest.mark.parametrize("step", [32, 128])
+@GROUPED_IN_STEPS
 @pytest.mark.parametrize("name", SIZES)
 def test_rows_times_the_matrix_of_their_group(implementation, name, step):
   a, b, sizes = group_problem(name)
-  y = jax.jit(functools.partial(fp8_grouped_matmul, step=step, implementation=implementation))(a, b, sizes)
+  y = fp8_grouped_matmul(a, b, sizes, step=step, implementation=implementation)
   reference, size = np.zeros((ROWS, N)), np.full((ROWS, N), 1e-30)
   for group, span in enumerate(spans(name)):
     reference[span] = float64(a)[span] @ float64(b)[group].T
@@ -262,13 +264,12 @@ def test_rows_times_the_matrix_of_their_group(implementation, name, step):
   assert not np.asarray(y)[sum(SIZES[name]) :].any()
 
 
-@GROUPED
-@pytest.mark.parametrize("step", [32, 128])
+@GROUPED_IN_STEPS
 @pytest.mark.parametrize("name", SIZES)
 def test_the_contraction_of_each_group(implementation, name, step):
   a, b = (random_scales(quantize(normal(n, ROWS, seed=n), (1, 128)), n) for n in (K, N))
   sizes = jnp.asarray(SIZES[name], jnp.int32)
-  dw = jax.jit(functools.partial(fp8_grouped_wgrad, step=step, implementation=implementation))(a, b, sizes)
+  dw = fp8_grouped_wgrad(a, b, sizes, step=step, implementation=implementation)
   for group, span in enumerate(spans(name)):
     of_a, of_b = float64(a)[:, span], float64(b)[:, span]
     reference, size = of_a @ of_b.T, np.abs(of_a) @ np.abs(of_b).T
