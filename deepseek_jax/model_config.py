@@ -136,6 +136,17 @@ class MoEConfig(Section, path="model.moe"):
 
 
 @dataclasses.dataclass(frozen=True)
+class Fp8Config(Section, path="model.fp8"):
+  forward: bool = field(True, "precision=fp8: the products of the forward pass are in eight bits")
+  dgrad: bool = field(True, "precision=fp8: so are those that make gradients of activations")
+  wgrad: bool = field(True, "precision=fp8: so are those that make gradients of weights")
+  pow2: bool = field(False, "scales are powers of two (UE8M0)")
+  block: int = field(
+    128, "size of tiles, and terms of a product between promotions to float32; V3: 128", choices=(128, 256, 512)
+  )
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig(Section, path="model"):
   vocab: int = field(272, "rows of the embedding and of the output head", at_least=2)
   embed: int = field(128, "width of the residual stream", at_least=1)
@@ -152,11 +163,17 @@ class ModelConfig(Section, path="model"):
     "bfloat16", "dtype of activations and matrix products; float32 means full float32 products on every chip",
     choices=("bfloat16", "float32", "float64"),
   )  # fmt: skip
+  precision: str = field(
+    "bf16", "operands of linear and expert products: bf16 (what compute_dtype says) or fp8 (V3 section 3.3); embedding, head, "
+    "router, norms and attention proper stay in compute_dtype or float32",
+    choices=("bf16", "fp8"),
+  )  # fmt: skip
   remat: str = field(
     "full", "what the backward pass recomputes: none (but scores of MLA, dropout or float64), dots (all but matrix products), "
     "full (each block), offload (each block, whose input waits in the host's memory)",
     choices=("none", "full", "dots", "offload"),
   )  # fmt: skip
+  fp8: Fp8Config = Fp8Config()
   attention: AttentionConfig = AttentionConfig()
   moe: MoEConfig = MoEConfig()
 
@@ -165,6 +182,15 @@ class ModelConfig(Section, path="model"):
       raise ConfigError(
         f"model.param_dtype={self.param_dtype} with model.compute_dtype={self.compute_dtype}: "
         "float64 runs are float64 throughout; set both to float64 or neither"
+      )
+    if self.precision == "fp8" and self.compute_dtype == "float64":
+      raise ConfigError(
+        "model.precision=fp8 with model.compute_dtype=float64: eight bits have nothing left of float64; "
+        "set compute_dtype to bfloat16 or float32"
+      )
+    if self.precision == "fp8" and self.moe.num_routed_experts and self.moe.dispatch == "dense":
+      raise ConfigError(
+        "model.precision=fp8 with model.moe.dispatch=dense, which is the reference in compute_dtype: set dispatch=ragged"
       )
     if self.first_dense_layers and (not self.moe.num_routed_experts or self.first_dense_layers > self.layers):
       raise ConfigError(

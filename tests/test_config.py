@@ -98,6 +98,15 @@ def test_every_field_has_a_line_of_doc():
     ({"schedule": {"kind": "multi_step", "milestones": (0.9, 0.8), "factors": (0.3, 0.1)}}, ["must rise"]),
     ({"schedule": {"kind": "warmup_cosine", "factors": (0.1,), "warmup_tokens": 5}}, ["same unit"]),
     ({"model": {"param_dtype": "float64"}}, ["model.compute_dtype=bfloat16"]),
+    (
+      {
+        "model": {"param_dtype": "float64", "compute_dtype": "float64", "precision": "fp8"},
+        "optimizer": {"moments_dtype": "float64"},
+      },
+      ["model.precision=fp8", "set compute_dtype to bfloat16 or float32"],
+    ),
+    ({"model": {"moe": {**MOE, "dispatch": "dense"}, "precision": "fp8"}}, ["dispatch=dense", "set dispatch=ragged"]),
+    ({"model": {"precision": "fp4"}}, ["model.precision must be one of", "fp8"]),
     ({"model": {"param_dtype": "float64", "compute_dtype": "float64"}}, ["optimizer.moments_dtype"]),
   ],
 )

@@ -14,7 +14,8 @@ _FREE = {
 # Nor do these what weights mean that a run starts from.
 _FREE_AT_START = {
   "model.init_std", "model.param_dtype", "model.compute_dtype", "model.moe.dispatch", "model.moe.capacity_factor",
-  "model.moe.capacity_exempt",
+  "model.moe.capacity_exempt", "model.precision", "model.fp8.forward", "model.fp8.dgrad", "model.fp8.wgrad", "model.fp8.pow2",
+  "model.fp8.block",
 }  # fmt: skip
 # The fields of the model that arrays and their shapes depend on.
 _SHAPES = {

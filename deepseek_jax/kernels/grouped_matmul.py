@@ -10,6 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.kernels.implementations import vary
+
 
 def block_rows(rows: int, groups: int) -> int:
   """Rows of a block for `rows` in all: about half a mean group, since each group is padded to whole blocks."""
@@ -53,15 +55,7 @@ def _ragged_dot(x, w, group_sizes, block):
 
 
 def _blocked(x, w, group_sizes, block):
-  # Inside shard_map every operand of the loop has to vary over the same devices; the transpose of this cast is the sum of
-  # the gradients that they contribute.
-  varying = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in (x, w, group_sizes)))
-
-  def vary(a):
-    missing = tuple(varying - jax.typeof(a).manual_axis_type.varying)
-    return jax.lax.pcast(a, missing, to="varying") if missing else a
-
-  return _blocked_product(vary(x), vary(w), vary(group_sizes), block)
+  return _blocked_product(*vary(x, w, group_sizes), block)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

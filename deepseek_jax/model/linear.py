@@ -1,11 +1,15 @@
 """Parameters, matrix products and the precision they run in."""
 
 import contextlib
+import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deepseek_jax.kernels.fp8_linear import Recipe, fp8_linear, fp8_ragged_linear
+from deepseek_jax.kernels.grouped_matmul import grouped_matmul
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.sharding import gathered, spec
 
@@ -28,18 +32,49 @@ def normal_param(shape, axes, config: ModelConfig, rngs):
 
 
 class Linear(nnx.Module):
-  """A product without bias: the einsum says which dimensions of the kernel contract.
+  """A product without bias: the einsum says which dimensions of the kernel contract, its first and the last of x.
 
-  Where devices share a dimension that contracts, the result is their terms of a sum.
+  Where devices share a dimension that contracts, the result is their terms of a sum. In `precision` fp8, by default the
+  config's, tiles are those of what a device has: of its rows, and of its part of the kernel.
   """
 
-  def __init__(self, shape, axes, config: ModelConfig, rngs):
+  def __init__(self, shape, axes, config: ModelConfig, rngs, precision=None):
     self.kernel = normal_param(shape, axes, config, rngs)
     self.axes = axes
+    self.recipe = Recipe(**dataclasses.asdict(config.fp8)) if (precision or config.precision) == "fp8" else None
 
   def weight(self, dtype):
     """The kernel for use. Cast before the all-gather: half the bytes travel in bfloat16."""
     return gathered(self.kernel[...].astype(dtype), *self.axes)
 
   def __call__(self, equation, x):
-    return jnp.einsum(equation, x, self.weight(x.dtype))
+    return together(equation, x, self)[0]
+
+  def product(self, equation, x, weight):
+    """As a call, with the `weight` that was made before."""
+    return products(self.recipe, equation, x, weight)[0]
+
+
+def together(equation, x, *linears):
+  """One product of `x` with each of `linears`: in eight bits, the backward pass then needs one copy of `x`."""
+  return products(linears[0].recipe, equation, x, *(linear.weight(x.dtype) for linear in linears))
+
+
+def products(recipe, equation, x, *weights):
+  """The einsum of `x` with each of `weights`, in eight bits by `recipe`, or as they are without one."""
+  if recipe is None:
+    return [jnp.einsum(equation, x, w) for w in weights]
+  of_x, of_w, of_y = equation.replace("->", ",").split(",")
+  contracted = sum(name in of_x for name in of_w)
+  assert of_y == of_x[:-contracted] + of_w[contracted:] and of_x[-contracted:] == of_w[:contracted], equation
+  rows = x.reshape(-1, math.prod(x.shape[-contracted:]))
+  matrices = [w.reshape(rows.shape[1], -1) for w in weights]
+  found = fp8_linear(rows, *matrices, recipe=recipe)
+  return [y.reshape(*x.shape[:-contracted], *w.shape[contracted:]) for y, w in zip(found, weights, strict=True)]
+
+
+def grouped_products(recipe, x, weights, group_sizes, block):
+  """As `grouped_matmul` with each of `weights` [groups, k, n], in the precision of `recipe`."""
+  if recipe is None:
+    return [grouped_matmul(x, w, group_sizes, block=block) for w in weights]
+  return fp8_ragged_linear(x, *weights, group_sizes=group_sizes, step=block, recipe=recipe)

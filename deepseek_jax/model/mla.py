@@ -64,7 +64,7 @@ class MLA(nnx.Module):
     def expand(kept):
       """Keys [batch, seq, heads, nope + rope] and values [batch, seq, heads, v_head_dim] (V2 eq. 42)."""
       latent, k_rope = kept
-      k_nope, v = jnp.split(jnp.einsum("bsc,chk->bshk", latent, up), [self.config.qk_nope_head_dim], -1)
+      k_nope, v = jnp.split(self.kv_b.product("bsc,chk->bshk", latent, up), [self.config.qk_nope_head_dim], -1)
       shared = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
       return jnp.concatenate([k_nope, shared], -1), v
 

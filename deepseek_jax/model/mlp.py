@@ -3,7 +3,7 @@
 import jax
 from flax import nnx
 
-from deepseek_jax.model.linear import Linear
+from deepseek_jax.model.linear import Linear, together
 from deepseek_jax.model_config import ModelConfig
 
 
@@ -17,5 +17,5 @@ class SwiGLU(nnx.Module):
     self.down = Linear(shape[::-1], ("mlp", "embed"), config, rngs)
 
   def __call__(self, x):
-    h = jax.nn.silu(self.gate("bsd,df->bsf", x)) * self.up("bsd,df->bsf", x)  # [batch, seq, mlp]
-    return self.down("bsf,fd->bsd", h)  # [batch, seq, embed]
+    gate, up = together("bsd,df->bsf", x, self.gate, self.up)  # [batch, seq, mlp]
+    return self.down("bsf,fd->bsd", jax.nn.silu(gate) * up)  # [batch, seq, embed]

@@ -1,0 +1,115 @@
+"""Linear layers whose three products are in eight bits: y = x w, dx = dy w^T, dw = x^T dy (V3 report, figure 6).
+
+x and dy are rounded twice, in tiles along each dimension that contracts; w once, in square tiles that serve both. All are
+e4m3fn. The forward pass keeps of x the transpose alone, in tiles along the rows, which is what dw reads.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from deepseek_jax.kernels.fp8_grouped_matmul.api import fp8_grouped_matmul, fp8_grouped_wgrad
+from deepseek_jax.kernels.fp8_matmul.api import fp8_matmul
+from deepseek_jax.kernels.implementations import vary
+from deepseek_jax.kernels.qtensor import unquantized
+from deepseek_jax.kernels.quantize.api import quantize, quantize_both
+
+# What the forward pass keeps, by name: for policies of rematerialisation.
+ACTIVATION, WEIGHT = "fp8_activation", "fp8_weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """Which of the products are in eight bits, and how; the others are in the operands' own dtypes.
+
+  block: size of tiles, and terms of a product between promotions to float32: 128 is the report's.
+  pow2: scales are powers of two.
+  """
+
+  block: int = 128
+  pow2: bool = False
+  forward: bool = True
+  dgrad: bool = True
+  wgrad: bool = True
+  implementation: str = "auto"
+
+
+def fp8_linear(x, *weights, recipe=Recipe()):
+  """`x` [rows, k] times each of `weights` [k, n]: a tuple of [rows, n] in the dtype of `x`.
+
+  Layers of one activation belong in one call: its one copy for the backward pass then serves all. Gradients have the dtypes
+  of what they are of. Each size is free; last tiles are partial.
+
+  Raises:
+    ValueError: an implementation that does not exist, or does not do what `recipe` asks.
+  """
+  return _products(recipe, None, *vary(None, x, *weights))
+
+
+def fp8_ragged_linear(x, *weights, group_sizes, step=128, recipe=Recipe()):
+  """As `fp8_linear`, of rows sorted by group, each group with its own of `weights` [groups, k, n].
+
+  group_sizes: [groups] int32, any sizes; rows past their sum come out zero. step: as in `fp8_grouped_matmul`, a power of two.
+  """
+  # A tile has a whole number of steps.
+  return _products(recipe, min(step, recipe.block), *vary(group_sizes, x, *weights))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _products(recipe, step, group_sizes, x, *weights):
+  return _forward(recipe, step, group_sizes, x, *weights)[0]
+
+
+def _forward(recipe, step, group_sizes, x, *weights):
+  along, down = _activation(x, recipe.forward, recipe.wgrad, recipe)
+  w = [_weight(w, recipe.forward, recipe) for w in weights]
+  y = tuple(_times(along, w.T, group_sizes, step, x.dtype, recipe) for w in w)
+  if recipe.dgrad != recipe.forward:
+    w = [_weight(w, recipe.dgrad, recipe) for w in weights]
+  dtypes = [jnp.zeros((0,), a.dtype) for a in (x, *weights)]
+  return y, (_named(down, ACTIVATION), _named(w, WEIGHT), group_sizes, dtypes)
+
+
+def _backward(recipe, step, residuals, gradients):
+  down, weights, group_sizes, (x, *dtypes) = residuals
+  dx, dw = 0, []
+  for dy, w, like in zip(gradients, weights, dtypes, strict=True):
+    dy_along, dy_down = _activation(dy, recipe.dgrad, recipe.wgrad, recipe)
+    dx += _times(dy_along, w, group_sizes, step, jnp.float32, recipe)
+    dw.append(_wgrad(down, dy_down, group_sizes, step, like.dtype, recipe))
+  return None, dx.astype(x.dtype), *dw
+
+
+_products.defvjp(_forward, _backward)
+
+
+def _times(a, b, group_sizes, step, dtype, recipe):
+  how = {"out_dtype": dtype, "implementation": recipe.implementation}
+  return fp8_matmul(a, b, **how) if step is None else fp8_grouped_matmul(a, b, group_sizes, step=step, **how)
+
+
+def _wgrad(a, b, group_sizes, step, dtype, recipe):
+  how = {"out_dtype": dtype, "implementation": recipe.implementation}
+  return fp8_matmul(a, b, **how) if step is None else fp8_grouped_wgrad(a, b, group_sizes, step=step, **how)
+
+
+def _activation(x, along, down, recipe):
+  """(`x`, its transpose) as operands, each in eight bits or as it is."""
+  tile, how = (1, recipe.block), {"pow2": recipe.pow2, "implementation": recipe.implementation}
+  if along and down:
+    return quantize_both(x, recipe.block, **how)
+  return tuple(quantize(a, tile, **how) if q else unquantized(a, tile) for a, q in ((x, along), (x.mT, down)))
+
+
+def _weight(w, eight_bits, recipe):
+  tile = (recipe.block, recipe.block)
+  return (
+    quantize(w, tile, pow2=recipe.pow2, implementation=recipe.implementation) if eight_bits else unquantized(w, tile)
+  )
+
+
+def _named(tree, name):
+  return jax.tree.map(lambda a: checkpoint_name(a, name), tree)

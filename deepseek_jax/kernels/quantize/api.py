@@ -1,0 +1,25 @@
+"""Matrices to eight bits with online scales: each tile's own greatest magnitude becomes 448 (V3 report, section 3.3.2)."""
+
+from deepseek_jax.kernels.implementations import chosen
+from deepseek_jax.kernels.quantize import reference, xla
+
+IMPLEMENTATIONS = {"xla": xla, "reference": reference}
+
+
+def quantize(x, tile, *, pow2=False, implementation="auto"):
+  """`x` [..., rows, columns] as a QTensor of e4m3fn with a scale a `tile`: (1, 128) of activations, (128, 128) of weights.
+
+  pow2: scales are powers of two. A tile with a NaN or an infinity becomes NaN.
+
+  Raises:
+    ValueError: an `implementation` that does not exist.
+  """
+  return chosen(IMPLEMENTATIONS, implementation, "quantize").quantize(x, tile, pow2)
+
+
+def quantize_both(x, block, *, pow2=False, implementation="auto"):
+  """(`x`, its transpose) of `x` [rows, columns], each with tiles (1, block): what a product along either dimension reads.
+
+  They are two roundings of `x`: a tile of one is not a tile of the other.
+  """
+  return chosen(IMPLEMENTATIONS, implementation, "quantize_both").quantize_both(x, block, pow2)

@@ -1,0 +1,173 @@
+"""Layers in eight bits: values and gradients by their definition in NumPy, what they keep, and what they are on a mesh."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from deepseek_jax.kernels.fp8_linear import ACTIVATION, WEIGHT, Recipe, fp8_linear, fp8_ragged_linear
+from deepseek_jax.kernels.fp8_matmul.api import IMPLEMENTATIONS
+from deepseek_jax.kernels.quantize import api as quantizers
+
+ROWS, K, N = 200, 150, 260
+quantize = jax.jit(quantizers.quantize, static_argnames=("tile", "pow2", "implementation"))
+REPORT = Recipe()
+SIZES = (50, 0, 110, 27)  # and 13 rows of none
+EACH = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+def problem(groups=None, rows=ROWS, k=K, n=N):
+  """(x [rows, k], w [k, n] or [groups, k, n], dy [rows, n]), float32."""
+  rng = np.random.default_rng(0)
+  shapes = (rows, k), (k, n) if groups is None else (groups, k, n), (rows, n)
+  return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+
+
+def rounded(x, tile, recipe=REPORT, eight_bits=True):
+  """`x` in float64, as it is in eight bits."""
+  q = quantize(x, tile, pow2=recipe.pow2, implementation="reference").dequantized() if eight_bits else x
+  return np.asarray(q, np.float64)
+
+
+def expected(x, w, dy, recipe=REPORT, sizes=(ROWS,)):
+  """(y, dx, dw), w and dw [groups, k, n]."""
+  along, square = (1, recipe.block), (recipe.block, recipe.block)
+  x_y, w_y = rounded(x, along, recipe, recipe.forward), rounded(w, square, recipe, recipe.forward)
+  dy_x, w_x = rounded(dy, along, recipe, recipe.dgrad), rounded(w, square, recipe, recipe.dgrad)
+  x_w, dy_w = (rounded(a.T, along, recipe, recipe.wgrad) for a in (x, dy))
+  y, dx, dw, start = np.zeros(dy.shape), np.zeros(x.shape), np.zeros(w.shape), 0
+  for group, size in enumerate(sizes):
+    own = slice(start, start + size)
+    y[own], dx[own], dw[group] = x_y[own] @ w_y[group], dy_x[own] @ w_x[group].T, x_w[:, own] @ dy_w[:, own].T
+    start += size
+  return y, dx, dw
+
+
+def computed(product, x, w, dy):
+  """(y, dx, dw) of a layer `product`."""
+
+  @jax.jit
+  def all_three(x, w, dy):
+    y, vjp = jax.vjp(product, x, w)
+    return y, *vjp(dy)
+
+  return all_three(x, w, dy)
+
+
+def assert_close(ours, reference, tolerance=2e-6):
+  for a, b in zip(ours, reference, strict=True):
+    assert np.linalg.norm(np.asarray(a, np.float64) - b) < tolerance * np.linalg.norm(b)
+
+
+@EACH
+@pytest.mark.parametrize("recipe", [REPORT, Recipe(pow2=True, block=64)], ids=["the report's", "other"])
+def test_value_and_gradients(implementation, recipe):
+  x, w, dy = problem()
+  recipe = dataclasses.replace(recipe, implementation=implementation)
+  ours = computed(lambda x, w: fp8_linear(x, w, recipe=recipe)[0], x, w, dy)
+  y, dx, dw = expected(x, w[None], dy, recipe)
+  assert_close(ours, (y, dx, dw[0]))
+
+
+@pytest.mark.parametrize(("implementation", "step"), [("reference", 128), ("xla", 16)])
+def test_value_and_gradients_by_group(implementation, step):
+  x, w, dy = problem(len(SIZES))
+  recipe, sizes = Recipe(implementation=implementation), jnp.asarray(SIZES, jnp.int32)
+  product = lambda x, w: fp8_ragged_linear(x, w, group_sizes=sizes, step=step, recipe=recipe)[0]  # noqa: E731
+  assert_close(computed(product, x, w, dy), expected(x, w, dy, recipe, SIZES))
+
+
+@pytest.mark.parametrize(
+  ("name", "groups"), [("forward", None), ("dgrad", None), ("wgrad", None), ("wgrad", SIZES)], ids=str
+)
+def test_each_product_may_stay_as_it_is(name, groups):
+  """Told apart: rounding moves a product by some percent."""
+  recipe = Recipe(**{name: False})
+  x, w, dy = problem(groups and len(groups))
+  if groups:
+    sizes = jnp.asarray(groups, jnp.int32)
+    ours = computed(lambda x, w: fp8_ragged_linear(x, w, group_sizes=sizes, recipe=recipe)[0], x, w, dy)
+    assert_close(ours, expected(x, w, dy, recipe, groups))
+  else:
+    ours = computed(lambda x, w: fp8_linear(x, w, recipe=recipe)[0], x, w, dy)
+    y, dx, dw = expected(x, w[None], dy, recipe)
+    assert_close(ours, (y, dx, dw[0]))
+
+
+def test_layers_of_one_activation_are_those_of_each_and_gradients_add_up():
+  x, w, dy = problem()
+  weights, gradients = (w, 3 * w[:, :40]), (dy, dy[:, :40])
+  y, dx, dw = computed(lambda x, w: fp8_linear(x, *w), x, weights, gradients)
+  alone = [computed(lambda x, w: fp8_linear(x, w)[0], x, *pair) for pair in zip(weights, gradients, strict=True)]
+  jax.tree.map(np.testing.assert_array_equal, y, tuple(a[0] for a in alone))
+  np.testing.assert_allclose(dx, sum(a[1] for a in alone), rtol=1e-5, atol=1e-4)
+  jax.tree.map(np.testing.assert_array_equal, dw, tuple(a[2] for a in alone))
+
+
+def kept(function, *arrays):
+  """[(dtype, shape)] of what the forward pass leaves for the backward pass."""
+  leaves = jax.tree.leaves(jax.eval_shape(lambda *arrays: jax.vjp(function, *arrays)[1], *arrays))
+  return [(str(a.dtype), a.shape) for a in leaves if a.size]
+
+
+def bytes_of(found):
+  return sum(np.prod(shape) * jnp.dtype(dtype).itemsize for dtype, shape in found)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_one_copy_of_the_activation_is_kept_in_eight_bits_transposed(layers):
+  x, w, _ = problem(rows=256, k=128, n=384)
+  found = kept(lambda x, *w: fp8_linear(x, *w), x.astype(jnp.bfloat16), *[w] * layers)
+  assert found.count(("float8_e4m3fn", (128, 256))) == 1  # the transpose; w is as large as none of them
+  one, of_weight = 256 * 128 + 128 * 2 * 4, 128 * 384 + 3 * 4
+  assert bytes_of(found) == one + layers * of_weight
+  exact = kept(lambda x, w: x @ w, x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
+  assert bytes_of(exact) == 2 * (256 * 128 + 128 * 384)
+
+
+def test_by_group_what_is_kept_is_as_little():
+  x, w, _ = problem(2, rows=256, k=128, n=384)
+  sizes = jnp.asarray([100, 156], jnp.int32)
+  found = kept(lambda x, w: fp8_ragged_linear(x, w, group_sizes=sizes)[0], x, w)
+  assert bytes_of(found) == 256 * 128 + 128 * 2 * 4 + 2 * (128 * 384 + 3 * 4) + 2 * 4
+
+
+@pytest.mark.parametrize(("names", "copies"), [((), 0), ((ACTIVATION,), 1), ((ACTIVATION, WEIGHT), 2)])
+def test_policies_of_rematerialisation_know_the_copies_by_name(names, copies):
+  x, w, _ = problem()
+  policy = jax.checkpoint_policies.save_only_these_names(*names)
+  layer = jax.checkpoint(lambda x, w: fp8_linear(2 * x, w)[0], policy=policy)
+  assert sum(dtype == "float8_e4m3fn" for dtype, _ in kept(layer, x, w)) == copies
+
+
+@pytest.mark.parametrize("by_group", [False, True])
+def test_inside_shard_map_the_gradients_of_a_shared_matrix_add_up(by_group):
+  x, w, dy = problem(1 if by_group else None, rows=128)
+  mesh = jax.make_mesh((2,), ("devices",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+  sizes = jnp.asarray([128], jnp.int32)
+  local = (
+    (lambda x, w: fp8_ragged_linear(x, w, group_sizes=sizes)[0]) if by_group else (lambda x, w: fp8_linear(x, w)[0])
+  )
+  _, dx, dw = computed(local, x, w, dy)
+  with jax.set_mesh(mesh):
+    split = jax.P("devices")
+    two, dy_two = (jax.device_put(jnp.concatenate([a, a]), jax.NamedSharding(mesh, split)) for a in (x, dy))
+    w = jax.device_put(w, jax.NamedSharding(mesh, jax.P()))
+    product = jax.shard_map(local, in_specs=(split, jax.P()), out_specs=split)
+    ours = jax.block_until_ready(jax.jit(jax.grad(lambda x, w: (product(x, w) * dy_two).sum(), argnums=(0, 1)))(two, w))
+  np.testing.assert_allclose(ours[0], np.concatenate([dx, dx]), rtol=1e-6, atol=1e-5)
+  np.testing.assert_allclose(ours[1], 2 * dw, rtol=1e-6, atol=1e-5)
+
+
+def test_gradients_have_the_dtypes_of_what_they_are_of():
+  x, w, dy = problem()
+  y, dx, dw = computed(lambda x, w: fp8_linear(x, w)[0], x.astype(jnp.bfloat16), w, dy.astype(jnp.bfloat16))
+  assert (y.dtype, dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+
+
+def test_an_implementation_that_does_not_exist_is_refused():
+  with pytest.raises(ValueError, match="no implementation 'cuda': use auto, xla, reference"):
+    fp8_linear(*problem()[:2], recipe=Recipe(implementation="cuda"))

@@ -1,0 +1,77 @@
+"""Training in eight bits: near the losses of full precision, and the same on a mesh that does not change the tiles."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from deepseek_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from deepseek_jax.mesh import make_mesh
+from deepseek_jax.model.transformer import graphdef
+from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
+from deepseek_jax.sharding import spec
+from deepseek_jax.training.state import new_state
+from deepseek_jax.training.step import make_train_step
+
+SEQ, BATCH = 64, 8
+# On a mesh of fsdp=2 and tensor=2 a device has 256 rows, and 128 of the columns that two share.
+DENSE = Config(
+  model=ModelConfig(
+    vocab=64, embed=128, layers=1, mlp=256, init_std=0.04, compute_dtype="float32", precision="fp8", remat="none",
+    attention=AttentionConfig(heads=8, kv_heads=8, head_dim=32),
+  ),
+  data=DataConfig(seq=SEQ, tokenizer="tokenizer.json"),
+  train=TrainConfig(global_batch=BATCH),
+  mesh=MeshConfig(data=1),
+  optimizer=OptimizerConfig(beta1=0.0, clip=1e9),  # so that Adam's first moment is the gradient
+)  # fmt: skip
+MOE = dataclasses.replace(
+  DENSE.model, moe=MoEConfig(num_routed_experts=4, num_shared_experts=1, num_experts_per_token=2, mlp=64)
+)
+
+
+def train(config, steps):
+  """([gradients of each step], [loss of each step]) of `steps` updates with one batch, on the mesh of `config`."""
+  mesh = make_mesh(config.mesh, jax.devices()[: int(np.prod(dataclasses.astuple(config.mesh)))])
+  ids = np.random.default_rng(0).integers(0, 64, (1, BATCH, SEQ + 1)).astype(np.int32)
+  rates = {"learning_rate": 3e-4, "mtp_weight": 0.3, "bias_speed": 0.0}
+  rates = {name: np.float32(rate) for name, rate in rates.items()}
+  gradients, losses = [], []
+  with jax.set_mesh(mesh):
+    state = jax.block_until_ready(jax.jit(new_state, static_argnums=0)(config, jax.random.key(0)))
+    step = jax.jit(make_train_step(config, graphdef(config.model), bos=0), static_argnums=2)
+    batch = jax.device_put(ids, NamedSharding(mesh, spec(None, "batch", None)))
+    for _ in range(steps):
+      state, metrics = jax.block_until_ready(step(state, batch, 1, rates))
+      gradients.append(jax.device_get(state.opt_state[1].mu))
+      losses.append(float(metrics["loss"]))
+  return gradients, losses
+
+
+def errors(ours, reference):
+  """Of each array, relative in the Frobenius norm."""
+  return {
+    jax.tree_util.keystr(path): np.linalg.norm(a - b) / np.linalg.norm(b)
+    for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(reference), strict=True)
+  }
+
+
+def test_losses_fall_as_in_full_precision_and_gradients_are_float32():
+  gradients, losses = train(dataclasses.replace(DENSE, model=MOE), 3)
+  exact_gradients, exact = train(dataclasses.replace(DENSE, model=dataclasses.replace(MOE, precision="bf16")), 3)
+  assert losses[-1] < losses[0] - 0.1
+  np.testing.assert_allclose(losses, exact, rtol=2.5e-3)
+  assert all(a.dtype == jnp.float32 for a in jax.tree.leaves(gradients))
+  found = errors(gradients[0], exact_gradients[0])
+  assert all(0.005 < error < 0.3 for error in found.values()), found
+
+
+def test_a_mesh_that_leaves_the_tiles_alone_changes_nothing():
+  """But a value here and there that another order of a sum moves to the other side of a rounding in eight bits."""
+  gradients, losses = train(dataclasses.replace(DENSE, mesh=MeshConfig(data=1, fsdp=2, tensor=2)), 1)
+  expected_gradients, expected = train(DENSE, 1)
+  np.testing.assert_allclose(losses, expected, rtol=1e-6)
+  found = errors(gradients[0], expected_gradients[0])
+  assert max(found.values()) < 1e-3 and np.median(list(found.values())) < 1e-5, found
