@@ -48,7 +48,7 @@ def padded(values, dimension, missing):
   """`values` with `missing` zeros after those of `dimension`."""
   if not missing:
     return values
-  # As whole numbers, which XLA for CPUs moves several times as fast (jax 0.10.2 and 0.12.0).
+  # As whole numbers, which XLA for CPUs moves several times as fast (jax 0.10.2).
   bits = jax.lax.bitcast_convert_type(values, f"uint{8 * values.itemsize}")
   widths = [(0, 0)] * values.ndim
   widths[dimension] = 0, missing
