@@ -366,11 +366,11 @@ class Run:
     """What a finished run shows: a held-out evaluation, a sample, and what to do next."""
     self.evaluate(self.config.eval.final_sequences)
     prompt, workdir = self.config.sample.prompt, self.workdir
-    roomy = dataclasses.replace(self.config.model.moe, buffer_factor=0.0)  # a few tokens have no even load
-    text = self.sample_text(
-      graphdef(dataclasses.replace(self.config.model, moe=roomy)), self.state.params, self.state.buffers, self.data.tokenizer, self.config.sample,
-      self.config.data.seq, self.config.seed, self.mesh,
-    )  # fmt: skip
+    # Few tokens: no even load of experts, and nothing gained by eight bits.
+    moe = dataclasses.replace(self.config.model.moe, buffer_factor=0.0)
+    model = graphdef(dataclasses.replace(self.config.model, moe=moe, precision="bf16"))
+    weights, c = (self.state.params, self.state.buffers), self.config
+    text = self.sample_text(model, *weights, self.data.tokenizer, c.sample, c.data.seq, c.seed, self.mesh)
     self.writer.event("sample", self.step, prompt=prompt, text=text)
     print(f"sample\n{prompt}{text}\n\nwrote    {_shown(workdir)}")
     here = os.path.relpath(sys.executable)
