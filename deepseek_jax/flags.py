@@ -98,7 +98,7 @@ def config_help(config: Config) -> str:
   leaves, lines = leaf_paths(Config), []
   for path, value in flatten(config).items():
     metadata = leaves[path].metadata
-    choices = f" [{', '.join(metadata['choices'])}]" if "choices" in metadata else ""
+    choices = f" [{', '.join(map(str, metadata['choices']))}]" if "choices" in metadata else ""
     lines.append(f"  --config.{path}={value!r}\n      {metadata['doc']}{choices}")
   return "\n".join(lines)
 
