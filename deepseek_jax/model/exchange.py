@@ -9,6 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.kernels.implementations import vary
 from deepseek_jax.kernels.rows import rows_at, sums_at
 from deepseek_jax.sharding import axes, part, parts
 
@@ -138,10 +139,5 @@ def ragged(rows, routes, most, back=None):
   there, here, starts, landing = routes.sent[me], routes.sent[:, me], routes.start[me], routes.arrival[me]
   if back is not None:
     there, here, starts, landing = here, there, routes.arrival[:, me], routes.start[:, me]
-  empty = _varying_like(jnp.zeros((size, rows.shape[1]), rows.dtype), rows)
+  empty, rows = vary(jnp.zeros((size, rows.shape[1]), rows.dtype), rows)
   return jax.lax.ragged_all_to_all(rows, empty, starts, there, landing, here, axis_name=routes.axis)
-
-
-def _varying_like(x, like):
-  missing = jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
-  return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x

@@ -95,7 +95,7 @@ def best_compiled(plans, topology, program, progress):
       progress(f"not this one: {error}")
   if not found:
     raise ConfigError(f"XLA compiles none of the best meshes on {topology.text}: see --analytic")
-  return sorted(found + untried, key=lambda plan: (not plan.fits, plan.source == "analytic", rank(plan)))
+  return sorted(found + untried, key=lambda plan: (not plan.fits, plan.source == "analytic", plan.calibrated.seconds))
 
 
 def rank(plan: Plan):
