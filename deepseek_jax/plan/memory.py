@@ -88,9 +88,8 @@ def _passes(config: Config, width, chip):
   span = config.data.seq if mesh.context == 1 else seq // 2
   scores = rows * m.attention.heads // tensor * min(seq, span) * span * wide
   expert_rows = rows * seq * _room(moe, mesh.expert) * m.embed * width
-  padding = (
-    0 if mesh.expert == 1 or not chip or has_ragged(chip.kind) else 2 * mesh.expert
-  )  # rows for all, there and here
+  # Where messages are padded, rows for all devices, there and here.
+  padding = 0 if mesh.expert == 1 or not chip or has_ragged(chip.kind) else 2 * mesh.expert
   a_layer = _kept(config, width, rows * seq, scores, expert_rows, (attention + experts) * width)
   layers, waiting, ends = m.layers + m.num_mtp_layers, 0, 1 + m.num_mtp_layers
   if mesh.stage > 1:  # a circuit's layers, and the streams of microbatches under way; the head has its turn after
