@@ -144,6 +144,10 @@ class Fp8Config(Section, path="model.fp8"):
   block: int = field(
     128, "size of tiles, and terms of a product between promotions to float32; V3: 128", choices=(128, 256, 512)
   )
+  implementation: str = field(
+    "auto", "kernels: xla, pallas (this platform's own; an error where it has none for a shape), or auto: pallas where it can",
+    choices=("auto", "xla", "pallas"),
+  )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,19 +1,66 @@
 """Which implementation of a kernel runs, and types that all of them need inside shard_map."""
 
+import functools
+import importlib
+import logging
+import re
+
 import jax
 
+IMPLEMENTATIONS = ("xla", "reference", "pallas_tpu", "pallas_gpu")  # files in a kernel's folder
+_log = logging.getLogger(__name__)
 
-def chosen(implementations, name, kernel):
-  """The function `name` of `implementations`, or for "auto" the first.
+
+class Unsupported(ValueError):
+  """An implementation does not do what is asked; the message says what it does, and names the shapes that came."""
+
+
+def run(kernel, function, name, *args):
+  """What `function` of `kernels/<kernel>/<name>.py` makes of `args`.
+
+  Args:
+    name: one of IMPLEMENTATIONS; "pallas": the platform's own kernel; "auto": likewise, and XLA's where there is none or
+      where it does not do these shapes, which is logged once.
 
   Raises:
-    ValueError: there is none of that name.
+    ValueError: there is none of that name, or on this platform none.
+    Unsupported: the one that was named does not do these shapes.
   """
-  if name == "auto":
-    return next(iter(implementations.values()))
-  if name not in implementations:
-    raise ValueError(f"{kernel} has no implementation {name!r}: use auto, {', '.join(implementations)}")
-  return implementations[name]
+  native = _native(device_kind())
+  if name == "pallas" and native is None:
+    raise ValueError(f"{kernel}: no Pallas kernel for {device_kind()}: use auto or {', '.join(IMPLEMENTATIONS)}")
+  if name not in (*IMPLEMENTATIONS, "auto", "pallas"):
+    raise ValueError(f"{kernel} has no implementation {name!r}: use auto, pallas, {', '.join(IMPLEMENTATIONS)}")
+  chosen = native or "xla" if name in ("auto", "pallas") else name
+  try:
+    return _function(kernel, function, chosen)(*args)
+  except Unsupported as e:
+    if name != "auto":
+      raise
+    _log_once(f"{kernel}: XLA's own products are used, since {e}")
+    return _function(kernel, function, "xla")(*args)
+
+
+def device_kind():
+  """Of the devices that the program is traced for, such as "cpu", "TPU v5", "NVIDIA H200"."""
+  return (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).device_kind
+
+
+def _native(device_kind):
+  """The file of a platform's own kernels, or None: those for GPUs are for Hopper's tensor cores."""
+  if device_kind.startswith("TPU"):
+    return "pallas_tpu"
+  return "pallas_gpu" if re.search(r"\bG?H\d+\b", device_kind) else None
+
+
+def _function(kernel, function, name):
+  # Imported where used: Pallas adds 0.3 s to the start of a program (2 cores of a shared machine).
+  return getattr(importlib.import_module(f"deepseek_jax.kernels.{kernel}.{name}"), function)
+
+
+@functools.cache
+def _log_once(message):
+  _log.warning(message)
 
 
 def vary(*trees):

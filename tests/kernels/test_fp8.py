@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from deepseek_jax.kernels import implementations
 from deepseek_jax.kernels.fp8_grouped_matmul import api as grouped
 from deepseek_jax.kernels.fp8_matmul import api as dense
 from deepseek_jax.kernels.qtensor import QTensor
@@ -23,9 +24,7 @@ fp8_matmul = jax.jit(dense.fp8_matmul, static_argnames=("out_dtype", "implementa
 fp8_grouped_matmul = jax.jit(grouped.fp8_grouped_matmul, static_argnames=("step", "implementation"))
 fp8_grouped_wgrad = jax.jit(grouped.fp8_grouped_wgrad, static_argnames=("step", "implementation"))
 ROWS, K, N = 256, 384, 256
-QUANTIZE = pytest.mark.parametrize("implementation", quantizers.IMPLEMENTATIONS)
-MATMUL = pytest.mark.parametrize("implementation", dense.IMPLEMENTATIONS)
-GROUPED = pytest.mark.parametrize("implementation", grouped.IMPLEMENTATIONS)
+EACH = pytest.mark.parametrize("implementation", ["xla", "reference"])
 GROUPED_IN_STEPS = pytest.mark.parametrize(("implementation", "step"), [("reference", 128), ("xla", 32), ("xla", 128)])
 TILES = pytest.mark.parametrize("tile", [(1, 128), (128, 128)], ids=["activations", "weights"])
 SIZES = {
@@ -73,7 +72,7 @@ def random_scales(q, seed):
 # Quantisation.
 
 
-@QUANTIZE
+@EACH
 @TILES
 @pytest.mark.parametrize("pow2", [False, True])
 @pytest.mark.parametrize("shape", [(256, 256), (2, 129, 127)], ids=str)
@@ -94,7 +93,7 @@ def test_tiles_are_rounded_as_numpy_rounds_them(implementation, tile, pow2, shap
   assert q.scales.shape == (*shape[:-2], *(-(-n // t) for n, t in zip(shape[-2:], tile, strict=True)))
 
 
-@QUANTIZE
+@EACH
 @TILES
 @pytest.mark.parametrize("pow2", [False, True])
 def test_what_is_multiplied_by_a_power_of_two_changes_its_scales_alone(implementation, tile, pow2):
@@ -104,14 +103,14 @@ def test_what_is_multiplied_by_a_power_of_two_changes_its_scales_alone(implement
   np.testing.assert_array_equal(q.scales * 2.0**20, larger.scales)
 
 
-@QUANTIZE
+@EACH
 def test_scales_are_the_least_powers_of_two_that_hold_a_tile(implementation):
   x = jnp.stack([jnp.full((128,), value) for value in (448.0, 448.001, 224.0, 3.5, 2.0**-120)])
   q = quantize(x, (1, 128), pow2=True, implementation=implementation)
   np.testing.assert_array_equal(q.scales[:, 0], [1.0, 2.0, 0.5, 2.0**-7, 2.0**-126])
 
 
-@QUANTIZE
+@EACH
 @pytest.mark.parametrize("pow2", [False, True])
 def test_zeros_stay_zeros_beside_any_tile(implementation, pow2):
   x = normal(2, 256).at[0, :128].set(0)
@@ -120,7 +119,7 @@ def test_zeros_stay_zeros_beside_any_tile(implementation, pow2):
   np.testing.assert_allclose(float64(q)[0, 128:], x[0, 128:], atol=0.5)
 
 
-@QUANTIZE
+@EACH
 def test_the_greatest_value_of_a_tile_becomes_448_of_its_sign(implementation):
   x = normal(64, 128)
   greatest = np.take_along_axis(np.asarray(x), np.abs(x).argmax(1, keepdims=True), 1)
@@ -130,7 +129,7 @@ def test_the_greatest_value_of_a_tile_becomes_448_of_its_sign(implementation):
   assert np.abs(values).max() == 448
 
 
-@QUANTIZE
+@EACH
 @TILES
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
 @pytest.mark.parametrize("pow2", [False, True])
@@ -142,7 +141,7 @@ def test_a_tile_with_a_value_that_is_not_finite_is_nan_and_no_other(implementati
   np.testing.assert_array_equal(bad, own)
 
 
-@QUANTIZE
+@EACH
 def test_both_are_the_matrix_and_its_transpose_in_tiles_along_their_rows(implementation):
   x = normal(200, 300)
   both = quantize_both(x, 128, implementation=implementation)
@@ -154,7 +153,7 @@ def test_both_are_the_matrix_and_its_transpose_in_tiles_along_their_rows(impleme
 # Products.
 
 
-@MATMUL
+@EACH
 @pytest.mark.parametrize("wgrad", [False, True])
 @pytest.mark.parametrize("k", [128, 384, 1000])
 def test_product_of_the_same_operands(implementation, wgrad, k):
@@ -173,7 +172,7 @@ def test_the_reference_is_exact_where_jax_has_float64():
   assert error(ours, float64(a) @ float64(b).T) < 1e-14
 
 
-@MATMUL
+@EACH
 def test_tiles_keep_outliers_apart(implementation):
   """Against the product before quantisation: fine tiles must be better than one scale a matrix, which rounds most away."""
   x, w = normal(ROWS, 2048, outliers=True), normal(N, 2048, seed=1)
@@ -183,7 +182,7 @@ def test_tiles_keep_outliers_apart(implementation):
   assert error(fine, reference) < 0.033 < 0.036 < error(coarse, reference)
 
 
-@MATMUL
+@EACH
 def test_scaling_an_operand_by_a_power_of_two_scales_the_product_exactly(implementation):
   a, b = operands()
   larger = QTensor(a.values, a.scales * 2.0**30, a.tile)
@@ -191,7 +190,7 @@ def test_scaling_an_operand_by_a_power_of_two_scales_the_product_exactly(impleme
   np.testing.assert_array_equal(ours * np.float32(2.0**30), scaled)
 
 
-@MATMUL
+@EACH
 def test_permuted_rows_are_the_permuted_product_bitwise(implementation):
   a, b = operands()
   order = np.random.default_rng(0).permutation(ROWS)
@@ -200,7 +199,7 @@ def test_permuted_rows_are_the_permuted_product_bitwise(implementation):
   np.testing.assert_array_equal(np.asarray(ours)[order], theirs)
 
 
-@MATMUL
+@EACH
 @pytest.mark.parametrize("wgrad", [False, True])
 def test_every_scale_is_used_where_it_belongs(implementation, wgrad):
   a, b = operands(wgrad=wgrad)
@@ -212,7 +211,7 @@ def test_every_scale_is_used_where_it_belongs(implementation, wgrad):
   assert np.max(np.abs(fp8_matmul(swapped, b, implementation=implementation) - reference) / size) > 0.1
 
 
-@MATMUL
+@EACH
 def test_what_is_not_finite_reaches_its_rows_and_no_others(implementation):
   x = normal(ROWS, K).at[5, 200].set(np.nan).at[9, 3].set(np.inf)
   y = fp8_matmul(quantize(x, (1, 128)), operands()[1], implementation=implementation)
@@ -232,7 +231,7 @@ def test_operands_that_do_not_contract_are_refused():
   "op", [lambda how: quantize(normal(2, 2), (1, 128), **how), lambda how: fp8_matmul(*operands(), **how)]
 )
 def test_an_implementation_that_does_not_exist_is_refused(op):
-  with pytest.raises(ValueError, match="no implementation 'cuda': use auto, xla, reference"):
+  with pytest.raises(ValueError, match="no implementation 'cuda': use auto, pallas, xla, reference"):
     op({"implementation": "cuda"})
 
 
@@ -276,7 +275,7 @@ def test_the_contraction_of_each_group(implementation, name, step):
     assert np.max(np.abs(dw[group] - reference) / (size + 1e-30)) < 1e-6
 
 
-@GROUPED
+@EACH
 def test_one_group_is_the_dense_product_bitwise(implementation):
   a, b, sizes = group_problem("one group")
   ours = fp8_grouped_matmul(a, b, sizes, implementation=implementation)
@@ -286,7 +285,7 @@ def test_one_group_is_the_dense_product_bitwise(implementation):
   np.testing.assert_array_equal(ours[0], fp8_matmul(a, b, implementation=implementation))
 
 
-@GROUPED
+@EACH
 def test_a_group_that_is_not_finite_leaves_the_others_alone(implementation):
   """In another tile: where a tile has rows of two groups, they share its scale."""
   sizes, x = jnp.asarray([128, 128], jnp.int32), normal(ROWS, K).at[130, 3].set(np.nan)
@@ -302,3 +301,45 @@ def test_a_step_that_does_not_divide_a_tile_is_refused():
   a, b = (quantize(normal(n, ROWS), (1, 128)) for n in (K, N))
   with pytest.raises(ValueError, match="step=48 does not divide tiles of 128"):
     fp8_grouped_wgrad(a, b, jnp.asarray([ROWS], jnp.int32), step=48)
+
+
+# Which of them runs.
+
+
+def on(device_kind):
+  """A context in which programs are traced for such a device."""
+  device = jax.sharding.AbstractDevice(device_kind, 1, "gpu" if "NVIDIA" in device_kind else "tpu")
+  return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
+
+
+@pytest.mark.parametrize(
+  ("device_kind", "file"),
+  [("cpu", "xla"), ("TPU v5", "pallas_tpu"), ("TPU7x", "pallas_tpu"), ("NVIDIA H200", "pallas_gpu"), ("NVIDIA GH200 480GB", "pallas_gpu"), ("NVIDIA A100-SXM4-80GB", "xla"), ("NVIDIA B200", "xla")],
+)  # fmt: skip
+def test_the_platform_chooses(device_kind, file, monkeypatch):
+  monkeypatch.setattr(implementations, "_function", lambda kernel, function, name: lambda *args: (name, *args))
+  with on(device_kind):
+    assert implementations.run("quantize", "quantize", "auto", 1) == (file, 1)
+    assert implementations.run("quantize", "quantize", "reference", 1) == ("reference", 1)
+    if file == "xla":
+      with pytest.raises(ValueError, match=f"no Pallas kernel for {device_kind}: use auto or xla"):
+        implementations.run("quantize", "quantize", "pallas", 1)
+    else:
+      assert implementations.run("quantize", "quantize", "pallas", 1) == (file, 1)
+
+
+def test_what_a_kernel_does_not_do_is_an_error_where_it_is_named_and_else_said_once(monkeypatch, caplog):
+  def function(kernel, function, name):
+    if name == "xla":
+      return lambda: "xla"
+    raise implementations.Unsupported("rows=3: a multiple of 8 is supported")
+
+  monkeypatch.setattr(implementations, "_function", function)
+  with on("TPU v5"):
+    for _ in range(2):
+      assert implementations.run("quantize", "quantize", "auto") == "xla"
+    assert [record.getMessage() for record in caplog.records].count(
+      "quantize: XLA's own products are used, since rows=3: a multiple of 8 is supported"
+    ) == 1
+    with pytest.raises(implementations.Unsupported, match="rows=3"):
+      implementations.run("quantize", "quantize", "pallas")

@@ -2,11 +2,8 @@
 
 import jax.numpy as jnp
 
-from deepseek_jax.kernels.fp8_grouped_matmul import reference, xla
 from deepseek_jax.kernels.fp8_matmul.api import check_contraction
-from deepseek_jax.kernels.implementations import chosen
-
-IMPLEMENTATIONS = {"xla": xla, "reference": reference}
+from deepseek_jax.kernels.implementations import run
 
 
 def fp8_grouped_matmul(a, b, group_sizes, *, step=128, out_dtype=jnp.float32, implementation="auto"):
@@ -17,7 +14,7 @@ def fp8_grouped_matmul(a, b, group_sizes, *, step=128, out_dtype=jnp.float32, im
     step: rows multiplied at a time, with one group's matrix: no more than a usual group has.
   """
   check_contraction(a, b)
-  return _chosen(implementation).matmul(a, b, group_sizes, step, out_dtype)
+  return run("fp8_grouped_matmul", "matmul", implementation, a, b, group_sizes, step, out_dtype)
 
 
 def fp8_grouped_wgrad(a, b, group_sizes, *, step=128, out_dtype=jnp.float32, implementation="auto"):
@@ -34,8 +31,4 @@ def fp8_grouped_wgrad(a, b, group_sizes, *, step=128, out_dtype=jnp.float32, imp
   check_contraction(a, b)
   if a.tile[1] % step:
     raise ValueError(f"step={step} does not divide tiles of {a.tile[1]} rows: use a divisor")
-  return _chosen(implementation).wgrad(a, b, group_sizes, step, out_dtype)
-
-
-def _chosen(implementation):
-  return chosen(IMPLEMENTATIONS, implementation, "fp8_grouped_matmul")
+  return run("fp8_grouped_matmul", "wgrad", implementation, a, b, group_sizes, step, out_dtype)

@@ -2,10 +2,7 @@
 
 import jax.numpy as jnp
 
-from deepseek_jax.kernels.fp8_matmul import reference, xla
-from deepseek_jax.kernels.implementations import chosen
-
-IMPLEMENTATIONS = {"xla": xla.matmul, "reference": reference.matmul}
+from deepseek_jax.kernels.implementations import run
 
 
 def fp8_matmul(a, b, *, out_dtype=jnp.float32, implementation="auto"):
@@ -16,10 +13,10 @@ def fp8_matmul(a, b, *, out_dtype=jnp.float32, implementation="auto"):
       gradients, (block, block) of weights. m, n and k are free: what a last tile lacks counts as zeros.
 
   Raises:
-    ValueError: k or its tiles differ, or an `implementation` that does not exist.
+    ValueError: k or its tiles differ, or an `implementation` that does not exist or does not do this.
   """
   check_contraction(a, b)
-  return chosen(IMPLEMENTATIONS, implementation, "fp8_matmul")(a, b, out_dtype)
+  return run("fp8_matmul", "matmul", implementation, a, b, out_dtype)
 
 
 def check_contraction(a, b):

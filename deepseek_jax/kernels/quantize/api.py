@@ -1,9 +1,6 @@
 """Matrices to eight bits with online scales: each tile's own greatest magnitude becomes 448 (V3 report, section 3.3.2)."""
 
-from deepseek_jax.kernels.implementations import chosen
-from deepseek_jax.kernels.quantize import reference, xla
-
-IMPLEMENTATIONS = {"xla": xla, "reference": reference}
+from deepseek_jax.kernels.implementations import run
 
 
 def quantize(x, tile, *, pow2=False, implementation="auto"):
@@ -12,9 +9,9 @@ def quantize(x, tile, *, pow2=False, implementation="auto"):
   pow2: scales are powers of two. A tile with a NaN or an infinity becomes NaN.
 
   Raises:
-    ValueError: an `implementation` that does not exist.
+    ValueError: an `implementation` that does not exist, or does not do this.
   """
-  return chosen(IMPLEMENTATIONS, implementation, "quantize").quantize(x, tile, pow2)
+  return run("quantize", "quantize", implementation, x, tile, pow2)
 
 
 def quantize_both(x, block, *, pow2=False, implementation="auto"):
@@ -22,4 +19,4 @@ def quantize_both(x, block, *, pow2=False, implementation="auto"):
 
   They are two roundings of `x`: a tile of one is not a tile of the other.
   """
-  return chosen(IMPLEMENTATIONS, implementation, "quantize_both").quantize_both(x, block, pow2)
+  return run("quantize", "quantize_both", implementation, x, block, pow2)
