@@ -10,6 +10,8 @@ import re
 
 import numpy as np
 
+from deepseek_jax.plan.count import kind_of_kernel
+
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+)\[([\d,]*)\]")
 _HEAD = re.compile(r"(?:ENTRY )?(%?[\w.\-]+) .*\{$")
@@ -200,7 +202,7 @@ def _flops(i, shapes, full_rows):
   if i.opcode == "convolution":
     return _convolution_flops(i, *(_first(shapes[name]) for name in i.operands[:2]))
   if i.opcode == "custom-call" and (cost := re.search(r'"cost_estimate":\{"flops":"(\d+)"', i.rest)):  # one of Pallas
-    return int(cost[1]) * (full_rows if re.match("%t?gmm", i.name) else 1)
+    return int(cost[1]) * (full_rows if kind_of_kernel(i.name[1:]) == "grouped product" else 1)
   if i.opcode == "custom-call" and i.name.startswith("%ragged-dot") and "operand_layout_constraints" in i.rest:
     given = i.rest[i.rest.index("operand_layout_constraints") :].split("metadata=")[0]
     matrices = [dims for dims in map(_dimensions, (m[1] for m in _ARRAY.findall(given))) if len(dims) > 1]

@@ -69,6 +69,16 @@ def test_a_message_of_a_sparse_core_counts():
   assert (found.kind, found.times, found.size) == ("all-reduce", 1, 512)
 
 
+@pytest.mark.parametrize(("name", "flops"), [("splash_mha_dq", 1000), ("tgmm.3", 500)])
+def test_a_kernel_says_what_it_costs(name, flops):
+  """As it is in libtpu's HLO; of a product by groups half of the rows are full here."""
+  config = '{"custom_call_config":{"body":"TUzv","cost_estimate":{"flops":"1000","bytes_accessed":"8"}}}'
+  text = module(
+    f'%{name} = f32[8,32] custom-call(%p, %k), custom_call_target="tpu_custom_call", backend_config={config}'
+  )
+  assert Program(text, SIZES).product_flops(full_rows=0.5) == flops
+
+
 def convolution(left, right, out, labels, window):
   text = module("")
   text = text.replace("bf16[8,16]{1,0:T(8,128)(2,1)} parameter(0)", f"bf16[{left}] parameter(0)")
