@@ -71,10 +71,11 @@ def test_a_message_of_a_sparse_core_counts():
 
 @pytest.mark.parametrize(("name", "flops"), [("splash_mha_dq", 1000), ("tgmm.3", 500)])
 def test_a_kernel_says_what_it_costs(name, flops):
-  """As it is in libtpu's HLO; of a product by groups half of the rows are full here."""
+  """As it is in libtpu's HLO, on several lines; of a product by groups half of the rows are full here."""
   config = '{"custom_call_config":{"body":"TUzv","cost_estimate":{"flops":"1000","bytes_accessed":"8"}}}'
+  config = f'{{kernel_metadata={{\n"xprof_metadata":"1"\n}}}}, frontend_attributes={config}'
   text = module(
-    f'%{name} = f32[8,32] custom-call(%p, %k), custom_call_target="tpu_custom_call", backend_config={config}'
+    f'%{name} = f32[8,32] custom-call(%p, %k), custom_call_target="tpu_custom_call", frontend_attributes={config}'
   )
   assert Program(text, SIZES).product_flops(full_rows=0.5) == flops
 
