@@ -10,6 +10,8 @@ from flax import nnx
 
 from deepseek_jax.kernels.fp8_linear import Recipe, fp8_linear, fp8_ragged_linear
 from deepseek_jax.kernels.grouped_matmul import grouped_matmul
+from deepseek_jax.kernels.qtensor import FP8, QTensor
+from deepseek_jax.kernels.quantize.api import quantize
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.sharding import gathered, spec
 
@@ -78,3 +80,31 @@ def grouped_products(recipe, x, weights, group_sizes, block):
   if recipe is None:
     return [grouped_matmul(x, w, group_sizes, block=block) for w in weights]
   return fp8_ragged_linear(x, *weights, group_sizes=group_sizes, step=block, recipe=recipe)
+
+
+def recipes(recipe):
+  """(`recipe` of the forward products, that of the gradients of activations), each None where those are not in eight bits."""
+  return (recipe, recipe) if recipe is None else (recipe if recipe.forward else None, recipe if recipe.dgrad else None)
+
+
+def packed(recipe, x):
+  """What of the rows of `x` [rows, width] travels: in eight bits their bytes and those of their scales, uint8, or all."""
+  if recipe is None:
+    return x
+  q = quantize(x, (1, recipe.block), pow2=recipe.pow2, implementation=recipe.implementation)
+  parts = (jax.lax.bitcast_convert_type(part, jnp.uint8).reshape(len(x), -1) for part in (q.values, q.scales))
+  return jnp.concatenate([*parts], 1)  # [rows, width + 4 width / block]
+
+
+def unpacked(recipe, rows, like):
+  """The rows of `packed`, in the width and dtype of `like`.
+
+  Rounded to eight bits once more they are the same, with scales that differ by the rounding of that dtype; not even that
+  where they are powers of two.
+  """
+  if recipe is None:
+    return rows
+  tile, width = (1, recipe.block), like.shape[1]
+  values = jax.lax.bitcast_convert_type(rows[:, :width], FP8)
+  scales = jax.lax.bitcast_convert_type(rows[:, width:].reshape(len(rows), -1, 4), jnp.float32)
+  return QTensor(values, scales, tile).dequantized().astype(like.dtype)
