@@ -1,7 +1,8 @@
 """Linear layers whose three products are in eight bits: y = x w, dx = dy w^T, dw = x^T dy (V3 report, figure 6).
 
 x and dy are rounded twice, in tiles along each dimension that contracts; w once, in square tiles that serve both. All are
-e4m3fn. The forward pass keeps of x the transpose alone, in tiles along the rows, which is what dw reads.
+e4m3fn. The forward pass keeps of x the transpose alone, in tiles along the rows, which is what dw reads. Of an x that is a
+SwiGLU it keeps the inputs in eight bits, and dw reads what is made of them again (section 3.3.3).
 """
 
 import dataclasses
@@ -16,6 +17,8 @@ from deepseek_jax.kernels.fp8_matmul.api import fp8_matmul
 from deepseek_jax.kernels.implementations import vary
 from deepseek_jax.kernels.qtensor import unquantized
 from deepseek_jax.kernels.quantize.api import quantize, quantize_both
+from deepseek_jax.kernels.swiglu.api import swiglu_quantize
+from deepseek_jax.kernels.swiglu.xla import swiglu
 
 # What the forward pass keeps, by name: for policies of rematerialisation.
 ACTIVATION, WEIGHT = "fp8_activation", "fp8_weight"
@@ -40,8 +43,8 @@ class Recipe:
 def fp8_linear(x, *weights, recipe=Recipe()):
   """`x` [rows, k] times each of `weights` [k, n]: a tuple of [rows, n] in the dtype of `x`.
 
-  Layers of one activation belong in one call: its one copy for the backward pass then serves all. Gradients have the dtypes
-  of what they are of. Each size is free; last tiles are partial.
+  x: or a pair (gate, up) of such arrays, for silu(gate) * up. Layers of one activation belong in one call: its one copy for
+  the backward pass then serves all. Gradients have the dtypes of what they are of. Each size is free; last tiles are partial.
 
   Raises:
     ValueError: an implementation that does not exist, or does not do what `recipe` asks.
@@ -64,23 +67,32 @@ def _products(recipe, step, group_sizes, x, *weights):
 
 
 def _forward(recipe, step, group_sizes, x, *weights):
-  along, down = _activation(x, recipe.forward, recipe.wgrad, recipe)
+  along, kept = _activation(x, recipe.forward, recipe.wgrad, recipe)
+  like = jax.tree.leaves(x)[0]
+  if isinstance(x, tuple):
+    kept = tuple(_operand(part, (1, recipe.block), recipe.wgrad, recipe) for part in x)
   w = [_weight(w, recipe.forward, recipe) for w in weights]
-  y = tuple(_times(along, w.T, group_sizes, step, x.dtype, recipe) for w in w)
+  y = tuple(_times(along, w.T, group_sizes, step, like.dtype, recipe) for w in w)
   if recipe.dgrad != recipe.forward:
     w = [_weight(w, recipe.dgrad, recipe) for w in weights]
-  dtypes = [jnp.zeros((0,), a.dtype) for a in (x, *weights)]
-  return y, (_named(down, ACTIVATION), _named(w, WEIGHT), group_sizes, dtypes)
+  dtypes = [jnp.zeros((0,), a.dtype) for a in (like, *weights)]
+  return y, (_named(kept, ACTIVATION), _named(w, WEIGHT), group_sizes, dtypes)
 
 
 def _backward(recipe, step, residuals, gradients):
-  down, weights, group_sizes, (x, *dtypes) = residuals
+  kept, weights, group_sizes, (x, *dtypes) = residuals
+  down = kept
+  if isinstance(kept, tuple):
+    parts = tuple(part.dequantized() for part in kept)
+    _, down = _activation(parts, recipe.wgrad, recipe.wgrad, recipe)
   dx, dw = 0, []
   for dy, w, like in zip(gradients, weights, dtypes, strict=True):
     dy_along, dy_down = _activation(dy, recipe.dgrad, recipe.wgrad, recipe)
     dx += _times(dy_along, w, group_sizes, step, jnp.float32, recipe)
     dw.append(_wgrad(down, dy_down, group_sizes, step, like.dtype, recipe))
-  return None, dx.astype(x.dtype), *dw
+  if isinstance(kept, tuple):
+    dx = jax.vjp(swiglu, *parts)[1](dx)
+  return None, jax.tree.map(lambda d: d.astype(x.dtype), dx), *dw
 
 
 _products.defvjp(_forward, _backward)
@@ -100,15 +112,19 @@ def _activation(x, along, down, recipe):
   """(`x`, its transpose) as operands, each in eight bits or as it is."""
   tile, how = (1, recipe.block), {"pow2": recipe.pow2, "implementation": recipe.implementation}
   if along and down:
-    return quantize_both(x, recipe.block, **how)
-  return tuple(quantize(a, tile, **how) if q else unquantized(a, tile) for a, q in ((x, along), (x.mT, down)))
+    return swiglu_quantize(*x, recipe.block, **how) if isinstance(x, tuple) else quantize_both(x, recipe.block, **how)
+  x = swiglu(*x).astype(x[0].dtype) if isinstance(x, tuple) else x
+  return _operand(x, tile, along, recipe), _operand(x.mT, tile, down, recipe)
 
 
 def _weight(w, eight_bits, recipe):
-  tile = (recipe.block, recipe.block)
-  return (
-    quantize(w, tile, pow2=recipe.pow2, implementation=recipe.implementation) if eight_bits else unquantized(w, tile)
-  )
+  return _operand(w, (recipe.block, recipe.block), eight_bits, recipe)
+
+
+def _operand(x, tile, eight_bits, recipe):
+  """`x` in eight bits or as it is."""
+  how = {"pow2": recipe.pow2, "implementation": recipe.implementation}
+  return quantize(x, tile, **how) if eight_bits else unquantized(x, tile)
 
 
 def _named(tree, name):

@@ -8,7 +8,7 @@ from flax import nnx
 
 from deepseek_jax.model.context import attend_context
 from deepseek_jax.model.dropout import dropout, keys_at
-from deepseek_jax.model.linear import Linear, at_least_float32
+from deepseek_jax.model.linear import Linear, at_least_float32, together
 from deepseek_jax.model.rope import rotate
 from deepseek_jax.model_config import AttentionConfig, ModelConfig
 from deepseek_jax.sharding import axes, joined, part
@@ -93,7 +93,7 @@ class Attention(nnx.Module):
 
   def heads(self, x, rotation):
     """Queries [batch, seq, heads, head_dim]; keys and values [batch, seq, kv_heads, head_dim]."""
-    q, k, v = (linear("bsd,dhk->bshk", x) for linear in (self.q, self.k, self.v))
+    q, k, v = together("bsd,dhk->bshk", x, self.q, self.k, self.v)
     return rotate(q, *rotation).astype(x.dtype), rotate(k, *rotation).astype(x.dtype), v
 
   def __call__(self, x, tokens, key=None):

@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.kernels.fp8_linear import Recipe, fp8_linear, fp8_ragged_linear
 from deepseek_jax.kernels.grouped_matmul import grouped_matmul
@@ -14,6 +15,9 @@ from deepseek_jax.kernels.qtensor import FP8, QTensor
 from deepseek_jax.kernels.quantize.api import quantize
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.sharding import gathered, spec
+
+# The name, for policies of rematerialisation, of what a layer gives in eight bits, where they see no product.
+PRODUCT = "fp8_product"
 
 
 def at_least_float32(dtype):
@@ -63,23 +67,35 @@ def together(equation, x, *linears):
 
 
 def products(recipe, equation, x, *weights):
-  """The einsum of `x` with each of `weights`, in eight bits by `recipe`, or as they are without one."""
+  """The einsum of `x` with each of `weights`, in eight bits by `recipe`, or as they are without one.
+
+  x: or a pair (gate, up), for silu(gate) * up.
+  """
   if recipe is None:
-    return [jnp.einsum(equation, x, w) for w in weights]
+    return [jnp.einsum(equation, activated(x), w) for w in weights]
   of_x, of_w, of_y = equation.replace("->", ",").split(",")
   contracted = sum(name in of_x for name in of_w)
   assert of_y == of_x[:-contracted] + of_w[contracted:] and of_x[-contracted:] == of_w[:contracted], equation
-  rows = x.reshape(-1, math.prod(x.shape[-contracted:]))
-  matrices = [w.reshape(rows.shape[1], -1) for w in weights]
+  shape = jax.tree.leaves(x)[0].shape
+  rows = jax.tree.map(lambda x: x.reshape(-1, math.prod(shape[-contracted:])), x)
+  matrices = [w.reshape(math.prod(shape[-contracted:]), -1) for w in weights]
   found = fp8_linear(rows, *matrices, recipe=recipe)
-  return [y.reshape(*x.shape[:-contracted], *w.shape[contracted:]) for y, w in zip(found, weights, strict=True)]
+  return [
+    checkpoint_name(y.reshape(*shape[:-contracted], *w.shape[contracted:]), PRODUCT)
+    for y, w in zip(found, weights, strict=True)
+  ]
 
 
 def grouped_products(recipe, x, weights, group_sizes, block):
-  """As `grouped_matmul` with each of `weights` [groups, k, n], in the precision of `recipe`."""
+  """As `grouped_matmul` with each of `weights` [groups, k, n], in the precision of `recipe`; `x` as in `products`."""
   if recipe is None:
-    return [grouped_matmul(x, w, group_sizes, block=block) for w in weights]
+    return [grouped_matmul(activated(x), w, group_sizes, block=block) for w in weights]
   return fp8_ragged_linear(x, *weights, group_sizes=group_sizes, step=block, recipe=recipe)
+
+
+def activated(x):
+  """silu(gate) * up of a pair (gate, up) (Shazeer 2020), or `x` itself."""
+  return jax.nn.silu(x[0]) * x[1] if isinstance(x, tuple) else x
 
 
 def recipes(recipe):

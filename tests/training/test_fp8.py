@@ -109,3 +109,18 @@ def test_powers_of_two_travel_to_experts_without_another_rounding():
   # Tiles of gradients of weights are along rows, which each device has others of: roundings, not the dispatch.
   found = errors(gradients[0], expected_gradients[0])
   assert max(found.values()) < 0.1, found
+
+
+def test_remat_dots_keeps_the_products_of_layers_in_eight_bits():
+  """Without them the backward pass multiplies again, but for a layer's last product, which it does not read."""
+
+  def products(remat):
+    config = dataclasses.replace(DENSE, model=dataclasses.replace(DENSE.model, remat=remat))
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+      step, arguments = abstract_step(config, mesh)
+      text = str(jax.make_jaxpr(step)(*arguments))
+    return len(re.findall(r"= dot_general\[", text))
+
+  weights = 4 + 3  # of attention and the SwiGLU
+  assert products("full") - products("dots") == weights - 1

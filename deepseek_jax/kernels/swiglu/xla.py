@@ -7,4 +7,9 @@ from deepseek_jax.kernels.quantize import xla
 
 
 def swiglu_quantize(gate, up, block, pow2):
-  return xla.quantize_both(jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32), block, pow2)
+  return xla.quantize_both(swiglu(gate, up), block, pow2)
+
+
+def swiglu(gate, up):
+  """silu(gate) * up in float32."""
+  return jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
