@@ -1,7 +1,8 @@
 """Linear layers whose three products are in eight bits: y = x w, dx = dy w^T, dw = x^T dy (V3 report, figure 6).
 
 x and dy are rounded twice, in tiles along each dimension that contracts; w once, in square tiles that serve both. All are
-e4m3fn. The forward pass keeps of x the transpose alone, in tiles along the rows, which is what dw reads.
+e4m3fn. The forward pass keeps of x the transpose alone, in tiles along the rows, which is what dw reads. Of an x that is a
+SwiGLU it keeps the inputs in eight bits, and dw reads what is made of them again (section 3.3.3).
 """
 
 import dataclasses
@@ -14,8 +15,10 @@ from jax.ad_checkpoint import checkpoint_name
 from deepseek_jax.kernels.fp8_grouped_matmul.api import fp8_grouped_matmul, fp8_grouped_wgrad
 from deepseek_jax.kernels.fp8_matmul.api import fp8_matmul
 from deepseek_jax.kernels.implementations import vary
-from deepseek_jax.kernels.qtensor import unquantized
+from deepseek_jax.kernels.qtensor import QTensor, unquantized
 from deepseek_jax.kernels.quantize.api import quantize, quantize_both
+from deepseek_jax.kernels.swiglu.api import swiglu_quantize
+from deepseek_jax.kernels.swiglu.xla import swiglu
 
 # What the forward pass keeps, by name: for policies of rematerialisation.
 ACTIVATION, WEIGHT = "fp8_activation", "fp8_weight"
@@ -27,6 +30,7 @@ class Recipe:
 
   block: size of tiles, and terms of a product between promotions to float32: 128 is the report's.
   pow2: scales are powers of two.
+  cached: what is kept of x is in eight bits; otherwise x itself, of which dw makes the copy that it reads.
   """
 
   block: int = 128
@@ -35,13 +39,14 @@ class Recipe:
   dgrad: bool = True
   wgrad: bool = True
   implementation: str = "auto"
+  cached: bool = True
 
 
 def fp8_linear(x, *weights, recipe=Recipe()):
   """`x` [rows, k] times each of `weights` [k, n]: a tuple of [rows, n] in the dtype of `x`.
 
-  Layers of one activation belong in one call: its one copy for the backward pass then serves all. Gradients have the dtypes
-  of what they are of. Each size is free; last tiles are partial.
+  x: or a pair (gate, up) of such arrays, for silu(gate) * up. Layers of one activation belong in one call: its one copy for
+  the backward pass then serves all. Gradients have the dtypes of what they are of. Each size is free; last tiles are partial.
 
   Raises:
     ValueError: an implementation that does not exist, or does not do what `recipe` asks.
@@ -64,23 +69,34 @@ def _products(recipe, step, group_sizes, x, *weights):
 
 
 def _forward(recipe, step, group_sizes, x, *weights):
-  along, down = _activation(x, recipe.forward, recipe.wgrad, recipe)
+  along, kept = _activation(x, recipe.forward, recipe.wgrad, recipe)
+  like = jax.tree.leaves(x)[0]
+  if isinstance(x, tuple):
+    kept = tuple(_operand(part, (1, recipe.block), recipe.wgrad, recipe) for part in x)
+  elif not recipe.cached:
+    kept = x
   w = [_weight(w, recipe.forward, recipe) for w in weights]
-  y = tuple(_times(along, w.T, group_sizes, step, x.dtype, recipe) for w in w)
+  y = tuple(_times(along, w.T, group_sizes, step, like.dtype, recipe) for w in w)
   if recipe.dgrad != recipe.forward:
     w = [_weight(w, recipe.dgrad, recipe) for w in weights]
-  dtypes = [jnp.zeros((0,), a.dtype) for a in (x, *weights)]
-  return y, (_named(down, ACTIVATION), _named(w, WEIGHT), group_sizes, dtypes)
+  dtypes = [jnp.zeros((0,), a.dtype) for a in (like, *weights)]
+  return y, (_named(kept, ACTIVATION), _named(w, WEIGHT), group_sizes, dtypes)
 
 
 def _backward(recipe, step, residuals, gradients):
-  down, weights, group_sizes, (x, *dtypes) = residuals
+  kept, weights, group_sizes, (x, *dtypes) = residuals
+  down, pair = kept, isinstance(kept, tuple)
+  if not isinstance(kept, QTensor):
+    inputs = tuple(part.dequantized() for part in kept) if pair else kept
+    _, down = _activation(inputs, recipe.wgrad, recipe.wgrad, recipe)
   dx, dw = 0, []
   for dy, w, like in zip(gradients, weights, dtypes, strict=True):
     dy_along, dy_down = _activation(dy, recipe.dgrad, recipe.wgrad, recipe)
     dx += _times(dy_along, w, group_sizes, step, jnp.float32, recipe)
     dw.append(_wgrad(down, dy_down, group_sizes, step, like.dtype, recipe))
-  return None, dx.astype(x.dtype), *dw
+  if pair:
+    dx = jax.vjp(swiglu, *inputs)[1](dx)
+  return None, jax.tree.map(lambda d: d.astype(x.dtype), dx), *dw
 
 
 _products.defvjp(_forward, _backward)
@@ -100,15 +116,19 @@ def _activation(x, along, down, recipe):
   """(`x`, its transpose) as operands, each in eight bits or as it is."""
   tile, how = (1, recipe.block), {"pow2": recipe.pow2, "implementation": recipe.implementation}
   if along and down:
-    return quantize_both(x, recipe.block, **how)
-  return tuple(quantize(a, tile, **how) if q else unquantized(a, tile) for a, q in ((x, along), (x.mT, down)))
+    return swiglu_quantize(*x, recipe.block, **how) if isinstance(x, tuple) else quantize_both(x, recipe.block, **how)
+  x = swiglu(*x).astype(x[0].dtype) if isinstance(x, tuple) else x
+  return _operand(x, tile, along, recipe), _operand(x.mT, tile, down, recipe)
 
 
 def _weight(w, eight_bits, recipe):
-  tile = (recipe.block, recipe.block)
-  return (
-    quantize(w, tile, pow2=recipe.pow2, implementation=recipe.implementation) if eight_bits else unquantized(w, tile)
-  )
+  return _operand(w, (recipe.block, recipe.block), eight_bits, recipe)
+
+
+def _operand(x, tile, eight_bits, recipe):
+  """`x` in eight bits or as it is."""
+  how = {"pow2": recipe.pow2, "implementation": recipe.implementation}
+  return quantize(x, tile, **how) if eight_bits else unquantized(x, tile)
 
 
 def _named(tree, name):

@@ -9,7 +9,7 @@ from deepseek_jax.kernels.attention.api import attention
 from deepseek_jax.kernels.implementations import chosen
 from deepseek_jax.model.context import attend_context, attend_gathered
 from deepseek_jax.model.dropout import dropout, keys_at
-from deepseek_jax.model.linear import Linear
+from deepseek_jax.model.linear import Linear, together
 from deepseek_jax.model.rope import rotate
 from deepseek_jax.model_config import AttentionConfig, ModelConfig
 from deepseek_jax.sharding import axes, joined, part
@@ -66,12 +66,13 @@ class Attention(nnx.Module):
     self.q = Linear((config.embed, a.heads, a.head_dim), ("embed", "heads", "head_dim"), config, rngs)
     self.k = Linear((config.embed, a.kv_heads, a.head_dim), ("embed", *kv_axes), config, rngs)
     self.v = Linear((config.embed, a.kv_heads, a.head_dim), ("embed", *kv_axes), config, rngs)
-    self.o = Linear((a.heads, a.head_dim, config.embed), ("heads", "head_dim", "embed"), config, rngs)
+    # Attention's backward pass reads this as well: kept once, as it is. The report has it in E5M6, which JAX has not.
+    self.o = Linear((a.heads, a.head_dim, config.embed), ("heads", "head_dim", "embed"), config, rngs, cached=False)
     self.config = a
 
   def heads(self, x, rotation):
     """Queries [batch, seq, heads, head_dim]; keys and values [batch, seq, kv_heads, head_dim]."""
-    q, k, v = (linear("bsd,dhk->bshk", x) for linear in (self.q, self.k, self.v))
+    q, k, v = together("bsd,dhk->bshk", x, self.q, self.k, self.v)
     return rotate(q, *rotation).astype(x.dtype), rotate(k, *rotation).astype(x.dtype), v
 
   def __call__(self, x, tokens, key=None):

@@ -6,17 +6,16 @@ are expected. An index equal to the number of experts is a choice that does not 
 nothing is left out.
 """
 
-import jax
 import jax.numpy as jnp
 
 from deepseek_jax.kernels.grouped_matmul import block_rows
 from deepseek_jax.kernels.rows import rows_at, sums_at
-from deepseek_jax.model.linear import grouped_products
+from deepseek_jax.model.linear import activated, grouped_products
 
 
 def dense(x, indices, weights, gate, up, down, load, most, recipe=None):
   """Every expert on every row, weighted with zero where it was not chosen: the reference. Nothing is over `most`."""
-  h = jax.nn.silu(jnp.einsum("td,edf->tef", x, gate)) * jnp.einsum("td,edf->tef", x, up)  # [rows, experts, mlp]
+  h = activated((jnp.einsum("td,edf->tef", x, gate), jnp.einsum("td,edf->tef", x, up)))  # [rows, experts, mlp]
   y = jnp.einsum("tef,efd->ted", h, down)  # [rows, experts, embed]
   chosen = indices[..., None] == jnp.arange(gate.shape[0])  # [rows, experts per token, experts]
   share = jnp.where(chosen, weights[..., None], 0).sum(1)  # [rows, experts]
@@ -34,7 +33,7 @@ def ragged(x, indices, weights, gate, up, down, load, most, recipe=None):
   places = choice // indices.shape[1], slots.reshape(indices.shape)  # the token of each row, the rows of each token
   sorted_x = rows_at(x, *places)  # [rows, embed]
   gate, up = grouped_products(recipe, sorted_x, (gate, up), sizes, block)  # [rows, mlp]
-  (y,) = grouped_products(recipe, jax.nn.silu(gate) * up, (down,), sizes, block)  # [rows, embed]
+  (y,) = grouped_products(recipe, (gate, up), (down,), sizes, block)  # [rows, embed]
   # The weight multiplies after down (the released models do so), and sums in at least float32.
   y = y * rows_at(weights.reshape(-1, 1), choice, slots[:, None])
   return sums_at(y, *places).astype(x.dtype), jnp.maximum(counted - most, 0)

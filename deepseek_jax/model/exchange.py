@@ -5,15 +5,18 @@ is the weighted sum of those experts' outputs. Buffers have one size for every s
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.kernels.implementations import vary
+from deepseek_jax.kernels.implementations import device_kind, vary
 from deepseek_jax.kernels.rows import rows_at, sums_at
+from deepseek_jax.model.linear import packed, recipes, unpacked
 from deepseek_jax.sharding import axes, part, parts
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routes:
   """Who sends how many rows to whom, and where they lie; [source, destination] int32 each, and known to all devices.
@@ -24,12 +27,12 @@ class Routes:
   sent: jax.Array  # rows, all of which find room
   start: jax.Array  # first of them at the source
   arrival: jax.Array  # first of them at the destination
-  room: int
-  axis: str
   me: jax.Array
+  room: int = dataclasses.field(metadata={"static": True})
+  axis: str = dataclasses.field(metadata={"static": True})
 
 
-def exchanged(x, indices, weights, experts, compute, buffer_factor=0.0):
+def exchanged(x, indices, weights, experts, compute, buffer_factor=0.0, recipe=None):
   """Output of the routed experts, wherever they are: (y [tokens, embed], choices of this device that found no room).
 
   Args:
@@ -39,6 +42,7 @@ def exchanged(x, indices, weights, experts, compute, buffer_factor=0.0):
       numbered from 0: `load` choices when it is even, at most `most`; `lost` are those over it.
     buffer_factor: rows and choices that a device has room for, as a multiple of what it has under an even load; 0: the
       worst case, every token of every device.
+    recipe: of eight bits, in which tokens then travel to the experts, and gradients backward; sums come back as they are.
   """
   devices, (tokens, per_token) = parts("experts"), indices.shape
   load, most = tokens * per_token, devices * tokens * min(per_token, experts // devices)
@@ -64,13 +68,45 @@ def exchanged(x, indices, weights, experts, compute, buffer_factor=0.0):
   local, weights = in_front(local, rows_at(weights, source, slots), each)  # [rows, n]
   # One message of both: whole numbers are exact in a float of this size.
   facts = jnp.concatenate([weights, local.astype(weights.dtype)], -1)
-  move = ragged if has_ragged(jax.sharding.get_abstract_mesh().abstract_device.device_kind) else padded
-  received = move(rows_at(x, source, slots), routes, tokens)  # [room, embed]
-  weights, local = jnp.split(move(facts, routes, tokens), 2, -1)  # [room, n]
+  move = functools.partial(ragged if has_ragged(device_kind()) else padded, most=tokens)
+  of_tokens, of_gradients = recipes(recipe)
+  received = dispatched((move, of_tokens), x, routes, source, slots)  # [room, embed]
+  weights, local = jnp.split(move(facts, routes), 2, -1)  # [room, n]
   full = jnp.arange(room) < routes.sent[:, routes.me].sum()
   y, lost = compute(received, jnp.where(full[:, None], local.astype(jnp.int32), each), weights, load, most)
-  y = move(y, routes, tokens, back=rows)  # [rows, embed]
-  return sums_at(y, source, slots).astype(x.dtype), lost + lost_rows
+  return combined((move, of_gradients), y, routes, source, slots), lost + lost_rows
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def dispatched(how, x, routes, source, slots):
+  """Rows of `x` [tokens, embed] where their choices are: [room, embed]. Backward it is `combined`.
+
+  how: (`ragged` or `padded`, recipe). source, slots: as in `rows_at`, of the rows that are sent.
+  """
+  move, recipe = how
+  rows = move(rows_at(packed(recipe, x), source, slots), routes)
+  return unpacked(recipe, rows, x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def combined(how, y, routes, source, slots):
+  """For each token the sum of its rows of `y` [room, embed]: [tokens, embed]. Backward it is `dispatched` with `how`."""
+  rows = how[0](y, routes, back=source.size)  # [rows, embed]
+  return sums_at(rows, source, slots).astype(y.dtype)
+
+
+def _and_back(there, back):
+  def forward(how, x, *places):
+    return there(how, x, *places), places
+
+  def backward(how, places, dy):
+    return back(how, dy, *places), *(None,) * len(places)
+
+  there.defvjp(forward, backward)
+
+
+_and_back(dispatched, combined)
+_and_back(combined, dispatched)
 
 
 def has_ragged(device_kind) -> bool:
@@ -109,7 +145,7 @@ def agreed_routes(counts, room):
   (axis,), me = axes("experts"), part("experts")
   wanted = jax.lax.all_gather(counts, axis)  # [source, destination]
   sent = jnp.clip(room - (jnp.cumsum(wanted, 0) - wanted), 0, wanted)
-  routes = Routes(sent, jnp.cumsum(wanted, 1) - wanted, jnp.cumsum(sent, 0) - sent, room, axis, me)
+  routes = Routes(sent, jnp.cumsum(wanted, 1) - wanted, jnp.cumsum(sent, 0) - sent, me, room, axis)
   return routes, (wanted - sent)[:, me].sum()
 
 

@@ -7,11 +7,17 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.kernels.fp8_linear import Recipe, fp8_linear, fp8_ragged_linear
 from deepseek_jax.kernels.grouped_matmul import grouped_matmul
+from deepseek_jax.kernels.qtensor import FP8, QTensor
+from deepseek_jax.kernels.quantize.api import quantize
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.sharding import gathered, spec
+
+# The name, for policies of rematerialisation, of what a layer gives in eight bits, where they see no product.
+PRODUCT = "fp8_product"
 
 
 def at_least_float32(dtype):
@@ -35,13 +41,14 @@ class Linear(nnx.Module):
   """A product without bias: the einsum says which dimensions of the kernel contract, its first and the last of x.
 
   Where devices share a dimension that contracts, the result is their terms of a sum. In `precision` fp8, by default the
-  config's, tiles are those of what a device has: of its rows, and of its part of the kernel.
+  config's, tiles are those of what a device has: of its rows, and of its part of the kernel. `cached`: as in Recipe.
   """
 
-  def __init__(self, shape, axes, config: ModelConfig, rngs, precision=None):
+  def __init__(self, shape, axes, config: ModelConfig, rngs, precision=None, cached=True):
     self.kernel = normal_param(shape, axes, config, rngs)
     self.axes = axes
-    self.recipe = Recipe(**dataclasses.asdict(config.fp8)) if (precision or config.precision) == "fp8" else None
+    recipe = Recipe(**dataclasses.asdict(config.fp8), cached=cached)
+    self.recipe = recipe if (precision or config.precision) == "fp8" else None
 
   def weight(self, dtype):
     """The kernel for use. Cast before the all-gather: half the bytes travel in bfloat16."""
@@ -61,20 +68,60 @@ def together(equation, x, *linears):
 
 
 def products(recipe, equation, x, *weights):
-  """The einsum of `x` with each of `weights`, in eight bits by `recipe`, or as they are without one."""
+  """The einsum of `x` with each of `weights`, in eight bits by `recipe`, or as they are without one.
+
+  x: or a pair (gate, up), for silu(gate) * up.
+  """
   if recipe is None:
-    return [jnp.einsum(equation, x, w) for w in weights]
+    return [jnp.einsum(equation, activated(x), w) for w in weights]
   of_x, of_w, of_y = equation.replace("->", ",").split(",")
   contracted = sum(name in of_x for name in of_w)
   assert of_y == of_x[:-contracted] + of_w[contracted:] and of_x[-contracted:] == of_w[:contracted], equation
-  rows = x.reshape(-1, math.prod(x.shape[-contracted:]))
-  matrices = [w.reshape(rows.shape[1], -1) for w in weights]
+  shape = jax.tree.leaves(x)[0].shape
+  rows = jax.tree.map(lambda x: x.reshape(-1, math.prod(shape[-contracted:])), x)
+  matrices = [w.reshape(math.prod(shape[-contracted:]), -1) for w in weights]
   found = fp8_linear(rows, *matrices, recipe=recipe)
-  return [y.reshape(*x.shape[:-contracted], *w.shape[contracted:]) for y, w in zip(found, weights, strict=True)]
+  return [
+    checkpoint_name(y.reshape(*shape[:-contracted], *w.shape[contracted:]), PRODUCT)
+    for y, w in zip(found, weights, strict=True)
+  ]
 
 
 def grouped_products(recipe, x, weights, group_sizes, block):
-  """As `grouped_matmul` with each of `weights` [groups, k, n], in the precision of `recipe`."""
+  """As `grouped_matmul` with each of `weights` [groups, k, n], in the precision of `recipe`; `x` as in `products`."""
   if recipe is None:
-    return [grouped_matmul(x, w, group_sizes, block=block) for w in weights]
+    return [grouped_matmul(activated(x), w, group_sizes, block=block) for w in weights]
   return fp8_ragged_linear(x, *weights, group_sizes=group_sizes, step=block, recipe=recipe)
+
+
+def activated(x):
+  """silu(gate) * up of a pair (gate, up) (Shazeer 2020), or `x` itself."""
+  return jax.nn.silu(x[0]) * x[1] if isinstance(x, tuple) else x
+
+
+def recipes(recipe):
+  """(`recipe` of the forward products, that of the gradients of activations), each None where those are not in eight bits."""
+  return (recipe, recipe) if recipe is None else (recipe if recipe.forward else None, recipe if recipe.dgrad else None)
+
+
+def packed(recipe, x):
+  """What of the rows of `x` [rows, width] travels: in eight bits their bytes and those of their scales, uint8, or all."""
+  if recipe is None:
+    return x
+  q = quantize(x, (1, recipe.block), pow2=recipe.pow2, implementation=recipe.implementation)
+  parts = (jax.lax.bitcast_convert_type(part, jnp.uint8).reshape(len(x), -1) for part in (q.values, q.scales))
+  return jnp.concatenate([*parts], 1)  # [rows, width + 4 width / block]
+
+
+def unpacked(recipe, rows, like):
+  """The rows of `packed`, in the width and dtype of `like`.
+
+  Rounded to eight bits once more they are the same, with scales that differ by the rounding of that dtype; not even that
+  where they are powers of two.
+  """
+  if recipe is None:
+    return rows
+  tile, width = (1, recipe.block), like.shape[1]
+  values = jax.lax.bitcast_convert_type(rows[:, :width], FP8)
+  scales = jax.lax.bitcast_convert_type(rows[:, width:].reshape(len(rows), -1, 4), jnp.float32)
+  return QTensor(values, scales, tile).dequantized().astype(like.dtype)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.model.attention import attend_cached, attend_causally, written
-from deepseek_jax.model.linear import Linear
+from deepseek_jax.model.linear import Linear, together
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.model.rope import mscale, rotate
 from deepseek_jax.model_config import AttentionConfig, ModelConfig
@@ -34,31 +34,29 @@ class MLA(nnx.Module):
     self.kv_norm = RMSNorm(a.kv_lora_rank, config, a.latent_norm_eps)
     key_value = (a.heads, a.qk_nope_head_dim + a.v_head_dim)
     self.kv_b = Linear((a.kv_lora_rank, *key_value), ("latent", "heads", "head_dim"), config, rngs)
-    self.o = Linear((a.heads, a.v_head_dim, config.embed), ("heads", "head_dim", "embed"), config, rngs)
+    # Attention's backward pass reads this as well: kept once, as it is. The report has it in E5M6, which JAX has not.
+    self.o = Linear((a.heads, a.v_head_dim, config.embed), ("heads", "head_dim", "embed"), config, rngs, cached=False)
 
-  def queries(self, x, rotation):
-    """Parts without and with position, [batch, seq, heads, nope] and [batch, seq, heads, rope] (V2 eq. 37 to 39).
+  def projected(self, x, rotation):
+    """(queries, what a cache keeps) of x [batch, latent_seq, embed]: the products down are of a device's own positions.
 
-    Here and in `latents`, x is [batch, latent_seq, embed]: the products down may be made of a device's own positions.
+    Queries: parts without and with position, [batch, seq, heads, nope] and [batch, seq, heads, rope] (V2 eq. 37 to 39).
+    Kept: [batch, seq, kv_lora_rank] and the key all heads share, [batch, seq, rope] (V2 eq. 41, 43).
     """
     if self.config.q_lora_rank:
-      latent = joined(self.q_a("bsd,dr->bsr", x), "latent_seq")
+      latent, both = (joined(y, "latent_seq") for y in together("bsd,dr->bsr", x, self.q_a, self.kv_a))
       q = self.q_b("bsr,rhk->bshk", self.q_norm(latent))
     else:
-      q = self.q("bsd,dhk->bshk", joined(x, "latent_seq"))
+      q, both = self.q("bsd,dhk->bshk", joined(x, "latent_seq")), joined(self.kv_a("bsd,dc->bsc", x), "latent_seq")
     nope, rope = jnp.split(q, [self.config.qk_nope_head_dim], -1)
-    return nope, rotate(rope, *rotation, interleaved=True).astype(x.dtype)
-
-  def latents(self, x, rotation):
-    """What a cache keeps: [batch, seq, kv_lora_rank] and the key all heads share, [batch, seq, rope] (V2 eq. 41, 43)."""
-    both = joined(self.kv_a("bsd,dc->bsc", x), "latent_seq")
-    latent, rope = jnp.split(both, [self.config.kv_lora_rank], -1)
-    return self.kv_norm(latent), rotate(rope[:, :, None], *rotation, interleaved=True)[:, :, 0].astype(x.dtype)
+    latent, shared = jnp.split(both, [self.config.kv_lora_rank], -1)
+    q_rope, k_rope = (rotate(y, *rotation, interleaved=True).astype(x.dtype) for y in (rope, shared[:, :, None]))
+    return (nope, q_rope), (self.kv_norm(latent), k_rope[:, :, 0])
 
   def __call__(self, x, tokens, key=None):
     """(terms of the sum [batch, seq, embed], what a cache keeps: latents and the shared keys); x is [batch, stream, embed]."""
     x = joined(x, "stream", "latent_seq")
-    q, kept = jnp.concatenate(self.queries(x, tokens.rotation), -1), self.latents(x, tokens.rotation)
+    q, kept = self.projected(x, tokens.rotation)
     up = self.kv_b.weight(x.dtype)
 
     def expand(kept):
@@ -68,7 +66,7 @@ class MLA(nnx.Module):
       shared = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
       return jnp.concatenate([k_nope, shared], -1), v
 
-    y = attend_causally(q, kept, expand, self.scale, self.config, tokens, key)
+    y = attend_causally(jnp.concatenate(q, -1), kept, expand, self.scale, self.config, tokens, key)
     return self.o("bshv,hvd->bsd", y), kept
 
   def decode(self, x, rotation, cache, position):
@@ -77,7 +75,7 @@ class MLA(nnx.Module):
     The products with kv_b move over to the query and to the output (V2 section 2.1.2): each head attends to the latents
     themselves, as if there were one key head of width kv_lora_rank + rope and one value head of width kv_lora_rank.
     """
-    (q_nope, q_rope), new = self.queries(x, rotation), self.latents(x, rotation)
+    (q_nope, q_rope), new = self.projected(x, rotation)
     latent, k_rope = written(cache, new, position)
     up_key, up_value = jnp.split(self.kv_b.weight(x.dtype), [self.config.qk_nope_head_dim], -1)
     q_latent = jnp.einsum("bqhk,chk->bqhc", q_nope, up_key)

@@ -1,6 +1,5 @@
 """SwiGLU (Shazeer 2020): the feed-forward of dense layers, and of the shared experts."""
 
-import jax
 from flax import nnx
 
 from deepseek_jax.model.linear import Linear, together
@@ -18,4 +17,5 @@ class SwiGLU(nnx.Module):
 
   def __call__(self, x):
     gate, up = together("bsd,df->bsf", x, self.gate, self.up)  # [batch, seq, mlp]
-    return self.down("bsf,fd->bsd", jax.nn.silu(gate) * up)  # [batch, seq, embed]
+    down = self.down.weight(x.dtype)
+    return self.down.product("bsf,fd->bsd", (gate, up), down)  # [batch, seq, embed]

@@ -55,13 +55,13 @@ class MoE(nnx.Module):
 
   def routed(self, x, indices, weights, exempt):
     """(y [tokens, embed], choices that found no room) of `x` [tokens, embed]."""
-    config, kernels = self.config, self.experts.weights(x.dtype)
+    config, kernels, recipe = self.config, self.experts.weights(x.dtype), self.experts.gate.recipe
     travel = indices
     if config.dispatch == "capacity" and exempt is not None:
       exempt = jnp.repeat(exempt, x.shape[0] // exempt.size)  # [tokens]
       travel = jnp.where(kept(config, indices, weights, exempt), indices, config.num_routed_experts)
 
     def compute(x, indices, weights, load, most):
-      return DISPATCH[config.dispatch](x, indices, weights, *kernels, load, most, self.experts.gate.recipe)
+      return DISPATCH[config.dispatch](x, indices, weights, *kernels, load, most, recipe)
 
-    return exchanged(x, travel, weights, config.num_routed_experts, compute, config.buffer_factor)
+    return exchanged(x, travel, weights, config.num_routed_experts, compute, config.buffer_factor, recipe)

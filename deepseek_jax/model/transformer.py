@@ -8,7 +8,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.model.block import Block
-from deepseek_jax.model.linear import Linear, at_least_float32, matmul_precision, normal_param
+from deepseek_jax.model.linear import PRODUCT, Linear, at_least_float32, matmul_precision, normal_param
 from deepseek_jax.model.mtp import MTPLayer
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.model.rope import rotation
@@ -38,7 +38,10 @@ def rematerialised(layer, policy):
     names_which_can_be_saved=[], names_which_can_be_offloaded=["block_input"],
     offload_src="device", offload_dst="pinned_host",
   )  # fmt: skip
-  saved = {"full": None, "dots": policies.dots_with_no_batch_dims_saveable, "offload": offloaded}[policy]
+  products = policies.save_from_both_policies(
+    policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(PRODUCT)
+  )
+  saved = {"full": None, "dots": products, "offload": offloaded}[policy]
 
   def named(x, *arguments):
     return layer(checkpoint_name(x, "block_input"), *arguments)

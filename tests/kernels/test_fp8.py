@@ -17,9 +17,11 @@ from deepseek_jax.kernels.fp8_grouped_matmul import api as grouped
 from deepseek_jax.kernels.fp8_matmul import api as dense
 from deepseek_jax.kernels.qtensor import QTensor
 from deepseek_jax.kernels.quantize import api as quantizers
+from deepseek_jax.kernels.swiglu import api as swiglu
 
 quantize = jax.jit(quantizers.quantize, static_argnames=("tile", "pow2", "implementation"))
 quantize_both = jax.jit(quantizers.quantize_both, static_argnames=("block", "pow2", "implementation"))
+swiglu_quantize = jax.jit(swiglu.swiglu_quantize, static_argnames=("block", "pow2", "implementation"))
 fp8_matmul = jax.jit(dense.fp8_matmul, static_argnames=("out_dtype", "implementation"))
 fp8_grouped_matmul = jax.jit(grouped.fp8_grouped_matmul, static_argnames=("step", "implementation"))
 fp8_grouped_wgrad = jax.jit(grouped.fp8_grouped_wgrad, static_argnames=("step", "implementation"))
@@ -148,6 +150,27 @@ def test_both_are_the_matrix_and_its_transpose_in_tiles_along_their_rows(impleme
   for q, a in zip(both, (x, x.T), strict=True):
     alone = quantize(a, (1, 128), implementation="reference")
     jax.tree.map(np.testing.assert_array_equal, q, alone)
+
+
+@EACH
+@pytest.mark.parametrize("pow2", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_swiglu_is_rounded_once(implementation, pow2, dtype):
+  """To the nearest of eight bits: as near as float32's own error allows, and scales as near."""
+  gate, up = (normal(200, 300, seed=seed).astype(dtype) for seed in (0, 1))
+  both = swiglu_quantize(gate, up, 128, pow2=pow2, implementation=implementation)
+  wide = [np.asarray(a, np.float64) for a in (gate, up)]
+  y = wide[0] / (1 + np.exp(-wide[0])) * wide[1]
+  for q, a in zip(both, (y, y.T), strict=True):
+    expected = quantize(jnp.asarray(a, jnp.float32), (1, 128), pow2=pow2, implementation="reference")
+    np.testing.assert_allclose(q.scales, expected.scales, rtol=0 if pow2 else 1e-6)
+    unit = np.exp2(np.maximum(np.floor(np.log2(np.abs(np.asarray(q.values, np.float64)) + 1e-30)), -6) - 3)
+    assert (np.abs(float64(q) - a) <= unit * q.scales_of_elements() * (0.5 + 1e-4)).all()
+
+
+def test_halves_of_swiglu_that_differ_are_refused():
+  with pytest.raises(ValueError, match=r"gate \(2, 3\) and up \(3, 2\): equal shapes"):
+    swiglu_quantize(normal(2, 3), normal(3, 2), 128)
 
 
 # Products.

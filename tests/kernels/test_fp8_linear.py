@@ -10,6 +10,7 @@ from jax.sharding import AxisType
 
 from deepseek_jax.kernels.fp8_linear import ACTIVATION, WEIGHT, Recipe, fp8_linear, fp8_ragged_linear
 from deepseek_jax.kernels.quantize import api as quantizers
+from deepseek_jax.kernels.swiglu.xla import swiglu
 
 ROWS, K, N = 200, 150, 260
 quantize = jax.jit(quantizers.quantize, static_argnames=("tile", "pow2", "implementation"))
@@ -96,6 +97,33 @@ def test_each_product_may_stay_as_it_is(name, groups):
     assert_close(ours, (y, dx, dw[0]))
 
 
+@pytest.mark.parametrize("groups", [None, SIZES], ids=["dense", "by group"])
+@pytest.mark.parametrize("wgrad", [True, False])
+def test_a_swiglu_is_made_again_of_its_inputs_in_eight_bits(groups, wgrad):
+  """Forward of the inputs as they are; backward of their roundings, through the derivative written out."""
+  recipe, sizes = Recipe(wgrad=wgrad), groups and jnp.asarray(groups, jnp.int32)
+  gate, w, dy = problem(groups and len(groups))
+  up = jnp.asarray(np.random.default_rng(1).standard_normal(gate.shape), jnp.float32)
+
+  def layer(pair, w):
+    return (
+      fp8_linear(pair, w, recipe=recipe)
+      if groups is None
+      else fp8_ragged_linear(pair, w, group_sizes=sizes, recipe=recipe)
+    )[0]
+
+  y, (dgate, dup), dw = computed(layer, (gate, up), w, dy)
+  again = [jnp.asarray(rounded(a, (1, 128), recipe, wgrad), jnp.float32) for a in (gate, up)]
+  w, dw = (a[None] if groups is None else a for a in (w, dw))
+  expected_y, _, _ = expected(swiglu(gate, up), w, dy, recipe, groups or (ROWS,))
+  _, dx, expected_dw = expected(swiglu(*again), w, dy, recipe, groups or (ROWS,))
+  g, u = (np.asarray(a, np.float64) for a in again)
+  sigmoid = 1 / (1 + np.exp(-g))
+  assert_close(
+    (y, dgate, dup, dw), (expected_y, dx * u * sigmoid * (1 + g * (1 - sigmoid)), dx * g * sigmoid, expected_dw)
+  )
+
+
 def test_layers_of_one_activation_are_those_of_each_and_gradients_add_up():
   x, w, dy = problem()
   weights, gradients = (w, 3 * w[:, :40]), (dy, dy[:, :40])
@@ -132,6 +160,23 @@ def test_by_group_what_is_kept_is_as_little():
   sizes = jnp.asarray([100, 156], jnp.int32)
   found = kept(lambda x, w: fp8_ragged_linear(x, w, group_sizes=sizes)[0], x, w)
   assert bytes_of(found) == 256 * 128 + 128 * 2 * 4 + 2 * (128 * 384 + 3 * 4) + 2 * 4
+
+
+def test_of_a_swiglu_its_inputs_are_kept_in_eight_bits():
+  x, w, _ = problem(rows=256, k=128, n=384)
+  found = kept(lambda gate, up, w: fp8_linear((gate, up), w)[0], *[x.astype(jnp.bfloat16)] * 2, w)
+  assert bytes_of(found) == 2 * (256 * 128 + 256 * 4) + 128 * 384 + 3 * 4
+
+
+def test_an_activation_that_is_kept_as_it_is_gives_the_same_gradients():
+  x, w, dy = problem()
+  x = x.astype(jnp.bfloat16)
+  layer = lambda recipe: lambda x, w: fp8_linear(x, w, recipe=recipe)[0]  # noqa: E731
+  itself = layer(Recipe(cached=False))
+  assert ("bfloat16", (ROWS, K)) in kept(itself, x, w)
+  jax.tree.map(
+    np.testing.assert_array_equal, *(computed(f, x, w, dy.astype(jnp.bfloat16)) for f in (itself, layer(REPORT)))
+  )
 
 
 @pytest.mark.parametrize(("names", "copies"), [((), 0), ((ACTIVATION,), 1), ((ACTIVATION, WEIGHT), 2)])

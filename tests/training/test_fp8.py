@@ -1,6 +1,7 @@
 """Training in eight bits: near the losses of full precision, and the same on a mesh that does not change the tiles."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,10 @@ from jax.sharding import NamedSharding
 from deepseek_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import graphdef
-from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
+from deepseek_jax.model_config import AttentionConfig, Fp8Config, ModelConfig, MoEConfig
 from deepseek_jax.sharding import spec
 from deepseek_jax.training.state import new_state
-from deepseek_jax.training.step import make_train_step
+from deepseek_jax.training.step import abstract_step, make_train_step
 
 SEQ, BATCH = 64, 8
 # On a mesh of fsdp=2 and tensor=2 a device has 256 rows, and 128 of the columns that two share.
@@ -75,3 +76,51 @@ def test_a_mesh_that_leaves_the_tiles_alone_changes_nothing():
   np.testing.assert_allclose(losses, expected, rtol=1e-6)
   found = errors(gradients[0], expected_gradients[0])
   assert max(found.values()) < 1e-3 and np.median(list(found.values())) < 1e-5, found
+
+
+def compiled(config):
+  """HLO of a step of `config`."""
+  mesh = make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
+    step, arguments = abstract_step(config, mesh)
+    return jax.jit(step).lower(*arguments).compile().as_text()
+
+
+def test_tokens_travel_to_experts_in_half_the_bytes_and_come_back_as_they_are():
+  model = dataclasses.replace(MOE, compute_dtype="bfloat16", moe=dataclasses.replace(MOE.moe, num_experts_per_token=1))
+  config = dataclasses.replace(DENSE, model=model, mesh=MeshConfig(data=1, expert=4))
+  sent = {}
+  for precision in ("fp8", "bf16"):
+    text = compiled(dataclasses.replace(config, model=dataclasses.replace(model, precision=precision)))
+    found = re.findall(r"= \((\w+)\[1,128,(\d+)\].* all-to-all\(", text)
+    sent[precision] = sorted((dtype, int(width)) for dtype, width in found if int(width) > 100)
+  # To the experts and back, and backward again. The compiler for CPUs sends bfloat16 as float32; `make tpu` reads TPUs'.
+  assert sent == {"fp8": [("f32", 128)] * 2 + [("u8", 132)] * 2, "bf16": [("f32", 128)] * 4}
+  assert 132 <= 0.52 * 2 * 128
+
+
+def test_powers_of_two_travel_to_experts_without_another_rounding():
+  config = dataclasses.replace(
+    DENSE, model=dataclasses.replace(MOE, fp8=Fp8Config(pow2=True)), mesh=MeshConfig(data=1, expert=2)
+  )
+  alone = dataclasses.replace(config, mesh=MeshConfig(data=1))
+  (gradients, losses), (expected_gradients, expected) = train(config, 1), train(alone, 1)
+  np.testing.assert_allclose(losses, expected, rtol=1e-6)
+  # Tiles of gradients of weights are along rows, which each device has others of: roundings, not the dispatch.
+  found = errors(gradients[0], expected_gradients[0])
+  assert max(found.values()) < 0.1, found
+
+
+def test_remat_dots_keeps_the_products_of_layers_in_eight_bits():
+  """Without them the backward pass multiplies again, but for a layer's last product, which it does not read."""
+
+  def products(remat):
+    config = dataclasses.replace(DENSE, model=dataclasses.replace(DENSE.model, remat=remat))
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+      step, arguments = abstract_step(config, mesh)
+      text = str(jax.make_jaxpr(step)(*arguments))
+    return len(re.findall(r"= dot_general\[", text))
+
+  weights = 4 + 3  # of attention and the SwiGLU
+  assert products("full") - products("dots") == weights - 1
