@@ -90,9 +90,11 @@ def _backward(recipe, step, residuals, gradients):
     inputs = tuple(part.dequantized() for part in kept) if pair else kept
     _, down = _activation(inputs, recipe.wgrad, recipe.wgrad, recipe)
   dx, dw = 0, []
+  # What is not added to or multiplied further is rounded where it is made: it is then written once.
+  dtype = jnp.float32 if pair or len(weights) > 1 else x.dtype
   for dy, w, like in zip(gradients, weights, dtypes, strict=True):
     dy_along, dy_down = _activation(dy, recipe.dgrad, recipe.wgrad, recipe)
-    dx += _times(dy_along, w, group_sizes, step, jnp.float32, recipe)
+    dx += _times(dy_along, w, group_sizes, step, dtype, recipe)
     dw.append(_wgrad(down, dy_down, group_sizes, step, like.dtype, recipe))
   if pair:
     dx = jax.vjp(swiglu, *inputs)[1](dx)

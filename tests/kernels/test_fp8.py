@@ -26,8 +26,10 @@ fp8_matmul = jax.jit(dense.fp8_matmul, static_argnames=("out_dtype", "implementa
 fp8_grouped_matmul = jax.jit(grouped.fp8_grouped_matmul, static_argnames=("step", "implementation"))
 fp8_grouped_wgrad = jax.jit(grouped.fp8_grouped_wgrad, static_argnames=("step", "implementation"))
 ROWS, K, N = 256, 384, 256
-EACH = pytest.mark.parametrize("implementation", ["xla", "reference"])
-GROUPED_IN_STEPS = pytest.mark.parametrize(("implementation", "step"), [("reference", 128), ("xla", 32), ("xla", 128)])
+EACH = pytest.mark.parametrize("implementation", ["xla", "reference", "pallas_gpu"])
+GROUPED_IN_STEPS = pytest.mark.parametrize(
+  ("implementation", "step"), [("reference", 128), ("xla", 32), ("xla", 128), ("pallas_gpu", 128)]
+)
 TILES = pytest.mark.parametrize("tile", [(1, 128), (128, 128)], ids=["activations", "weights"])
 SIZES = {
   "several": (100, 29, 127),
@@ -144,8 +146,9 @@ def test_a_tile_with_a_value_that_is_not_finite_is_nan_and_no_other(implementati
 
 
 @EACH
-def test_both_are_the_matrix_and_its_transpose_in_tiles_along_their_rows(implementation):
-  x = normal(200, 300)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_both_are_the_matrix_and_its_transpose_in_tiles_along_their_rows(implementation, dtype):
+  x = normal(200, 300).astype(dtype)
   both = quantize_both(x, 128, implementation=implementation)
   for q, a in zip(both, (x, x.T), strict=True):
     alone = quantize(a, (1, 128), implementation="reference")
