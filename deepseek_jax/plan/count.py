@@ -16,6 +16,7 @@ COLLECTIVES = {
 }  # fmt: skip
 KERNELS = {  # by what their names begin with
   "splash": "fused attention", "gmm": "grouped product", "tgmm": "grouped product", "fp8_grouped": "grouped product",
+  "quantize": "memory",
 }  # fmt: skip
 PRODUCTS = ("dot_general", "ragged_dot", "ragged_dot_general")
 SLICES = ("slice", "dynamic_slice", "gather")  # read in part: what they give is what is read

@@ -15,6 +15,7 @@ from deepseek_jax.plan.count import kind_of_kernel
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+)\[([\d,]*)\]")
 _HEAD = re.compile(r"(?:ENTRY )?(%?[\w.\-]+) .*\{$")
+_COST = re.compile(r'"cost_estimate": ?\{[^}]*"flops":"?(\d+)')  # of a Pallas kernel, alone or in a fusion
 _NAME = re.compile(r"\s+(?:ROOT )?(%[\w.\-]+) = ")
 _CALLED = re.compile(
   r"(?:calls|body|branch_computations|called_computations|async_computation)=\{?([^,}]+(?:, ?%[^,}]+)*)"
@@ -208,7 +209,7 @@ def _flops(i, shapes, full_rows):
       return 0
     rows, k = matrices[0]
     return 2 * rows * k * matrices[1][-1] * full_rows
-  if i.opcode == "custom-call" and (cost := re.search(r'"cost_estimate":\{"flops":"(\d+)"', i.rest)):  # one of Pallas
+  if i.opcode == "custom-call" and (cost := _COST.search(i.rest)):
     return int(cost[1]) * (full_rows if kind_of_kernel(i.name[1:]) == "grouped product" else 1)
   return 0
 
