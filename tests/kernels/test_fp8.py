@@ -26,9 +26,10 @@ fp8_matmul = jax.jit(dense.fp8_matmul, static_argnames=("out_dtype", "implementa
 fp8_grouped_matmul = jax.jit(grouped.fp8_grouped_matmul, static_argnames=("step", "implementation"))
 fp8_grouped_wgrad = jax.jit(grouped.fp8_grouped_wgrad, static_argnames=("step", "implementation"))
 ROWS, K, N = 256, 384, 256
-EACH = pytest.mark.parametrize("implementation", ["xla", "reference", "pallas_gpu"])
+EACH = pytest.mark.parametrize("implementation", ["xla", "reference", "pallas_gpu", "pallas_tpu"])
 GROUPED_IN_STEPS = pytest.mark.parametrize(
-  ("implementation", "step"), [("reference", 128), ("xla", 32), ("xla", 128), ("pallas_gpu", 128)]
+  ("implementation", "step"),
+  [("reference", 128), ("xla", 32), ("xla", 128), ("pallas_gpu", 128), ("pallas_tpu", 16), ("pallas_tpu", 128)],
 )
 TILES = pytest.mark.parametrize("tile", [(1, 128), (128, 128)], ids=["activations", "weights"])
 SIZES = {
@@ -259,6 +260,17 @@ def test_operands_that_do_not_contract_are_refused():
 def test_an_implementation_that_does_not_exist_is_refused(op):
   with pytest.raises(ValueError, match="no implementation 'cuda': use auto, pallas, xla, reference"):
     op({"implementation": "cuda"})
+
+
+@pytest.mark.parametrize("implementation", ["pallas_tpu"])
+def test_a_shape_that_kernels_for_tpus_do_not_do_is_refused(implementation):
+  x = normal(64, 64)
+  for op in (quantize, quantize_both, fp8_matmul):
+    arguments = (
+      (quantizers.quantize(x, (1, 64)),) * 2 if op is fp8_matmul else (x, 64 if op is quantize_both else (1, 64))
+    )
+    with pytest.raises(implementations.Unsupported, match=r"\(1, 64\).* block a multiple of 128"):
+      op(*arguments, implementation=implementation)
 
 
 # Groups.

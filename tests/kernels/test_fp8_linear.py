@@ -16,7 +16,7 @@ ROWS, K, N = 200, 150, 260
 quantize = jax.jit(quantizers.quantize, static_argnames=("tile", "pow2", "implementation"))
 REPORT = Recipe()
 SIZES = (50, 0, 110, 27)  # and 13 rows of none
-EACH = pytest.mark.parametrize("implementation", ["xla", "reference"])
+EACH = pytest.mark.parametrize("implementation", ["xla", "reference", "pallas_tpu"])
 
 
 def problem(groups=None, rows=ROWS, k=K, n=N):
@@ -63,7 +63,7 @@ def assert_close(ours, reference, tolerance=2e-6):
 
 
 @EACH
-@pytest.mark.parametrize("recipe", [REPORT, Recipe(pow2=True, block=64)], ids=["the report's", "other"])
+@pytest.mark.parametrize("recipe", [REPORT, Recipe(pow2=True, block=256)], ids=["the report's", "other"])
 def test_value_and_gradients(implementation, recipe):
   x, w, dy = problem()
   recipe = dataclasses.replace(recipe, implementation=implementation)
@@ -72,7 +72,7 @@ def test_value_and_gradients(implementation, recipe):
   assert_close(ours, (y, dx, dw[0]))
 
 
-@pytest.mark.parametrize(("implementation", "step"), [("reference", 128), ("xla", 16)])
+@pytest.mark.parametrize(("implementation", "step"), [("reference", 128), ("xla", 16), ("pallas_tpu", 32)])
 def test_value_and_gradients_by_group(implementation, step):
   x, w, dy = problem(len(SIZES))
   recipe, sizes = Recipe(implementation=implementation), jnp.asarray(SIZES, jnp.int32)
