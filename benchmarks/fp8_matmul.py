@@ -3,7 +3,8 @@
 Random normal data, and enough copies of it that no operand waits in the L2 cache. A time is the best of three rounds of calls
 back to back. Beside each product stand bfloat16's and, where torch is importable, its fp8 product with one scale a matrix, on
 the same card in the same run. Errors of products are those against the same operands in float32, of the first 128 rows; of
-quantisers, the share of bytes that are not XLA's. What is not reached in --seconds is left out, and said. The exit code is 1 if a row failed. --small: sizes of a test, on any platform.
+quantisers, the share of bytes that are not XLA's. What is not reached in --seconds is left out, and said. The exit code is 1
+if a row failed. --small: sizes of a test, on any platform.
 """
 
 import contextlib
@@ -64,8 +65,13 @@ def main(argv) -> int:
       print(line(row), flush=True)
     except Exception as e:  # the others are still worth their time on a GPU
       failed = True
-      print(f"{row.name:40s}failed: {type(e).__name__}: {str(e).splitlines()[0]}", flush=True)
+      print(f"{row.name:40s}failed: {told(e)}", flush=True)
   return int(failed)
+
+
+def told(e):
+  """An exception in one line."""
+  return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
 
 
 def line(row):

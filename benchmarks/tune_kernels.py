@@ -70,8 +70,12 @@ def measured(operation, make, small):
   from deepseek_jax.kernels.tiles import CANDIDATES
 
   candidates = CANDIDATES["fp8_wgrad" if "wgrad" in operation else "fp8_matmul"]
-  function, arguments = make()
   seconds = {}
+  try:
+    function, arguments = make()
+  except Exception as e:  # of this product; the others may still fit in memory
+    print(f"  {fp8_matmul.told(e)}", flush=True)
+    return seconds
 
   def measure(tiles):
     try:
@@ -79,7 +83,7 @@ def measured(operation, make, small):
       how = {"least": 0, "rounds": 1} if small else {"least": 0.02}
       seconds[tiles] = fp8_matmul.seconds_a_call(call, arguments, jax.block_until_ready, **how)
     except Exception as e:  # one way to cut fails, and the others are still to be timed
-      print(f"  {tiles}: {type(e).__name__}: {str(e).splitlines()[0]}", flush=True)
+      print(f"  {tiles}: {fp8_matmul.told(e)}", flush=True)
 
   for tiles in candidates[:2] if small else candidates:
     measure(tiles)
@@ -103,7 +107,12 @@ def products(small):
 
   if small:
     make = functools.partial(fp8_matmul.dense, 128, 128, 128, "xla")
-    yield "fp8_matmul", key(128, 128, 128, 1), 2 * 128**3, operands(make, dense.matmul, out_dtype=jnp.bfloat16)
+    yield (
+      "fp8_matmul",
+      key(jnp.bfloat16, 128, 128, 128, 1),
+      2 * 128**3,
+      operands(make, dense.matmul, out_dtype=jnp.bfloat16),
+    )
     return
   for (m, n, k), wgrad in [
     *zip(fp8_matmul.DENSE, itertools.repeat(False)),
@@ -112,15 +121,15 @@ def products(small):
     make = functools.partial(fp8_matmul.dense, m, n, k, "xla", wgrad=wgrad)
     out = jnp.float32 if wgrad else jnp.bfloat16
     operation = "fp8_wgrad" if wgrad else "fp8_matmul"
-    yield operation, key(m, n, k, 1), 2 * m * n * k, operands(make, dense.matmul, out_dtype=out)
+    yield operation, key(out, m, n, k, 1), 2 * m * n * k, operands(make, dense.matmul, out_dtype=out)
   for groups, m, n, k in fp8_matmul.GROUPED:
     work, step = 2 * groups * m * n * k, {"step": 128}
     make = functools.partial(fp8_matmul.grouped, groups, m, n, k, "xla")
     found = operands(make, grouped.matmul, **step, out_dtype=jnp.bfloat16)
-    yield "fp8_grouped_matmul", key(groups * m, n, k, groups), work, found
+    yield "fp8_grouped_matmul", key(jnp.bfloat16, groups * m, n, k, groups), work, found
     make = functools.partial(fp8_matmul.grouped_wgrad, groups, m, n, k, "xla")
     found = operands(make, grouped.wgrad, **step, out_dtype=jnp.float32)
-    yield "fp8_grouped_wgrad", key(groups * k, n, groups * m, groups), work, found
+    yield "fp8_grouped_wgrad", key(jnp.float32, groups * k, n, groups * m, groups), work, found
 
 
 def replace(path, text):

@@ -160,7 +160,7 @@ def test_fp8_matmul_goes_on_after_a_row_that_fails():
 def test_tune_kernels_goes_on_where_it_was(tmp_path):
   table = tmp_path / "tiles.json"
   out, _ = benchmark("tune_kernels", "--small", f"--table={table}")
-  assert "fp8_matmul 1x128x128x128: Tiles(" in out
+  assert "fp8_matmul bfloat16 1x128x128x128: Tiles(" in out
   (fields,) = json.loads(table.read_text())["fp8_matmul"]["cpu"].values()
   assert tiles.Tiles(**fields) in tiles.CANDIDATES["fp8_matmul"]
   assert benchmark("tune_kernels", "--small", f"--table={table}")[0] == ""

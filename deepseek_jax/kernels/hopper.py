@@ -77,7 +77,7 @@ def operand(q, name, multiple, heights=(1,)):
   _compat.check_mosaic_gpu()
   if q.values.dtype != FP8 or q.tile[1] != BLOCK or q.tile[0] not in heights or not q.values.size:
     raise Unsupported(
-      f"{name}: Hopper kernels multiply {jnp.dtype(FP8)} in tiles of {' or '.join(map(str, heights))} x {BLOCK}, and this is "
+      f"{name}: kernels for Hopper multiply {jnp.dtype(FP8)} in tiles of {' or '.join(map(str, heights))} x {BLOCK}, and this is "
       f"{q.values.dtype} {q.shape} in tiles of {q.tile[0]} x {q.tile[1]}"
     )
   missing = -q.shape[-2] % multiple

@@ -19,8 +19,6 @@ from deepseek_jax.kernels.implementations import Unsupported, vary
 from deepseek_jax.kernels.qtensor import FP8, QTensor, greatest_of, scales_of
 from deepseek_jax.kernels.tiles import BLOCK, WAVE
 
-ROW, COLUMN = (plgpu.Layout.WGMMA.reduce(axis) for axis in (1, 0))
-
 
 def rounded(x, tile, pow2):
   """`x` [..., rows, columns] with tiles (1, 128) or (128, 128)."""

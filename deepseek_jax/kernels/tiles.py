@@ -54,19 +54,19 @@ CANDIDATES = {
 }  # fmt: skip
 
 
-def tiles_for(operation, rows, n, k, groups=1):
-  """Tiles of a product with `rows` rows of results, over all `groups`."""
-  fields = table(TABLE).get(operation, {}).get(device_kind(), {}).get(key(rows, n, k, groups))
+def tiles_for(operation, dtype, rows, n, k, groups=1):
+  """Tiles of a product with `rows` rows of results in `dtype`, over all `groups`."""
+  fields = table(TABLE).get(operation, {}).get(device_kind(), {}).get(key(dtype, rows, n, k, groups))
   if fields:
     return Tiles(**fields)
   kind = "fp8_wgrad" if "wgrad" in operation else "fp8_matmul"
   return min(CANDIDATES[kind], key=lambda tiles: estimate(tiles, rows, n, groups))
 
 
-def key(rows, n, k, groups):
-  """Under which sizes are found: rows and terms, which change with the batch, count by powers of two."""
+def key(dtype, rows, n, k, groups):
+  """Under which results are found: rows and terms, which change with the batch, count by powers of two."""
   up = lambda size: 1 << (size - 1).bit_length()  # noqa: E731
-  return f"{groups}x{up(rows)}x{n}x{up(k)}"
+  return f"{jnp.dtype(dtype)} {groups}x{up(rows)}x{n}x{up(k)}"
 
 
 def estimate(tiles, rows, n, groups):

@@ -6,7 +6,7 @@ from flax import nnx
 
 from deepseek_jax.kernels.attention import xla
 from deepseek_jax.kernels.attention.api import attention
-from deepseek_jax.kernels.implementations import chosen
+from deepseek_jax.kernels.implementations import Unsupported, chosen, log_once
 from deepseek_jax.model.context import attend_context, attend_gathered
 from deepseek_jax.model.dropout import dropout, keys_at
 from deepseek_jax.model.linear import Linear, together
@@ -33,8 +33,14 @@ def attend_causally(q, keys, expand, scale, config: AttentionConfig, tokens, key
   """
   if axes("seq"):
     how = {"scale": scale, "axis": axes("seq")[0], "segment_ids": tokens.segment_ids}
-    if config.context_keys == "gather" and chosen("attention", config.implementation) != "xla":
-      return attend_gathered(q, keys, expand, implementation=config.implementation, **how)
+    kernel = chosen("attention", config.implementation)
+    if config.context_keys == "gather" and kernel != "xla":
+      try:
+        return attend_gathered(q, keys, expand, implementation=kernel, **how)
+      except Unsupported as e:
+        if config.implementation != "auto":
+          raise
+        log_once(f"attention: by pairs of chunks, since {e}")
     return attend_context(q, keys, expand, kind=config.context_keys, **how)
   drawn = None
   if key is not None and config.dropout:

@@ -1,6 +1,7 @@
 """Pallas kernels run in its interpreters, with the race detector on; all but the QUICK cases in `make kernels` alone."""
 
 import contextlib
+import pathlib
 
 import jax
 import pytest
@@ -25,8 +26,15 @@ QUICK = (
 )
 
 
-def pytest_collection_modifyitems(items):
-  for item in items:
+def pytest_collection_modifyitems(config, items):
+  here = [item for item in items if item.path.parent == pathlib.Path(__file__).parent]
+  functions = {item.originalname for item in here}
+  gone = [
+    name for name in QUICK if name.partition("[")[0] in functions and not any(i.name.startswith(name) for i in here)
+  ]
+  if gone and not any("::" in argument for argument in config.args):  # else a case was asked for by name
+    raise pytest.UsageError(f"QUICK names cases that are not there: {', '.join(gone)}")
+  for item in here:
     if _implementation(item).startswith("pallas_") and not item.name.startswith(QUICK):
       item.add_marker(pytest.mark.kernels)
 

@@ -366,6 +366,24 @@ def test_the_platform_chooses(device_kind, file, monkeypatch):
       assert implementations.run("quantize", "quantize", "pallas", 1) == (file, 1)
 
 
+FUNCTIONS = {
+  "quantize": ("quantize", "quantize_both"), "swiglu": ("swiglu_quantize",), "fp8_matmul": ("matmul",),
+  "fp8_grouped_matmul": ("matmul", "wgrad"), "attention": ("attention", "attention_of_part"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("device_kind", ["cpu", "TPU v5", "NVIDIA H200"])
+@pytest.mark.parametrize("kernel", FUNCTIONS)
+def test_what_is_chosen_is_there(kernel, device_kind):
+  with on(device_kind):
+    file = implementations.chosen(kernel, "auto")
+    assert all(callable(implementations._function(kernel, function, file)) for function in FUNCTIONS[kernel])
+    if (kernel, device_kind) == ("attention", "NVIDIA H200"):  # which has none
+      assert file == "xla"
+      with pytest.raises(ValueError, match="attention has no implementation 'reference': use auto, pallas, xla"):
+        implementations.chosen(kernel, "reference")
+
+
 def test_what_a_kernel_does_not_do_is_an_error_where_it_is_named_and_else_said_once(monkeypatch, caplog):
   def function(kernel, function, name):
     if name == "xla":
@@ -377,7 +395,7 @@ def test_what_a_kernel_does_not_do_is_an_error_where_it_is_named_and_else_said_o
     for _ in range(2):
       assert implementations.run("quantize", "quantize", "auto") == "xla"
     assert [record.getMessage() for record in caplog.records].count(
-      "quantize: XLA's own products are used, since rows=3: a multiple of 8 is supported"
+      "quantize: as XLA makes it, since rows=3: a multiple of 8 is supported"
     ) == 1
     with pytest.raises(implementations.Unsupported, match="rows=3"):
       implementations.run("quantize", "quantize", "pallas")

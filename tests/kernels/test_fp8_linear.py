@@ -124,6 +124,17 @@ def test_a_swiglu_is_made_again_of_its_inputs_in_eight_bits(groups, wgrad):
   )
 
 
+def test_what_is_kept_for_the_backward_pass_does_not_change_the_result():
+  gate, w, _ = problem()
+  pair = gate.astype(jnp.bfloat16), (gate[::-1] + 1).astype(jnp.bfloat16)
+  of = lambda **how: jax.jit(lambda x, w: fp8_linear(x, w, recipe=Recipe(**how))[0])  # noqa: E731
+  for x in (pair, pair[0]):
+    y = of()(x, w)
+    for how in ({"wgrad": False}, {"cached": False}, {"dgrad": False}):
+      np.testing.assert_array_equal(of(**how)(x, w), y)
+    np.testing.assert_array_equal(jax.jit(lambda x, w: jax.vjp(lambda x: fp8_linear(x, w)[0], x)[0])(x, w), y)
+
+
 def test_layers_of_one_activation_are_those_of_each_and_gradients_add_up():
   x, w, dy = problem()
   weights, gradients = (w, 3 * w[:, :40]), (dy, dy[:, :40])

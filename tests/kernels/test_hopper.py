@@ -1,5 +1,7 @@
 """What the Hopper kernels share: the order of tiles, every way to cut a product, and that races would be found."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -129,7 +131,8 @@ def test_a_layer_and_its_gradients(groups, on_gpu):
 @pytest.mark.kernels
 def test_a_missing_fence_is_found(monkeypatch, on_gpu):
   """Without the commit after the scales are read, the next copy into their stage races with the reads."""
-  monkeypatch.setattr(hopper.plgpu, "commit_smem", lambda: None)
+  commit = hopper.plgpu.commit_smem
+  monkeypatch.setattr(hopper.plgpu, "commit_smem", lambda: sys._getframe(1).f_code.co_name == "multiply" or commit())
   a, b = operand(128, 128 * 8), operand(64, 128 * 8)
   with pytest.raises(Exception, match="(?i)race"):
     jax.block_until_ready(jax.jit(lambda a, b: dense.matmul(a, b, jnp.float32, Tiles(n=64)))(a, b))

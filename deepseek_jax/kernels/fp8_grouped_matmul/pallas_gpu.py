@@ -12,7 +12,7 @@ def matmul(a, b, group_sizes, step, out_dtype, tiles=None):
   (m, k), (groups, n, _) = a.shape, b.shape
   a, b = hopper.operand(a, "a", hopper.ROWS), hopper.operand(b, "b", hopper.COLUMNS, (BLOCK,))
   a, b, group_sizes = vary(a, b, group_sizes)
-  tiles = tiles or tiles_for("fp8_grouped_matmul", m, n, k, groups)
+  tiles = tiles or tiles_for("fp8_grouped_matmul", out_dtype, m, n, k, groups)
   total, visits = _visits(group_sizes, m, tiles.m * tiles.cluster)
   across = -(-n // tiles.n)
 
@@ -31,7 +31,7 @@ def wgrad(a, b, group_sizes, step, out_dtype, tiles=None):
   (m, k), n, groups = a.shape, b.shape[0], group_sizes.size
   a, b = hopper.operand(a, "a", hopper.ROWS), hopper.operand(b, "b", hopper.COLUMNS)
   a, b, group_sizes = vary(a, b, group_sizes)
-  tiles = tiles or tiles_for("fp8_grouped_wgrad", groups * m, n, k, groups)
+  tiles = tiles or tiles_for("fp8_grouped_wgrad", out_dtype, groups * m, n, k, groups)
   height = tiles.m * tiles.cluster
   down, across = -(-m // height), -(-n // tiles.n)
   ends = jnp.cumsum(group_sizes)

@@ -10,7 +10,7 @@ from deepseek_jax.kernels.tiles import BLOCK, tiles_for
 def matmul(a, b, out_dtype, tiles=None):
   (m, k), n = a.shape, b.shape[0]
   a, b = vary(hopper.operand(a, "a", hopper.ROWS), hopper.operand(b, "b", hopper.COLUMNS, (1, BLOCK)))
-  tiles = tiles or tiles_for("fp8_wgrad" if b.tile[0] == 1 else "fp8_matmul", m, n, k)
+  tiles = tiles or tiles_for("fp8_wgrad" if b.tile[0] == 1 else "fp8_matmul", out_dtype, m, n, k)
   height = tiles.m * tiles.cluster
   down, across, steps = -(-m // height), -(-n // tiles.n), a.scales.shape[1]
 
