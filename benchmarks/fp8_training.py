@@ -1,0 +1,213 @@
+"""Training in fp8 beside bf16, with controls:  python -m benchmarks.fp8_training --workdir=runs/fp8_training --out=curves.svg
+
+The config of this file, a V3 of bytes, is trained by each of ARMS on the same batches: the first two once per seed, the
+others, which say what the first two can show, with seed 0. Runs that are there already are not repeated, and one that was
+cut short goes on: start the command again. --report trains nothing: it shows the runs that have ended. Losses count at the
+end: on held-out text, and the mean of the last LAST steps, which all arms take with the same batches.
+
+It ends with tables and, for --out, a picture. The exit code is 1 if fp8 is more than LIMIT above bf16 on held-out text, the
+mean over seeds, or one scale a matrix is not.
+"""
+
+import math
+import os
+import statistics
+import subprocess
+import sys
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from benchmarks import fp8_controls
+from benchmarks.ablations import check_settings
+from benchmarks.curve import write_picture
+from deepseek_jax.checkpoint.parts import layout
+from deepseek_jax.errors import UserError
+from deepseek_jax.flags import load_config, parse, run_program
+from deepseek_jax.training import metrics
+from deepseek_jax.training.plot import Series
+
+STEPS = 300
+LAST = 30  # steps at the end whose losses are averaged
+LIMIT = 0.0025  # of the loss: what the V3 report (section 3.3) found at most
+BF16, FP8 = {"model.precision": "bf16"}, {"model.precision": "fp8"}
+# name -> (what differs from the config, what benchmarks/fp8_controls.py adds)
+ARMS = {
+  "bf16": (BF16, ()),
+  "fp8": (FP8, ()),
+  "fp8, outliers": (FP8, ("--outliers",)),
+  "per tensor, outliers": (FP8, ("--outliers", "--per_tensor")),
+  "float32": ({**BF16, "model.compute_dtype": "float32"}, ()),  # how far another rounding alone leads
+}
+EVERY_SEED = ("bf16", "fp8")
+EXPONENTS = range(0, 19)
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+
+
+def get_config():
+  return ConfigDict(
+    dict(
+      name="fp8_training",
+      model=dict(
+        vocab=272,  # bytes: the head, which is not in eight bits, is small
+        embed=512,
+        layers=3,
+        first_dense_layers=1,
+        mlp=1024,
+        init_std=0.02,
+        remat="none",
+        attention=dict(
+          kind="mla", heads=8, q_lora_rank=256, kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=32
+        ),
+        moe=dict(
+          num_routed_experts=8, num_shared_experts=1, num_experts_per_token=2, mlp=256, score="sigmoid",
+          num_expert_groups=4, topk_groups=2, group_score="top2_sum", router_bias=True, norm_topk_prob=True,
+          route_scale=1.0,
+        ),
+      ),
+      data=dict(seq=256, heldout_fraction=0.05),
+      schedule=dict(kind="warmup_cosine", peak=1e-3, warmup_steps=50, steps=STEPS, factors=(0.1,)),
+      balance=dict(bias_speed=0.001, expert_loss=1e-4),
+      train=dict(steps=STEPS, global_batch=8),
+      checkpoint=dict(every=50, keep=1),
+      eval=dict(every=STEPS, final_sequences=512),
+      log=dict(every=1, tensorboard=False),
+      sample=dict(max_tokens=2),
+    )
+  )  # fmt: skip
+
+
+def main(argv) -> int:
+  values = flags.FlagValues()
+  flags.DEFINE_string("config", "benchmarks/fp8_training.py", "the config that is trained", flag_values=values)
+  flags.DEFINE_string("workdir", "runs/fp8_training", "folder of the runs", flag_values=values)
+  flags.DEFINE_string("out", None, "the SVG file to write", flag_values=values)
+  flags.DEFINE_integer("seeds", 3, "runs of bf16 and fp8", lower_bound=1, flag_values=values)
+  flags.DEFINE_boolean("report", False, "train nothing", flag_values=values)
+  overrides = parse(argv, values, __doc__)
+  runs = {}  # name of an arm -> {seed: its run}
+  for name, seed in in_order(values.seeds):
+    chosen = {**overrides, "seed": seed, **ARMS[name][0]}
+    workdir = os.path.join(values.workdir, f"{name.replace(', ', '-').replace(' ', '-')}-{seed}")
+    check_settings(workdir, load_config(values.config, chosen))
+    if not values.report:
+      train(name, values.config, workdir, chosen)
+    if run := ended(workdir):
+      runs.setdefault(name, {})[seed] = run
+  model = load_config(values.config, overrides).model
+  print(f"{in_eight_bits(model):,} parameters of products in eight bits")
+  lost = {name: gap(runs, name, lambda run: run["heldout"]) for name in runs}
+  errors = fp8_controls.accumulation_errors(LENGTHS), fp8_controls.outlier_errors(EXPONENTS)
+  print("\n\n".join([table(runs, lost), *map(error_table, ("k", "exponent"), errors)]))
+  if values.out:
+    write_picture(values.out, panels(runs, *errors), columns=2)
+  return int(not lost.get("fp8", math.inf) <= LIMIT < lost.get("per tensor, outliers", -math.inf))
+
+
+def in_order(seeds):
+  """[(name of an arm, seed)]: those first that show most, should there be no time for all."""
+  *first, last = ((name, 0) for name in ARMS)
+  return [*first, *((name, seed) for seed in range(1, seeds) for name in EVERY_SEED), last]
+
+
+def train(name, config, workdir, chosen):
+  """Trains an arm as far as it has not been trained."""
+  print(f"== {name}, seed {chosen['seed']}", flush=True)
+  command = [
+    sys.executable,
+    "-m",
+    "benchmarks.fp8_controls",
+    *ARMS[name][1],
+    f"--config={config}",
+    f"--workdir={workdir}",
+  ]
+  code = subprocess.call([*command, *(f"--config.{path}={value}" for path, value in chosen.items())])
+  if code:
+    raise UserError(f"the run in {workdir} ended with code {code}, see above; the same command goes on from there")
+
+
+def ended(workdir):
+  """What a run came to, {"losses": [of each step], "heldout", "last"}, or None of one that has not ended."""
+  events = metrics.read(os.path.join(workdir, metrics.EVENTS))
+  if not any(e["event"] == "end" and e["reason"] == "finished" for e in events):
+    return None
+  losses = [line["loss"] for line in metrics.read(os.path.join(workdir, metrics.METRICS))]
+  heldout = [e["loss"] for e in events if e["event"] == "eval"][-1]
+  return {"losses": losses, "heldout": heldout, "last": statistics.mean(losses[-LAST:])}
+
+
+def in_eight_bits(model):
+  """Parameters of products that precision=fp8 rounds: all matrices but those of embedding, head and routers."""
+  matrices = {
+    path: shape for path, (shape, _) in layout(model).items() if path[-1] == "kernel" and "router" not in path
+  }
+  return sum(math.prod(shape) for path, shape in matrices.items() if path[1].endswith("_layers") and path[-2] != "proj")
+
+
+def gap(runs, name, loss):
+  """How far the mean of `loss` over the seeds of `name` is above that of bf16 with the same seeds, as a share of it."""
+  base, seeds = runs.get("bf16", {}), runs[name]
+  if not seeds.keys() <= base.keys():
+    return math.nan
+  return statistics.mean(map(loss, seeds.values())) / statistics.mean(loss(base[seed]) for seed in seeds) - 1
+
+
+def table(runs, lost):
+  """The runs as a Markdown table."""
+  rows = [
+    f"| | held-out loss, each seed | above bf16, each seed | mean | training loss, mean of {LAST} steps, above bf16 |",
+    "|---|---|---|---|---|",
+  ]
+  for name, seeds in runs.items():
+    losses = ", ".join(f"{run['heldout']:.4f}" for run in seeds.values())
+    each = ", ".join(f"{gap(runs | {name: {s: r}}, name, lambda run: run['heldout']):+.2%}" for s, r in seeds.items())
+    last = gap(runs, name, lambda run: run["last"])
+    rows.append(f"| {name} | {losses} | {each} | {lost[name]:+.2%} | {last:+.2%} |")
+  return "\n".join(rows)
+
+
+def error_table(of, errors):
+  """Curves of errors, {name: [(x, error)]}, as a Markdown table."""
+  xs = [x for x, _ in next(iter(errors.values()))]
+  rows = [f"| {of} | {' | '.join(map(str, xs))} |", "|---" * (len(xs) + 1) + "|"]
+  return "\n".join(
+    rows + [f"| {name} | {' | '.join(f'{e:.2g}' for _, e in points)} |" for name, points in errors.items()]
+  )
+
+
+def panels(runs, accumulation, outliers):
+  """What `write_picture` draws."""
+  losses = {name: curve([run["losses"] for run in seeds.values()]) for name, seeds in runs.items()}
+  above = {
+    name: curve([relative(run["losses"], runs["bf16"][seed]["losses"]) for seed, run in seeds.items()])
+    for name, seeds in runs.items()
+    if name != "bf16" and seeds.keys() <= runs.get("bf16", {}).keys()
+  }
+  return [
+    ("training loss", [Series(name, points) for name, points in losses.items() if name in EVERY_SEED], "log"),
+    ("training loss above bf16, per cent", [Series(name, points) for name, points in above.items()], "linear"),
+    ("error of sums in 14 bits over k", [Series(name, points) for name, points in accumulation.items()], "log"),
+    (
+      "error of a product, outliers of 2^n, a scale",
+      [Series(name, points) for name, points in outliers.items()],
+      "log",
+    ),
+  ]
+
+
+def relative(losses, base):
+  """Per cent that each of `losses` is above that of `base`."""
+  return [100 * (a / b - 1) for a, b in zip(losses, base, strict=True)]
+
+
+def curve(seeds):
+  """[(step, mean over seeds and the LAST steps before it)]."""
+  size = min(LAST, len(seeds[0]))
+  return [
+    (end, statistics.mean(value for values in seeds for value in values[end - size : end]))
+    for end in range(size, len(seeds[0]) + 1)
+  ]
+
+
+if __name__ == "__main__":
+  run_program(main)
