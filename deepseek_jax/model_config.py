@@ -45,6 +45,10 @@ class AttentionConfig(Section, path="model.attention"):
     "gather", "on a context mesh: keys are gathered (of MLA the latents), or travel around a ring",
     choices=("gather", "ring"),
   )  # fmt: skip
+  implementation: str = field(
+    "auto", "xla, pallas (this platform's fused kernel; an error where it has none for a shape), or auto: pallas where it can",
+    choices=("auto", "xla", "pallas"),
+  )  # fmt: skip
   yarn: YarnConfig = YarnConfig()
 
   def check(self):
@@ -56,6 +60,10 @@ class AttentionConfig(Section, path="model.attention"):
       raise ConfigError(
         f"model.attention.heads={self.heads} is not a multiple of model.attention.kv_heads={self.kv_heads}: "
         "every key head serves the same number of query heads; change one of them"
+      )
+    if self.dropout and self.implementation == "pallas":
+      raise ConfigError(
+        f"model.attention.implementation=pallas with model.attention.dropout={self.dropout}: kernels have no dropout; use auto"
       )
     name = "qk_rope_head_dim" if self.kind == "mla" else "head_dim"
     if getattr(self, name) % 2:

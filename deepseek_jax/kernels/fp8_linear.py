@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from deepseek_jax.kernels.fp8_grouped_matmul.api import fp8_grouped_matmul, fp8_grouped_wgrad
 from deepseek_jax.kernels.fp8_matmul.api import fp8_matmul
 from deepseek_jax.kernels.implementations import vary
-from deepseek_jax.kernels.qtensor import unquantized
+from deepseek_jax.kernels.qtensor import QTensor, unquantized
 from deepseek_jax.kernels.quantize.api import quantize, quantize_both
 from deepseek_jax.kernels.swiglu.api import swiglu_quantize
 from deepseek_jax.kernels.swiglu.xla import swiglu
@@ -30,6 +30,7 @@ class Recipe:
 
   block: size of tiles, and terms of a product between promotions to float32: 128 is the report's.
   pow2: scales are powers of two.
+  cached: what is kept of x is in eight bits; otherwise x itself, of which dw makes the copy that it reads.
   """
 
   block: int = 128
@@ -38,6 +39,7 @@ class Recipe:
   dgrad: bool = True
   wgrad: bool = True
   implementation: str = "auto"
+  cached: bool = True
 
 
 def fp8_linear(x, *weights, recipe=Recipe()):
@@ -71,6 +73,8 @@ def _forward(recipe, step, group_sizes, x, *weights):
   like = jax.tree.leaves(x)[0]
   if isinstance(x, tuple):
     kept = tuple(_operand(part, (1, recipe.block), recipe.wgrad, recipe) for part in x)
+  elif not recipe.cached:
+    kept = x
   w = [_weight(w, recipe.forward, recipe) for w in weights]
   y = tuple(_times(along, w.T, group_sizes, step, like.dtype, recipe) for w in w)
   if recipe.dgrad != recipe.forward:
@@ -81,17 +85,17 @@ def _forward(recipe, step, group_sizes, x, *weights):
 
 def _backward(recipe, step, residuals, gradients):
   kept, weights, group_sizes, (x, *dtypes) = residuals
-  down = kept
-  if isinstance(kept, tuple):
-    parts = tuple(part.dequantized() for part in kept)
-    _, down = _activation(parts, recipe.wgrad, recipe.wgrad, recipe)
+  down, pair = kept, isinstance(kept, tuple)
+  if not isinstance(kept, QTensor):
+    inputs = tuple(part.dequantized() for part in kept) if pair else kept
+    _, down = _activation(inputs, recipe.wgrad, recipe.wgrad, recipe)
   dx, dw = 0, []
   for dy, w, like in zip(gradients, weights, dtypes, strict=True):
     dy_along, dy_down = _activation(dy, recipe.dgrad, recipe.wgrad, recipe)
     dx += _times(dy_along, w, group_sizes, step, jnp.float32, recipe)
     dw.append(_wgrad(down, dy_down, group_sizes, step, like.dtype, recipe))
-  if isinstance(kept, tuple):
-    dx = jax.vjp(swiglu, *parts)[1](dx)
+  if pair:
+    dx = jax.vjp(swiglu, *inputs)[1](dx)
   return None, jax.tree.map(lambda d: d.astype(x.dtype), dx), *dw
 
 

@@ -1,52 +1,28 @@
 """Causal attention with grouped key and value heads (MHA when kv_heads = heads)."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deepseek_jax.kernels.attention import xla
+from deepseek_jax.kernels.attention.api import attention
 from deepseek_jax.model.context import attend_context
 from deepseek_jax.model.dropout import dropout, keys_at
-from deepseek_jax.model.linear import Linear, at_least_float32, together
+from deepseek_jax.model.linear import Linear, together
 from deepseek_jax.model.rope import rotate
 from deepseek_jax.model_config import AttentionConfig, ModelConfig
 from deepseek_jax.sharding import axes, joined, part
 
 
-def attend(q, k, v, *, scale, segment_ids=None, dropout_rate=0.0, dropout_keys=None):
-  """Causal attention.
+def attend(q, k, v, *, scale, segment_ids=None, dropout_rate=0.0, dropout_keys=None, implementation="auto"):
+  """As `attention`, with dropout of the probabilities by `dropout_keys` [batch, heads]; no keys is no dropout.
 
-  Args:
-    q: [batch, seq, heads, key width]. k: [batch, seq, kv_heads, key width]. v: [batch, seq, kv_heads, value width].
-    scale: factor of the logits.
-    segment_ids: [batch, seq] int; positions attend within their segment only.
-    dropout_rate, dropout_keys [batch, heads]: dropout of the probabilities; no keys is no dropout.
-
-  Returns:
-    [batch, seq, heads, value width] in the dtype of `v`.
+  The kernels have no dropout: with it, XLA's products are used, whatever the `implementation`.
   """
-  same_segment = None if segment_ids is None else (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
-  # The library's kernel has no dropout, wants equal widths, and keeps its softmax in float32 in a float64 run.
-  if dropout_keys is None and q.shape[-1] == v.shape[-1] and q.dtype != jnp.float64:
-    return jax.nn.dot_product_attention(q, k, v, mask=same_segment, scale=scale, is_causal=True)
-  mask = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool))
-  mask = mask if same_segment is None else mask & same_segment  # [seq, seq] or [batch, 1, seq, seq]
-  masked = functools.partial(attend_where, scale=scale, dropout_rate=dropout_rate)
-  return jax.checkpoint(masked, prevent_cse=False)(mask, q, k, v, dropout_keys=dropout_keys)
-
-
-def attend_where(mask, q, k, v, *, scale, dropout_rate=0.0, dropout_keys=None):
-  """As `attend`, of queries and keys of any number: `mask` [queries, keys] or [batch, 1, queries, keys], True where seen."""
-  q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])  # [batch, queries, kv_heads, group, key width]
-  # [batch, kv_heads, group, queries, keys]
-  logits = scale * jnp.einsum("bqhgk,bshk->bhgqs", q, k, preferred_element_type=at_least_float32(q.dtype))
-  mask = mask if mask.ndim == 2 else mask[:, :, None]
-  weights = jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(logits.dtype).min))
-  dropout_keys = None if dropout_keys is None else dropout_keys.reshape(weights.shape[:3])
-  weights = dropout(weights.astype(v.dtype), dropout_rate, dropout_keys)
-  y = jnp.einsum("bhgqs,bshv->bqhgv", weights, v)
-  return y.reshape(*y.shape[:2], -1, y.shape[-1])  # [batch, queries, heads, value width]
+  if dropout_keys is None:
+    return attention(q, k, v, scale=scale, segment_ids=segment_ids, implementation=implementation)
+  drop = lambda weights: dropout(weights, dropout_rate, dropout_keys.reshape(weights.shape[:3]))  # noqa: E731
+  return xla.causal(q, k, v, segment_ids, scale, drop)
 
 
 def attend_causally(q, keys, expand, scale, config: AttentionConfig, tokens, key):
@@ -65,12 +41,13 @@ def attend_causally(q, keys, expand, scale, config: AttentionConfig, tokens, key
   return attend(
     q, *expand(keys),
     scale=scale, segment_ids=tokens.segment_ids, dropout_rate=config.dropout, dropout_keys=drawn,
+    implementation=config.implementation,
   )  # fmt: skip
 
 
 def attend_cached(q, k, v, position, *, scale):
   """Attention of a new token, `q` [batch, 1, heads, key width], to positions 0 .. `position` of what a cache holds."""
-  return attend_where((jnp.arange(k.shape[1]) <= position)[None], q, k, v, scale=scale)
+  return xla.where((jnp.arange(k.shape[1]) <= position)[None], q, k, v, scale=scale)
 
 
 def written(cache, new, position):
@@ -88,7 +65,8 @@ class Attention(nnx.Module):
     self.q = Linear((config.embed, a.heads, a.head_dim), ("embed", "heads", "head_dim"), config, rngs)
     self.k = Linear((config.embed, a.kv_heads, a.head_dim), ("embed", *kv_axes), config, rngs)
     self.v = Linear((config.embed, a.kv_heads, a.head_dim), ("embed", *kv_axes), config, rngs)
-    self.o = Linear((a.heads, a.head_dim, config.embed), ("heads", "head_dim", "embed"), config, rngs)
+    # Attention's backward pass reads this as well: kept once, as it is. The report has it in E5M6, which JAX has not.
+    self.o = Linear((a.heads, a.head_dim, config.embed), ("heads", "head_dim", "embed"), config, rngs, cached=False)
     self.config = a
 
   def heads(self, x, rotation):

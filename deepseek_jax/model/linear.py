@@ -41,13 +41,14 @@ class Linear(nnx.Module):
   """A product without bias: the einsum says which dimensions of the kernel contract, its first and the last of x.
 
   Where devices share a dimension that contracts, the result is their terms of a sum. In `precision` fp8, by default the
-  config's, tiles are those of what a device has: of its rows, and of its part of the kernel.
+  config's, tiles are those of what a device has: of its rows, and of its part of the kernel. `cached`: as in Recipe.
   """
 
-  def __init__(self, shape, axes, config: ModelConfig, rngs, precision=None):
+  def __init__(self, shape, axes, config: ModelConfig, rngs, precision=None, cached=True):
     self.kernel = normal_param(shape, axes, config, rngs)
     self.axes = axes
-    self.recipe = Recipe(**dataclasses.asdict(config.fp8)) if (precision or config.precision) == "fp8" else None
+    recipe = Recipe(**dataclasses.asdict(config.fp8), cached=cached)
+    self.recipe = recipe if (precision or config.precision) == "fp8" else None
 
   def weight(self, dtype):
     """The kernel for use. Cast before the all-gather: half the bytes travel in bfloat16."""

@@ -34,7 +34,8 @@ class MLA(nnx.Module):
     self.kv_norm = RMSNorm(a.kv_lora_rank, config, a.latent_norm_eps)
     key_value = (a.heads, a.qk_nope_head_dim + a.v_head_dim)
     self.kv_b = Linear((a.kv_lora_rank, *key_value), ("latent", "heads", "head_dim"), config, rngs)
-    self.o = Linear((a.heads, a.v_head_dim, config.embed), ("heads", "head_dim", "embed"), config, rngs)
+    # Attention's backward pass reads this as well: kept once, as it is. The report has it in E5M6, which JAX has not.
+    self.o = Linear((a.heads, a.v_head_dim, config.embed), ("heads", "head_dim", "embed"), config, rngs, cached=False)
 
   def projected(self, x, rotation):
     """(queries, what a cache keeps) of x [batch, latent_seq, embed]: the products down are of a device's own positions.

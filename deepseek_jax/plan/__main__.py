@@ -30,12 +30,6 @@ def main(argv) -> int:
   )
   flags.DEFINE_boolean("analytic", False, "do not compile, even where libtpu is installed", flag_values=values)
   flags.DEFINE_boolean(
-    "fused_attention",
-    False,
-    "reckon with a fused attention kernel, which this code does not have yet; analytic",
-    flag_values=values,
-  )
-  flags.DEFINE_boolean(
     "search", False, "try meshes, microbatches and remat policies, and print the best", flag_values=values
   )
   overrides = parse(argv, values, __doc__)
@@ -43,7 +37,7 @@ def main(argv) -> int:
     if not values[name].value:
       raise ConfigError(f"--{name}=.. says what to plan, e.g. --{name}={example} (see --help)")
   topology, config = parse_topology(values.topology), load_config(values.config, overrides)
-  compile = topology.is_tpu and can_compile() and not values.analytic and not values.fused_attention
+  compile = topology.is_tpu and can_compile() and not values.analytic
   os.environ.update({"JAX_PLATFORMS": "cpu"} | (COMPILER_ENVIRONMENT if compile else {}))
 
   # Imported late: --help and bad flags need no jax.
@@ -53,10 +47,10 @@ def main(argv) -> int:
 
   if values.search:
     told = lambda text: print(text, file=sys.stderr)  # noqa: E731
-    plans = search(config, topology, abstract_step, compile, values.fused_attention, told)
+    plans = search(config, topology, abstract_step, compile, told)
     plan, text = plans[0], ranking(plans)
   else:
-    plan = make_plan(config, topology, abstract_step, compile, values.fused_attention)
+    plan = make_plan(config, topology, abstract_step, compile)
     text = table(plan)
   if values.json != "-":
     print(text)

@@ -14,6 +14,11 @@ COLLECTIVES = {
   "all_gather": "all-gather", "all_gather_invariant": "all-gather", "reduce_scatter": "reduce-scatter",
   "all_to_all": "all-to-all", "ragged_all_to_all": "ragged-all-to-all", "ppermute": "collective-permute",
 }  # fmt: skip
+KERNELS = {
+  "splash": "fused attention",
+  "gmm": "grouped product",
+  "tgmm": "grouped product",
+}  # what their names begin with
 PRODUCTS = ("dot_general", "ragged_dot", "ragged_dot_general")
 SLICES = ("slice", "dynamic_slice", "gather")  # read in part: what they give is what is read
 MOVES = ("sort", "cumsum", "cummax", "top_k", "argmax", "device_put")
@@ -42,14 +47,12 @@ class Operation:
 @dataclasses.dataclass(frozen=True)
 class Loops:
   """What a traced program does not tell: trips of loops that have no constant number, how often conditional parts run (a share
-  of the trips, in the order they stand in), and the shares of rows that grouped products and ragged messages really have. `on_chip`: arrays with two dimensions of
-  this length, the scores of attention, never leave the chip, and half of their products are done: a fused causal kernel."""
+  of the trips, in the order they stand in), and the shares of rows that grouped products and ragged messages really have."""
 
   trips: float = 1
   taken: tuple[float, ...] = ()
   full_rows: float = 1
   sent_rows: float = 1
-  on_chip: int = 0
 
 
 class Value:
@@ -89,12 +92,7 @@ class _Counter:
     self.sizes, self.loops, self.found, self.branches = sizes, loops, [], 0
 
   def value(self, variable):
-    return Value(0 if self.fused(variable) else held(variable.aval))
-
-  def fused(self, variable):
-    """Whether these are scores, or what is made of them: [batch, heads, .., length, length]."""
-    shape, length = getattr(variable.aval, "shape", ()), self.loops.on_chip
-    return bool(length) and len(shape) > 3 and shape.count(length) > 1
+    return Value(held(variable.aval))
 
   def add(self, kind, times, **amounts):
     if any(amounts.values()):
@@ -117,10 +115,13 @@ class _Counter:
       self.message(eqn, inputs, fresh, times)
     elif name in PRODUCTS:
       flops, grouped = product(eqn)
-      attention = any(map(self.fused, (*eqn.invars, *eqn.outvars)))
-      kind = "grouped product" if grouped else "fused attention" if attention else "product"
-      flops *= self.loops.full_rows if grouped else 0.5 if attention else 1
-      self.add(kind, times, flops=flops, bytes=self.taken(inputs) + sum(v.size for v in fresh))
+      self.product(
+        "grouped product" if grouped else "product", times, flops, self.taken(inputs) + sum(v.size for v in fresh)
+      )
+    elif name == "pallas_call":  # its estimate has the reads of its operands, which are in memory
+      made, cost = self.taken(inputs) - sum(v.size for v in inputs), params["cost_estimate"]
+      kind = next((kind for start, kind in KERNELS.items() if params["name"].startswith(start)), "product")
+      self.product(kind, times, cost.flops, made + cost.bytes_accessed)
     elif name in SLICES:
       pass
     elif name in UPDATES:
@@ -144,6 +145,9 @@ class _Counter:
       sources = _union(inputs)  # none: constants, and counting
       return [Value(v.size if sources else 0, sources) for v in fresh]
     return fresh
+
+  def product(self, kind, times, flops, moved):
+    self.add(kind, times, flops=flops * (self.loops.full_rows if kind == "grouped product" else 1), bytes=moved)
 
   def loop(self, body, times):
     """The body of a loop, whose arguments and results are in memory."""

@@ -199,6 +199,8 @@ def _flops(i, shapes, full_rows):
     return 2 * math.prod(_first(i.shape)) * math.prod(left[d] for d in contracted)
   if i.opcode == "convolution":
     return _convolution_flops(i, *(_first(shapes[name]) for name in i.operands[:2]))
+  if i.opcode == "custom-call" and (cost := re.search(r'"cost_estimate":\{"flops":"(\d+)"', i.rest)):  # one of Pallas
+    return int(cost[1]) * (full_rows if re.match("%t?gmm", i.name) else 1)
   if i.opcode == "custom-call" and i.name.startswith("%ragged-dot") and "operand_layout_constraints" in i.rest:
     given = i.rest[i.rest.index("operand_layout_constraints") :].split("metadata=")[0]
     matrices = [dims for dims in map(_dimensions, (m[1] for m in _ARRAY.findall(given))) if len(dims) > 1]

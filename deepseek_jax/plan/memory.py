@@ -86,7 +86,7 @@ def _passes(config: Config, width, chip):
   experts = 3 * m.embed * moe.mlp * (moe.num_routed_experts // mesh.expert) // tensor
   # The whole sequence, or of a context mesh one pair of chunks at a time.
   span = config.data.seq if mesh.context == 1 else seq // 2
-  scores = rows * m.attention.heads // tensor * min(seq, span) * span * wide
+  scores = 0 if fused_attention(config, chip) else rows * m.attention.heads // tensor * min(seq, span) * span * wide
   expert_rows = rows * seq * _room(moe, mesh.expert) * m.embed * width
   # Where messages are padded, rows for all devices, there and here.
   padding = 0 if mesh.expert == 1 or not chip or has_ragged(chip.kind) else 2 * mesh.expert
@@ -139,6 +139,13 @@ def _attention(model, tensor):
   params += a.kv_lora_rank * (model.embed + a.heads * (a.qk_nope_head_dim + value) // tensor)
   params += a.heads * value * model.embed // tensor
   return a.heads * (2 * key + value + a.qk_nope_head_dim) // tensor + a.q_lora_rank + a.kv_lora_rank, params
+
+
+def fused_attention(config: Config, chip: Chip | None):
+  """Whether attention is a kernel that keeps scores on the chip: see kernels/attention/pallas_tpu.py."""
+  a, dtype = config.model.attention, config.model.compute_dtype
+  has_one = (not chip or chip.torus) and config.mesh.context == 1 and config.data.seq % 128 == 0 and dtype != "float64"
+  return has_one and not a.dropout and a.implementation != "xla"
 
 
 def _score_copies(config: Config, chip):

@@ -70,14 +70,13 @@ class Plan:
     }  # fmt: skip
 
 
-def make_plan(config: Config, topology: Topology, program, compile=False, fused_attention=False) -> Plan:
+def make_plan(config: Config, topology: Topology, program, compile=False) -> Plan:
   """The Plan of `config`, whose mesh may be open, on `topology`.
 
   Args:
     program: (config, mesh) -> (the step, its abstract arguments), of a mesh that is set; a module's own function, since
       another process compiles.
     compile: for a TPU topology, with libtpu: memory and messages are those of the compiled program.
-    fused_attention: reckon with a fused causal kernel, in which no scores leave the chip; not with `compile`.
 
   Raises:
     ConfigError: a mesh that cannot work.
@@ -85,8 +84,8 @@ def make_plan(config: Config, topology: Topology, program, compile=False, fused_
   config = resolve_mesh(config, topology.devices)
   sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
   check_slices(tuple(sizes.values()), topology.slices)
-  loops = expected_loops(config, topology.chip.kind, fused_attention)
-  operations = traced(config, program, sizes, loops)
+  loops = expected_loops(config, topology.chip.kind)
+  operations = traced(config if topology.is_tpu else without_kernels(config), program, sizes, loops)
   if not has_ragged(topology.chip.kind):
     operations = [dataclasses.replace(o, kind=o.kind.removeprefix("ragged-")) for o in operations]
   flops, seconds = sum(o.times * o.flops for o in operations), 0.0
@@ -119,6 +118,12 @@ def make_plan(config: Config, topology: Topology, program, compile=False, fused_
   return Plan(config, topology, memory, useful, flops * topology.devices, sent, *estimates, source, seconds)
 
 
+def without_kernels(config: Config) -> Config:
+  """`config` with attention as XLA makes it, which is what GPUs have."""
+  attention = dataclasses.replace(config.model.attention, implementation="xla")
+  return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
+
+
 def traced(config, program, sizes, loops) -> list[Operation]:
   """Operations of a step; as for a v5p, whatever the chip: grouped products and messages are then one operation each."""
   mesh = abstract_mesh(config.mesh, AbstractDevice("TPU v5p", 1, "tpu"))
@@ -142,11 +147,11 @@ def compiled_step(config, topology, program, log=None):
   return found, found.device
 
 
-def expected_loops(config: Config, device_kind, fused_attention=False) -> Loops:
+def expected_loops(config: Config, device_kind) -> Loops:
   """What tokens that choose experts evenly and a schedule of stages make of a step."""
   moe, mesh, train = config.model.moe, config.mesh, config.train
   microbatch = train.microbatch or train.global_batch
-  found = Loops(on_chip=config.data.seq // (2 * mesh.context if mesh.context > 1 else 1) if fused_attention else 0)
+  found = Loops()
   if mesh.stage > 1:
     ticks, layers, groups = passes(mesh.stage, config.parallel.circuits, train.global_batch // microbatch)
     # In the order of Work.tick in parallel/pipeline.py.

@@ -45,9 +45,7 @@ class Choice:
     yield from (changed(buffer=buffer) for buffer in BUFFERS if self.buffer and self.expert > 1)
 
 
-def search(
-  config: Config, topology: Topology, program, compile=False, fused_attention=False, progress=print, most=PLANNED
-) -> list[Plan]:
+def search(config: Config, topology: Topology, program, compile=False, progress=print, most=PLANNED) -> list[Plan]:
   """Plans of other meshes, microbatches, buffer factors and remat policies than `config` has, the fastest that fits first.
 
   Begins with the mesh of the config and with one for every number of expert shards, and changes the best of what it knows
@@ -67,7 +65,7 @@ def search(
       worth = (True, estimate_memory(candidate, topology.chip).total)
       if worth[1] <= SLACK * topology.chip.hbm and len(plans) < most:
         progress(f"{len(plans) + 1} of at most {most}: {named(candidate)}")
-        plans.append(make_plan(candidate, topology, program, fused_attention=fused_attention))
+        plans.append(make_plan(candidate, topology, program))
         worth = rank(plans[-1])
       heapq.heappush(heap, (*worth, len(seen), choice))
     if not heap:

@@ -168,6 +168,17 @@ def test_of_a_swiglu_its_inputs_are_kept_in_eight_bits():
   assert bytes_of(found) == 2 * (256 * 128 + 256 * 4) + 128 * 384 + 3 * 4
 
 
+def test_an_activation_that_is_kept_as_it_is_gives_the_same_gradients():
+  x, w, dy = problem()
+  x = x.astype(jnp.bfloat16)
+  layer = lambda recipe: lambda x, w: fp8_linear(x, w, recipe=recipe)[0]  # noqa: E731
+  itself = layer(Recipe(cached=False))
+  assert ("bfloat16", (ROWS, K)) in kept(itself, x, w)
+  jax.tree.map(
+    np.testing.assert_array_equal, *(computed(f, x, w, dy.astype(jnp.bfloat16)) for f in (itself, layer(REPORT)))
+  )
+
+
 @pytest.mark.parametrize(("names", "copies"), [((), 0), ((ACTIVATION,), 1), ((ACTIVATION, WEIGHT), 2)])
 def test_policies_of_rematerialisation_know_the_copies_by_name(names, copies):
   x, w, _ = problem()

@@ -106,7 +106,7 @@ def test_near_what_maxtext_publishes_for_v3_on_512_chips():
     "train.batch_ramp_from": 0, "train.batch_ramp_tokens": 0, "model.remat": "offload", "model.moe.buffer_factor": 0,
   }  # fmt: skip
   config = load_config("configs/v3.py", {path: str(value) for path, value in fields.items()})
-  plan = make_plan(config, parse("v5p:8x8x8"), abstract_step, fused_attention=True)
+  plan = make_plan(config, parse("v5p:8x8x8"), abstract_step)
   assert plan.mfu(plan.calibrated) == pytest.approx(0.332, rel=0.2)
 
 

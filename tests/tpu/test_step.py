@@ -1,5 +1,9 @@
 """The whole update on meshes of 64 chips: it compiles, holds what it should, and says only what was written."""
 
+import dataclasses
+import re
+from collections import Counter
+
 import pytest
 
 from deepseek_jax.config import Config, DataConfig, MeshConfig, TrainConfig
@@ -45,6 +49,24 @@ def test_a_dense_model_with_microbatches_compiles(sizes):
   config = Config(model=dense, data=DataConfig(seq=256), mesh=mesh, train=train)
   step = step_for("v5p:4x4x4", sizes, config)
   assert max(c.times for c in step.program.collectives()) == 3 * 2
+
+
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_attention_is_one_kernel_forward_and_two_backward(topology):
+  """Inside the loop over layers, whose backward pass makes the forward pass again; no scores are in memory."""
+  dense = dataclasses.replace(MODEL, first_dense_layers=0, moe=MoEConfig())
+  config = Config(
+    model=dense,
+    data=DataConfig(seq=1152),
+    mesh=MeshConfig(data=1, fsdp=-1),
+    train=TrainConfig(global_batch=8, microbatch=8),
+  )
+  step = step_for(topology, dict(fsdp=-1), config)
+  kernels = Counter(
+    re.findall(r"splash_mha_(\w+?)_", "\n".join(re.findall(r"(%\S+) = .* custom-call\(", step.compiled.hlo)))
+  )
+  assert kernels == {"fwd": 2, "dq": 1, "dkv": 1}
+  assert "1152,1152" not in step.compiled.hlo
 
 
 def test_a_dense_model_in_contexts_compiles():

@@ -1,0 +1,18 @@
+"""Causal attention of a training step: softmax(scale q k^T) v, each query with the keys of its segment that are not after it."""
+
+from deepseek_jax.kernels.implementations import run
+
+
+def attention(q, k, v, *, scale, segment_ids=None, implementation="auto"):
+  """[batch, seq, heads, value width] in the dtype of `v`; logits and softmax in at least float32.
+
+  Args:
+    q: [batch, seq, heads, key width]. k: [batch, seq, kv_heads, key width]. v: [batch, seq, kv_heads, value width].
+    scale: factor of the logits.
+    segment_ids: [batch, seq] int; positions attend within their segment only.
+    implementation: as in `implementations.run`; "pallas_tpu" is jax's splash attention, which holds no scores in memory.
+
+  Raises:
+    ValueError: an `implementation` that does not exist, or does not do this.
+  """
+  return run("attention", "attention", implementation, q, k, v, segment_ids, scale)

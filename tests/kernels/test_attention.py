@@ -1,0 +1,87 @@
+"""Attention by kernels against XLA's, forward and backward; they are interpreted on a CPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from deepseek_jax.kernels.attention.api import attention
+from deepseek_jax.kernels.implementations import Unsupported
+
+# batch, seq, heads, kv_heads, width of keys, of values
+CASES = {
+  "mla": (2, 128, 2, 2, 192, 128),
+  "gqa in several blocks": (1, 384, 4, 2, 64, 64),
+  "mqa": (1, 128, 3, 1, 24, 16),
+}
+
+
+def problem(name, dtype=np.float32):
+  """q, k, v, a cotangent, segment_ids."""
+  (batch, seq, heads, kv_heads, key, value), rng = CASES[name], np.random.default_rng(0)
+  shapes = (heads, key), (kv_heads, key), (kv_heads, value), (heads, value)
+  segments = np.sort(rng.integers(0, 4, (batch, seq)), 1).astype(np.int32)
+  return [jnp.asarray(rng.normal(size=(batch, seq, *shape)), dtype) for shape in shapes], jnp.asarray(segments)
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def computed(q, k, v, dy, segments, implementation):
+  """(y, dq, dk, dv)."""
+  how = {"scale": 0.1, "segment_ids": segments, "implementation": implementation}
+  y, pull = jax.vjp(lambda q, k, v: attention(q, k, v, **how), q, k, v)
+  return y, *pull(dy)
+
+
+@pytest.mark.parametrize(("name", "packed"), [("mla", True), ("gqa in several blocks", True), ("mqa", False)])
+def test_values_and_gradients(name, packed):
+  arrays, segments = problem(name)
+  segments = segments if packed else None
+  ours, expected = (computed(*arrays, segments, implementation) for implementation in ("pallas_tpu", "xla"))
+  for a, b in zip(ours, expected, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+
+
+def test_bfloat16_is_rounded_only_where_it_is_stored():
+  """Of the four results, against float32: no more than twice what rounding the operands and results makes inevitable."""
+  arrays, segments = problem("mla", jnp.bfloat16)
+  exact = computed(*(x.astype(jnp.float32) for x in arrays), segments, "xla")
+  for a, b in zip(computed(*arrays, segments, "pallas_tpu"), exact, strict=True):
+    assert a.dtype == jnp.bfloat16
+    assert np.linalg.norm(np.asarray(a, np.float32) - b) < 2 * 2**-8 * np.linalg.norm(b)
+
+
+def test_inside_shard_map_the_gradients_of_shared_keys_add_up():
+  """As layers are: in a loop, and made again backward."""
+  (q, k, v, dy), segments = problem("mla")
+  mesh = jax.make_mesh((2,), ("devices",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+  shared = [x[:1] for x in (k, v)]
+
+  def loss(q, shared, dy, segments, implementation):
+    attended = functools.partial(attention, scale=0.1, segment_ids=segments, implementation=implementation)
+
+    def layer(x, _):
+      k, v = (jnp.broadcast_to(y, (x.shape[0], *y.shape[1:])) for y in shared)
+      return x.at[..., : v.shape[-1]].add(attended(x, k, v)), None
+
+    return (jax.lax.scan(jax.checkpoint(layer), q, None, length=2)[0][..., : dy.shape[-1]] * dy).sum()
+
+  expected = jax.grad(loss, (0, 1))(q, shared, dy, segments, "xla")
+  with jax.set_mesh(mesh):
+    split, whole = jax.P("devices"), jax.P()
+    put = lambda tree, spec: jax.device_put(tree, jax.NamedSharding(mesh, spec))  # noqa: E731
+    local = lambda *arrays: jax.lax.psum(loss(*arrays, "pallas_tpu"), "devices")  # noqa: E731
+    every = jax.shard_map(local, in_specs=(split, whole, split, split), out_specs=whole)
+    gradients = jax.jit(jax.grad(every, (0, 1)))
+    ours = gradients(put(q, split), put(shared, whole), put(dy, split), put(segments, split))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), ours, expected)
+
+
+def test_what_the_kernel_does_not_do_is_said():
+  (q, k, v, _), _ = problem("mla")
+  with pytest.raises(Unsupported, match="multiple of 128 positions, not 100"):
+    attention(q[:, :100], k[:, :100], v[:, :100], scale=1, implementation="pallas_tpu")
+  with jax.enable_x64(True), pytest.raises(Unsupported, match="not float64"):
+    attention(*(x.astype(jnp.float64) for x in (q, k, v)), scale=1, implementation="pallas_tpu")
