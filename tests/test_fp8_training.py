@@ -115,7 +115,9 @@ def test_report(tmp_path, capsys, monkeypatch, fp8, per_tensor, code):
   assert fp8_training.main(["fp8_training", *arguments]) == code
   out = capsys.readouterr().out
   assert f"| fp8 | {fp8 - 0.1:.4f}, {fp8 + 0.1:.4f} | {fp8 / 2 - 1.05:+.2%}, {fp8 / 2 - 0.95:+.2%} |" in out
-  assert f"| {fp8 / 2 - 1:+.2%} | +2.00% |" in out and out.startswith("10,2")  # of 10 million parameters
+  assert f"| {fp8 / 2 - 1:+.2%} ± 5.00% | +2.00% ± 0.00% |" in out and out.startswith(
+    "10,2"
+  )  # of 10 million parameters
   assert "| k | 512 |" in out and "| a tile | 0.1 |" in out
   ElementTree.parse(tmp_path / "curves.svg")
 
