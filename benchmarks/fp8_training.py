@@ -5,6 +5,9 @@ others, which say what the first two can show, with seed 0. Runs that are there 
 cut short goes on: start the command again. --report trains nothing: it shows the runs that have ended. Losses count at the
 end: on held-out text, and the mean of the last LAST steps, which all arms take with the same batches.
 
+Runs that differ by roundings alone go apart as those of other seeds do, if less. What roundings cost by themselves shows the
+held-out loss of one set of weights, those that bf16 ended with, in the precision of each arm: no training, and no such noise.
+
 It ends with tables and, for --out, a picture. The exit code is 1 if fp8 is more than LIMIT above bf16 on held-out text, the
 mean over seeds, or one scale a matrix is not.
 """
@@ -40,6 +43,7 @@ ARMS = {
   "float32": ({**BF16, "model.compute_dtype": "float32"}, ()),  # how far another rounding alone leads
 }
 EVERY_SEED = ("bf16", "fp8")
+FROZEN = {"train.steps": 1, "schedule.peak": 1e-30, "balance.bias_speed": 0.0}  # a run that changes no weight
 EXPONENTS = range(0, 19)
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 
@@ -87,13 +91,13 @@ def main(argv) -> int:
   overrides = parse(argv, values, __doc__)
   runs = {}  # name of an arm -> {seed: its run}
   for name, seed in in_order(values.seeds):
-    chosen = {**overrides, "seed": seed, **ARMS[name][0]}
     workdir = os.path.join(values.workdir, f"{name.replace(', ', '-').replace(' ', '-')}-{seed}")
-    check_settings(workdir, load_config(values.config, chosen))
-    if not values.report:
-      train(name, values.config, workdir, chosen)
-    if run := ended(workdir):
-      runs.setdefault(name, {})[seed] = run
+    chosen = {**overrides, "seed": seed, **ARMS[name][0]}
+    frozen = {**chosen, **FROZEN, "init_from": os.path.join(values.workdir, f"bf16-{seed}")}
+    rounded = name != "bf16" and trained(name, values, f"{workdir}-frozen", frozen)
+    run = trained(name, values, workdir, chosen)
+    if run and (rounded or name == "bf16"):
+      runs.setdefault(name, {})[seed] = {**run, "rounded": (rounded or run)["heldout"]}
   model = load_config(values.config, overrides).model
   print(f"{in_eight_bits(model):,} parameters of products in eight bits")
   errors = fp8_controls.accumulation_errors(LENGTHS), fp8_controls.outlier_errors(EXPONENTS)
@@ -115,20 +119,16 @@ def in_order(seeds):
   return [*first, *((name, seed) for seed in range(1, seeds) for name in EVERY_SEED), last]
 
 
-def train(name, config, workdir, chosen):
-  """Trains an arm as far as it has not been trained."""
-  print(f"== {name}, seed {chosen['seed']}", flush=True)
-  command = [
-    sys.executable,
-    "-m",
-    "benchmarks.fp8_controls",
-    *ARMS[name][1],
-    f"--config={config}",
-    f"--workdir={workdir}",
-  ]
-  code = subprocess.call([*command, *(f"--config.{path}={value}" for path, value in chosen.items())])
-  if code:
-    raise UserError(f"the run in {workdir} ended with code {code}, see above; the same command goes on from there")
+def trained(name, values, workdir, chosen):
+  """The run of an arm, trained as far as it has not been, or what `ended` says of it where nothing is to be trained."""
+  check_settings(workdir, load_config(values.config, chosen))
+  if not values.report:
+    print(f"== {workdir}", flush=True)
+    command = [sys.executable, "-m", "benchmarks.fp8_controls", f"--config={values.config}", f"--workdir={workdir}"]
+    code = subprocess.call([*command, *ARMS[name][1], *(f"--config.{path}={value}" for path, value in chosen.items())])
+    if code:
+      raise UserError(f"the run in {workdir} ended with code {code}, see above; the same command goes on from there")
+  return ended(workdir)
 
 
 def ended(workdir):
@@ -151,33 +151,30 @@ def in_eight_bits(model):
 
 def above(runs, name, key):
   """[how far `key` of each seed of `name` is above that of bf16 with this seed, as a share of it]."""
-  base = runs.get("bf16", {})
-  return [run[key] / base[seed][key] - 1 for seed, run in runs[name].items() if seed in base]
+  return [run[key] / runs["bf16"][seed][key] - 1 for seed, run in runs[name].items()]
 
 
 def table(runs):
   """The runs as a Markdown table."""
-  columns = (
-    "",
-    "held-out loss, each seed",
-    "above bf16, each seed",
-    "mean",
-    f"training loss, last {LAST} steps, above bf16",
-  )
+  measures = {
+    "heldout": "held-out loss",
+    "rounded": "held-out loss of bf16's weights",
+    "last": "training loss at the end",
+  }
+  columns = ("", "held-out loss, each seed", *(f"{words}, above bf16" for words in measures.values()))
   rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
   for name, seeds in runs.items():
     losses = ", ".join(f"{run['heldout']:.4f}" for run in seeds.values())
-    heldout, last = (above(runs, name, key) for key in ("heldout", "last"))
-    rows.append(f"| {name} | {losses} | {', '.join(f'{g:+.2%}' for g in heldout)} | {mean(heldout)} | {mean(last)} |")
+    rows.append(f"| {name} | {losses} | {' | '.join(shares(above(runs, name, key)) for key in measures)} |")
   return "\n".join(rows)
 
 
-def mean(shares):
-  """The mean in per cent, with its standard error where there is one."""
-  if not shares:
-    return "no bf16 yet"
-  error = f" ± {statistics.stdev(shares) / math.sqrt(len(shares)):.2%}" if len(shares) > 1 else ""
-  return f"{statistics.mean(shares):+.2%}{error}"
+def shares(values):
+  """Shares in per cent, and of several their mean with its standard error."""
+  each = ", ".join(f"{value:+.2%}" for value in values)
+  if len(values) < 2:
+    return each
+  return f"{each}: {statistics.mean(values):+.2%} ± {statistics.stdev(values) / math.sqrt(len(values)):.2%}"
 
 
 def error_table(of, errors):
@@ -195,7 +192,7 @@ def panels(runs, accumulation, outliers):
   gaps = {
     name: curve([relative(run["losses"], runs["bf16"][seed]["losses"]) for seed, run in seeds.items()])
     for name, seeds in runs.items()
-    if name != "bf16" and seeds.keys() <= runs.get("bf16", {}).keys()
+    if name != "bf16"
   }
   return [
     ("training loss", [Series(name, points) for name, points in losses.items() if name in EVERY_SEED], "log"),

@@ -109,16 +109,18 @@ def test_report(tmp_path, capsys, monkeypatch, fp8, per_tensor, code):
   for seed in range(2):
     ended_run(tmp_path / f"bf16-{seed}", [3.0] * 10 + [1.5] * 30, 2.0)
     ended_run(tmp_path / f"fp8-{seed}", [3.0] * 10 + [1.53] * 30, fp8 + (0.1 if seed else -0.1))
+    ended_run(tmp_path / f"fp8-{seed}-frozen", [2.0], 2.002)
   if per_tensor:
     ended_run(tmp_path / "per-tensor-outliers-0", [3.0] * 10 + [1.6] * 30, per_tensor)
+    ended_run(tmp_path / "per-tensor-outliers-0-frozen", [2.0], 2.5)
   arguments = ("--report", "--seeds=2", f"--workdir={tmp_path}", f"--out={tmp_path}/curves.svg")
   assert fp8_training.main(["fp8_training", *arguments]) == code
-  out = capsys.readouterr().out
-  assert f"| fp8 | {fp8 - 0.1:.4f}, {fp8 + 0.1:.4f} | {fp8 / 2 - 1.05:+.2%}, {fp8 / 2 - 0.95:+.2%} |" in out
-  assert f"| {fp8 / 2 - 1:+.2%} ± 5.00% | +2.00% ± 0.00% |" in out and out.startswith(
-    "10,2"
-  )  # of 10 million parameters
-  assert "| k | 512 |" in out and "| a tile | 0.1 |" in out
+  out, mean = capsys.readouterr().out, fp8 / 2 - 1
+  gaps = f"{mean - 0.05:+.2%}, {mean + 0.05:+.2%}: {mean:+.2%} ± 5.00%"
+  rest = "+0.10%, +0.10%: +0.10% ± 0.00% | +2.00%, +2.00%: +2.00% ± 0.00% |"
+  assert f"| fp8 | {fp8 - 0.1:.4f}, {fp8 + 0.1:.4f} | {gaps} | {rest}" in out
+  assert not per_tensor or f"| {per_tensor:.4f} | {per_tensor / 2 - 1:+.2%} | +25.00% | +6.67% |" in out
+  assert out.startswith("10,2") and "| k | 512 |" in out and "| a tile | 0.1 |" in out  # 10 million parameters
   ElementTree.parse(tmp_path / "curves.svg")
 
 
