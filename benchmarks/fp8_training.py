@@ -12,6 +12,7 @@ It ends with tables and, for --out, a picture. The exit code is 1 if fp8 is more
 mean over seeds, or one scale a matrix is not.
 """
 
+import itertools
 import math
 import os
 import statistics
@@ -90,7 +91,7 @@ def main(argv) -> int:
   flags.DEFINE_boolean("report", False, "train nothing", flag_values=values)
   overrides = parse(argv, values, __doc__)
   runs = {}  # name of an arm -> {seed: its run}
-  for name, seed in in_order(values.seeds):
+  for seed, name in [*((0, name) for name in ARMS), *itertools.product(range(1, values.seeds), EVERY_SEED)]:
     workdir = os.path.join(values.workdir, f"{name.replace(', ', '-').replace(' ', '-')}-{seed}")
     chosen = {**overrides, "seed": seed, **ARMS[name][0]}
     frozen = {**chosen, **FROZEN, "init_from": os.path.join(values.workdir, f"bf16-{seed}")}
@@ -111,12 +112,6 @@ def shown(runs):
   """Whether fp8 costs at most LIMIT, and one scale a matrix more. False until both are known."""
   fp8, per_tensor = (above(runs, name, "heldout") if name in runs else [] for name in ("fp8", "per tensor, outliers"))
   return bool(fp8 and per_tensor) and statistics.mean(fp8) <= LIMIT < statistics.mean(per_tensor)
-
-
-def in_order(seeds):
-  """[(name of an arm, seed)]: those first that show most, should there be no time for all."""
-  *first, last = ((name, 0) for name in ARMS)
-  return [*first, *((name, seed) for seed in range(1, seeds) for name in EVERY_SEED), last]
 
 
 def trained(name, values, workdir, chosen):
