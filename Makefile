@@ -4,6 +4,8 @@
 ## make parity  the long tests against transformers, which run in an environment of their own, .venv-parity
 ## make meshes  the long tests of every layout on 8 virtual devices
 ## make tpu     the long tests that compile for TPU topologies, in an environment of their own, .venv-tpu
+## make kernels  the long tests of the Pallas kernels, in .venv-kernels: every case interpreted, and compiled for chips
+##              that are not here; needs a Python 3.12, which PYTHON names
 ## make lint    ruff check and ruff format --check
 ## make clean   remove the environments and caches; runs/ stays
 ##
@@ -15,7 +17,7 @@ VENV ?= .venv
 ARGS ?=
 IN_VENV = $(VENV)/bin/python
 
-.PHONY: help train test chaos parity meshes tpu lint clean environment test-environment
+.PHONY: help train test chaos parity meshes tpu kernels lint clean environment test-environment
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -40,6 +42,10 @@ tpu:
 	@$(PYTHON) .ci/environment.py $(VENV)-tpu test tpu
 	$(VENV)-tpu/bin/python -m pytest -m tpu -o faulthandler_timeout=0 $(ARGS)
 
+kernels:
+	@$(PYTHON) .ci/environment.py $(VENV)-kernels test tpu gpu-aot
+	$(VENV)-kernels/bin/python -m pytest -m kernels tests/kernels -n 2 -o faulthandler_timeout=0 $(ARGS)
+
 lint: test-environment
 	$(IN_VENV) -m ruff check .
 	$(IN_VENV) -m ruff format --check .
@@ -51,5 +57,5 @@ test-environment:
 	@$(PYTHON) .ci/environment.py $(VENV) test
 
 clean:
-	rm -rf $(VENV) $(VENV)-3.12 $(VENV)-parity .cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(VENV)-3.12 $(VENV)-parity $(VENV)-kernels .cache .pytest_cache .ruff_cache build *.egg-info
 	find deepseek_jax benchmarks tests configs .ci -name __pycache__ -prune -exec rm -rf {} +

@@ -42,7 +42,7 @@ class AttentionConfig(Section, path="model.attention"):
   rope_theta: float = field(10_000.0, "base of the rotary frequencies", above=1)
   dropout: float = field(0.0, "dropout of attention probabilities", at_least=0, below=1)
   context_keys: str = field(
-    "gather", "on a context mesh: keys are gathered (of MLA the latents), or travel around a ring",
+    "gather", "on a context mesh: keys are gathered (of MLA the latents), or travel around a ring, which no kernel does",
     choices=("gather", "ring"),
   )  # fmt: skip
   implementation: str = field(
@@ -64,6 +64,10 @@ class AttentionConfig(Section, path="model.attention"):
     if self.dropout and self.implementation == "pallas":
       raise ConfigError(
         f"model.attention.implementation=pallas with model.attention.dropout={self.dropout}: kernels have no dropout; use auto"
+      )
+    if self.context_keys == "ring" and self.implementation == "pallas":
+      raise ConfigError(
+        "model.attention.implementation=pallas with context_keys=ring: kernels need gather, or use auto"
       )
     name = "qk_rope_head_dim" if self.kind == "mla" else "head_dim"
     if getattr(self, name) % 2:

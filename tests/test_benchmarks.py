@@ -1,5 +1,6 @@
 """The benchmarks as a user starts them, at a size that takes seconds: they end well and print what they promise."""
 
+import json
 import os
 import pathlib
 import random
@@ -8,9 +9,11 @@ import subprocess
 import sys
 from xml.etree import ElementTree
 
+import jax
 import pytest
 
 from benchmarks import convert, experts
+from deepseek_jax.kernels import tiles
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -127,3 +130,37 @@ def test_ablations_go_on_where_they_were(text, tmp_path):
   assert "train.steps: 2 there, 1 now" in err and "another --workdir" in err
   _, err = benchmark("ablations", "--variants=mlp", codes=(2,))
   assert "knows mla, gqa" in err
+
+
+def test_fp8_matmul():
+  out, _ = benchmark("fp8_matmul", "--small")
+  head, columns, *rows = out.splitlines()
+  assert head.startswith("cpu, jax ") and columns.split() == ["ours", "bf16", "torch", "goal", "floor", "error"]
+  names = [
+    "forward or dgrad",
+    "grouped",
+    "grouped wgrad",
+    "wgrad",
+    "quantise both",
+    "SwiGLU both",
+    "a layer's training",
+  ]
+  assert len(rows) == len(names) and all(row.startswith(name) for row, name in zip(rows, names, strict=True))
+  errors = [float(row.split()[-1]) for row in rows[:-1]]
+  assert all(error < bound for error, bound in zip(errors, (2e-3, 2e-3, 1e-6, 1e-6, 1e-9, 1e-9), strict=True)), errors
+
+
+def test_fp8_matmul_goes_on_after_a_row_that_fails():
+  out, _ = benchmark("fp8_matmul", "--small", "--implementation=pallas", codes=(1,))
+  rows = out.splitlines()[2:]
+  assert len(rows) == 7 and all("failed: ValueError: " in row and "no Pallas kernel for cpu" in row for row in rows)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="kernels for GPUs need jax 0.11")
+def test_tune_kernels_goes_on_where_it_was(tmp_path):
+  table = tmp_path / "tiles.json"
+  out, _ = benchmark("tune_kernels", "--small", f"--table={table}")
+  assert "fp8_matmul bfloat16 1x128x128x128: Tiles(" in out
+  (fields,) = json.loads(table.read_text())["fp8_matmul"]["cpu"].values()
+  assert tiles.Tiles(**fields) in tiles.CANDIDATES["fp8_matmul"]
+  assert benchmark("tune_kernels", "--small", f"--table={table}")[0] == ""

@@ -32,6 +32,14 @@ def test_every_field_has_a_line_of_doc():
   [
     ({"train": {"stepz": 3}}, ["'train.stepz'", "did you mean 'train.steps'"]),
     ({"model": {"attention": {"kind": "mla", "kv_lora_rank": 8}}}, ["kind=mla needs model.attention.qk_nope_head_dim"]),
+    (
+      {"model": {"attention": {"implementation": "pallas", "dropout": 0.1}}},
+      ["dropout=0.1", "kernels have no dropout"],
+    ),
+    (
+      {"model": {"attention": {"implementation": "pallas", "context_keys": "ring"}}},
+      ["context_keys=ring", "need gather"],
+    ),
     ({"model": {"first_dense_layers": 1}}, ["model.first_dense_layers=1", "set it to 0 in a dense model"]),
     ({"model": {"moe": {"num_routed_experts": 8, "mlp": 4}}}, ["needs model.moe.num_experts_per_token"]),
     ({"model": {"moe": {**MOE, "num_expert_groups": 3}}}, ["num_routed_experts=8", "num_expert_groups=3"]),

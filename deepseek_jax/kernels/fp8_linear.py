@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from deepseek_jax.kernels.fp8_grouped_matmul.api import fp8_grouped_matmul, fp8_grouped_wgrad
 from deepseek_jax.kernels.fp8_matmul.api import fp8_matmul
 from deepseek_jax.kernels.implementations import vary
-from deepseek_jax.kernels.qtensor import QTensor, unquantized
+from deepseek_jax.kernels.qtensor import FP8, QTensor, unquantized
 from deepseek_jax.kernels.quantize.api import quantize, quantize_both
 from deepseek_jax.kernels.swiglu.api import swiglu_quantize
 from deepseek_jax.kernels.swiglu.xla import swiglu
@@ -65,13 +65,14 @@ def fp8_ragged_linear(x, *weights, group_sizes, step=128, recipe=Recipe()):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _products(recipe, step, group_sizes, x, *weights):
-  return _forward(recipe, step, group_sizes, x, *weights)[0]
+  nothing_kept = dataclasses.replace(recipe, cached=False)
+  return _forward(nothing_kept, step, group_sizes, x, *weights)[0]
 
 
 def _forward(recipe, step, group_sizes, x, *weights):
-  along, kept = _activation(x, recipe.forward, recipe.wgrad, recipe)
-  like = jax.tree.leaves(x)[0]
-  if isinstance(x, tuple):
+  like, pair = jax.tree.leaves(x)[0], isinstance(x, tuple)
+  along, kept = _activation(x, recipe.forward, recipe.wgrad and recipe.cached and not pair, recipe)
+  if pair:
     kept = tuple(_operand(part, (1, recipe.block), recipe.wgrad, recipe) for part in x)
   elif not recipe.cached:
     kept = x
@@ -88,11 +89,13 @@ def _backward(recipe, step, residuals, gradients):
   down, pair = kept, isinstance(kept, tuple)
   if not isinstance(kept, QTensor):
     inputs = tuple(part.dequantized() for part in kept) if pair else kept
-    _, down = _activation(inputs, recipe.wgrad, recipe.wgrad, recipe)
+    _, down = _activation(inputs, False, recipe.wgrad, recipe)
   dx, dw = 0, []
+  # What is not added to or multiplied further is rounded where it is made: it is then written once.
+  dtype = jnp.float32 if pair or len(weights) > 1 else x.dtype
   for dy, w, like in zip(gradients, weights, dtypes, strict=True):
     dy_along, dy_down = _activation(dy, recipe.dgrad, recipe.wgrad, recipe)
-    dx += _times(dy_along, w, group_sizes, step, jnp.float32, recipe)
+    dx += _times(dy_along, w, group_sizes, step, dtype, recipe)
     dw.append(_wgrad(down, dy_down, group_sizes, step, like.dtype, recipe))
   if pair:
     dx = jax.vjp(swiglu, *inputs)[1](dx)
@@ -103,22 +106,31 @@ _products.defvjp(_forward, _backward)
 
 
 def _times(a, b, group_sizes, step, dtype, recipe):
-  how = {"out_dtype": dtype, "implementation": recipe.implementation}
+  how = _how(a, dtype, recipe)
   return fp8_matmul(a, b, **how) if step is None else fp8_grouped_matmul(a, b, group_sizes, step=step, **how)
 
 
 def _wgrad(a, b, group_sizes, step, dtype, recipe):
-  how = {"out_dtype": dtype, "implementation": recipe.implementation}
+  how = _how(a, dtype, recipe)
   return fp8_matmul(a, b, **how) if step is None else fp8_grouped_wgrad(a, b, group_sizes, step=step, **how)
 
 
+def _how(a, dtype, recipe):
+  # Kernels multiply eight bits alone.
+  return {"out_dtype": dtype, "implementation": recipe.implementation if a.values.dtype == FP8 else "xla"}
+
+
 def _activation(x, along, down, recipe):
-  """(`x`, its transpose) as operands, each in eight bits or as it is."""
+  """(`x`, its transpose) as operands, each in eight bits if `along`, if `down`; what is not wanted costs nothing as it is."""
   tile, how = (1, recipe.block), {"pow2": recipe.pow2, "implementation": recipe.implementation}
-  if along and down:
-    return swiglu_quantize(*x, recipe.block, **how) if isinstance(x, tuple) else quantize_both(x, recipe.block, **how)
-  x = swiglu(*x).astype(x[0].dtype) if isinstance(x, tuple) else x
-  return _operand(x, tile, along, recipe), _operand(x.mT, tile, down, recipe)
+  if isinstance(x, tuple):
+    rounded = swiglu_quantize(*x, recipe.block, **how) if along or down else None
+    x = swiglu(*x).astype(x[0].dtype)
+  elif along and down:
+    rounded = quantize_both(x, recipe.block, **how)
+  else:
+    rounded = quantize(x, tile, **how) if along else None, quantize(x.mT, tile, **how) if down else None
+  return rounded[0] if along else unquantized(x, tile), rounded[1] if down else unquantized(x.mT, tile)
 
 
 def _weight(w, eight_bits, recipe):

@@ -2,7 +2,7 @@
 
 `lax.ragged_dot` is this product, and on CPU and on TPUs other than v5p XLA expands it to every row times every matrix; on
 GPUs it does so at least in the backward pass (reported by XLA's users, not measured by us). The blocked form does the useful
-work alone: each block of rows belongs to one group, and a loop takes the blocks in use.
+work alone: each block of rows belongs to one group, and a loop takes the blocks in use. On those TPUs jax's kernel does.
 """
 
 import functools
@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.kernels.implementations import vary
+from deepseek_jax.kernels.implementations import device_kind, vary
 
 
 def block_rows(rows: int, groups: int) -> int:
@@ -25,7 +25,8 @@ def grouped_matmul(x, w, group_sizes, *, block, implementation="auto"):
   Args:
     x: rows sorted by group; those past sum(group_sizes) belong to none and come out zero. rows is a multiple of `block`.
     group_sizes: [groups] int32, each a multiple of `block`.
-    implementation: "blocked", "ragged_dot", or "auto": the one that does no more than the useful work on this platform.
+    implementation: "blocked", "ragged_dot", "gmm" (for TPUs), or "auto": the one that does no more than the useful work on
+      this platform.
 
   Raises:
     ValueError: rows is not a multiple of `block`.
@@ -33,8 +34,8 @@ def grouped_matmul(x, w, group_sizes, *, block, implementation="auto"):
   if x.shape[0] % block:
     raise ValueError(f"x has {x.shape[0]} rows, which is not a multiple of block={block}: pad it")
   if implementation == "auto":
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    implementation = "ragged_dot" if native(device.device_kind) else "blocked"
+    kind, has_kernel = device_kind(), x.dtype in (jnp.bfloat16, jnp.float32)
+    implementation = "ragged_dot" if native(kind) else "gmm" if kind.startswith("TPU") and has_kernel else "blocked"
   return IMPLEMENTATIONS[implementation](x, w, group_sizes, block)
 
 
@@ -104,4 +105,10 @@ def _group_of_block(group_sizes, blocks, block):
   return jnp.searchsorted(ends, jnp.arange(blocks), side="right").astype(jnp.int32)
 
 
-IMPLEMENTATIONS = {"blocked": _blocked, "ragged_dot": _ragged_dot}
+def _gmm(x, w, group_sizes, block):
+  from deepseek_jax.kernels import megablox  # here, since Pallas adds 0.3 s to the start of a program
+
+  return megablox.grouped_matmul(*vary(x, w, group_sizes))
+
+
+IMPLEMENTATIONS = {"blocked": _blocked, "ragged_dot": _ragged_dot, "gmm": _gmm}

@@ -1,7 +1,7 @@
 """Which implementation of a kernel runs, and types that all of them need inside shard_map."""
 
 import functools
-import importlib
+import importlib.util
 import logging
 import re
 
@@ -26,19 +26,25 @@ def run(kernel, function, name, *args):
     ValueError: there is none of that name, or on this platform none.
     Unsupported: the one that was named does not do these shapes.
   """
-  native = _native(device_kind())
-  if name == "pallas" and native is None:
-    raise ValueError(f"{kernel}: no Pallas kernel for {device_kind()}: use auto or {', '.join(IMPLEMENTATIONS)}")
-  if name not in (*IMPLEMENTATIONS, "auto", "pallas"):
-    raise ValueError(f"{kernel} has no implementation {name!r}: use auto, pallas, {', '.join(IMPLEMENTATIONS)}")
-  chosen = native or "xla" if name in ("auto", "pallas") else name
   try:
-    return _function(kernel, function, chosen)(*args)
+    return _function(kernel, function, chosen(kernel, name))(*args)
   except Unsupported as e:
     if name != "auto":
       raise
-    _log_once(f"{kernel}: XLA's own products are used, since {e}")
+    log_once(f"{kernel}: as XLA makes it, since {e}")
     return _function(kernel, function, "xla")(*args)
+
+
+def chosen(kernel, name):
+  """The file, of IMPLEMENTATIONS, that `run` takes of `kernel` for `name`. Raises ValueError as `run` does."""
+  there = [file for file in IMPLEMENTATIONS if importlib.util.find_spec(f"deepseek_jax.kernels.{kernel}.{file}")]
+  native = _native(device_kind())
+  native = native if native in there else None
+  if name == "pallas" and native is None:
+    raise ValueError(f"{kernel}: no Pallas kernel for {device_kind()}: use auto or xla")
+  if name not in (*there, "auto", "pallas"):
+    raise ValueError(f"{kernel} has no implementation {name!r}: use auto, pallas, {', '.join(there)}")
+  return native or "xla" if name in ("auto", "pallas") else name
 
 
 def device_kind():
@@ -59,7 +65,7 @@ def _function(kernel, function, name):
 
 
 @functools.cache
-def _log_once(message):
+def log_once(message):
   _log.warning(message)
 
 

@@ -30,6 +30,9 @@ def library(name, dtype, cost=None):
       varies = [jax.typeof(x).manual_axis_type for x in jax.tree.leaves(operands)]
       most = max(varies, key=lambda kind: len(kind.varying))
       typed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=most), out_shape)
+      how.setdefault(
+        "name", getattr(kernel, "__qualname__", "").partition(".")[0]
+      )  # of the function that has the kernel in it
       if cost:
         how["cost_estimate"] = cost(how, operands, typed)
       # Inside a kernel, too, products of float32 would have fewer bits, and the backward pass is traced outside the model's

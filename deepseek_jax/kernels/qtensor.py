@@ -70,8 +70,10 @@ def scales_of(greatest, pow2):
   A tile with a NaN or an infinity has such a scale, and is NaN throughout. The least scale is 2^-126: a tile of zeros has it.
   """
   if pow2:
-    mantissa, exponent = jnp.frexp(greatest)  # 448 is 0.875 of 2^9
-    scales = jnp.ldexp(jnp.ones_like(greatest), jnp.maximum(exponent - 9 + (mantissa > 0.875), -126))
-    return jnp.where(jnp.isfinite(greatest), scales, greatest)
+    # By bits, which every kernel can: 448 is 1.75 of 2^8. 255 is the exponent of what is not finite.
+    bits = jax.lax.bitcast_convert_type(greatest, jnp.int32)
+    exponent = bits >> 23
+    least = jnp.maximum(exponent - 8 + (bits & 0x7FFFFF > 0x600000).astype(jnp.int32), 1)
+    return jnp.where(exponent < 255, jax.lax.bitcast_convert_type(least << 23, jnp.float32), greatest)
   # Not a division, which compilers may turn into this product, and then give other bits than where they do not.
   return jnp.maximum(greatest * jnp.float32(1 / FP8_MAX), jnp.finfo(jnp.float32).tiny)

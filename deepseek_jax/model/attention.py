@@ -6,7 +6,8 @@ from flax import nnx
 
 from deepseek_jax.kernels.attention import xla
 from deepseek_jax.kernels.attention.api import attention
-from deepseek_jax.model.context import attend_context
+from deepseek_jax.kernels.implementations import Unsupported, chosen, log_once
+from deepseek_jax.model.context import attend_context, attend_gathered
 from deepseek_jax.model.dropout import dropout, keys_at
 from deepseek_jax.model.linear import Linear, together
 from deepseek_jax.model.rope import rotate
@@ -31,10 +32,16 @@ def attend_causally(q, keys, expand, scale, config: AttentionConfig, tokens, key
   Where devices share the sequence, `keys`, [batch, seq, ...] each, is what they send each other.
   """
   if axes("seq"):
-    segments = tokens.segment_ids
-    return attend_context(
-      q, keys, expand, scale=scale, axis=axes("seq")[0], kind=config.context_keys, segment_ids=segments
-    )
+    how = {"scale": scale, "axis": axes("seq")[0], "segment_ids": tokens.segment_ids}
+    kernel = chosen("attention", config.implementation)
+    if config.context_keys == "gather" and kernel != "xla":
+      try:
+        return attend_gathered(q, keys, expand, implementation=kernel, **how)
+      except Unsupported as e:
+        if config.implementation != "auto":
+          raise
+        log_once(f"attention: by pairs of chunks, since {e}")
+    return attend_context(q, keys, expand, kind=config.context_keys, **how)
   drawn = None
   if key is not None and config.dropout:
     drawn = keys_at(key, tokens.rows, part("heads") * q.shape[2] + jnp.arange(q.shape[2]))  # [batch, heads]

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.kernels.attention.api import attention_of_part
 from deepseek_jax.model.linear import at_least_float32
 
 EARLY, LATE = 0, 1
@@ -82,6 +83,22 @@ def attend_context(q, keys, expand, *, scale, axis, kind, segment_ids=None):
   y = y.transpose(1, 0, 3, 2, 4).reshape(*q.shape[:3], -1)  # [batch, 2 L, heads, value width]
   # The barrier: libtpu 0.0.50 ends in a failed check where it joins this transposition with the product that follows.
   return jax.lax.optimization_barrier(y.astype(q.dtype))
+
+
+def attend_gathered(q, keys, expand, *, scale, axis, segment_ids=None, implementation="auto"):
+  """As `attend_context`, with all keys and values of the sequence in memory, for a kernel that passes over those not seen."""
+  whole = lambda x: _in_order(jax.lax.all_gather(x, axis))  # noqa: E731
+  segments = None if segment_ids is None else (segment_ids, whole(segment_ids))
+  k, v = expand(jax.tree.map(whole, keys))
+  parts, part = zigzag(k.shape[1], jax.lax.axis_size(axis)), jax.lax.axis_index(axis)
+  return attention_of_part(q, k, v, parts, part, scale=scale, segment_ids=segments, implementation=implementation)
+
+
+def _in_order(gathered):
+  """[batch, seq, ..] of what the devices hold, [C, batch, seq / C, ..]."""
+  early, late = jnp.split(gathered, 2, 2)
+  chunks = jnp.moveaxis(jnp.concatenate([early, late[::-1]]), 0, 1)  # [batch, 2C, L, ..]
+  return chunks.reshape(chunks.shape[0], -1, *chunks.shape[3:])
 
 
 def _gather(sums, visit, held, axis):

@@ -105,23 +105,20 @@ def recipes(recipe):
 
 
 def packed(recipe, x):
-  """What of the rows of `x` [rows, width] travels: in eight bits their bytes and those of their scales, uint8, or all."""
+  """What of the rows of `x` [rows, width] travels: in eight bits (their bytes, uint8; scales [rows, tiles] float32), or (x, none)."""
   if recipe is None:
-    return x
+    return x, jnp.zeros((len(x), 0), jnp.float32)
   q = quantize(x, (1, recipe.block), pow2=recipe.pow2, implementation=recipe.implementation)
-  parts = (jax.lax.bitcast_convert_type(part, jnp.uint8).reshape(len(x), -1) for part in (q.values, q.scales))
-  return jnp.concatenate([*parts], 1)  # [rows, width + 4 width / block]
+  return jax.lax.bitcast_convert_type(q.values, jnp.uint8), q.scales
 
 
-def unpacked(recipe, rows, like):
-  """The rows of `packed`, in the width and dtype of `like`.
+def unpacked(recipe, rows, scales, dtype):
+  """The rows of `packed`, in `dtype`.
 
   Rounded to eight bits once more they are the same, with scales that differ by the rounding of that dtype; not even that
   where they are powers of two.
   """
   if recipe is None:
     return rows
-  tile, width = (1, recipe.block), like.shape[1]
-  values = jax.lax.bitcast_convert_type(rows[:, :width], FP8)
-  scales = jax.lax.bitcast_convert_type(rows[:, width:].reshape(len(rows), -1, 4), jnp.float32)
-  return QTensor(values, scales, tile).dequantized().astype(like.dtype)
+  values = jax.lax.bitcast_convert_type(rows, FP8)
+  return QTensor(values, scales, (1, recipe.block)).dequantized().astype(dtype)

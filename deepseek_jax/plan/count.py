@@ -14,11 +14,10 @@ COLLECTIVES = {
   "all_gather": "all-gather", "all_gather_invariant": "all-gather", "reduce_scatter": "reduce-scatter",
   "all_to_all": "all-to-all", "ragged_all_to_all": "ragged-all-to-all", "ppermute": "collective-permute",
 }  # fmt: skip
-KERNELS = {
-  "splash": "fused attention",
-  "gmm": "grouped product",
-  "tgmm": "grouped product",
-}  # what their names begin with
+KERNELS = {  # by what their names begin with
+  "splash": "fused attention", "gmm": "grouped product", "tgmm": "grouped product", "fp8_grouped": "grouped product",
+  "quantize": "memory",
+}  # fmt: skip
 PRODUCTS = ("dot_general", "ragged_dot", "ragged_dot_general")
 SLICES = ("slice", "dynamic_slice", "gather")  # read in part: what they give is what is read
 MOVES = ("sort", "cumsum", "cummax", "top_k", "argmax", "device_put")
@@ -120,8 +119,7 @@ class _Counter:
       )
     elif name == "pallas_call":  # its estimate has the reads of its operands, which are in memory
       made, cost = self.taken(inputs) - sum(v.size for v in inputs), params["cost_estimate"]
-      kind = next((kind for start, kind in KERNELS.items() if params["name"].startswith(start)), "product")
-      self.product(kind, times, cost.flops, made + cost.bytes_accessed)
+      self.product(kind_of_kernel(params["name"]), times, cost.flops, made + cost.bytes_accessed)
     elif name in SLICES:
       pass
     elif name in UPDATES:
@@ -195,6 +193,10 @@ class _Counter:
     self.add("memory", times, bytes=sum(v.size + sum(root.size for root in v.sources) for v in unique))
     for v in unique:
       v.sources = ()
+
+
+def kind_of_kernel(name):
+  return next((kind for start, kind in KERNELS.items() if name.startswith(start)), "product")
 
 
 def product(eqn):

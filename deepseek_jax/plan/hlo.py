@@ -10,9 +10,12 @@ import re
 
 import numpy as np
 
+from deepseek_jax.plan.count import kind_of_kernel
+
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+)\[([\d,]*)\]")
 _HEAD = re.compile(r"(?:ENTRY )?(%?[\w.\-]+) .*\{$")
+_COST = re.compile(r'"cost_estimate": ?\{[^}]*"flops":"?(\d+)')  # of a Pallas kernel, alone or in a fusion
 _NAME = re.compile(r"\s+(?:ROOT )?(%[\w.\-]+) = ")
 _CALLED = re.compile(
   r"(?:calls|body|branch_computations|called_computations|async_computation)=\{?([^,}]+(?:, ?%[^,}]+)*)"
@@ -156,7 +159,7 @@ class Program:
 def _computations(text):
   """({name: [Instruction]}, name of the entry)."""
   computations, entry, current = {}, None, None
-  for line in text.splitlines():
+  for line in re.sub(r"\n(?=[^ %E}\n]|}[^\n])", " ", text).splitlines():  # attributes of kernels go on in the next line
     if current is None or not line.startswith(" "):
       head = _HEAD.match(line)
       current = computations.setdefault(head[1], []) if head and not line.startswith("HloModule") else None
@@ -199,8 +202,6 @@ def _flops(i, shapes, full_rows):
     return 2 * math.prod(_first(i.shape)) * math.prod(left[d] for d in contracted)
   if i.opcode == "convolution":
     return _convolution_flops(i, *(_first(shapes[name]) for name in i.operands[:2]))
-  if i.opcode == "custom-call" and (cost := re.search(r'"cost_estimate":\{"flops":"(\d+)"', i.rest)):  # one of Pallas
-    return int(cost[1]) * (full_rows if re.match("%t?gmm", i.name) else 1)
   if i.opcode == "custom-call" and i.name.startswith("%ragged-dot") and "operand_layout_constraints" in i.rest:
     given = i.rest[i.rest.index("operand_layout_constraints") :].split("metadata=")[0]
     matrices = [dims for dims in map(_dimensions, (m[1] for m in _ARRAY.findall(given))) if len(dims) > 1]
@@ -208,6 +209,8 @@ def _flops(i, shapes, full_rows):
       return 0
     rows, k = matrices[0]
     return 2 * rows * k * matrices[1][-1] * full_rows
+  if i.opcode == "custom-call" and (cost := _COST.search(i.rest)):
+    return int(cost[1]) * (full_rows if kind_of_kernel(i.name[1:]) == "grouped product" else 1)
   return 0
 
 

@@ -144,7 +144,10 @@ def _attention(model, tensor):
 def fused_attention(config: Config, chip: Chip | None):
   """Whether attention is a kernel that keeps scores on the chip: see kernels/attention/pallas_tpu.py."""
   a, dtype = config.model.attention, config.model.compute_dtype
-  has_one = (not chip or chip.torus) and config.mesh.context == 1 and config.data.seq % 128 == 0 and dtype != "float64"
+  whole = config.mesh.context == 1 or a.context_keys == "gather"
+  has_one = (
+    (not chip or chip.torus) and whole and config.data.seq // config.mesh.context % 128 == 0 and dtype != "float64"
+  )
   return has_one and not a.dropout and a.implementation != "xla"
 
 

@@ -8,7 +8,7 @@ from jax.sharding import AbstractDevice
 
 from deepseek_jax.config import Config
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.kernels.grouped_matmul import block_rows, native
+from deepseek_jax.kernels.grouped_matmul import block_rows
 from deepseek_jax.mesh import AXES, abstract_mesh, check_slices, make_mesh, resolve_mesh
 from deepseek_jax.model.exchange import has_ragged
 from deepseek_jax.parallel.pipeline import passes
@@ -98,9 +98,7 @@ def make_plan(config: Config, topology: Topology, program, compile=False) -> Pla
     memory = {name: size if name in ("params", "optimizer") else int(size * share) for name, size in memory.items()}
     if built:
       hlo, seconds = Program(built.hlo, sizes, loops.trips, loops.taken), built.seconds
-      # Else grouped products are loops of as many blocks as there are.
-      if native(topology.chip.kind) or not config.model.moe.num_routed_experts:
-        flops = hlo.product_flops(loops.full_rows)
+      flops = hlo.product_flops(loops.full_rows)
       messages = [Operation(c.kind, c.times, axes=c.axes, sent=c.sent) for c in hlo.collectives(loops.sent_rows)]
       messages += [
         Operation("all-reduce", hlo.times[name], axes=AXES[:1], sent=size) for name, size in hlo.between_slices()

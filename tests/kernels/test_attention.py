@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from deepseek_jax.kernels.attention.api import attention
+from deepseek_jax.kernels.attention.api import attention, attention_of_part
 from deepseek_jax.kernels.implementations import Unsupported
+from deepseek_jax.model.context import zigzag
 
 # batch, seq, heads, kv_heads, width of keys, of values
 CASES = {
@@ -79,9 +80,28 @@ def test_inside_shard_map_the_gradients_of_shared_keys_add_up():
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), ours, expected)
 
 
+def test_parts_of_a_sequence_are_the_whole():
+  """Three devices' queries, in two blocks or one; the part is traced, as a device's own number is."""
+  (q, k, v, dy), segments = problem("gqa in several blocks")
+  positions = zigzag(384, 3)
+
+  @functools.partial(jax.jit, static_argnames="implementation")
+  def of_part(q, k, v, dy, part, implementation):
+    own, of_own = jnp.asarray(positions)[part], lambda x: jnp.take(x, jnp.asarray(positions)[part], 1)
+    how = {"scale": 0.1, "segment_ids": (segments[:, own], segments), "implementation": implementation}
+    y, pull = jax.vjp(lambda q, k, v: attention_of_part(of_own(q), k, v, positions, part, **how), q, k, v)
+    return jnp.zeros_like(dy).at[:, own].set(y), *pull(of_own(dy))
+
+  expected = computed(q, k, v, dy, segments, "xla")
+  for implementation in ("xla", "pallas_tpu"):
+    of_parts = [of_part(q, k, v, dy, part, implementation) for part in range(3)]
+    for a, b in zip(map(sum, zip(*of_parts, strict=True)), expected, strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+
+
 def test_what_the_kernel_does_not_do_is_said():
   (q, k, v, _), _ = problem("mla")
-  with pytest.raises(Unsupported, match="multiple of 128 positions, not 100"):
+  with pytest.raises(Unsupported, match="multiple of 128 positions on each device, not 100"):
     attention(q[:, :100], k[:, :100], v[:, :100], scale=1, implementation="pallas_tpu")
   with jax.enable_x64(True), pytest.raises(Unsupported, match="not float64"):
     attention(*(x.astype(jnp.float64) for x in (q, k, v)), scale=1, implementation="pallas_tpu")

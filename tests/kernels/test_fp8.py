@@ -26,8 +26,11 @@ fp8_matmul = jax.jit(dense.fp8_matmul, static_argnames=("out_dtype", "implementa
 fp8_grouped_matmul = jax.jit(grouped.fp8_grouped_matmul, static_argnames=("step", "implementation"))
 fp8_grouped_wgrad = jax.jit(grouped.fp8_grouped_wgrad, static_argnames=("step", "implementation"))
 ROWS, K, N = 256, 384, 256
-EACH = pytest.mark.parametrize("implementation", ["xla", "reference"])
-GROUPED_IN_STEPS = pytest.mark.parametrize(("implementation", "step"), [("reference", 128), ("xla", 32), ("xla", 128)])
+EACH = pytest.mark.parametrize("implementation", ["xla", "reference", "pallas_gpu", "pallas_tpu"])
+GROUPED_IN_STEPS = pytest.mark.parametrize(
+  ("implementation", "step"),
+  [("reference", 128), ("xla", 32), ("xla", 128), ("pallas_gpu", 128), ("pallas_tpu", 16), ("pallas_tpu", 128)],
+)
 TILES = pytest.mark.parametrize("tile", [(1, 128), (128, 128)], ids=["activations", "weights"])
 SIZES = {
   "several": (100, 29, 127),
@@ -144,8 +147,9 @@ def test_a_tile_with_a_value_that_is_not_finite_is_nan_and_no_other(implementati
 
 
 @EACH
-def test_both_are_the_matrix_and_its_transpose_in_tiles_along_their_rows(implementation):
-  x = normal(200, 300)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_both_are_the_matrix_and_its_transpose_in_tiles_along_their_rows(implementation, dtype):
+  x = normal(200, 300).astype(dtype)
   both = quantize_both(x, 128, implementation=implementation)
   for q, a in zip(both, (x, x.T), strict=True):
     alone = quantize(a, (1, 128), implementation="reference")
@@ -258,6 +262,17 @@ def test_an_implementation_that_does_not_exist_is_refused(op):
     op({"implementation": "cuda"})
 
 
+@pytest.mark.parametrize("implementation", ["pallas_tpu"])
+def test_a_shape_that_kernels_for_tpus_do_not_do_is_refused(implementation):
+  x = normal(64, 64)
+  for op in (quantize, quantize_both, fp8_matmul):
+    arguments = (
+      (quantizers.quantize(x, (1, 64)),) * 2 if op is fp8_matmul else (x, 64 if op is quantize_both else (1, 64))
+    )
+    with pytest.raises(implementations.Unsupported, match=r"\(1, 64\).* block a multiple of 128"):
+      op(*arguments, implementation=implementation)
+
+
 # Groups.
 
 
@@ -351,6 +366,24 @@ def test_the_platform_chooses(device_kind, file, monkeypatch):
       assert implementations.run("quantize", "quantize", "pallas", 1) == (file, 1)
 
 
+FUNCTIONS = {
+  "quantize": ("quantize", "quantize_both"), "swiglu": ("swiglu_quantize",), "fp8_matmul": ("matmul",),
+  "fp8_grouped_matmul": ("matmul", "wgrad"), "attention": ("attention", "attention_of_part"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("device_kind", ["cpu", "TPU v5", "NVIDIA H200"])
+@pytest.mark.parametrize("kernel", FUNCTIONS)
+def test_what_is_chosen_is_there(kernel, device_kind):
+  with on(device_kind):
+    file = implementations.chosen(kernel, "auto")
+    assert all(callable(implementations._function(kernel, function, file)) for function in FUNCTIONS[kernel])
+    if (kernel, device_kind) == ("attention", "NVIDIA H200"):  # which has none
+      assert file == "xla"
+      with pytest.raises(ValueError, match="attention has no implementation 'reference': use auto, pallas, xla"):
+        implementations.chosen(kernel, "reference")
+
+
 def test_what_a_kernel_does_not_do_is_an_error_where_it_is_named_and_else_said_once(monkeypatch, caplog):
   def function(kernel, function, name):
     if name == "xla":
@@ -362,7 +395,7 @@ def test_what_a_kernel_does_not_do_is_an_error_where_it_is_named_and_else_said_o
     for _ in range(2):
       assert implementations.run("quantize", "quantize", "auto") == "xla"
     assert [record.getMessage() for record in caplog.records].count(
-      "quantize: XLA's own products are used, since rows=3: a multiple of 8 is supported"
+      "quantize: as XLA makes it, since rows=3: a multiple of 8 is supported"
     ) == 1
     with pytest.raises(implementations.Unsupported, match="rows=3"):
       implementations.run("quantize", "quantize", "pallas")

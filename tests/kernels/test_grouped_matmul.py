@@ -49,6 +49,17 @@ def test_forward_and_backward(implementation, name):
     np.testing.assert_allclose(ours, reference, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_groups_that_share_tiles(dtype):
+  """The kernel for TPUs takes groups of any sizes. Its tiles are of 128 rows here, and the last ones are no whole tiles."""
+  (x, w, dy), sizes = problem((100, 0, 130, 30, 0), rows=300, k=24, n=20, dtype=jnp.dtype(dtype))
+  y, vjp = jax.vjp(jax.jit(lambda x, w: grouped_matmul(x, w, sizes, block=1, implementation="gmm")), x, w)
+  for ours, reference in zip((y, *vjp(dy)), expected(x, w, dy, sizes), strict=True):
+    assert ours.dtype == dtype
+    error = np.linalg.norm(np.asarray(ours, np.float64) - reference) / np.linalg.norm(reference)
+    assert error < (1e-6 if dtype == "float32" else 2**-8)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-13), ("bfloat16", 2e-2)])
 def test_dtypes(dtype, tolerance):
   with jax.enable_x64(True):

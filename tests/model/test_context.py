@@ -12,11 +12,14 @@ import pytest
 from jax.sharding import AxisType
 
 from deepseek_jax.model.attention import attend
-from deepseek_jax.model.context import OWN_PAIRS, TRAVEL, attend_context, pairs_with, zigzag
+from deepseek_jax.model.context import OWN_PAIRS, TRAVEL, attend_context, attend_gathered, pairs_with, zigzag
 
 BATCH, SEQ, HEADS, KV_HEADS, WIDTH, ROPE = 2, 32, 4, 2, 6, 2
 SHARED = jax.P("data", "context")
 KINDS = pytest.mark.parametrize("kind", TRAVEL)
+# What a kernel's place in the model is given, with XLA's products in that place.
+FORMS = {kind: functools.partial(attend_context, kind=kind) for kind in TRAVEL}
+FORMS["whole"] = functools.partial(attend_gathered, implementation="xla")
 
 
 def gqa(weights, keys):
@@ -66,7 +69,7 @@ def shared(name, kind, backward=True):
 
   def attention(segment_ids, q, keys, weights):
     expand = functools.partial(ATTENTIONS[name][0], weights)
-    return attend_context(q, keys, expand, scale=0.5, axis="context", kind=kind, segment_ids=segment_ids)
+    return FORMS[kind](q, keys, expand, scale=0.5, axis="context", segment_ids=segment_ids)
 
   def program(primals, segment_ids, cotangents):
     q, keys, weights = primals
@@ -122,7 +125,7 @@ def assert_equal(found, expected, tolerance):
   jax.tree.map(leaf, found, expected)
 
 
-@KINDS
+@pytest.mark.parametrize("kind", FORMS)
 @pytest.mark.parametrize(
   "name, parts, packed", [("gqa", 2, True), ("gqa", 4, False), ("mla", 2, False), ("mla", 4, True)]
 )

@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import pytest
 
 from deepseek_jax.config import Config, DataConfig, MeshConfig, ParallelConfig, TrainConfig
+from deepseek_jax.kernels.fp8_grouped_matmul.api import fp8_grouped_matmul
+from deepseek_jax.kernels.fp8_matmul.api import fp8_matmul
+from deepseek_jax.kernels.quantize.api import quantize
 from deepseek_jax.mesh import AXES, make_mesh
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
-from deepseek_jax.plan.count import counted
+from deepseek_jax.plan.count import Loops, counted
 from deepseek_jax.plan.flops import training_flops
 from deepseek_jax.plan.hlo import Program
 from deepseek_jax.plan.plan import expected_loops, traced, without_kernels
@@ -109,6 +112,27 @@ def test_memory_of_a_product_and_what_is_fused():
   assert product.bytes == 5 * one and product.flops == 2 * 64**3
   # .. read again, and tanh of it is written.
   assert total(found, "bytes") == 7 * one
+
+
+def test_kernels_do_what_they_say_and_by_groups_as_much_as_there_are_rows():
+  m, n, k, groups = 256, 384, 1024, 2
+  operand = lambda tile, *shape: jax.eval_shape(lambda: quantize(jnp.zeros(shape), tile, implementation="xla"))  # noqa: E731
+  x, w = operand((1, 128), m, k), operand((128, 128), groups, n, k)
+  sizes = jax.ShapeDtypeStruct((groups,), jnp.int32)
+
+  def grouped(x, w, sizes):
+    return fp8_grouped_matmul(x, w, sizes, implementation="pallas_tpu")
+
+  def dense(x, w):
+    return fp8_matmul(x, w[0], implementation="pallas_tpu")
+
+  (product,) = [o for o in counted(jax.jit(dense).trace(x, w).jaxpr, {}) if o.kind == "product"]
+  assert product.flops == 2 * m * n * k
+  # The matrix that is taken out of two is read and written; scales are a thirty-second of values or less, and written anew.
+  least = (m * k + n * k + 4 * m * n) + 2 * n * k
+  assert least < product.bytes < 1.1 * least
+  found = counted(jax.jit(grouped).trace(x, w, sizes).jaxpr, {}, Loops(full_rows=0.5))
+  assert total(found, "flops", "grouped product") == total(found, "flops") == m * n * k
 
 
 def test_fused_attention_leaves_no_scores_and_does_the_blocks_that_are_seen():

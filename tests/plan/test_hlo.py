@@ -60,6 +60,22 @@ def test_products(instruction, flops):
   assert Program(module(instruction), SIZES).product_flops() == flops
 
 
+@pytest.mark.parametrize(("name", "counted"), [("fp8_matmul.1", 1), ("fp8_grouped_matmul.1", 0.5), ("gmm.1", 0.5)])
+@pytest.mark.parametrize(
+  "cost",
+  ['{"flops":"8192","bytes_accessed":"4096"}', '{\n"bytes_accessed":4096,\n"flops":8192\n}, "format": 1'],
+  ids=["alone", "fused"],
+)
+def test_kernels_say_what_they_do(cost, name, counted):
+  """As libtpu 0.0.42 and 0.0.50 write it; those by groups do as much as there are rows."""
+  text = module(
+    f'%{name} = f32[8,32]{{1,0}} custom-call(%p, %k), custom_call_target="tpu_custom_call", backend_config='
+    f'{{"custom_call_config":{{"body":"TUzv", "cost_estimate": {cost}}}}}\n'
+    "  ROOT %r = f32[8,32]{1,0} dot(%p, %k), lhs_contracting_dims={1}"
+  )
+  assert Program(text, SIZES).product_flops(full_rows=0.5) == 8192 * (1 + counted)
+
+
 def test_a_message_of_a_sparse_core_counts():
   """As libtpu writes it for tpu7x: a call on another core."""
   text = module('%start = ((), (), (s32[1]{0})) call-start(), async_execution_thread="sparsecore", to_apply=%sent')
@@ -67,6 +83,17 @@ def test_a_message_of_a_sparse_core_counts():
   sent = f"%sent (q: f32[64,2]) -> f32[64,2] {{\n  %q = f32[64,2]{{1,0}} parameter(0)\n  {message}\n}}\n"
   (found,) = Program(text.replace("ENTRY", f"{sent}\nENTRY"), SIZES).collectives()
   assert (found.kind, found.times, found.size) == ("all-reduce", 1, 512)
+
+
+@pytest.mark.parametrize(("name", "flops"), [("splash_mha_dq", 1000), ("tgmm.3", 500)])
+def test_a_kernel_says_what_it_costs(name, flops):
+  """As it is in libtpu's HLO, on several lines; of a product by groups half of the rows are full here."""
+  config = '{"custom_call_config":{"body":"TUzv","cost_estimate":{"flops":"1000","bytes_accessed":"8"}}}'
+  config = f'{{kernel_metadata={{\n"xprof_metadata":"1"\n}}}}, frontend_attributes={config}'
+  text = module(
+    f'%{name} = f32[8,32] custom-call(%p, %k), custom_call_target="tpu_custom_call", frontend_attributes={config}'
+  )
+  assert Program(text, SIZES).product_flops(full_rows=0.5) == flops
 
 
 def convolution(left, right, out, labels, window):

@@ -1,5 +1,7 @@
 """DeepSeek-V3 at its own widths, one dense and four MoE layers and multi-token prediction, for 64 chips of a v5p pod."""
 
+import re
+
 import pytest
 
 from deepseek_jax.flags import load_config
@@ -44,3 +46,16 @@ def test_no_layout_is_changed_through_whole_arrays(step):
 
 def test_collectives_are_those_written(step):
   check_collectives(step)
+
+
+@pytest.mark.parametrize(("topology", "chip"), [("v5p:4x4x4", "v5p"), ("tpu7x:4x4x2", "tpu7x")])
+def test_in_eight_bits_tokens_go_to_experts_in_half_the_bytes(topology, chip):
+  sizes = dict(fsdp=4, expert=16)
+  step = step_for(topology, sizes, config_of(sizes, {"model.precision": "fp8"}))
+  assert step.held < step.compiled.device < CHIPS[chip].hbm
+  found = re.findall(r"= (u8|bf16|f32)\[\d+,(\d+),(\d+)\]\S* ragged-all-to-all\(", step.compiled.hlo)
+  rows = {dtype: {int(a) * int(b) for kind, a, b in found if kind == dtype} for dtype in ("u8", "bf16", "f32")}
+  # What a row takes: of a token in eight bits, of an expert's output, and of weights, choices and scales, in whole lanes.
+  assert rows == {"u8": {step.config.model.embed}, "bf16": {step.config.model.embed}, "f32": {128}}
+  token, facts = step.config.model.embed, 128 * 4
+  assert token + facts <= 0.52 * (2 * token + facts)

@@ -93,10 +93,12 @@ def test_tokens_travel_to_experts_in_half_the_bytes_and_come_back_as_they_are():
   for precision in ("fp8", "bf16"):
     text = compiled(dataclasses.replace(config, model=dataclasses.replace(model, precision=precision)))
     found = re.findall(r"= \((\w+)\[1,128,(\d+)\].* all-to-all\(", text)
-    sent[precision] = sorted((dtype, int(width)) for dtype, width in found if int(width) > 100)
-  # To the experts and back, and backward again. The compiler for CPUs sends bfloat16 as float32; `make tpu` reads TPUs'.
-  assert sent == {"fp8": [("f32", 128)] * 2 + [("u8", 132)] * 2, "bf16": [("f32", 128)] * 4}
-  assert 132 <= 0.52 * 2 * 128
+    sent[precision] = sorted((dtype, int(width)) for dtype, width in found)
+  # To the experts, with a weight and a choice each; back, and backward again. The compiler for CPUs sends bfloat16 as
+  # float32; `make tpu` reads what TPUs send.
+  assert sent["bf16"] == [("f32", 2)] * 2 + [("f32", 128)] * 4
+  # Scales travel with the facts, and those of gradients alone.
+  assert sent["fp8"] == [("f32", 1), ("f32", 2), ("f32", 3)] + [("f32", 128)] * 2 + [("u8", 128)] * 2
 
 
 def test_powers_of_two_travel_to_experts_without_another_rounding():

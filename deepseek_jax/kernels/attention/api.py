@@ -16,3 +16,14 @@ def attention(q, k, v, *, scale, segment_ids=None, implementation="auto"):
     ValueError: an `implementation` that does not exist, or does not do this.
   """
   return run("attention", "attention", implementation, q, k, v, segment_ids, scale)
+
+
+def attention_of_part(q, k, v, positions, part, *, scale, segment_ids=None, implementation="auto"):
+  """As `attention`, of queries [batch, queries, ..] that are those at `positions[part]` of the sequence of all keys.
+
+  Args:
+    positions: [parts, queries] int32 of NumPy, of each part: each position of the sequence once.
+    part: int, which may be traced.
+    segment_ids: (of the queries [batch, queries], of the keys [batch, seq]).
+  """
+  return run("attention", "attention_of_part", implementation, q, k, v, segment_ids, scale, positions, part)

@@ -14,6 +14,13 @@ def attention(q, k, v, segment_ids, scale):
   return causal(q, k, v, segment_ids, scale)
 
 
+def attention_of_part(q, k, v, segment_ids, scale, positions, part):
+  mask = jnp.asarray(positions)[part][:, None] >= jnp.arange(k.shape[1])
+  if segment_ids is not None:
+    mask = mask & (segment_ids[0][:, None, :, None] == segment_ids[1][:, None, None, :])
+  return jax.checkpoint(functools.partial(where, scale=scale), prevent_cse=False)(mask, q, k, v)
+
+
 def causal(q, k, v, segment_ids, scale, drop=lambda weights: weights):
   """As `attention`; `drop` is as in `where`. The backward pass makes the scores again."""
   mask = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool))

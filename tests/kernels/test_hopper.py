@@ -1,0 +1,138 @@
+"""What the Hopper kernels share: the order of tiles, every way to cut a product, and that races would be found."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.kernels import hopper
+from deepseek_jax.kernels.fp8_grouped_matmul import pallas_gpu as grouped
+from deepseek_jax.kernels.fp8_grouped_matmul import reference as grouped_reference
+from deepseek_jax.kernels.fp8_linear import Recipe, fp8_linear, fp8_ragged_linear
+from deepseek_jax.kernels.fp8_matmul import pallas_gpu as dense
+from deepseek_jax.kernels.fp8_matmul import reference
+from deepseek_jax.kernels.implementations import Unsupported
+from deepseek_jax.kernels.qtensor import unquantized
+from deepseek_jax.kernels.quantize.xla import quantize
+from deepseek_jax.kernels.tiles import CANDIDATES, Tiles
+
+M, N, K = 328, 320, 400  # partial tiles everywhere
+OLD = pytest.mark.skipif(
+  jax.__version_info__ < (0, 11), reason=f"kernels for GPUs need jax 0.11, not {jax.__version__}"
+)
+
+
+def operand(rows, columns, tile=(1, 128), leading=()):
+  values = np.random.default_rng(rows + columns).standard_normal((*leading, rows, columns))
+  return quantize(jnp.asarray(values, jnp.float32), tile, False)
+
+
+def close(ours, exact):
+  assert ours.shape == exact.shape and ours.dtype == exact.dtype
+  assert np.linalg.norm(np.asarray(ours) - exact) < 1e-6 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize(("down", "across", "band"), [(1, 1, 8), (7, 3, 4), (8, 5, 4), (16, 2, 16)])
+def test_bands_hold_every_tile_once(down, across, band):
+  row, column = hopper.banded(jnp.arange(down * across), down, across, band)
+  assert sorted(zip(row.tolist(), column.tolist(), strict=True)) == [(i, j) for i in range(down) for j in range(across)]
+  assert (np.asarray(row)[: min(band, down) * across] < band).all()
+
+
+@pytest.mark.parametrize("tile", [128, 256])
+@pytest.mark.parametrize("seed", range(4))
+def test_visits_are_of_every_row_once(tile, seed):
+  rng = np.random.default_rng(seed)
+  rows, groups = 2048, int(rng.integers(1, 40))
+  sizes = np.diff(np.sort(rng.integers(0, rows + 1, groups + 1))) * rng.integers(0, 2, groups)
+  (total,), (group, row, start, end) = map(np.asarray, grouped._visits(jnp.asarray(sizes, jnp.int32), rows, tile))
+  assert total <= group.size and (row % hopper.ROWS == 0).all()
+  seen, ends = np.zeros(rows, int), np.append(np.cumsum(sizes), rows)
+  for g, first, low, high in zip(group[:total], row, start, end, strict=False):
+    own = slice(max(first, low), min(first + tile, high))
+    seen[own] += 1
+    assert own.stop > own.start and np.all(np.searchsorted(ends, np.arange(own.start, own.stop), side="right") == g)
+  assert (seen == 1).all()
+
+
+@pytest.mark.parametrize(
+  ("a", "b", "dtype", "message"),
+  [
+    (operand(8, 256, (1, 64)), operand(8, 256, (64, 64)), "float32", r"a: .* tiles of 1 x 128, .*\(8, 256\) in tiles of 1 x 64"),
+    (operand(8, 256), operand(8, 256, (64, 128)), "float32", "b: .* tiles of 1 or 128 x 128, .* in tiles of 64 x 128"),
+    (unquantized(jnp.ones((8, 256)), (1, 128)), operand(8, 256), "float32", "a: .* float8_e4m3fn .* and this is float32"),
+    (operand(8, 256), operand(8, 256), "float16", "float32 and bfloat16, not float16"),
+  ],
+)  # fmt: skip
+@OLD
+def test_what_is_not_multiplied_is_said(a, b, dtype, message):
+  with pytest.raises(Unsupported, match=message):
+    dense.matmul(a, b, jnp.dtype(dtype))
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="this jax is new enough")
+def test_an_old_jax_is_named():
+  with pytest.raises(Unsupported, match=f"jax 0.11 or newer, and this is {jax.__version__}"):
+    dense.matmul(operand(8, 256), operand(8, 256), jnp.float32)
+
+
+@OLD
+@pytest.mark.kernels
+@pytest.mark.parametrize("tiles", CANDIDATES["fp8_matmul"], ids=str)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_products_cut_every_way(tiles, dtype, on_gpu):
+  a, b, matrices = operand(M, K), operand(N, K, (128, 128)), operand(N, K, (128, 128), (3,))
+  sizes = jnp.asarray([130, 0, 151], jnp.int32)
+  ours = jax.jit(lambda a, b: dense.matmul(a, b, dtype, tiles))(a, b)
+  of_groups = jax.jit(lambda *args: grouped.matmul(*args, 128, dtype, tiles))(a, matrices, sizes)
+  exact = reference.matmul(a, b, jnp.float32), grouped_reference.matmul(a, matrices, sizes, 128, jnp.float32)
+  for found, wanted in zip((ours, of_groups), exact, strict=True):
+    if dtype == jnp.float32:
+      close(found, wanted)
+    else:  # rounded once: half a unit of 8 bits
+      np.testing.assert_allclose(*map(np.float32, (found, wanted)), rtol=2**-8, atol=1e-4)
+
+
+@OLD
+@pytest.mark.kernels
+@pytest.mark.parametrize("tiles", CANDIDATES["fp8_wgrad"], ids=str)
+def test_gradients_of_weights_cut_every_way(tiles, on_gpu):
+  a, b, sizes = operand(M, K), operand(N, K), jnp.asarray([130, 0, 151], jnp.int32)
+  ours = jax.jit(lambda a, b: dense.matmul(a, b, jnp.float32, tiles))(a, b)
+  of_groups = jax.jit(lambda *args: grouped.wgrad(*args, 128, jnp.float32, tiles))(a, b, sizes)
+  close(ours, reference.matmul(a, b, jnp.float32))
+  close(of_groups, grouped_reference.wgrad(a, b, sizes, 128, jnp.float32))
+
+
+@OLD
+@pytest.mark.kernels
+@pytest.mark.parametrize("groups", [None, (50, 0, 110, 27)])
+def test_a_layer_and_its_gradients(groups, on_gpu):
+  rng, shape = np.random.default_rng(0), (len(groups), 150, 260) if groups else (150, 260)
+  x, w, dy = (jnp.asarray(rng.standard_normal(size), jnp.bfloat16) for size in ((200, 150), shape, (200, 260)))
+  sizes = {"group_sizes": jnp.asarray(groups, jnp.int32)} if groups else {}
+
+  def layer(x, w, implementation):
+    linear = fp8_ragged_linear if groups else fp8_linear
+    return linear(x, w, **sizes, recipe=Recipe(implementation=implementation))[0]
+
+  def trained(implementation):
+    y, pull = jax.vjp(lambda x, w: layer(x, w, implementation), x, w)
+    return y, *pull(dy)
+
+  for ours, exact in zip(*(jax.jit(trained, static_argnums=0)(name) for name in ("pallas_gpu", "xla")), strict=True):
+    assert ours.dtype == exact.dtype
+    np.testing.assert_allclose(*map(np.float32, (ours, exact)), rtol=2**-7, atol=1e-3 * float(jnp.abs(exact).max()))
+
+
+@OLD
+@pytest.mark.kernels
+def test_a_missing_fence_is_found(monkeypatch, on_gpu):
+  """Without the commit after the scales are read, the next copy into their stage races with the reads."""
+  commit = hopper.plgpu.commit_smem
+  monkeypatch.setattr(hopper.plgpu, "commit_smem", lambda: sys._getframe(1).f_code.co_name == "multiply" or commit())
+  a, b = operand(128, 128 * 8), operand(64, 128 * 8)
+  with pytest.raises(Exception, match="(?i)race"):
+    jax.block_until_ready(jax.jit(lambda a, b: dense.matmul(a, b, jnp.float32, Tiles(n=64)))(a, b))
