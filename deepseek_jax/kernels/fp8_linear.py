@@ -29,7 +29,7 @@ class Recipe:
   """Which of the products are in eight bits, and how; the others are in the operands' own dtypes.
 
   block: size of tiles, and terms of a product between promotions to float32: 128 is the report's.
-  pow2: scales are powers of two.
+  pow2: scales are powers of two. implementation: as in `implementations.run`.
   cached: what is kept of x is in eight bits; otherwise x itself, of which dw makes the copy that it reads.
   """
 

@@ -1,6 +1,7 @@
 """Layers in eight bits: values and gradients by their definition in NumPy, what they keep, and what they are on a mesh."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,8 @@ from deepseek_jax.kernels.swiglu.xla import swiglu
 
 ROWS, K, N = 200, 150, 260
 quantize = jax.jit(quantizers.quantize, static_argnames=("tile", "pow2", "implementation"))
-REPORT = Recipe()
+REPORT, POW2, OTHER = Recipe(), Recipe(pow2=True), Recipe(pow2=True, block=256)
 SIZES = (50, 0, 110, 27)  # and 13 rows of none
-EACH = pytest.mark.parametrize("implementation", ["xla", "reference", "pallas_tpu"])
 
 
 def problem(groups=None, rows=ROWS, k=K, n=N):
@@ -62,8 +62,15 @@ def assert_close(ours, reference, tolerance=2e-6):
     assert np.linalg.norm(np.asarray(a, np.float64) - b) < tolerance * np.linalg.norm(b)
 
 
-@EACH
-@pytest.mark.parametrize("recipe", [REPORT, Recipe(pow2=True, block=256)], ids=["the report's", "other"])
+@pytest.mark.parametrize(
+  ("implementation", "recipe"),
+  [
+    *itertools.product(["xla", "reference", "pallas_tpu"], [REPORT, OTHER]),
+    ("pallas_gpu", REPORT),
+    ("pallas_gpu", POW2),
+  ],
+  ids=lambda value: value if isinstance(value, str) else f"{value.block} pow2" if value.pow2 else "the report's",
+)
 def test_value_and_gradients(implementation, recipe):
   x, w, dy = problem()
   recipe = dataclasses.replace(recipe, implementation=implementation)
@@ -72,7 +79,9 @@ def test_value_and_gradients(implementation, recipe):
   assert_close(ours, (y, dx, dw[0]))
 
 
-@pytest.mark.parametrize(("implementation", "step"), [("reference", 128), ("xla", 16), ("pallas_tpu", 32)])
+@pytest.mark.parametrize(
+  ("implementation", "step"), [("reference", 128), ("xla", 16), ("pallas_gpu", 128), ("pallas_tpu", 32)]
+)
 def test_value_and_gradients_by_group(implementation, step):
   x, w, dy = problem(len(SIZES))
   recipe, sizes = Recipe(implementation=implementation), jnp.asarray(SIZES, jnp.int32)

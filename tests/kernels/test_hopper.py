@@ -10,7 +10,6 @@ import pytest
 from deepseek_jax.kernels import hopper
 from deepseek_jax.kernels.fp8_grouped_matmul import pallas_gpu as grouped
 from deepseek_jax.kernels.fp8_grouped_matmul import reference as grouped_reference
-from deepseek_jax.kernels.fp8_linear import Recipe, fp8_linear, fp8_ragged_linear
 from deepseek_jax.kernels.fp8_matmul import pallas_gpu as dense
 from deepseek_jax.kernels.fp8_matmul import reference
 from deepseek_jax.kernels.implementations import Unsupported
@@ -104,27 +103,6 @@ def test_gradients_of_weights_cut_every_way(tiles, on_gpu):
   of_groups = jax.jit(lambda *args: grouped.wgrad(*args, 128, jnp.float32, tiles))(a, b, sizes)
   close(ours, reference.matmul(a, b, jnp.float32))
   close(of_groups, grouped_reference.wgrad(a, b, sizes, 128, jnp.float32))
-
-
-@OLD
-@pytest.mark.kernels
-@pytest.mark.parametrize("groups", [None, (50, 0, 110, 27)])
-def test_a_layer_and_its_gradients(groups, on_gpu):
-  rng, shape = np.random.default_rng(0), (len(groups), 150, 260) if groups else (150, 260)
-  x, w, dy = (jnp.asarray(rng.standard_normal(size), jnp.bfloat16) for size in ((200, 150), shape, (200, 260)))
-  sizes = {"group_sizes": jnp.asarray(groups, jnp.int32)} if groups else {}
-
-  def layer(x, w, implementation):
-    linear = fp8_ragged_linear if groups else fp8_linear
-    return linear(x, w, **sizes, recipe=Recipe(implementation=implementation))[0]
-
-  def trained(implementation):
-    y, pull = jax.vjp(lambda x, w: layer(x, w, implementation), x, w)
-    return y, *pull(dy)
-
-  for ours, exact in zip(*(jax.jit(trained, static_argnums=0)(name) for name in ("pallas_gpu", "xla")), strict=True):
-    assert ours.dtype == exact.dtype
-    np.testing.assert_allclose(*map(np.float32, (ours, exact)), rtol=2**-7, atol=1e-3 * float(jnp.abs(exact).max()))
 
 
 @OLD
