@@ -4,6 +4,7 @@ import collections
 import functools
 import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from deepseek_jax.model.attention import attend
+from deepseek_jax.config import MeshConfig
+from deepseek_jax.kernels.implementations import Unsupported
+from deepseek_jax.mesh import abstract_mesh
+from deepseek_jax.model.attention import attend, attend_causally
 from deepseek_jax.model.context import OWN_PAIRS, TRAVEL, attend_context, attend_gathered, pairs_with, zigzag
+from deepseek_jax.model_config import AttentionConfig
+from deepseek_jax.sharding import on_every_device, spec
 
 BATCH, SEQ, HEADS, KV_HEADS, WIDTH, ROPE = 2, 32, 4, 2, 6, 2
 SHARED = jax.P("data", "context")
@@ -247,3 +253,27 @@ def test_scores_and_sums_of_pairs_are_not_kept(kind):
   assert not [x for x in kept if x.shape[-2:] == (length, length)]
   rows = BATCH * 2 * length * (2 * HEADS + parts * 2 * KV_HEADS)  # once: q, the result's sum, all keys and values
   assert sum(x.size for x in kept if x.shape[-1] == WIDTH) == rows * WIDTH
+
+
+@pytest.mark.parametrize(("implementation", "length"), [("auto", 96), ("auto", 128), ("pallas", 96)])
+def test_on_tpus_the_kernel_is_taken_where_it_does_the_shapes(implementation, length):
+  """And else the pairs of chunks, which hold no scores of the whole sequence."""
+  config = AttentionConfig(heads=HEADS, kv_heads=HEADS, head_dim=8, implementation=implementation)
+  mesh = abstract_mesh(MeshConfig(data=1, context=2), jax.sharding.AbstractDevice("TPU v5", 1, "tpu"))
+
+  def local(x):  # [1, length, heads, 8]
+    tokens = types.SimpleNamespace(segment_ids=None)
+    return attend_causally(x, (x, x), lambda keys: keys, 1.0, config, tokens, None)
+
+  with jax.sharding.use_abstract_mesh(mesh):
+    layout = spec("batch", "seq", None, None)
+    x = jax.ShapeDtypeStruct((1, 2 * length, HEADS, 8), jnp.bfloat16, sharding=jax.NamedSharding(mesh, layout))
+    trace = jax.make_jaxpr(on_every_device(local, layout, layout))
+    if implementation == "pallas":
+      with pytest.raises(Unsupported, match="multiple of 128 positions on each device, not 96"):
+        trace(x)
+      return
+    text = str(trace(x))
+  assert ("splash" in text) == (length == 128)
+  if length == 96:  # scores of the whole sequence, and of a pair
+    assert "96,192]" not in text and "48,48]" in text
