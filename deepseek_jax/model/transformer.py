@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from deepseek_jax.errors import ConfigError
+from deepseek_jax.kernels.implementations import chosen
 from deepseek_jax.model.block import Block
 from deepseek_jax.model.linear import PRODUCT, Linear, at_least_float32, matmul_precision, normal_param
 from deepseek_jax.model.mtp import MTPLayer
@@ -49,6 +51,19 @@ def rematerialised(layer, policy):
   return jax.checkpoint(named if policy == "offload" else layer, policy=saved)
 
 
+def check_kernels(config: ModelConfig):
+  """Raises ConfigError where kernels are asked for that the devices of the mesh do not have."""
+  named = {"attention": ("model.attention.implementation", config.attention.implementation)}
+  if config.precision == "fp8":
+    named["fp8_matmul"] = "model.fp8.implementation", config.fp8.implementation
+  for kernel, (field, implementation) in named.items():
+    if implementation == "pallas":  # else devices are not looked at: several processes may not have met yet
+      try:
+        chosen(kernel, implementation)
+      except ValueError as e:
+        raise ConfigError(f"{field}={implementation}: {e}") from e
+
+
 def nothing(routing, kept):
   """The `observe` of a forward pass of which only the hidden states are wanted."""
   return None
@@ -58,6 +73,7 @@ class Transformer(nnx.Module):
   """Every DeepSeek model up to V3: pre-norm, RMSNorm, SwiGLU, RoPE; dense layers first, then mixtures of experts."""
 
   def __init__(self, config: ModelConfig, key):
+    check_kernels(config)
     keys = jax.random.split(key, 5)
     self.embed = normal_param((config.vocab, config.embed), ("vocab", "embed"), config, nnx.Rngs(keys[0]))
     if config.num_dense_layers:

@@ -6,9 +6,11 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import NamedSharding
 
 from deepseek_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from deepseek_jax.errors import ConfigError
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.model_config import AttentionConfig, Fp8Config, ModelConfig, MoEConfig
@@ -126,3 +128,12 @@ def test_remat_dots_keeps_the_products_of_layers_in_eight_bits():
 
   weights = 4 + 3  # of attention and the SwiGLU
   assert products("full") - products("dots") == weights - 1
+
+
+@pytest.mark.parametrize("section", ["fp8", "attention"])
+def test_kernels_that_these_devices_do_not_have_are_refused_at_the_door(section):
+  named = dataclasses.replace(getattr(DENSE.model, section), implementation="pallas")
+  config = dataclasses.replace(DENSE.model, **{section: named})
+  with jax.set_mesh(make_mesh(DENSE.mesh, jax.devices()[:1])):
+    with pytest.raises(ConfigError, match=f"model.{section}.implementation=pallas: .* for cpu: use auto or xla"):
+      graphdef(config)
