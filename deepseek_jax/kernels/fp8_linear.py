@@ -122,15 +122,14 @@ def _how(a, dtype, recipe):
 
 def _activation(x, along, down, recipe):
   """(`x`, its transpose) as operands, each in eight bits if `along`, if `down`; what is not wanted costs nothing as it is."""
-  tile, how = (1, recipe.block), {"pow2": recipe.pow2, "implementation": recipe.implementation}
+  tile, how = (1, recipe.block), _rounding(recipe)
   if isinstance(x, tuple):
     rounded = swiglu_quantize(*x, recipe.block, **how) if along or down else None
     x = swiglu(*x).astype(x[0].dtype)
-  elif along and down:
-    rounded = quantize_both(x, recipe.block, **how)
-  else:
-    rounded = quantize(x, tile, **how) if along else None, quantize(x.mT, tile, **how) if down else None
-  return rounded[0] if along else unquantized(x, tile), rounded[1] if down else unquantized(x.mT, tile)
+    return rounded[0] if along else unquantized(x, tile), rounded[1] if down else unquantized(x.mT, tile)
+  if along and down:
+    return quantize_both(x, recipe.block, **how)
+  return _operand(x, tile, along, recipe), _operand(x.mT, tile, down, recipe)
 
 
 def _weight(w, eight_bits, recipe):
@@ -139,8 +138,11 @@ def _weight(w, eight_bits, recipe):
 
 def _operand(x, tile, eight_bits, recipe):
   """`x` in eight bits or as it is."""
-  how = {"pow2": recipe.pow2, "implementation": recipe.implementation}
-  return quantize(x, tile, **how) if eight_bits else unquantized(x, tile)
+  return quantize(x, tile, **_rounding(recipe)) if eight_bits else unquantized(x, tile)
+
+
+def _rounding(recipe):
+  return {"pow2": recipe.pow2, "implementation": recipe.implementation}
 
 
 def _named(tree, name):

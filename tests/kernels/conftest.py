@@ -1,6 +1,5 @@
 """Pallas kernels run in its interpreters, with the race detector on; all but the QUICK cases in `make kernels` alone."""
 
-import contextlib
 import pathlib
 
 import jax
@@ -50,20 +49,14 @@ def interpreted(request):
     request.getfixturevalue({"pallas_gpu": "on_gpu", "pallas_tpu": "on_tpu"}[name])
 
 
-@contextlib.contextmanager
-def interpreted_gpu():
+@pytest.fixture
+def on_gpu():
   """Kernels for GPUs run on CPU, every thread, barrier and copy of them; a race between them is an error."""
   if jax.__version_info__ < (0, 11):
     pytest.skip(f"kernels for GPUs are interpreted by jax 0.11 and newer, and this is {jax.__version__}")
   from jax.experimental.pallas import mosaic_gpu as plgpu
 
   with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-    yield
-
-
-@pytest.fixture
-def on_gpu():
-  with interpreted_gpu():
     yield
 
 

@@ -9,22 +9,21 @@ import jax.numpy as jnp
 def attention(q, k, v, segment_ids, scale):
   # The library's function wants equal widths, and keeps its softmax in float32 in a float64 run.
   if q.shape[-1] == v.shape[-1] and q.dtype != jnp.float64:
-    mask = None if segment_ids is None else _same(segment_ids)
+    mask = None if segment_ids is None else _same(segment_ids, segment_ids)
     return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=True)
   return causal(q, k, v, segment_ids, scale)
 
 
 def attention_of_part(q, k, v, segment_ids, scale, positions, part):
   mask = jnp.asarray(positions)[part][:, None] >= jnp.arange(k.shape[1])
-  if segment_ids is not None:
-    mask = mask & (segment_ids[0][:, None, :, None] == segment_ids[1][:, None, None, :])
+  mask = mask if segment_ids is None else mask & _same(*segment_ids)
   return jax.checkpoint(functools.partial(where, scale=scale), prevent_cse=False)(mask, q, k, v)
 
 
 def causal(q, k, v, segment_ids, scale, drop=lambda weights: weights):
   """As `attention`; `drop` is as in `where`. The backward pass makes the scores again."""
   mask = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool))
-  mask = mask if segment_ids is None else mask & _same(segment_ids)  # [seq, seq] or [batch, 1, seq, seq]
+  mask = mask if segment_ids is None else mask & _same(segment_ids, segment_ids)  # [seq, seq] or [batch, 1, seq, seq]
   return jax.checkpoint(functools.partial(where, scale=scale, drop=drop), prevent_cse=False)(mask, q, k, v)
 
 
@@ -43,5 +42,5 @@ def where(mask, q, k, v, *, scale, drop=lambda weights: weights):
   return y.reshape(*y.shape[:2], -1, y.shape[-1])  # [batch, queries, heads, value width]
 
 
-def _same(segment_ids):
-  return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # [batch, 1, seq, seq]
+def _same(of_queries, of_keys):
+  return of_queries[:, None, :, None] == of_keys[:, None, None, :]  # [batch, 1, queries, keys]
