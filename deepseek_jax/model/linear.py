@@ -120,5 +120,6 @@ def unpacked(recipe, rows, scales, dtype):
   """
   if recipe is None:
     return rows
-  values = jax.lax.bitcast_convert_type(rows, FP8)
+  # libtpu lays the rows of a message out anew: as bytes, not as the float32 that they are multiplied in.
+  values = jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(rows), FP8)
   return QTensor(values, scales, (1, recipe.block)).dequantized().astype(dtype)
