@@ -53,6 +53,7 @@ class Plan:
     return self.config.train.global_batch * self.config.data.seq
 
   def mfu(self, estimate):
+    """Of bfloat16's peak, also where products are in eight bits."""
     return self.model_flops / (self.topology.devices * self.topology.chip.flops * estimate.seconds)
 
   def json(self) -> dict:
@@ -110,7 +111,8 @@ def make_plan(config: Config, topology: Topology, program, compile=False) -> Pla
     if o.sent:
       sent[o.kind]["x".join(o.axes)] += o.times * o.sent
   useful = training_flops(config.model, config.data.seq).causal * config.train.global_batch * config.data.seq
-  estimates = (estimate(operations, topology, sizes) for estimate in (roofline.ideal, roofline.calibrated))
+  block = config.model.fp8.block
+  estimates = (estimate(operations, topology, sizes, block) for estimate in (roofline.ideal, roofline.calibrated))
   sent = {kind: dict(by_axes) for kind, by_axes in sent.items()}
   source = "compiled" if compile else "analytic"
   return Plan(config, topology, memory, useful, flops * topology.devices, sent, *estimates, source, seconds)

@@ -8,7 +8,7 @@ import dataclasses
 import math
 
 from deepseek_jax.plan.count import Operation
-from deepseek_jax.plan.topology import Topology
+from deepseek_jax.plan.topology import Chip, Topology
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,19 +53,24 @@ def message_seconds(o: Operation, topology: Topology, sizes) -> float:
   return o.times * o.sent / topology.bandwidth(n, stride, to_all=o.kind.endswith("all-to-all"))
 
 
-def ideal(operations, topology: Topology, sizes) -> Estimate:
+def product_seconds(o: Operation, chip: Chip, block) -> float:
+  """Seconds of all products of an operation at their peak; those in eight bits have a scale every `block` terms."""
+  return o.times * o.flops / chip.flops / (chip.eight_bits_rate(block) if o.eight_bits else 1)
+
+
+def ideal(operations, topology: Topology, sizes, block) -> Estimate:
   chip = topology.chip
-  compute = sum(o.times * o.flops for o in operations) / chip.flops
+  compute = sum(product_seconds(o, chip, block) for o in operations)
   hbm = sum(o.times * o.bytes for o in operations) / chip.bandwidth
   network = sum(message_seconds(o, topology, sizes) for o in operations)
   return Estimate(max(compute, hbm, network), compute, hbm, network)
 
 
-def calibrated(operations, topology: Topology, sizes, efficiency=Efficiency()) -> Estimate:
+def calibrated(operations, topology: Topology, sizes, block, efficiency=Efficiency()) -> Estimate:
   """Each operation is charged to what bounds it: its product or its memory."""
   chip, parts = topology.chip, {"compute": 0.0, "hbm": 0.0}
   for o in operations:
-    product = o.times * o.flops / chip.flops / getattr(efficiency, o.kind.replace(" ", "_"), 1) if o.flops else 0
+    product = product_seconds(o, chip, block) / getattr(efficiency, o.kind.replace(" ", "_"), 1) if o.flops else 0
     memory = o.times * o.bytes / chip.bandwidth / efficiency.memory
     parts["compute" if product > memory else "hbm"] += max(product, memory)
   network = sum(message_seconds(o, topology, sizes) for o in operations) / efficiency.network

@@ -16,6 +16,8 @@ from deepseek_jax.plan.count import Loops, counted
 from deepseek_jax.plan.flops import training_flops
 from deepseek_jax.plan.hlo import Program
 from deepseek_jax.plan.plan import expected_loops, traced, without_kernels
+from deepseek_jax.plan.roofline import product_seconds
+from deepseek_jax.plan.topology import parse
 from deepseek_jax.training.step import abstract_step
 
 DENSE = Config(
@@ -127,7 +129,8 @@ def test_kernels_do_what_they_say_and_by_groups_as_much_as_there_are_rows():
     return fp8_matmul(x, w[0], implementation="pallas_tpu")
 
   (product,) = [o for o in counted(jax.jit(dense).trace(x, w).jaxpr, {}) if o.kind == "product"]
-  assert product.flops == 2 * m * n * k
+  assert product.flops == 2 * m * n * k and product.eight_bits
+  assert product_seconds(product, parse("tpu7x").chip, 256) == product.flops / 1153.5e12 / 0.79
   # The matrix that is taken out of two is read and written; scales are a thirty-second of values or less, and written anew.
   least = (m * k + n * k + 4 * m * n) + 2 * n * k
   assert least < product.bytes < 1.1 * least

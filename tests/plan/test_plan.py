@@ -98,6 +98,17 @@ def test_several_slices_send_gradients_over_the_network(capsys):
   assert two["ideal"]["interconnect_seconds"] > one["ideal"]["interconnect_seconds"]
 
 
+@pytest.mark.parametrize(
+  ("topology", "block", "faster"), [("h200:8", 128, True), ("tpu7x:2x2x1", 128, False), ("v6e:2x4", 512, True)]
+)
+def test_products_in_eight_bits_have_the_chips_rate_for_them(capsys, topology, block, faster):
+  how = ("--config=configs/v2_lite.py", f"--topology={topology}", "--json=-")
+  fp8 = ("--config.model.precision=fp8", f"--config.model.fp8.block={block}")
+  wide, narrow = (json.loads(planned(capsys, *how, *more)) for more in ((), fp8))
+  assert narrow["model_flops"] == wide["model_flops"]
+  assert (narrow["ideal"]["compute_seconds"] < wide["ideal"]["compute_seconds"]) == faster
+
+
 def test_near_what_maxtext_publishes_for_v3_on_512_chips():
   """AI-Hypercomputer/maxtext, deepseek_v3_dropless_v5p_1024: fsdp alone, 8 sequences of 8192 a chip, flash attention, block
   inputs offloaded, 33.2% MFU measured."""
