@@ -43,7 +43,7 @@ tpu:
 	$(VENV)-tpu/bin/python -m pytest -m tpu -o faulthandler_timeout=0 $(ARGS)
 
 kernels:
-	@$(PYTHON) .ci/environment.py $(VENV)-kernels test tpu gpu-aot
+	@$(PYTHON) .ci/environment.py $(VENV)-kernels test tpu gpu-aot tokamax
 	$(VENV)-kernels/bin/python -m pytest -m kernels tests/kernels -n 2 -o faulthandler_timeout=0 $(ARGS)
 
 lint: test-environment

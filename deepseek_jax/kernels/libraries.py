@@ -1,7 +1,7 @@
-"""Pallas kernels that come with jax, made fit for programs whose types say what varies over devices, and for plans.
+"""Pallas kernels of libraries, made fit for programs whose types say what varies over devices, and for plans.
 
-Those kernels neither type their results for shard_map(check_vma=True) nor, some of them, say what they cost. So a module of
-theirs is loaded once more, with a `pallas_call` that does both.
+Those that come with jax neither type their results for shard_map(check_vma=True) nor, some of them, say what they cost. So a
+module of theirs is loaded once more, with a `pallas_call` that does both. Others, which refuse typed operands, are not shown any.
 """
 
 import functools
@@ -10,8 +10,10 @@ import types
 
 import jax
 from jax.experimental import pallas as pl
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
-from deepseek_jax.kernels.implementations import device_kind
+from deepseek_jax.kernels.implementations import device_kind, vary
 
 
 @functools.cache
@@ -44,3 +46,23 @@ def library(name, dtype, cost=None):
 
   module.pl = types.SimpleNamespace(**vars(pl) | {"pallas_call": pallas_call})
   return module
+
+
+# The same array, typed as varying over no axis of a mesh: Mosaic's maps over warps refuse others (jax 0.11, 0.12).
+_forget = Primitive("forget_axes")
+_forget.def_abstract_eval(lambda x: x.update(manual_axis_type=type(x.manual_axis_type)()))
+_forget.def_impl(lambda x: x)
+mlir.register_lowering(_forget, lambda _, x: [x])
+
+
+def untyped(kernel):
+  """`kernel`, which sees operands that vary over no axis of a mesh; its results vary over all axes that its operands do.
+
+  For what has a gradient of its own, since the cast has none: it would hide which devices' terms are to be summed.
+  """
+
+  @functools.wraps(kernel)
+  def call(*operands):
+    return vary(kernel(*jax.tree.map(_forget.bind, operands)), operands)[0]
+
+  return call

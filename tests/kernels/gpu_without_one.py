@@ -4,6 +4,7 @@ The CUDA plugin of jax compiles for a described device; ptxas and nvdisasm come 
 """
 
 import functools
+import importlib.util
 import json
 import os
 import pathlib
@@ -23,7 +24,7 @@ gpu_device_info {
 }
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } device_description_str: "NVIDIA H200"
 """
-INSTRUCTIONS = ("QGMMA", "FFMA", "FMUL", "LDL", "STL", "UTMALDG", "UTMASTG")
+INSTRUCTIONS = ("QGMMA", "HGMMA", "FFMA", "FMUL", "LDL", "STL", "UTMALDG", "UTMASTG")
 
 
 def tools(folder):
@@ -88,6 +89,40 @@ def cases():
   return found
 
 
+def attention_cases():
+  """tokamax's kernels as models call them: latent and grouped attention, packed or not, and a part of a sequence."""
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+
+  from deepseek_jax.kernels.attention import pallas_gpu
+
+  array = jax.ShapeDtypeStruct
+  positions = np.arange(4096, dtype=np.int32).reshape(2, 2048)
+
+  def whole(segments, *arrays):
+    return pallas_gpu.attention(*arrays, segments, 0.1)
+
+  def part(segments, q, k, v):
+    return pallas_gpu.attention_of_part(q[:, :2048], k, v, (segments[:, :2048], segments), 0.1, positions, 0)
+
+  def gradients(attention, segments, *arrays):
+    y, pull = jax.vjp(functools.partial(attention, segments), *arrays)
+    return y, pull(y)
+
+  found = {}
+  for name, (heads, kv_heads, key) in {"latent": (16, 16, 192), "grouped": (16, 4, 128)}.items():
+    arrays = [array((2, 4096, h, w), jnp.bfloat16) for h, w in ((heads, key), (kv_heads, key), (kv_heads, 128))]
+    segments = array((2, 4096), jnp.int32)
+    for how, attention, ids in (
+      ("", whole, None),
+      (" packed", whole, segments),
+      (" packed, of a part", part, segments),
+    ):
+      found[f"attention {name}{how}"] = (functools.partial(gradients, attention), [ids, *arrays], None)
+  return found
+
+
 def main():
   folder = pathlib.Path(tempfile.mkdtemp())
   tools(folder)
@@ -104,7 +139,8 @@ def main():
 
   topology = topologies.get_topology_desc(platform="cuda", topology_name="h200", target_config=H200, topology="1x1x1")
   sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
-  for name, (function, arguments, _) in cases().items():
+  found = cases() | (attention_cases() if importlib.util.find_spec("tokamax") else {})
+  for name, (function, arguments, _) in found.items():
     if sys.argv[1:] and not re.search(sys.argv[1], name):
       continue
     (folder / "dump").mkdir(exist_ok=True)

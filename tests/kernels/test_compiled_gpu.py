@@ -41,6 +41,11 @@ def compiled():
   return {found["name"]: found for found in map(json.loads, done.stdout.splitlines())}
 
 
+# Of a thread, of all kernels, as ptxas of CUDA 13.5 says it: most in that for gradients of keys and values.
+ATTENTION_SPILLS = {
+  "latent": 364, "latent packed": 516, "latent packed, of a part": 252,
+  "grouped": 128, "grouped packed": 188, "grouped packed, of a part": 48,
+}  # fmt: skip
 CASES = gpu_without_one.cases() if jax.__version_info__ >= (0, 11) else {}
 
 
@@ -60,6 +65,17 @@ def test_machine_code(compiled, name):
   # By a row's scale and, of two activations, by a column's: of the latter one product more a sum.
   multiplications = found["FMUL"] / found["QGMMA"]
   assert additions <= multiplications < additions + 1 if "wgrad" in name else multiplications < 2.5
+
+
+@pytest.mark.parametrize("name", ATTENTION_SPILLS)
+def test_attention_s_machine_code(compiled, name):
+  """tokamax's: forward, and two kernels backward."""
+  if not installed("tokamax"):
+    pytest.skip("the extra tokamax is not installed: make kernels")
+  found = compiled[f"attention {name}"]
+  assert len(found["registers"]) == 3 and found["HGMMA"] and found["UTMALDG"] and found["UTMASTG"]
+  assert 0 < max(found["shared_bytes"]) <= SHARED_BYTES
+  assert max(found["spilled"]) <= ATTENTION_SPILLS[name]
 
 
 def test_kernels_are_traced_inside_shard_map_and_scan_and_checkpoint():

@@ -378,8 +378,7 @@ def test_what_is_chosen_is_there(kernel, device_kind):
   with on(device_kind):
     file = implementations.chosen(kernel, "auto")
     assert all(callable(implementations._function(kernel, function, file)) for function in FUNCTIONS[kernel])
-    if (kernel, device_kind) == ("attention", "NVIDIA H200"):  # which has none
-      assert file == "xla"
+    if kernel == "attention":  # which has none
       with pytest.raises(ValueError, match="attention has no implementation 'reference': use auto, pallas, xla"):
         implementations.chosen(kernel, "reference")
 

@@ -9,8 +9,9 @@ def attention(q, k, v, *, scale, segment_ids=None, implementation="auto"):
   Args:
     q: [batch, seq, heads, key width]. k: [batch, seq, kv_heads, key width]. v: [batch, seq, kv_heads, value width].
     scale: factor of the logits.
-    segment_ids: [batch, seq] int; positions attend within their segment only.
-    implementation: as in `implementations.run`; "pallas_tpu" is jax's splash attention, which holds no scores in memory.
+    segment_ids: [batch, seq] int; positions attend within their segment only, a run of equal numbers.
+    implementation: as in `implementations.run`; "pallas_tpu" is jax's splash attention, "pallas_gpu" that of tokamax, if it
+      is installed; neither holds scores in memory.
 
   Raises:
     ValueError: an `implementation` that does not exist, or does not do this.
