@@ -4,7 +4,6 @@ import dataclasses
 from collections import defaultdict
 
 import jax
-from jax.sharding import AbstractDevice
 
 from deepseek_jax.config import Config
 from deepseek_jax.errors import ConfigError
@@ -16,9 +15,9 @@ from deepseek_jax.plan import roofline
 from deepseek_jax.plan.child import ADVICE, in_child
 from deepseek_jax.plan.compiled import OutOfMemory, compiled, devices
 from deepseek_jax.plan.count import Loops, Operation, counted
-from deepseek_jax.plan.flops import training_flops
+from deepseek_jax.plan.flops import DEVICE, training_flops
 from deepseek_jax.plan.hlo import Program
-from deepseek_jax.plan.memory import estimate_memory
+from deepseek_jax.plan.memory import estimate_memory, fused_attention
 from deepseek_jax.plan.topology import GIB, Topology
 
 
@@ -86,7 +85,8 @@ def make_plan(config: Config, topology: Topology, program, compile=False) -> Pla
   sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
   check_slices(tuple(sizes.values()), topology.slices)
   loops = expected_loops(config, topology.chip.kind)
-  operations = traced(config if topology.is_tpu else without_kernels(config), program, sizes, loops)
+  kernels = topology.is_tpu or fused_attention(config, topology.chip)
+  operations = traced(config if kernels else without_kernels(config), program, sizes, loops)
   if not has_ragged(topology.chip.kind):
     operations = [dataclasses.replace(o, kind=o.kind.removeprefix("ragged-")) for o in operations]
   flops, seconds = sum(o.times * o.flops for o in operations), 0.0
@@ -119,14 +119,14 @@ def make_plan(config: Config, topology: Topology, program, compile=False) -> Pla
 
 
 def without_kernels(config: Config) -> Config:
-  """`config` with attention as XLA makes it, which is what GPUs have."""
+  """`config` with attention as XLA makes it."""
   attention = dataclasses.replace(config.model.attention, implementation="xla")
   return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
 
 
 def traced(config, program, sizes, loops) -> list[Operation]:
   """Operations of a step; as for a v5p, whatever the chip: grouped products and messages are then one operation each."""
-  mesh = abstract_mesh(config.mesh, AbstractDevice("TPU v5p", 1, "tpu"))
+  mesh = abstract_mesh(config.mesh, DEVICE)
   with jax.sharding.use_abstract_mesh(mesh):
     step, arguments = program(config, mesh)
     return counted(jax.jit(step, donate_argnums=0).trace(*arguments).jaxpr, sizes, loops)

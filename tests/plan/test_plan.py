@@ -109,6 +109,15 @@ def test_products_in_eight_bits_have_the_chips_rate_for_them(capsys, topology, b
   assert (narrow["ideal"]["compute_seconds"] < wide["ideal"]["compute_seconds"]) == faster
 
 
+def test_gpus_have_fused_attention_where_it_is_asked_for(capsys):
+  how = ("--config=configs/tiny.py", "--topology=h100:1", "--json=-", "--config.data.seq=1024")
+  auto, fused = (
+    json.loads(planned(capsys, *how, f"--config.model.attention.implementation={name}")) for name in ("auto", "pallas")
+  )
+  assert fused["ideal"]["hbm_seconds"] < auto["ideal"]["hbm_seconds"]
+  assert fused["hbm_bytes_per_device"]["activations"] < auto["hbm_bytes_per_device"]["activations"]
+
+
 def test_near_what_maxtext_publishes_for_v3_on_512_chips():
   """AI-Hypercomputer/maxtext, deepseek_v3_dropless_v5p_1024: fsdp alone, 8 sequences of 8192 a chip, flash attention, block
   inputs offloaded, 33.2% MFU measured."""
