@@ -58,7 +58,8 @@ mlir.register_lowering(_forget, lambda _, x: [x])
 def untyped(kernel):
   """`kernel`, which sees operands that vary over no axis of a mesh; its results vary over all axes that its operands do.
 
-  For what has a gradient of its own, since the cast has none: it would hide which devices' terms are to be summed.
+  For what has a gradient of its own and is not mapped by vmap, since the cast has neither: it would hide which devices' terms
+  are to be summed.
   """
 
   @functools.wraps(kernel)

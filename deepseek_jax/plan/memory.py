@@ -145,9 +145,12 @@ def fused_attention(config: Config, chip: Chip | None):
   """Whether attention is a kernel that keeps scores on the chip: see kernels/attention/. Of GPUs only where it is asked for
   by name, since it is that of a library which may not be installed."""
   a, dtype = config.model.attention, config.model.compute_dtype
-  wanted = a.implementation == "pallas" or a.implementation == "auto" and (not chip or chip.torus > 0)
+  on_tpu = not chip or chip.torus > 0
+  wanted = (
+    a.implementation != "xla" and dtype != "float64" if on_tpu else a.implementation == "pallas" and dtype == "bfloat16"
+  )
   whole = config.mesh.context == 1 or a.context_keys == "gather"
-  return wanted and whole and config.data.seq // config.mesh.context % 128 == 0 and dtype != "float64" and not a.dropout
+  return wanted and whole and config.data.seq // config.mesh.context % 128 == 0 and not a.dropout
 
 
 def _score_copies(config: Config, chip):

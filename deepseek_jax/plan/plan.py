@@ -4,12 +4,14 @@ import dataclasses
 from collections import defaultdict
 
 import jax
+from jax.sharding import AbstractDevice
 
 from deepseek_jax.config import Config
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.kernels.grouped_matmul import block_rows
 from deepseek_jax.mesh import AXES, abstract_mesh, check_slices, make_mesh, resolve_mesh
 from deepseek_jax.model.exchange import has_ragged
+from deepseek_jax.model.transformer import check_kernels
 from deepseek_jax.parallel.pipeline import passes
 from deepseek_jax.plan import roofline
 from deepseek_jax.plan.child import ADVICE, in_child
@@ -79,9 +81,11 @@ def make_plan(config: Config, topology: Topology, program, compile=False) -> Pla
     compile: for a TPU topology, with libtpu: memory and messages are those of the compiled program.
 
   Raises:
-    ConfigError: a mesh that cannot work.
+    ConfigError: a mesh that cannot work, or kernels that the chip does not have.
   """
   config = resolve_mesh(config, topology.devices)
+  with jax.sharding.use_abstract_mesh(abstract_mesh(config.mesh, AbstractDevice(topology.chip.kind, 1))):
+    check_kernels(config.model)
   sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
   check_slices(tuple(sizes.values()), topology.slices)
   loops = expected_loops(config, topology.chip.kind)

@@ -37,7 +37,8 @@ class Chip:
 
   eight_bits: rate of products in eight bits beside bfloat16's, with scales every 128, 256 and 512 terms. Of TPUs by the
   length of the kernels' steps (tests/kernels/bundles.json; v5e is taken for a v5p), of Hopper what DeepGEMM reaches
-  (1410e12 on an H800) beside bfloat16 (788e12 on an H200); no kernel of ours was timed. Elsewhere XLA multiplies bfloat16.
+  (1410e12 on an H800) beside bfloat16 (788e12 on an H200); no kernel of ours was timed. Elsewhere XLA
+  multiplies bfloat16; bytes are counted as for kernels all the same.
   """
 
   kind: str

@@ -5,7 +5,6 @@ the former, and stages enough that none is used twice, which makes the latter ne
 """
 
 import functools
-import importlib.util
 import types
 
 import jax
@@ -21,7 +20,9 @@ from deepseek_jax.model.context import zigzag
 OLD = pytest.mark.skipif(
   jax.__version_info__ < (0, 11), reason=f"kernels for GPUs need jax 0.11, not {jax.__version__}"
 )
-TOKAMAX = pytest.mark.skipif(importlib.util.find_spec("tokamax") is None, reason="the extra tokamax is not installed")
+TOKAMAX = pytest.mark.skipif(
+  pallas_gpu._installed() != pallas_gpu.TOKAMAX, reason="the extra tokamax is not installed: make kernels"
+)
 
 # batch, seq, heads, kv_heads, width of keys, of values
 CASES = {"mla": (1, 256, 2, 2, 192, 128), "gqa": (2, 128, 4, 2, 128, 128), "narrow": (1, 128, 2, 1, 48, 32)}
@@ -105,7 +106,6 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(module, "plgpu", changed(plgpu, wgmma=product, ACC=acc, RefUnion=lambda *groups: groups))
     monkeypatch.setattr(module, "mgpu_lib", changed(module.mgpu_lib, bar_arrive=nothing, bar_sync=nothing))
     monkeypatch.setattr(module, "pl", changed(module.pl, run_state=run_state))
-  monkeypatch.setattr(pallas_gpu, "FORWARD", {"block_q": 64, "block_kv": 64, "num_stages": 4})
   with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
     yield
 

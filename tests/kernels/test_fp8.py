@@ -378,7 +378,8 @@ def test_what_is_chosen_is_there(kernel, device_kind):
   with on(device_kind):
     file = implementations.chosen(kernel, "auto")
     assert all(callable(implementations._function(kernel, function, file)) for function in FUNCTIONS[kernel])
-    if kernel == "attention":  # which has none
+    if kernel == "attention":
+      assert file == {"cpu": "xla", "TPU v5": "pallas_tpu", "NVIDIA H200": "pallas_gpu"}[device_kind]
       with pytest.raises(ValueError, match="attention has no implementation 'reference': use auto, pallas, xla"):
         implementations.chosen(kernel, "reference")
 

@@ -72,6 +72,7 @@ def test_a_plan_for_people_and_in_a_file(capsys, tmp_path):
     (("--topology=v5p:2x2x1", "--config.mesh.tensor=4", "--config.model.attention.heads=6"), "heads"),
     (("--topology=2*v5p:2x2x1", "--config.mesh.data=1", "--config.mesh.fsdp=8"), "slices"),
     (("--topology=v5p:2x2",), "3 dimensions"),
+    (("--topology=a100:1", "--config.model.attention.implementation=pallas"), "no Pallas kernel for A100"),
     ((), "--topology"),
     (("--topology=v5p:2x2x1", "--json=/nowhere/plan.json"), "cannot be written"),
   ],
@@ -102,7 +103,7 @@ def test_several_slices_send_gradients_over_the_network(capsys):
   ("topology", "block", "faster"), [("h200:8", 128, True), ("tpu7x:2x2x1", 128, False), ("v6e:2x4", 512, True)]
 )
 def test_products_in_eight_bits_have_the_chips_rate_for_them(capsys, topology, block, faster):
-  how = ("--config=configs/v2_lite.py", f"--topology={topology}", "--json=-")
+  how = ("--config=configs/v2_lite.py", f"--topology={topology}", "--json=-", "--config.model.layers=2")
   fp8 = ("--config.model.precision=fp8", f"--config.model.fp8.block={block}")
   wide, narrow = (json.loads(planned(capsys, *how, *more)) for more in ((), fp8))
   assert narrow["model_flops"] == wide["model_flops"]
@@ -110,7 +111,8 @@ def test_products_in_eight_bits_have_the_chips_rate_for_them(capsys, topology, b
 
 
 def test_gpus_have_fused_attention_where_it_is_asked_for(capsys):
-  how = ("--config=configs/tiny.py", "--topology=h100:1", "--json=-", "--config.data.seq=1024")
+  wide = ("--config.data.seq=1024", "--config.model.compute_dtype=bfloat16")
+  how = ("--config=configs/tiny.py", "--topology=h100:1", "--json=-", *wide)
   auto, fused = (
     json.loads(planned(capsys, *how, f"--config.model.attention.implementation={name}")) for name in ("auto", "pallas")
   )

@@ -18,7 +18,8 @@ from deepseek_jax.kernels.libraries import untyped
 TOKAMAX = "0.0.17"  # not any: what is called here is internal to it
 ROWS = 128  # two warpgroups of 64 queries, or of 64 keys backward
 WIDTHS = 192, 128  # of keys and of values, at most: more has no room on the chip
-# What tokamax takes of itself for these widths on Hopper; not measured by us.
+# What tokamax takes of itself for causal attention of these widths on Hopper; not measured by us. For parts it would take a
+# schedule that asks the device that is here.
 FORWARD = {"block_q": 64, "block_kv": 128, "num_stages": 2}
 BACKWARD = {"block_q_dkv": 64, "block_kv_dkv": 64, "block_q_dq": 64, "block_kv_dq": 64, "num_stages": 2}
 
@@ -64,7 +65,8 @@ def _starts(segment_ids):
   if segment_ids is None:
     return None
   position = jax.lax.broadcasted_iota(jnp.int32, segment_ids.shape, 1)
-  first = jnp.concatenate([position[:, :1] == 0, segment_ids[:, 1:] != segment_ids[:, :-1]], 1)
+  first = jnp.ones_like(segment_ids[:, :1], bool)
+  first = jnp.concatenate([first, segment_ids[:, 1:] != segment_ids[:, :-1]], 1)
   return jax.lax.cummax(jnp.where(first, position, 0), axis=1)[:, None]
 
 
