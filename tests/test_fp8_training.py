@@ -102,9 +102,13 @@ def ended_run(workdir, losses, heldout):
 
 
 @pytest.mark.parametrize(
-  ("fp8", "per_tensor", "code"), [(2.001, 2.1, 0), (2.01, 2.1, 1), (2.001, 2.001, 1), (2.001, None, 1)]
-)
-def test_report(tmp_path, capsys, monkeypatch, fp8, per_tensor, code):
+  ("fp8", "per_tensor", "more", "code"),
+  [
+    (2.001, 2.1, (), 0), (2.01, 2.1, (), 1), (2.001, 2.001, (), 1), (2.001, None, (), 1),
+    (2.001, None, ("--nocontrols",), 0), (2.01, None, ("--nocontrols",), 1),
+  ],
+)  # fmt: skip
+def test_report(tmp_path, capsys, monkeypatch, fp8, per_tensor, more, code):
   monkeypatch.setattr(fp8_controls, "outlier_errors", lambda exponents: {"a tile": [(e, 0.1) for e in exponents]})
   for seed in range(2):
     ended_run(tmp_path / f"bf16-{seed}", [3.0] * 10 + [1.5] * 30, 2.0)
@@ -113,7 +117,7 @@ def test_report(tmp_path, capsys, monkeypatch, fp8, per_tensor, code):
   if per_tensor:
     ended_run(tmp_path / "per-tensor-outliers-0", [3.0] * 10 + [1.6] * 30, per_tensor)
     ended_run(tmp_path / "per-tensor-outliers-0-frozen", [2.0], 2.5)
-  arguments = ("--report", "--seeds=2", f"--workdir={tmp_path}", f"--out={tmp_path}/curves.svg")
+  arguments = ("--report", "--seeds=2", f"--workdir={tmp_path}", f"--out={tmp_path}/curves.svg", *more)
   assert fp8_training.main(["fp8_training", *arguments]) == code
   out, mean = capsys.readouterr().out, fp8 / 2 - 1
   gaps = f"{mean - 0.05:+.2%}, {mean + 0.05:+.2%}: {mean:+.2%} ± 5.00%"
