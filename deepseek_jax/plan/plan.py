@@ -84,7 +84,8 @@ def make_plan(config: Config, topology: Topology, program, compile=False) -> Pla
     ConfigError: a mesh that cannot work, or kernels that the chip does not have.
   """
   config = resolve_mesh(config, topology.devices)
-  with jax.sharding.use_abstract_mesh(abstract_mesh(config.mesh, AbstractDevice(topology.chip.kind, 1))):
+  device = AbstractDevice(topology.chip.kind, 1, "tpu" if topology.is_tpu else "gpu")
+  with jax.sharding.use_abstract_mesh(abstract_mesh(config.mesh, device)):
     check_kernels(config.model)
   sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
   check_slices(tuple(sizes.values()), topology.slices)
