@@ -2,7 +2,8 @@
 
 `lax.ragged_dot` is this product, and on CPU and on TPUs other than v5p XLA expands it to every row times every matrix; on
 GPUs it does so at least in the backward pass (reported by XLA's users, not measured by us). The blocked form does the useful
-work alone: each block of rows belongs to one group, and a loop takes the blocks in use. On those TPUs jax's kernel does.
+work alone: each block of rows belongs to one group, and a loop takes the blocks in use. On those TPUs, and on Hopper, jax's
+kernels do.
 """
 
 import functools
@@ -10,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.kernels.implementations import device_kind, vary
+from deepseek_jax.kernels.implementations import Unsupported, device_kind, is_hopper, log_once, vary
 
 
 def block_rows(rows: int, groups: int) -> int:
@@ -25,18 +26,27 @@ def grouped_matmul(x, w, group_sizes, *, block, implementation="auto"):
   Args:
     x: rows sorted by group; those past sum(group_sizes) belong to none and come out zero. rows is a multiple of `block`.
     group_sizes: [groups] int32, each a multiple of `block`.
-    implementation: "blocked", "ragged_dot", "gmm" (for TPUs), or "auto": the one that does no more than the useful work on
-      this platform.
+    implementation: "blocked", "ragged_dot", "gmm" (for TPUs), "hopper", or "auto": the one that does no more than the useful
+      work on this platform.
 
   Raises:
-    ValueError: rows is not a multiple of `block`.
+    ValueError: rows is not a multiple of `block`, or the named implementation does not do this.
   """
   if x.shape[0] % block:
     raise ValueError(f"x has {x.shape[0]} rows, which is not a multiple of block={block}: pad it")
-  if implementation == "auto":
-    kind, has_kernel = device_kind(), x.dtype in (jnp.bfloat16, jnp.float32)
-    implementation = "ragged_dot" if native(kind) else "gmm" if kind.startswith("TPU") and has_kernel else "blocked"
-  return IMPLEMENTATIONS[implementation](x, w, group_sizes, block)
+  if implementation != "auto":
+    return IMPLEMENTATIONS[implementation](x, w, group_sizes, block)
+  kind = device_kind()
+  if native(kind):
+    return _ragged_dot(x, w, group_sizes, block)
+  if kind.startswith("TPU") and x.dtype in (jnp.bfloat16, jnp.float32):
+    return _gmm(x, w, group_sizes, block)
+  if is_hopper(kind):
+    try:
+      return _hopper(x, w, group_sizes, block)
+    except Unsupported as e:
+      log_once(f"grouped_matmul: block by block, since {e}")
+  return _blocked(x, w, group_sizes, block)
 
 
 def native(device_kind) -> bool:
@@ -111,4 +121,11 @@ def _gmm(x, w, group_sizes, block):
   return megablox.grouped_matmul(*vary(x, w, group_sizes))
 
 
-IMPLEMENTATIONS = {"blocked": _blocked, "ragged_dot": _ragged_dot, "gmm": _gmm}
+def _hopper(x, w, group_sizes, block):
+  from deepseek_jax.kernels import ragged_dot_gpu
+
+  ragged_dot_gpu.check(x, w)
+  return ragged_dot_gpu.grouped_matmul(*vary(x, w, group_sizes))
+
+
+IMPLEMENTATIONS = {"blocked": _blocked, "ragged_dot": _ragged_dot, "gmm": _gmm, "hopper": _hopper}

@@ -56,7 +56,11 @@ def _native(device_kind):
   """The file of a platform's own kernels, or None: those for GPUs are for Hopper's tensor cores."""
   if device_kind.startswith("TPU"):
     return "pallas_tpu"
-  return "pallas_gpu" if re.search(r"\bG?H\d+\b", device_kind) else None
+  return "pallas_gpu" if is_hopper(device_kind) else None
+
+
+def is_hopper(device_kind) -> bool:
+  return bool(re.search(r"\bG?H\d+\b", device_kind))
 
 
 def _function(kernel, function, name):

@@ -11,6 +11,7 @@ import re
 import site
 import sys
 import tempfile
+import types
 
 # What XLA would ask the device.
 H200 = """
@@ -88,6 +89,26 @@ def cases():
   return found
 
 
+def grouped_cases():
+  """jax's products of bfloat16 by group, forward and both gradients."""
+  import jax
+  import jax.numpy as jnp
+  from jax.experimental.pallas.ops.gpu import transposed_ragged_dot_mgpu
+
+  from deepseek_jax.kernels.grouped_matmul import grouped_matmul
+
+  devices = lambda: [types.SimpleNamespace(core_count=132)]  # noqa: E731
+  transposed_ragged_dot_mgpu.jax = types.SimpleNamespace(**vars(jax) | {"devices": devices})
+
+  def gradients(x, w, dy, sizes):
+    y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, block=1, implementation="hopper"), x, w)
+    return y, pull(dy)
+
+  shapes = ((32768, 7168), (8, 7168, 4096), (32768, 4096))
+  arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+  return {"bfloat16 by group": (gradients, [*arrays, jax.ShapeDtypeStruct((8,), jnp.int32)], None)}
+
+
 def tokamax_is_here():
   from deepseek_jax.kernels.attention import pallas_gpu
 
@@ -144,7 +165,7 @@ def main():
 
   topology = topologies.get_topology_desc(platform="cuda", topology_name="h200", target_config=H200, topology="1x1x1")
   sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
-  found = cases() | (attention_cases() if tokamax_is_here() else {})
+  found = cases() | grouped_cases() | (attention_cases() if tokamax_is_here() else {})
   for name, (function, arguments, _) in found.items():
     if sys.argv[1:] and not re.search(sys.argv[1], name):
       continue

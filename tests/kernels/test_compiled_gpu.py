@@ -67,6 +67,12 @@ def test_machine_code(compiled, name):
   assert additions <= multiplications < additions + 1 if "wgrad" in name else multiplications < 2.5
 
 
+def test_machine_code_of_bfloat16_by_group(compiled):
+  found = compiled["bfloat16 by group"]
+  assert len(found["registers"]) == 3 and found["HGMMA"] and found["UTMALDG"] and found["UTMASTG"]
+  assert not any(found["spilled"]) and 0 < max(found["shared_bytes"]) <= SHARED_BYTES
+
+
 @pytest.mark.parametrize("name", ATTENTION_SPILLS)
 def test_attention_s_machine_code(compiled, name):
   """tokamax's: forward, and two kernels backward."""

@@ -2,6 +2,8 @@
 
 import functools
 import math
+import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 from jax.sharding import AxisType
 
 from deepseek_jax.kernels.grouped_matmul import IMPLEMENTATIONS, block_rows, grouped_matmul
+from deepseek_jax.kernels.implementations import Unsupported
 from deepseek_jax.model.dispatch import ragged
 
 SIZES = {
@@ -39,7 +42,7 @@ def expected(x, w, dy, sizes):
   return y, dx, dw
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", sorted({*IMPLEMENTATIONS} - {"hopper"}))
 @pytest.mark.parametrize("name", SIZES)
 def test_forward_and_backward(implementation, name):
   (x, w, dy), sizes = problem(SIZES[name])
@@ -58,6 +61,72 @@ def test_groups_that_share_tiles(dtype):
     assert ours.dtype == dtype
     error = np.linalg.norm(np.asarray(ours, np.float64) - reference) / np.linalg.norm(reference)
     assert error < (1e-6 if dtype == "float32" else 2**-8)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+  """jax's kernels for Hopper ask the device that is here how many multiprocessors it has."""
+  if jax.__version_info__ < (0, 11):
+    pytest.skip(f"kernels for Hopper need jax 0.11 or newer, and this is {jax.__version__}")
+  from jax.experimental.pallas.ops.gpu import transposed_ragged_dot_mgpu as module
+
+  devices = lambda: [types.SimpleNamespace(core_count=4)]  # noqa: E731
+  monkeypatch.setattr(module, "jax", types.SimpleNamespace(**vars(jax) | {"devices": devices}))
+  return functools.partial(grouped_matmul, block=1, implementation="hopper")
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("sizes", [(100, 0, 130, 30, 0), (0, 0, 128), (300,)], ids=str)
+def test_on_hopper(sizes, hopper, on_gpu):
+  (x, w, dy), sizes = problem(sizes, rows=300, k=128, n=256, dtype=jnp.bfloat16)
+  y, vjp = jax.vjp(jax.jit(lambda x, w: hopper(x, w, sizes)), x, w)
+  for ours, reference in zip((y, *vjp(dy)), expected(x, w, dy, sizes), strict=True):
+    assert ours.dtype == jnp.bfloat16
+    assert np.linalg.norm(np.asarray(ours, np.float64) - reference) < 2**-8 * np.linalg.norm(reference)
+
+
+def test_on_hopper_it_is_traced_inside_shard_map(hopper):
+  """With types of varying arrays checked; the gradient of a shared matrix is summed over devices."""
+  (x, w, _), sizes = problem((100, 28), rows=128, k=128, n=128, dtype=jnp.bfloat16)
+  mesh = jax.make_mesh((2,), ("devices",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+  split = jax.P("devices")
+
+  def loss(x, w, sizes):
+    return jax.lax.psum((jax.checkpoint(hopper)(x, w, sizes).astype(jnp.float32) ** 2).sum(), "devices")
+
+  with jax.set_mesh(mesh):
+    both = [jax.device_put(jnp.concatenate([a, a]), jax.NamedSharding(mesh, split)) for a in (x, sizes)]
+    sharded = jax.shard_map(loss, in_specs=(split, jax.P(), split), out_specs=jax.P())
+    w = jax.device_put(w, jax.NamedSharding(mesh, jax.P()))
+    traced = jax.jit(jax.grad(sharded, argnums=(0, 1))).trace(both[0], w, both[1])
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  # Forward, and both gradients.
+  assert text.count("custom_call @mosaic_gpu") == 3 and text.count("stablehlo.all_reduce") == 1
+
+
+@pytest.mark.parametrize(
+  ("dtype", "k", "word"), [("float32", 128, "for bfloat16, not float32"), ("bfloat16", 120, "multiples of 128, not (120, 128)")]
+)  # fmt: skip
+def test_what_hopper_s_kernel_does_not_do(hopper, dtype, k, word):
+  (x, w, _), sizes = problem((8,), rows=8, k=k, n=128, dtype=jnp.dtype(dtype))
+  with pytest.raises(Unsupported, match=re.escape(word)):
+    hopper(x, w, sizes)
+
+
+def test_hopper_s_kernel_is_chosen_where_it_does_this(monkeypatch, caplog):
+  from deepseek_jax.kernels import grouped_matmul as module
+
+  monkeypatch.setattr(module, "device_kind", lambda: "NVIDIA H200")
+  monkeypatch.setattr(module, "_hopper", lambda x, *_: "hopper" if x.dtype == jnp.bfloat16 else refuse())
+  monkeypatch.setattr(module, "_blocked", lambda *_: "blocked")
+
+  def refuse():
+    raise Unsupported("it is for bfloat16")
+
+  for dtype, chosen in ((jnp.bfloat16, "hopper"), (jnp.float32, "blocked")):
+    (x, w, _), sizes = problem(SIZES["several"], dtype=dtype)
+    assert grouped_matmul(x, w, sizes, block=4) == chosen
+  assert "grouped_matmul: block by block, since it is for bfloat16" in caplog.text
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-13), ("bfloat16", 2e-2)])
