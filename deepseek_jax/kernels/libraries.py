@@ -16,15 +16,21 @@ from jax.interpreters import mlir
 from deepseek_jax.kernels.implementations import device_kind, vary
 
 
+def again(name):
+  """The module `name`, loaded once more, so that names in it can be others."""
+  spec = importlib.util.find_spec(name)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
 @functools.cache
 def library(name, dtype, cost=None):
   """The module `jax.experimental.pallas.ops.tpu.<name>`, whose kernels are traced for operands of `dtype`.
 
   cost: (keywords of a pallas_call, its operands, its results) -> pl.CostEstimate, where the module has none.
   """
-  spec = importlib.util.find_spec(f"jax.experimental.pallas.ops.tpu.{name}")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  module = again(f"jax.experimental.pallas.ops.tpu.{name}")
 
   def pallas_call(kernel, *, out_shape, interpret, **how):
     def call(*operands):

@@ -1,17 +1,23 @@
 """jax's grouped products for Hopper GPUs: each multiprocessor takes tiles of the result, of one group's rows each."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
-from jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu import transposed_ragged_dot
 
 from deepseek_jax.kernels import _compat
 from deepseek_jax.kernels.implementations import Unsupported
-from deepseek_jax.kernels.libraries import untyped
+from deepseek_jax.kernels.libraries import again, untyped
+from deepseek_jax.kernels.tiles import MULTIPROCESSORS
 
 # Of the tiles that jax tries, the largest whose sums fit a warpgroup's registers; not measured by us.
 ROWS, COLUMNS, TERMS = 128, 128, 64
 TILES = {"max_concurrent_steps": 4, "grid_block_n": 1}
+# It asks the device that is here how many multiprocessors there are, and the program may be for others.
+_transposed = again("jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu")
+_device = types.SimpleNamespace(core_count=MULTIPROCESSORS)
+_transposed.jax = types.SimpleNamespace(**vars(jax) | {"devices": lambda: [_device]})
 
 
 def check(x, w):
@@ -39,7 +45,7 @@ def _forward(x, w, group_sizes, transposed=False):
 def _backward(residuals, dy):
   x, w, group_sizes = residuals
   how = {"block_m": COLUMNS, "block_n": COLUMNS, "block_k": TERMS, **TILES}
-  product = untyped(lambda x, dy, sizes: transposed_ragged_dot(x, dy, group_sizes=sizes, **how))
+  product = untyped(lambda x, dy, sizes: _transposed.transposed_ragged_dot(x, dy, group_sizes=sizes, **how))
   return _forward(dy, w, group_sizes, transposed=True), product(_whole(x), _whole(dy), group_sizes), None
 
 

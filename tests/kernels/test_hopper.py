@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice
 
+from deepseek_jax.flags import load_config
 from deepseek_jax.kernels import hopper
 from deepseek_jax.kernels.fp8_grouped_matmul import pallas_gpu as grouped
 from deepseek_jax.kernels.fp8_grouped_matmul import reference as grouped_reference
@@ -16,6 +18,8 @@ from deepseek_jax.kernels.implementations import Unsupported
 from deepseek_jax.kernels.qtensor import unquantized
 from deepseek_jax.kernels.quantize.xla import quantize
 from deepseek_jax.kernels.tiles import CANDIDATES, Tiles
+from deepseek_jax.mesh import abstract_mesh
+from deepseek_jax.training.step import abstract_step
 
 M, N, K = 328, 320, 400  # partial tiles everywhere
 OLD = pytest.mark.skipif(
@@ -118,3 +122,23 @@ def test_a_missing_fence_is_found(monkeypatch, on_gpu, capsys):
     assert "RACE DETECTED" in str(error)
   else:
     assert "RACE DETECTED" in capsys.readouterr().out
+
+
+@OLD
+@pytest.mark.kernels
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_a_whole_step_is_traced_for_a_gpu_that_is_not_here(precision):
+  """In widths that its kernels do: experts' three products forward, once more for the backward pass, and six gradients."""
+  fields = {
+    "model.compute_dtype": "bfloat16",
+    "model.embed": "128",
+    "model.moe.mlp": "128",
+    "mesh.data": "1",
+    "mesh.fsdp": "2",
+  }
+  config = load_config("configs/tiny.py", {**fields, "mesh.expert": "2", "model.precision": precision})
+  mesh = abstract_mesh(config.mesh, AbstractDevice("NVIDIA H200", 132, "gpu"))
+  with jax.sharding.use_abstract_mesh(mesh):
+    step, arguments = abstract_step(config, mesh)
+    text = str(jax.jit(step, donate_argnums=0).trace(*arguments).jaxpr)
+  assert text.count("mpmd_map") >= 12
