@@ -104,6 +104,11 @@ class MoEConfig(Section, path="model.moe"):
     "ragged", "how tokens meet experts: ragged (sorted, dropless), dense (all on all: the reference), capacity (V2's drops)",
     choices=("ragged", "dense", "capacity"),
   )  # fmt: skip
+  implementation: str = field(
+    "auto", "grouped matmuls in compute_dtype: xla, pallas (this platform's own; an error where it has none for a shape), or auto: "
+    "pallas where it can",
+    choices=("auto", "xla", "pallas"),
+  )  # fmt: skip
   buffer_factor: float = field(
     0.0,
     "on an expert mesh: room for what a device receives, as a multiple of an even load; 0: for the worst case",

@@ -1,19 +1,19 @@
 """How the experts of one device compute what tokens chose them for.
 
 A form takes (x [rows, embed], indices [rows, experts per token], weights likewise, gate and up [experts, embed, mlp],
-down [experts, mlp, embed], load, most, and in eight bits a recipe) and returns (y [rows, embed], choices over `most`, which it left out); `load` choices
+down [experts, mlp, embed], load, most, and in eight bits a recipe; the implementation of grouped matmuls) and returns (y [rows, embed], choices over `most`, which it left out); `load` choices
 are expected. An index equal to the number of experts is a choice that does not count. The forms are one function where
 nothing is left out.
 """
 
 import jax.numpy as jnp
 
-from deepseek_jax.kernels.grouped_matmul import block_rows
+from deepseek_jax.kernels.grouped_matmul.api import block_rows
 from deepseek_jax.kernels.rows import rows_at, sums_at
 from deepseek_jax.model.linear import activated, grouped_products
 
 
-def dense(x, indices, weights, gate, up, down, load, most, recipe=None):
+def dense(x, indices, weights, gate, up, down, load, most, recipe=None, implementation="auto"):
   """Every expert on every row, weighted with zero where it was not chosen: the reference. Nothing is over `most`."""
   h = activated((jnp.einsum("td,edf->tef", x, gate), jnp.einsum("td,edf->tef", x, up)))  # [rows, experts, mlp]
   y = jnp.einsum("tef,efd->ted", h, down)  # [rows, experts, embed]
@@ -22,7 +22,7 @@ def dense(x, indices, weights, gate, up, down, load, most, recipe=None):
   return (y * share[..., None]).sum(1).astype(x.dtype), jnp.zeros((), jnp.int32)
 
 
-def ragged(x, indices, weights, gate, up, down, load, most, recipe=None):
+def ragged(x, indices, weights, gate, up, down, load, most, recipe=None, implementation="auto"):
   """Choices sorted by expert, each expert's rows multiplied by its own matrices."""
   experts = gate.shape[0]
   block = block_rows(load, experts)
@@ -32,8 +32,8 @@ def ragged(x, indices, weights, gate, up, down, load, most, recipe=None):
   choice = jnp.full((rows,), indices.size).at[slots].set(jnp.arange(indices.size), mode="drop")
   places = choice // indices.shape[1], slots.reshape(indices.shape)  # the token of each row, the rows of each token
   sorted_x = rows_at(x, *places)  # [rows, embed]
-  gate, up = grouped_products(recipe, sorted_x, (gate, up), sizes, block)  # [rows, mlp]
-  (y,) = grouped_products(recipe, (gate, up), (down,), sizes, block)  # [rows, embed]
+  gate, up = grouped_products(recipe, sorted_x, (gate, up), sizes, block, implementation)  # [rows, mlp]
+  (y,) = grouped_products(recipe, (gate, up), (down,), sizes, block, implementation)  # [rows, embed]
   # The weight multiplies after down (the released models do so), and sums in at least float32.
   y = y * rows_at(weights.reshape(-1, 1), choice, slots[:, None])
   return sums_at(y, *places).astype(x.dtype), jnp.maximum(counted - most, 0)

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.kernels.fp8_linear import Recipe, fp8_linear, fp8_ragged_linear
-from deepseek_jax.kernels.grouped_matmul import grouped_matmul
+from deepseek_jax.kernels.grouped_matmul.api import grouped_matmul
 from deepseek_jax.kernels.qtensor import FP8, QTensor
 from deepseek_jax.kernels.quantize.api import quantize
 from deepseek_jax.model_config import ModelConfig
@@ -87,10 +87,14 @@ def products(recipe, equation, x, *weights):
   ]
 
 
-def grouped_products(recipe, x, weights, group_sizes, block):
-  """As `grouped_matmul` with each of `weights` [groups, k, n], in the precision of `recipe`; `x` as in `products`."""
+def grouped_products(recipe, x, weights, group_sizes, block, implementation="auto"):
+  """As `grouped_matmul` with each of `weights` [groups, k, n], in the precision of `recipe`; `x` as in `products`.
+
+  implementation: of products without a recipe, which has one of its own.
+  """
   if recipe is None:
-    return [grouped_matmul(activated(x), w, group_sizes, block=block) for w in weights]
+    x = activated(x)
+    return [grouped_matmul(x, w, group_sizes, block=block, implementation=implementation) for w in weights]
   return fp8_ragged_linear(x, *weights, group_sizes=group_sizes, step=block, recipe=recipe)
 
 

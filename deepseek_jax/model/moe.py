@@ -62,6 +62,6 @@ class MoE(nnx.Module):
       travel = jnp.where(kept(config, indices, weights, exempt), indices, config.num_routed_experts)
 
     def compute(x, indices, weights, load, most):
-      return DISPATCH[config.dispatch](x, indices, weights, *kernels, load, most, recipe)
+      return DISPATCH[config.dispatch](x, indices, weights, *kernels, load, most, recipe, config.implementation)
 
     return exchanged(x, travel, weights, config.num_routed_experts, compute, config.buffer_factor, recipe)

@@ -51,12 +51,20 @@ def rematerialised(layer, policy):
   return jax.checkpoint(named if policy == "offload" else layer, policy=saved)
 
 
+def implementation_fields(config: ModelConfig) -> dict[str, tuple[str, str]]:
+  """Of each kernel that the model calls, the config field that names its implementation, and what that says."""
+  fields = {"attention": ("model.attention.implementation", config.attention.implementation)}
+  if config.precision == "fp8":
+    fp8 = "quantize", "swiglu", "fp8_matmul", "fp8_grouped_matmul"
+    fields |= dict.fromkeys(fp8, ("model.fp8.implementation", config.fp8.implementation))
+  elif config.moe.num_routed_experts:
+    fields["grouped_matmul"] = "model.moe.implementation", config.moe.implementation
+  return fields
+
+
 def check_kernels(config: ModelConfig):
   """Raises ConfigError where kernels are asked for that the devices of the mesh do not have."""
-  named = {"attention": ("model.attention.implementation", config.attention.implementation)}
-  if config.precision == "fp8":
-    named["fp8_matmul"] = "model.fp8.implementation", config.fp8.implementation
-  for kernel, (field, implementation) in named.items():
+  for kernel, (field, implementation) in implementation_fields(config).items():
     if implementation == "pallas":  # else devices are not looked at: several processes may not have met yet
       try:
         chosen(kernel, implementation)

@@ -8,7 +8,7 @@ from jax.sharding import AbstractDevice
 
 from deepseek_jax.config import Config
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.kernels.grouped_matmul import block_rows
+from deepseek_jax.kernels.grouped_matmul.api import block_rows
 from deepseek_jax.mesh import AXES, abstract_mesh, check_slices, make_mesh, resolve_mesh
 from deepseek_jax.model.exchange import has_ragged
 from deepseek_jax.model.transformer import check_kernels

@@ -93,10 +93,10 @@ def grouped_cases():
   import jax
   import jax.numpy as jnp
 
-  from deepseek_jax.kernels.grouped_matmul import grouped_matmul
+  from deepseek_jax.kernels.grouped_matmul.api import grouped_matmul
 
   def gradients(x, w, dy, sizes):
-    y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, block=1, implementation="hopper"), x, w)
+    y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, block=1, implementation="pallas_gpu"), x, w)
     return y, pull(dy)
 
   shapes = ((32768, 7168), (8, 7168, 4096), (32768, 4096))

@@ -355,7 +355,7 @@ def on(device_kind):
   [("cpu", "xla"), ("TPU v5", "pallas_tpu"), ("TPU7x", "pallas_tpu"), ("NVIDIA H200", "pallas_gpu"), ("NVIDIA GH200 480GB", "pallas_gpu"), ("NVIDIA A100-SXM4-80GB", "xla"), ("NVIDIA B200", "xla")],
 )  # fmt: skip
 def test_the_platform_chooses(device_kind, file, monkeypatch):
-  monkeypatch.setattr(implementations, "_function", lambda kernel, function, name: lambda *args: (name, *args))
+  monkeypatch.setattr(implementations, "load_function", lambda kernel, function, name: lambda *args: (name, *args))
   with on(device_kind):
     assert implementations.run("quantize", "quantize", "auto", 1) == (file, 1)
     assert implementations.run("quantize", "quantize", "reference", 1) == ("reference", 1)
@@ -369,6 +369,7 @@ def test_the_platform_chooses(device_kind, file, monkeypatch):
 FUNCTIONS = {
   "quantize": ("quantize", "quantize_both"), "swiglu": ("swiglu_quantize",), "fp8_matmul": ("matmul",),
   "fp8_grouped_matmul": ("matmul", "wgrad"), "attention": ("attention", "attention_of_part"),
+  "grouped_matmul": ("grouped_matmul",),
 }  # fmt: skip
 
 
@@ -377,7 +378,7 @@ FUNCTIONS = {
 def test_what_is_chosen_is_there(kernel, device_kind):
   with on(device_kind):
     file = implementations.chosen(kernel, "auto")
-    assert all(callable(implementations._function(kernel, function, file)) for function in FUNCTIONS[kernel])
+    assert all(callable(implementations.load_function(kernel, function, file)) for function in FUNCTIONS[kernel])
     if kernel == "attention":
       assert file == {"cpu": "xla", "TPU v5": "pallas_tpu", "NVIDIA H200": "pallas_gpu"}[device_kind]
       with pytest.raises(ValueError, match="attention has no implementation 'reference': use auto, pallas, xla"):
@@ -390,12 +391,12 @@ def test_what_a_kernel_does_not_do_is_an_error_where_it_is_named_and_else_said_o
       return lambda: "xla"
     raise implementations.Unsupported("rows=3: a multiple of 8 is supported")
 
-  monkeypatch.setattr(implementations, "_function", function)
+  monkeypatch.setattr(implementations, "load_function", function)
   with on("TPU v5"):
     for _ in range(2):
       assert implementations.run("quantize", "quantize", "auto") == "xla"
     assert [record.getMessage() for record in caplog.records].count(
-      "quantize: as XLA makes it, since rows=3: a multiple of 8 is supported"
+      "quantize: falling back to XLA: rows=3: a multiple of 8 is supported"
     ) == 1
     with pytest.raises(implementations.Unsupported, match="rows=3"):
       implementations.run("quantize", "quantize", "pallas")

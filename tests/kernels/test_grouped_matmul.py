@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from deepseek_jax.kernels.grouped_matmul import IMPLEMENTATIONS, block_rows, grouped_matmul
+from deepseek_jax.kernels import implementations
+from deepseek_jax.kernels.grouped_matmul import api, xla
+from deepseek_jax.kernels.grouped_matmul.api import block_rows, grouped_matmul
 from deepseek_jax.kernels.implementations import Unsupported
 from deepseek_jax.model.dispatch import ragged
 
@@ -41,12 +43,15 @@ def expected(x, w, dy, sizes):
   return y, dx, dw
 
 
-@pytest.mark.parametrize("implementation", sorted({*IMPLEMENTATIONS} - {"hopper"}))
+def megablox(x, w, sizes, block):
+  return grouped_matmul(x, w, sizes, block=block, implementation="pallas_tpu")
+
+
+@pytest.mark.parametrize("product", [xla.blocked, xla.ragged_dot, megablox])
 @pytest.mark.parametrize("name", SIZES)
-def test_forward_and_backward(implementation, name):
+def test_forward_and_backward(product, name):
   (x, w, dy), sizes = problem(SIZES[name])
-  product = functools.partial(grouped_matmul, group_sizes=sizes, block=4, implementation=implementation)
-  y, vjp = jax.vjp(jax.jit(lambda x, w: product(x, w)), x, w)
+  y, vjp = jax.vjp(jax.jit(lambda x, w: product(x, w, sizes, 4)), x, w)
   for ours, reference in zip((y, *vjp(dy)), expected(x, w, dy, sizes), strict=True):
     np.testing.assert_allclose(ours, reference, rtol=2e-5, atol=2e-6)
 
@@ -55,7 +60,7 @@ def test_forward_and_backward(implementation, name):
 def test_groups_that_share_tiles(dtype):
   """The kernel for TPUs takes groups of any sizes. Its tiles are of 128 rows here, and the last ones are no whole tiles."""
   (x, w, dy), sizes = problem((100, 0, 130, 30, 0), rows=300, k=24, n=20, dtype=jnp.dtype(dtype))
-  y, vjp = jax.vjp(jax.jit(lambda x, w: grouped_matmul(x, w, sizes, block=1, implementation="gmm")), x, w)
+  y, vjp = jax.vjp(jax.jit(lambda x, w: megablox(x, w, sizes, 1)), x, w)
   for ours, reference in zip((y, *vjp(dy)), expected(x, w, dy, sizes), strict=True):
     assert ours.dtype == dtype
     error = np.linalg.norm(np.asarray(ours, np.float64) - reference) / np.linalg.norm(reference)
@@ -66,7 +71,7 @@ def test_groups_that_share_tiles(dtype):
 def hopper():
   if jax.__version_info__ < (0, 11):
     pytest.skip(f"kernels for Hopper need jax 0.11 or newer, and this is {jax.__version__}")
-  return functools.partial(grouped_matmul, block=1, implementation="hopper")
+  return functools.partial(grouped_matmul, block=1, implementation="pallas_gpu")
 
 
 @pytest.mark.kernels
@@ -107,27 +112,37 @@ def test_what_hopper_s_kernel_does_not_do(hopper, dtype, k, word):
     hopper(x, w, sizes)
 
 
-def test_hopper_s_kernel_is_chosen_where_it_does_this(monkeypatch, caplog):
-  from deepseek_jax.kernels import grouped_matmul as module
+@pytest.mark.parametrize(
+  ("device", "dtype", "file"),
+  [
+    ("NVIDIA H200", "bfloat16", "pallas_gpu"),
+    ("NVIDIA H200", "float32", "xla"),
+    ("TPU v6 lite", "bfloat16", "pallas_tpu"),
+    ("TPU v5", "bfloat16", "xla"),
+    ("cpu", "bfloat16", "xla"),
+  ],
+)
+def test_the_platform_s_kernel_is_chosen_where_it_does_this(monkeypatch, device, dtype, file):
+  def function(kernel, function, name):
+    def called(x, *_):
+      if name == "pallas_gpu" and x.dtype != jnp.bfloat16:
+        raise Unsupported("it is for bfloat16")
+      return name
 
-  monkeypatch.setattr(module, "device_kind", lambda: "NVIDIA H200")
-  monkeypatch.setattr(module, "_hopper", lambda x, *_: "hopper" if x.dtype == jnp.bfloat16 else refuse())
-  monkeypatch.setattr(module, "_blocked", lambda *_: "blocked")
+    return called
 
-  def refuse():
-    raise Unsupported("it is for bfloat16")
-
-  for dtype, chosen in ((jnp.bfloat16, "hopper"), (jnp.float32, "blocked")):
-    (x, w, _), sizes = problem(SIZES["several"], dtype=dtype)
-    assert grouped_matmul(x, w, sizes, block=4) == chosen
-  assert "grouped_matmul: block by block, since it is for bfloat16" in caplog.text
+  monkeypatch.setattr(implementations, "device_kind", lambda: device)
+  monkeypatch.setattr(api, "device_kind", lambda: device)
+  monkeypatch.setattr(implementations, "load_function", function)
+  (x, w, _), sizes = problem(SIZES["several"], dtype=dtype)
+  assert grouped_matmul(x, w, sizes, block=4) == file
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-13), ("bfloat16", 2e-2)])
 def test_dtypes(dtype, tolerance):
   with jax.enable_x64(True):
     (x, w, dy), sizes = problem(SIZES["several"], dtype=dtype)
-    y, vjp = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, block=4, implementation="blocked"), x, w)
+    y, vjp = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, block=4, implementation="xla"), x, w)
     for ours, reference in zip((y, *vjp(dy)), expected(x, w, dy, sizes), strict=True):
       assert ours.dtype == dtype
       np.testing.assert_allclose(np.asarray(ours, np.float64), reference, rtol=tolerance, atol=tolerance)
@@ -141,7 +156,7 @@ def test_inside_shard_map_the_gradients_of_a_shared_matrix_add_up():
     split = jax.P("devices")
     both = [jax.device_put(jnp.concatenate([a, a]), jax.NamedSharding(mesh, split)) for a in (x, dy, sizes)]
     product = jax.shard_map(
-      lambda x, w, sizes: grouped_matmul(x, w, sizes, block=4, implementation="blocked"),
+      lambda x, w, sizes: grouped_matmul(x, w, sizes, block=4, implementation="xla"),
       in_specs=(split, jax.P(), split), out_specs=split,
     )  # fmt: skip
     gradients = jax.jit(jax.grad(lambda x, w: (product(x, w, both[2]) * both[1]).sum(), argnums=(0, 1)))
@@ -196,6 +211,6 @@ def test_compiled_work_does_not_follow_the_groups():
   for groups in (8, 64):
     arrays = jax.ShapeDtypeStruct((2048, 32), jnp.float32), jax.ShapeDtypeStruct((groups, 32, 16), jnp.float32)
     sizes = jax.ShapeDtypeStruct((groups,), jnp.int32)
-    blocked = functools.partial(grouped_matmul, block=16, implementation="blocked")
+    blocked = functools.partial(grouped_matmul, block=16, implementation="xla")
     flops.append(jax.jit(blocked).lower(*arrays, sizes).compile().cost_analysis()["flops"])
   assert flops[1] < 1.3 * flops[0]

@@ -3,12 +3,19 @@
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.kernels.implementations import Unsupported, vary
 from deepseek_jax.kernels.libraries import library
 
 
+def grouped_matmul(x, w, group_sizes, block):
+  if x.dtype not in (jnp.bfloat16, jnp.float32):
+    raise Unsupported(f"megablox is for bfloat16 and float32, not {x.dtype}")
+  return _product(*vary(x, w, group_sizes))
+
+
 @jax.custom_vjp
-def grouped_matmul(x, w, group_sizes):
-  """As `grouped_matmul.grouped_matmul`, of any group sizes, in bfloat16 or float32."""
+def _product(x, w, group_sizes):
+  """Of any group sizes."""
   return _forward(x, w, group_sizes)
 
 
@@ -26,7 +33,7 @@ def _backward(residuals, dy):
   return _forward(dy, w, group_sizes, transposed=True), dw, None
 
 
-grouped_matmul.defvjp(lambda *arrays: (_forward(*arrays), arrays), _backward)
+_product.defvjp(lambda *arrays: (_forward(*arrays), arrays), _backward)
 
 
 def _library(x):

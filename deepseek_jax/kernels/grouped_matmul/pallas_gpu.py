@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
 
 from deepseek_jax.kernels import _compat
-from deepseek_jax.kernels.implementations import Unsupported
+from deepseek_jax.kernels.implementations import Unsupported, vary
 from deepseek_jax.kernels.libraries import again, untyped
 from deepseek_jax.kernels.tiles import MULTIPROCESSORS
 
@@ -20,18 +20,18 @@ _device = types.SimpleNamespace(core_count=MULTIPROCESSORS)
 _transposed.jax = types.SimpleNamespace(**vars(jax) | {"devices": lambda: [_device]})
 
 
-def check(x, w):
-  """Raises Unsupported where the kernels do not do `x` [rows, k] times `w` [groups, k, n]."""
+def grouped_matmul(x, w, group_sizes, block):
   _compat.check_mosaic_gpu()
   if not x.dtype == w.dtype == jnp.bfloat16:
     raise Unsupported(f"grouped products on Hopper are for bfloat16, not {x.dtype} and {w.dtype}")
   if any(size % COLUMNS for size in w.shape[1:]):
     raise Unsupported(f"grouped products on Hopper are for widths that are multiples of {COLUMNS}, not {w.shape[1:]}")
+  return _product(*vary(x, w, group_sizes))
 
 
 @jax.custom_vjp
-def grouped_matmul(x, w, group_sizes):
-  """As `grouped_matmul.grouped_matmul`, of any group sizes, for what `check` lets pass."""
+def _product(x, w, group_sizes):
+  """Of any group sizes."""
   return _forward(x, w, group_sizes)
 
 
@@ -49,7 +49,7 @@ def _backward(residuals, dy):
   return _forward(dy, w, group_sizes, transposed=True), product(_whole(x), _whole(dy), group_sizes), None
 
 
-grouped_matmul.defvjp(lambda *arrays: (_forward(*arrays), arrays), _backward)
+_product.defvjp(lambda *arrays: (_forward(*arrays), arrays), _backward)
 
 
 def _whole(x):
