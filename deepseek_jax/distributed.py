@@ -127,6 +127,11 @@ def _exit(code):
   os._exit(code)
 
 
+def process_count() -> int:
+  """Processes of the run; the devices are not opened, as jax.process_count() does."""
+  return _jax.global_state.num_processes or 1
+
+
 def wait_for_all(what):
   """Returns when all processes have come to the place in the program that alone is called `what`; within a day."""
   if jax.process_count() > 1:
@@ -143,7 +148,7 @@ def first_says(make):
   if board is None:
     return make()
   key = f"deepseek_jax/said/{next(_SAID)}"
-  if jax.process_index():
+  if _jax.global_state.process_id:  # jax.process_index() would open the devices
     error, said = json.loads(board.blocking_key_value_get(key, _DAY_MS))
     if error:
       raise getattr(errors, error)(f"process 0: {said}")

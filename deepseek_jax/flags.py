@@ -129,6 +129,17 @@ def parse(argv, flag_values, usage):
   return overrides
 
 
+def write_output(text, path):
+  """`text` to the file that --json names, or to stdout for "-". Raises ConfigError where it cannot be written."""
+  if path == "-":
+    sys.stdout.write(text)
+    return
+  try:
+    pathlib.Path(path).write_text(text, encoding="utf-8")
+  except OSError as error:
+    raise ConfigError(f"--json={path} cannot be written: {error.strerror}") from None
+
+
 def enough_threads(environment):
   """Sizes XLA's CPU thread pool for virtual devices; to be called before jax is imported.
 

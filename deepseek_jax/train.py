@@ -36,6 +36,13 @@ def main(argv) -> int:
   flags.DEFINE_boolean(
     "accept_data_change", False, "resume although the data is not what the checkpoint saw", flag_values=values
   )
+  flags.DEFINE_enum(
+    "selftest",
+    "on",
+    ["on", "off"],
+    "test the kernels of an accelerator before a new run, and have XLA's forms replace those that fail or are slower (auto)",
+    flag_values=values,
+  )
   define_flags(values)
   overrides = parse(argv, values, __doc__)
   saved = os.path.join(values.workdir or "", "config.json")
@@ -55,15 +62,19 @@ def main(argv) -> int:
     return 0
 
   place = find_place(values.coordinator, values.processes, values.process)
-  from deepseek_jax.distributed import joined, print_error
+  from deepseek_jax.distributed import joined, print_error, process_count
   from deepseek_jax.evaluate.heldout import evaluate
   from deepseek_jax.generate.decoding import continue_prompt
+  from deepseek_jax.selftest.run import select_kernels
   from deepseek_jax.training.loop import Diverged, run
+
+  def select(config, folder):
+    return select_kernels(config, folder, process_count(), values.selftest == "on")
 
   workdir = values.workdir or os.path.join("runs", config.name)
   with joined(place):
     try:
-      return run(config, workdir, evaluate, continue_prompt, values.accept_data_change)
+      return run(config, workdir, evaluate, continue_prompt, select, values.accept_data_change)
     except Diverged as error:  # all processes see it at the same step
       print_error(f"error: {error}")
       return 1

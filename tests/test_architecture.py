@@ -23,6 +23,7 @@ LAYERS = (
   {"checkpoint"},
   {"training", "evaluate", "generate"},
   {"scaling"},
+  {"selftest"},
   {"train", "api"},
 )
 # Imports between neighbours, and where less is allowed than what lies below.

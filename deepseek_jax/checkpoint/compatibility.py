@@ -10,7 +10,7 @@ from deepseek_jax.schema import flatten
 # These change how a step is computed, not what the saved arrays mean.
 _FREE = {
   "model.remat", "model.dropout", "model.attention.dropout", "model.attention.context_keys", "model.moe.buffer_factor",
-  "model.attention.implementation", "model.fp8.implementation",
+  "model.attention.implementation", "model.moe.implementation", "model.fp8.implementation",
 }  # fmt: skip
 # Nor do these what weights mean that a run starts from.
 _FREE_AT_START = {

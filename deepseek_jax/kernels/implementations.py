@@ -47,7 +47,8 @@ class Replacements:
     return f"{call.kernel}.{call.function}" in self.functions or str(call) in self.calls
 
 
-_replacements = contextvars.ContextVar("replacements", default=Replacements())
+NO_REPLACEMENTS = Replacements()
+_replacements = contextvars.ContextVar("replacements", default=NO_REPLACEMENTS)
 _recorded: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar("recorded", default=None)
 
 
@@ -63,7 +64,10 @@ def replace_kernels(replacements: Replacements) -> Iterator[None]:
 
 @contextlib.contextmanager
 def record_calls() -> Iterator[list[Call]]:
-  """Gives a list that gets every call of a Pallas kernel that is traced in the block, in order and with repetitions."""
+  """Gives a list that gets every call of a Pallas kernel that is traced in the block, in order and with repetitions.
+
+  The program has XLA's forms in their place, so that a kernel that cannot even be traced is in the list and ends nothing.
+  """
   calls: list[Call] = []
   token = _recorded.set(calls)
   try:
@@ -84,21 +88,24 @@ def run(kernel: str, function: str, name: str, *args: Any) -> Any:
     Unsupported: the one that was named does not do these shapes, or is replaced.
   """
   call = Call(kernel, function, chosen(kernel, name), jax.tree.map(_abstract, args))
-  pallas = call.file.startswith("pallas")
+  if not call.file.startswith("pallas"):
+    return load_function(kernel, function, call.file)(*args)
   try:
-    if pallas and call in _replacements.get():
-      if name == "auto":
-        return load_function(kernel, function, "xla")(*args)
-      raise Unsupported(f"the self-test replaced {kernel}.{function} for these shapes")
+    if call in _replacements.get():
+      raise Unsupported("by the verdict of the self-test")
     result = load_function(kernel, function, call.file)(*args)
+    if (calls := _recorded.get()) is None:
+      return result
+    calls.append(call)
   except Unsupported as e:
     if name != "auto":
       raise
-    log_once(f"{kernel}: falling back to XLA: {e}")
-    return load_function(kernel, function, "xla")(*args)
-  if pallas and (calls := _recorded.get()) is not None:
+    log_once(f"{kernel}.{function}: falling back to XLA: {e}")
+  except Exception:
+    if (calls := _recorded.get()) is None:
+      raise
     calls.append(call)
-  return result
+  return load_function(kernel, function, "xla")(*args)
 
 
 def chosen(kernel: str, name: str) -> str:

@@ -11,7 +11,7 @@ import sys
 from absl import flags
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.flags import load_config, parse, run_program
+from deepseek_jax.flags import load_config, parse, run_program, write_output
 from deepseek_jax.plan.topology import COMPILER_ENVIRONMENT, can_compile
 from deepseek_jax.plan.topology import parse as parse_topology
 
@@ -55,20 +55,8 @@ def main(argv) -> int:
   if values.json != "-":
     print(text)
   if values.json:
-    write(json.dumps(plan.json(), indent=2) + "\n", values.json)
+    write_output(json.dumps(plan.json(), indent=2) + "\n", values.json)
   return 0
-
-
-def write(text, path):
-  """`text` to a file, or to stdout for "-". Raises ConfigError where it cannot be written."""
-  if path == "-":
-    sys.stdout.write(text)
-    return
-  try:
-    with open(path, "w", encoding="utf-8") as f:
-      f.write(text)
-  except OSError as error:
-    raise ConfigError(f"--json={path} cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":

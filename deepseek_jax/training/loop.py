@@ -23,6 +23,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.data.pipeline import batches, load_tokenizer, open_data
 from deepseek_jax.distributed import first_says, wait_for_all
 from deepseek_jax.errors import ConfigError
+from deepseek_jax.kernels.implementations import Replacements, replace_kernels
 from deepseek_jax.mesh import check_x64, make_mesh, make_vote, resolve_mesh
 from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.plan.flops import training_flops
@@ -37,6 +38,9 @@ from deepseek_jax.training.schedule import rates
 from deepseek_jax.training.signals import stop_requests
 from deepseek_jax.training.state import abstract_state, first_state, new_state, state_sha256
 from deepseek_jax.training.step import make_row_nats, make_train_step
+
+# Those of a run's files that a resume reads or adds to, and that a bucket has copies of.
+SMALL_FILES = metrics.METRICS, metrics.EVENTS, "selftest.json"
 
 
 class Diverged(RuntimeError):
@@ -67,12 +71,14 @@ def _shown(workdir):
   return workdir if is_url(workdir) else os.path.abspath(workdir)
 
 
-def run(config: Config, workdir: str, evaluate, sample, accept_data_change=False) -> int:
+def run(config: Config, workdir: str, evaluate, sample, select_kernels, accept_data_change=False) -> int:
   """Trains until `train.steps`, or a stop signal, and returns the exit code: 0, or 130 / 143 after SIGINT / SIGTERM.
 
   Args:
     config, workdir: what and where, a folder or a URL. Running again continues from the newest checkpoint in `workdir`.
     evaluate: as `evaluate.heldout.evaluate`. sample: as `generate.decoding.continue_prompt`.
+    select_kernels: (config, folder of the run) -> [functions, calls] of the Replacements; process 0 calls it, and no device
+      has been opened.
     accept_data_change: resume although the data is not what the checkpoint saw.
 
   Raises:
@@ -81,11 +87,12 @@ def run(config: Config, workdir: str, evaluate, sample, accept_data_change=False
   check_x64(config.model)
   load_tokenizer(config.data, config.model.vocab)  # an unfit one is an error before any device is touched
   files = RunFolder(workdir)
-  first_says(lambda: files.fetch((metrics.METRICS, metrics.EVENTS)))  # and so is a bucket that cannot be written
+  first_says(lambda: files.fetch(SMALL_FILES))  # and so is a bucket that cannot be written
   weights = None
   if config.init_from and not first_says(open_reader(workdir).steps):  # a run that resumes has weights of its own
     weights = open_weights(config.init_from)
     check_fits(weights.directory, weights.model, config)
+  replacements = Replacements(*map(frozenset, first_says(lambda: select_kernels(config, files.path))))
   on_mesh = resolve_mesh(config, len(jax.devices()))
   mesh = make_mesh(on_mesh.mesh)
   print(f"run      {config.name} in {_shown(workdir)}")
@@ -94,7 +101,11 @@ def run(config: Config, workdir: str, evaluate, sample, accept_data_change=False
   print(f"devices  {device}, jax {jax.__version__}{processes}")
   print(f"{summary(on_mesh)}\nconfig\n{resolved(on_mesh)}", flush=True)
   flops = training_flops(config.model, config.data.seq).causal
-  with jax.set_mesh(mesh), open_checkpointer(workdir, config.checkpoint) as checkpointer:
+  with (
+    jax.set_mesh(mesh),
+    replace_kernels(replacements),
+    open_checkpointer(workdir, config.checkpoint) as checkpointer,
+  ):
     # Where one process packs others may wait, but not in a step: that would time out.
     with contextlib.redirect_stderr(sys.stdout if jax.process_index() else sys.stderr):
       data = open_data(config.data, config.model.vocab, config.seed)

@@ -396,7 +396,7 @@ def test_what_a_kernel_does_not_do_is_an_error_where_it_is_named_and_else_said_o
     for _ in range(2):
       assert implementations.run("quantize", "quantize", "auto") == "xla"
     assert [record.getMessage() for record in caplog.records].count(
-      "quantize: falling back to XLA: rows=3: a multiple of 8 is supported"
+      "quantize.quantize: falling back to XLA: rows=3: a multiple of 8 is supported"
     ) == 1
     with pytest.raises(implementations.Unsupported, match="rows=3"):
       implementations.run("quantize", "quantize", "pallas")

@@ -1,0 +1,149 @@
+"""The process that opens the device:  python -m deepseek_jax.selftest.child REQUEST.json
+
+It may crash or hang at any kernel. So it says in a journal, line by line, what it is about to do and what it found, and
+`supervise.py`, which reads that, starts it again behind the kernel at fault.
+"""
+
+import concurrent.futures
+import ctypes
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import signal
+import sys
+import time
+
+from deepseek_jax.config import Config
+from deepseek_jax.errors import ConfigError
+from deepseek_jax.schema import from_dict
+
+BATCH = 8  # cases that are compiled at once; their inputs wait in the host's memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What to test. JSON in a file.
+
+  config: as `dataclasses.asdict` gives it. devices: of the mesh; 0: those that this process sees, `multiple` times.
+  any_mesh: where those do not fit the mesh, as few as it allows.
+  cuda_devices: the GPUs that this process may see, as jax_cuda_visible_devices. journal: the file that lines are appended to. results: a folder of known ones, or "".
+  skip: keys of cases that are done. alone: of those that are compiled one by one. deadline: seconds since the epoch after which
+  no more are begun; 0: none.
+  """
+
+  config: dict
+  devices: int
+  multiple: int
+  any_mesh: bool
+  cuda_devices: str
+  journal: str
+  results: str
+  skip: tuple[str, ...] = ()
+  alone: tuple[str, ...] = ()
+  deadline: float = 0
+
+
+class Journal:
+  def __init__(self, path: str):
+    self._file = open(path, "a", encoding="utf-8")
+
+  def write(self, **event):
+    self._file.write(json.dumps(event) + "\n")
+    self._file.flush()
+
+
+def main(path: str):
+  _die_with_parent()
+  request = Request(**json.loads(pathlib.Path(path).read_text()))
+  journal, config = Journal(request.journal), from_dict(Config, request.config)
+
+  # Imported late, so that the journal is there whatever an import does.
+  import jax
+
+  from deepseek_jax.mesh import check_x64
+  from deepseek_jax.model.linear import matmul_precision
+  from deepseek_jax.selftest.cases import make_cases, program_calls
+  from deepseek_jax.selftest.machine import describe_device, results_key
+
+  if request.cuda_devices != "all":
+    jax.config.update("jax_cuda_visible_devices", request.cuda_devices)
+  device = jax.devices()[0]
+  machine = describe_device(device)
+  journal.write(machine=machine)
+  abstract = jax.sharding.AbstractDevice(device.device_kind, 1, device.platform)
+  try:
+    check_x64(config.model)
+    cases = make_cases(program_calls(_on_mesh(config, request, len(jax.devices())), abstract))
+  except ConfigError as error:
+    journal.write(refused=str(error))
+    return
+  journal.write(cases={case.key: [case.name, *case.stands_for] for case in cases})
+  known = read_results(request.results, results_key(machine)) if request.results else {}
+  for case in cases:
+    if case.key in known and case.key not in request.skip:
+      journal.write(result=known[case.key], key=case.key, known=True)
+  todo = [case for case in cases if case.key not in known and case.key not in request.skip]
+  _check_all(todo, request, journal, functools.partial(matmul_precision, config.model))
+  journal.write(end=True)
+
+
+def _on_mesh(config, request, here):
+  """`config` with its mesh resolved, for a process that sees `here` devices."""
+  from deepseek_jax.mesh import least_devices, resolve_mesh
+
+  try:
+    return resolve_mesh(config, request.devices or here * request.multiple)
+  except ConfigError:
+    if request.devices or not request.any_mesh:
+      raise
+    return resolve_mesh(config, least_devices(config.mesh))
+
+
+def _check_all(cases, request, journal, precision):
+  """Compiles a few cases at once, then runs them one after the other, until all are done or the time is over."""
+  from deepseek_jax.selftest.check import FAILED, check_case, compile_case, device_works
+
+  def compiled(case):
+    return compile_case(case, precision)
+
+  alone = [case for case in cases if case.key in request.alone]
+  rest = [case for case in cases if case.key not in request.alone]
+  batch = min(os.cpu_count() or 1, BATCH)
+  batches = [[case] for case in alone] + [rest[i : i + batch] for i in range(0, len(rest), batch)]
+  with concurrent.futures.ThreadPoolExecutor(batch) as pool:
+    for members in batches:
+      if request.deadline and time.time() > request.deadline:
+        return
+      journal.write(compile=[case.key for case in members])
+      for case, programs in zip(members, list(pool.map(compiled, members)), strict=True):
+        journal.write(run=[case.key])
+        result = check_case(case, programs)
+        journal.write(result=dataclasses.asdict(result), key=case.key)
+        if result.verdict == FAILED and not device_works():
+          journal.write(device_lost=True)
+          os._exit(1)  # a client of a lost device may not come to an end
+
+
+def results_path(folder: str, key: str) -> pathlib.Path:
+  return pathlib.Path(folder) / f"results-{key}.json"
+
+
+def read_results(folder: str, key: str) -> dict:
+  """{key of a case: fields of its Result} that were kept for such a machine; none where the file is missing or damaged."""
+  try:
+    found = json.loads(results_path(folder, key).read_bytes())
+  except (OSError, ValueError):
+    return {}
+  return found if isinstance(found, dict) else {}
+
+
+def _die_with_parent():
+  """Even a killed parent leaves no process behind that holds the device."""
+  if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+if __name__ == "__main__":
+  main(sys.argv[1])

@@ -1,0 +1,94 @@
+"""Makes the processes of a test believe that they have an accelerator, whose kernels are XLA's forms with the faults of FAULTS.
+
+Python imports a module of this name at its start, from a folder in PYTHONPATH. FAULTS: "kernel.function=fault,..". CHOICES: a
+folder in which each training process leaves what was replaced in it.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.kernels import implementations
+
+faults = dict(item.split("=") for item in os.environ["FAULTS"].split(",") if item)
+load_function = implementations.load_function
+
+
+def then(action, result):
+  """`result`, and when it is computed `action` is done; nothing happens where it is traced alone."""
+
+  def called(x):
+    action()
+    return x
+
+  leaves, tree = jax.tree.flatten(result)
+  leaves[0] = jax.pure_callback(called, jax.ShapeDtypeStruct(leaves[0].shape, leaves[0].dtype), leaves[0])
+  return jax.tree.unflatten(tree, leaves)
+
+
+def scaled(result):
+  """Every scale of a QTensor doubled, every other array by a twentieth too large."""
+  if hasattr(result, "scales"):
+    return dataclasses.replace(result, scales=2 * result.scales)
+  return jax.tree.map(lambda x: x * jnp.asarray(1.05, x.dtype), result)
+
+
+def with_nan(result):
+  return jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), result)
+
+
+def raised(result):
+  raise ValueError("this kernel cannot be traced")
+
+
+def crash_while_compiled(result):
+  if threading.current_thread() is not threading.main_thread():
+    os.kill(os.getpid(), signal.SIGSEGV)
+  return result
+
+
+KINDS = {
+  "wrong": scaled,
+  "nan": with_nan,
+  "exception": raised,
+  "crash": lambda result: then(lambda: os.kill(os.getpid(), signal.SIGABRT), result),
+  "compiler": crash_while_compiled,
+  "hang": lambda result: then(lambda: time.sleep(1000), result),
+  "slow": lambda result: then(lambda: time.sleep(0.1), result),
+}
+
+
+def load(kernel, function, file):
+  if not file.startswith("pallas"):
+    return load_function(kernel, function, file)
+  xla, fault = load_function(kernel, function, "xla"), faults.get(f"{kernel}.{function}")
+  return lambda *arguments: KINDS[fault](xla(*arguments)) if fault else xla(*arguments)
+
+
+implementations.load_function = load
+implementations.native_file = lambda device_kind: "pallas_gpu"
+
+from deepseek_jax.selftest import check, machine, run, supervise  # noqa: E402  (they import what is replaced above)
+from deepseek_jax.training import loop  # noqa: E402
+
+for module in (machine, run, supervise):
+  module.accelerators = lambda: ["a chip of a test"]
+supervise.LIMITS["run"] = 4
+check.SLOWER = 10  # times of small arrays on a busy machine differ by more than a tenth
+replace_kernels = loop.replace_kernels
+
+
+def replace_and_tell(replacements):
+  path = os.path.join(os.environ["CHOICES"], os.environ.get("JAX_PROCESS_ID", "0"))
+  with open(path, "w") as f:
+    json.dump([sorted(replacements.functions), sorted(replacements.calls)], f)
+  return replace_kernels(replacements)
+
+
+loop.replace_kernels = replace_and_tell
