@@ -49,7 +49,7 @@ class Replacements:
 
 NO_REPLACEMENTS = Replacements()
 _replacements = contextvars.ContextVar("replacements", default=NO_REPLACEMENTS)
-_recorded: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar("recorded", default=None)
+_recorded: contextvars.ContextVar[dict[str, Call] | None] = contextvars.ContextVar("recorded", default=None)
 
 
 @contextlib.contextmanager
@@ -63,12 +63,12 @@ def replace_kernels(replacements: Replacements) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def record_calls() -> Iterator[list[Call]]:
-  """Gives a list that gets every call of a Pallas kernel that is traced in the block, in order and with repetitions.
+def record_calls() -> Iterator[dict[str, Call]]:
+  """Gives a dict that gets the calls of Pallas kernels that are traced in the block, by what `str` makes of them.
 
   The program has XLA's forms in their place, so that a kernel that cannot even be traced is in the list and ends nothing.
   """
-  calls: list[Call] = []
+  calls: dict[str, Call] = {}
   token = _recorded.set(calls)
   try:
     yield calls
@@ -90,21 +90,24 @@ def run(kernel: str, function: str, name: str, *args: Any) -> Any:
   call = Call(kernel, function, chosen(kernel, name), jax.tree.map(_abstract, args))
   if not call.file.startswith("pallas"):
     return load_function(kernel, function, call.file)(*args)
-  try:
-    if call in _replacements.get():
-      raise Unsupported("by the verdict of the self-test")
-    result = load_function(kernel, function, call.file)(*args)
-    if (calls := _recorded.get()) is None:
-      return result
-    calls.append(call)
-  except Unsupported as e:
+  recorded = _recorded.get()
+  if call in _replacements.get():
     if name != "auto":
-      raise
-    log_once(f"{kernel}.{function}: falling back to XLA: {e}")
-  except Exception:
-    if (calls := _recorded.get()) is None:
-      raise
-    calls.append(call)
+      raise Unsupported(f"the self-test replaced {kernel}.{function}")
+  elif recorded is None or str(call) not in recorded:
+    try:
+      result = load_function(kernel, function, call.file)(*args)
+      if recorded is None:
+        return result
+      recorded[str(call)] = call
+    except Unsupported as e:
+      if name != "auto":
+        raise
+      log_once(f"{kernel}.{function}: falling back to XLA: {e}")
+    except Exception:
+      if recorded is None:
+        raise
+      recorded[str(call)] = call
   return load_function(kernel, function, "xla")(*args)
 
 

@@ -47,7 +47,7 @@ def program_calls(config: Config, device: AbstractDevice) -> list[Call]:
   with jax.sharding.use_abstract_mesh(mesh), record_calls() as calls:
     step, arguments = abstract_step(config, mesh)
     jax.jit(step, donate_argnums=0).trace(*arguments)
-  return list({str(call): call for call in calls}.values())
+  return list(calls.values())
 
 
 def make_cases(calls: list[Call]) -> list[Case]:

@@ -54,6 +54,9 @@ def new_result(key: str, kernel: str, stands_for: Sequence[str], verdict: str = 
   return Result(kernel, shape, len(stands_for), key not in stands_for, unit, verdict, message)
 
 
+Precision = Callable[[], contextlib.AbstractContextManager]
+
+
 @dataclasses.dataclass
 class Programs:
   """A case's inputs, and the compiled programs of the kernel and of XLA's form, or what was raised instead."""
@@ -63,8 +66,21 @@ class Programs:
   xla: Callable | Exception
 
 
-def compile_case(case: Case, precision: Callable[[], contextlib.AbstractContextManager]) -> Programs:
+def compile_case(case: Case, precision: Precision) -> Programs:
   """Compiles both forms of `case`; `precision` makes the context that float32 products are traced in."""
+  inputs, forms = traceable_forms(case, precision)
+
+  def compiled(file):
+    try:
+      return jax.jit(forms[file]).lower(*inputs).compile()
+    except Exception as error:  # whatever it is, it is a verdict on this kernel, and others are still to be tested
+      return error
+
+  return Programs(inputs, compiled(case.call.file), compiled("xla"))
+
+
+def traceable_forms(case: Case, precision: Precision) -> tuple[list[np.ndarray], dict[str, Callable]]:
+  """(inputs, {file: function of them}) of the kernel of `case` and of XLA's form, forward and where it says so backward."""
   call = case.call
   abstract, tree = jax.tree.flatten(call.arguments)
   traced = [i for i, leaf in enumerate(abstract) if isinstance(leaf, jax.ShapeDtypeStruct)]
@@ -95,15 +111,7 @@ def compile_case(case: Case, precision: Callable[[], contextlib.AbstractContextM
       y, pull = jax.vjp(forward, *(arrays[i] for i in of))
       return y, pull(cotangent)
 
-  def compiled(file):
-    try:
-      return jax.jit(functools.partial(both_passes, file)).lower(*inputs).compile()
-    except (
-      Exception
-    ) as error:  # whatever a compiler raises is a verdict on this kernel, and the others are still to be tested
-      return error
-
-  return Programs(inputs, compiled(call.file), compiled("xla"))
+  return inputs, {file: functools.partial(both_passes, file) for file in (call.file, "xla")}
 
 
 def check_case(case: Case, programs: Programs) -> Result:
@@ -111,15 +119,17 @@ def check_case(case: Case, programs: Programs) -> Result:
   result = new_result(case.key, case.name, case.stands_for)
   try:
     arrays = jax.device_put(programs.inputs)
-    theirs = jax.block_until_ready(_called(programs.xla)(*arrays))
-  except Exception as error:  # as when the device has no memory for it
-    return dataclasses.replace(result, verdict=UNCOMPARED, message=f"XLA's form: {first_line(error)}")
-  try:
     ours = jax.block_until_ready(_called(programs.kernel)(*arrays))
-    result.bound = _bound(case, ours)
-    errors = [float(error) for error in jax.jit(relative_errors)(ours, theirs)]
   except Exception as error:
     return dataclasses.replace(result, verdict=FAILED, message=first_line(error))
+  try:
+    theirs = jax.block_until_ready(_called(programs.xla)(*arrays))
+  except Exception as error:  # as when the device has no memory for it
+    finite = all(bool(jnp.isfinite(array.astype(jnp.float32)).all()) for array in _arrays(ours))
+    text = f"XLA's form: {first_line(error)}" if finite else "results are not finite"
+    return dataclasses.replace(result, verdict=UNCOMPARED if finite else WRONG, message=text)
+  result.bound = _bound(case, ours)
+  errors = [float(error) for error in jax.jit(relative_errors)(ours, theirs)]
   del ours, theirs
   if not all(map(math.isfinite, errors)):
     return dataclasses.replace(result, verdict=WRONG, message="results are not finite")

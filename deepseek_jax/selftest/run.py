@@ -16,7 +16,7 @@ from deepseek_jax.selftest.machine import accelerators, results_key, run_key
 from deepseek_jax.selftest.supervise import ChildFailed, Report, run_selftest
 
 FILE = "selftest.json"
-SECONDS = 60  # after which no further kernel is tested at the start of a run
+SECONDS = 50  # after which no further kernel is begun at the start of a run, so that it costs a minute
 
 
 def results_folder(config: Config) -> pathlib.Path:
@@ -63,7 +63,7 @@ def _tested(config, key, processes) -> Report:
   kept = folder / f"run-{key}.json"
   if found := _read(kept):
     return _report(found)
-  print(f"self-test  kernels beside XLA's forms, once for these shapes, up to about {SECONDS} s", flush=True)
+  print("self-test  kernels beside XLA's forms, once for these shapes, up to a minute", flush=True)
   try:
     report = run_selftest(config, folder, processes=processes, seconds=SECONDS)
   except ChildFailed as error:
@@ -75,23 +75,25 @@ def _tested(config, key, processes) -> Report:
 
 
 def _replacements(config, report, path) -> tuple[list[str], list[str]]:
-  """By the verdicts: a kernel that failed at one shape is used for none, a slow one not for that shape."""
-  fields, functions, calls = implementation_fields(config.model), set(), set()
+  """By the verdicts: a kernel that failed at one shape is used for none, a slow one not for that shape. One line for each."""
+  fields, functions, calls, told = implementation_fields(config.model), set(), set(), {}
   for key, result in report.results.items():
     field, implementation = fields.get(result.kernel.partition(".")[0], ("", "xla"))
     if implementation == "xla" or result.verdict not in (SLOW, *BROKEN):
       continue
-    what = f"{result.kernel} is {result.verdict} on {report.machine['chip']}: {result.message}"
+    what = f"{result.kernel} {result.verdict} on {report.machine['chip']} ({result.message})"
     if implementation == "pallas" and result.verdict in BROKEN:
-      raise ConfigError(f"{field}=pallas, but {what}; use auto, which takes XLA's form of it. Report: {path}")
+      raise ConfigError(f"{field}=pallas, but {what}: use auto, which falls back to XLA; report: {path}")
     if implementation == "pallas":
-      print(f"self-test  {what}; {field}=pallas keeps it. Report: {path}")
-      continue
-    print(f"self-test  {what}; XLA's form replaces it. Report: {path}")
-    if result.verdict == SLOW:
+      told.setdefault(result.kernel, f"{what}: kept, since {field}=pallas; report: {path}")
+    elif result.verdict == SLOW:
       calls.update(report.cases[key][1:])
+      told.setdefault(result.kernel, f"{what}: falling back to XLA for such shapes; report: {path}")
     else:
       functions.add(result.kernel)
+      told[result.kernel] = told.get(result.kernel) or f"{what}: falling back to XLA; report: {path}"
+  for line in told.values():
+    print(f"self-test  {line}")
   tested = [result for result in report.results.values() if result.verdict == OK]
   print(f"self-test  {len(tested)} of {len(report.cases)} kernels pass at their shapes", flush=True)
   return sorted(functions), sorted(calls)

@@ -33,6 +33,7 @@ from deepseek_jax.sharding import spec
 from deepseek_jax.storage import RunFolder, is_url
 from deepseek_jax.training import metrics, report
 from deepseek_jax.training.balance import load_metrics
+from deepseek_jax.training.batch import Batch, place_rows
 from deepseek_jax.training.progress import StepProgress
 from deepseek_jax.training.schedule import rates
 from deepseek_jax.training.signals import stop_requests
@@ -45,26 +46,6 @@ SMALL_FILES = metrics.METRICS, metrics.EVENTS, "selftest.json"
 
 class Diverged(RuntimeError):
   """Too many updates in a row were skipped."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-  """A global batch: `tokens` [microbatch, sequence, seq + 1] on the devices, of which the first `microbatches` count."""
-
-  tokens: jax.Array
-  microbatches: int
-  target_tokens: int
-  target_bytes: int
-
-
-def place_rows(split, ids, width, sharding):
-  """Windows `ids` [..., batch] of `split` as int32 [..., batch, width]; a host reads only the rows of its devices."""
-
-  def read(index):
-    part = ids[index[:-1]]
-    return split.tokens(part.reshape(-1)).astype(np.int32).reshape(*part.shape, width)
-
-  return jax.make_array_from_callback((*ids.shape, width), sharding, read)
 
 
 def _shown(workdir):

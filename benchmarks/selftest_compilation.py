@@ -1,0 +1,87 @@
+"""How long the self-test compiles on an H200 that is not here:  python -m benchmarks.selftest_compilation --config=configs/v3.py
+
+Traces the config's step for an H200, makes the cases of the self-test, and compiles kernels and XLA's forms with jax's CUDA
+plugin, one after the other, without a GPU (in the environment of `make kernels`). What a device adds: XLA's autotuning of its
+own forms, and running them. Seconds are of CPU time, which a machine with idle cores divides by up to BATCH of
+selftest/child.py, but for tracing.
+"""
+
+import json
+import os
+import pathlib
+import tempfile
+import time
+
+from absl import flags
+
+from deepseek_jax.flags import load_config, parse, run_program
+
+
+def main(argv) -> int:
+  values = flags.FlagValues()
+  flags.DEFINE_string("config", "configs/v3.py", "a config file", flag_values=values)
+  flags.DEFINE_string("json", None, "also write each case's seconds to this file", flag_values=values)
+  overrides = parse(argv, values, __doc__)
+  config = load_config(values.config, overrides)
+
+  from tests.kernels import gpu_without_one
+
+  folder = pathlib.Path(tempfile.mkdtemp())
+  gpu_without_one.tools(folder)
+  os.environ |= {"CUDA_ROOT": str(folder), "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+  os.environ.pop("JAX_PLATFORMS", None)
+
+  import jax
+  from jax.experimental import topologies
+
+  from deepseek_jax.mesh import least_devices, resolve_mesh
+  from deepseek_jax.model.linear import matmul_precision
+  from deepseek_jax.selftest.cases import make_cases, program_calls
+  from deepseek_jax.selftest.check import traceable_forms
+
+  target = {"platform": "cuda", "topology_name": "h200", "topology": "1x1x1"}
+  topology = topologies.get_topology_desc(target_config=gpu_without_one.H200, **target)
+  sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+  config = resolve_mesh(config, least_devices(config.mesh))
+  clock = Clock()
+  cases = make_cases(program_calls(config, jax.sharding.AbstractDevice("NVIDIA H200", 132, "gpu")))
+  found = {"step traced": clock.lap()}
+  for case in cases:
+    inputs, forms = traceable_forms(case, lambda: matmul_precision(config.model))
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in inputs]
+    times = {"inputs": clock.lap()}
+    for file, form in forms.items():
+      lowered = jax.jit(form).trace(*shapes).lower(lowering_platforms=("cuda",))
+      times[f"{file} traced"] = clock.lap()
+      lowered.compile()
+      times[f"{file} compiled"] = clock.lap()
+    found[case.key] = times
+    print(
+      f"{sum(times.values()):6.1f} s  {', '.join(f'{k} {v:.1f}' for k, v in times.items())}  {case.key}", flush=True
+    )
+  totals = {}
+  for times in list(found.values())[1:]:
+    for name, seconds in times.items():
+      totals[name] = totals.get(name, 0) + seconds
+  print(
+    f"{len(cases)} cases, step traced {found['step traced']:.1f} s, "
+    + ", ".join(f"{k} {v:.1f} s" for k, v in totals.items())
+  )
+  if values.json:
+    pathlib.Path(values.json).write_text(json.dumps(found, indent=1))
+  return 0
+
+
+class Clock:
+  def __init__(self):
+    self._last = time.process_time()
+
+  def lap(self) -> float:
+    """CPU seconds since the last call."""
+    now = time.process_time()
+    last, self._last = self._last, now
+    return now - last
+
+
+if __name__ == "__main__":
+  run_program(main)
