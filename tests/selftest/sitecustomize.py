@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from deepseek_jax.kernels import implementations
 
 faults = dict(item.split("=") for item in os.environ["FAULTS"].split(",") if item)
-load_function = implementations.load_function
+load_function, lost = implementations.load_function, threading.Event()
 
 
 def then(action, result):
@@ -53,7 +53,13 @@ def crash_while_compiled(result):
   return result
 
 
+def lose_device():
+  lost.set()
+  raise RuntimeError("an illegal memory access was encountered")
+
+
 KINDS = {
+  "lost": lambda result: then(lose_device, result),
   "wrong": scaled,
   "nan": with_nan,
   "exception": raised,
@@ -80,6 +86,7 @@ from deepseek_jax.training import loop  # noqa: E402
 for module in (machine, run, supervise):
   module.accelerators = lambda: ["a chip of a test"]
 supervise.LIMITS["run"] = 4
+check.device_works = lambda: not lost.is_set()
 check.SLOWER = 10  # times of small arrays on a busy machine differ by more than a tenth
 replace_kernels = loop.replace_kernels
 
