@@ -25,7 +25,7 @@ VARIABLES = (
   "TPU_PROCESS_BOUNDS", "TPU_VISIBLE_CHIPS", "TPU_VISIBLE_DEVICES", "XLA_FLAGS",
 )  # fmt: skip
 # A process that sees one chip of a TPU host, and does not wait for other hosts of the slice.
-ONE_TPU_CHIP = {"TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1", "TPU_PROCESS_BOUNDS": "1,1,1", "TPU_VISIBLE_CHIPS": "0"}
+ONE_TPU_CHIP = {"TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1", "TPU_PROCESS_BOUNDS": "1,1,1"}
 
 
 def accelerators() -> list[str]:
@@ -35,18 +35,25 @@ def accelerators() -> list[str]:
     return []
   chips, version = hardware_utils.num_available_tpu_chips_and_device_id()
   if chips:
-    return [f"TPU {version.name}"] * chips
+    return [f"TPU {version.name}"] * len(visible_tpu_chips(chips))
   if not hardware_utils.has_visible_nvidia_gpu():
     return []
   models = pathlib.Path("/proc/driver/nvidia/gpus").glob("*/information")
   return sorted(re.findall(r"Model:\s*(.*)", "".join(path.read_text() for path in models))) or ["NVIDIA GPU"]
 
 
+def visible_tpu_chips(chips: int = 1) -> list[str]:
+  """Numbers of the chips that the environment leaves to this process, of a host with `chips` of them."""
+  return os.environ.get("TPU_VISIBLE_CHIPS", ",".join(map(str, range(chips)))).split(",")
+
+
 def child_environment(chips: list[str]) -> dict[str, str]:
   """The environment of a process that tests kernels on the first of `chips`."""
   environment = {name: value for name, value in os.environ.items() if not name.startswith("MEGASCALE_")}
   environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-  return environment | (ONE_TPU_CHIP if any(chip.startswith("TPU") for chip in chips) else {})
+  if any(chip.startswith("TPU") for chip in chips):
+    environment |= ONE_TPU_CHIP | {"TPU_VISIBLE_CHIPS": visible_tpu_chips()[0]}
+  return environment
 
 
 def cuda_devices() -> str:

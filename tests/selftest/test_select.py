@@ -195,7 +195,12 @@ def test_accelerators_are_found_without_opening_them(monkeypatch):
   monkeypatch.delenv("JAX_PLATFORMS")
   monkeypatch.setattr(hardware, "num_available_tpu_chips_and_device_id", lambda: (4, version))
   assert machine.accelerators() == ["TPU v5p"] * 4
-  assert machine.child_environment(machine.accelerators()).items() >= machine.ONE_TPU_CHIP.items()
+  assert machine.child_environment(machine.accelerators())["TPU_VISIBLE_CHIPS"] == "0"
+  monkeypatch.setenv("TPU_VISIBLE_CHIPS", "2,3")
+  assert machine.accelerators() == ["TPU v5p"] * 2
+  environment = machine.child_environment(machine.accelerators())
+  assert environment["TPU_VISIBLE_CHIPS"] == "2" and environment.items() >= machine.ONE_TPU_CHIP.items()
+  monkeypatch.delenv("TPU_VISIBLE_CHIPS")
   monkeypatch.setattr(hardware, "num_available_tpu_chips_and_device_id", lambda: (0, None))
   monkeypatch.setattr(hardware, "has_visible_nvidia_gpu", lambda: True)
   assert machine.accelerators() == ["NVIDIA GPU"]
