@@ -3,20 +3,18 @@
 Random normal data, and enough copies of it that no operand waits in the L2 cache. A time is the best of three rounds of calls
 back to back. Beside each product stand bfloat16's and, where torch is importable, its fp8 product with one scale a matrix, on
 the same card in the same run. Errors of products are those against the same operands in float32, of the first 128 rows; of
-quantisers, the share of bytes that are not XLA's. What is not reached in --seconds is left out, and said. The exit code is 1
-if a row failed. --small: sizes of a test, on any platform.
+quantisers, the share of bytes that are not XLA's.
+
+--json=FILE keeps the rows: the same command goes on with those that are missing, and tries those that failed once more. What
+is not reached in --seconds is left out, and said; a row that takes longer than --row_seconds has failed. Exit codes: 0; 1 if
+a row failed; 3 if rows are left. --small: sizes of a test, on any platform.
 """
 
-import contextlib
 import dataclasses
 import functools
-import os
-import time
-from collections.abc import Callable
 
-from absl import flags
-
-from deepseek_jax.flags import parse, run_program
+from benchmarks.timing import CACHE_BYTES, Row, copies, normal, run_table, torch_on_gpu
+from deepseek_jax.flags import run_program
 
 # TFLOP/s on an H200: what would be well done, and the least that is accepted.
 DENSE = {
@@ -27,95 +25,10 @@ GROUPED = {(8, 4096, 4096, 7168): (1250, 950), (8, 4096, 7168, 2048): (None, Non
 WGRAD = {(7168, 4096, 8192): (950, 700)}  # k is of tokens
 QUANTIZE = {(8192, 7168): (0.8 * 4300, 0.6 * 4300)}  # GB/s
 WHOLE = {(4096, 7168, 16384): (1.5, 1.25), (4096, 4096, 7168): (1.5, 1.25), (4096, 7168, 2048): (1.5, 1.25)}
-CACHE_BYTES = 200 * 2**20  # several times an H200's
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """One line: work is FLOPs or bytes of a call; make() gives name -> (function, arguments); error(result, arguments) of ours."""
-
-  name: str
-  work: float
-  unit: str
-  goal: float | None
-  floor: float | None
-  make: Callable
-  error: Callable | None = None
 
 
 def main(argv) -> int:
-  values = flags.FlagValues()
-  flags.DEFINE_float("seconds", 540, "after which no row is started", flag_values=values)
-  flags.DEFINE_string("implementation", "auto", "of the kernels", flag_values=values)
-  flags.DEFINE_bool("small", False, "sizes of a test", flag_values=values)
-  parse(argv, values, __doc__)
-  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch wants memory too
-
-  import jax
-
-  started, failed = time.monotonic(), False
-  device = jax.devices()[0]
-  print(f"{device.device_kind}, jax {jax.__version__}, implementation {values.implementation}, random normal data")
-  print(f"{'':40s}{'ours':>16s}{'bf16':>8s}{'torch':>8s}{'goal':>8s}{'floor':>8s}  error")
-  for row in rows(values.implementation, values.small):
-    if time.monotonic() - started > values.seconds:
-      print(f"{row.name:40s}not run: {values.seconds:.0f} s are over")
-      continue
-    try:
-      print(line(row), flush=True)
-    except Exception as e:  # the others are still worth their time on a GPU
-      failed = True
-      print(f"{row.name:40s}failed: {told(e)}", flush=True)
-  return int(failed)
-
-
-def told(e):
-  """An exception in one line."""
-  return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
-
-
-def line(row):
-  """Times and compares a row: its text."""
-  import jax
-
-  error, rates = "", {}
-  for name, (function, arguments) in row.make().items():
-    if name == "torch":
-      with contextlib.suppress(RuntimeError):  # sizes or dtypes that this torch does not do: no number of its own
-        rates[name] = row.work / seconds_a_call(function, arguments)
-      continue
-    function = jax.jit(function)
-    if name == "ours" and row.error:
-      error = f"{float(jax.jit(row.error)(function(*arguments[0]), *arguments[0])):.1e}"
-    rates[name] = row.work / seconds_a_call(function, arguments, jax.block_until_ready)
-  scale = {"TFLOP/s": 1e12, "GB/s": 1e9, "times bf16": None}[row.unit]
-  if scale is None:
-    rates, scale = {"ours": rates["ours"] / rates["bf16"]}, 1
-  show = lambda value: "" if value is None else f"{value:.4g}"  # noqa: E731
-  ours = f"{rates['ours'] / scale:.4g} {row.unit}"
-  others = "".join(f"{show(rates[name] / scale if name in rates else None):>8s}" for name in ("bf16", "torch"))
-  return f"{row.name:40s}{ours:>16s}{others}{show(row.goal):>8s}{show(row.floor):>8s}  {error}"
-
-
-def seconds_a_call(function, arguments, wait=None, least=0.05, rounds=3):
-  """Of calls with each of `arguments` in turn, back to back: the best of `rounds` rounds that take `least` seconds or more."""
-  if wait is None:
-    import torch
-
-    wait = lambda _: torch.cuda.synchronize()  # noqa: E731
-  calls, times = len(arguments), []
-  wait(function(*arguments[0]))
-  while len(times) < rounds:
-    started = time.perf_counter()
-    for i in range(calls):
-      result = function(*arguments[i % len(arguments)])
-    wait(result)
-    took = time.perf_counter() - started
-    if took < least:
-      calls = int(calls * min(max(1.2 * least / took, 1.5), 100)) + 1
-    else:
-      times.append(took / calls)
-  return min(times)
+  return run_table(argv, __doc__, rows, ("bf16", "torch", "goal", "floor"))
 
 
 def rows(implementation, small):
@@ -154,21 +67,6 @@ def rows(implementation, small):
   for (m, n, k), marks in of(WHOLE):
     make = functools.partial(layer, m, n, k, implementation)
     yield Row(f"a layer's training {m} x {n} x {k}", 1, "times bf16", *marks, make)
-
-
-def normal(*shape, seed=0, dtype="bfloat16"):
-  import jax
-
-  return jax.random.normal(jax.random.key(seed), shape, dtype)
-
-
-def copies(*arguments):
-  """As many copies of `arguments` as the L2 cache does not hold."""
-  import jax
-
-  size = sum(a.nbytes for a in jax.tree.leaves(arguments))
-  again = jax.jit(lambda tree: jax.tree.map(lambda a: a.copy(), tree))
-  return [arguments, *(again(arguments) for _ in range(min(CACHE_BYTES // size, 8)))]
 
 
 def as_tiles(x, tile):
@@ -224,11 +122,8 @@ def differing(function, ours, *arguments):
 
 def torch_product(m, n, k, wgrad):
   """torch's product with one scale a matrix, where torch and its GPU are at hand."""
-  try:
-    import torch
-  except ImportError:
-    return {}
-  if not torch.cuda.is_available():
+  torch = torch_on_gpu()
+  if torch is None:
     return {}
   make = lambda *shape: torch.randn(*shape, device="cuda").to(torch.float8_e4m3fn)  # noqa: E731
   one, dtype = torch.ones((), device="cuda"), torch.float32 if wgrad else torch.bfloat16

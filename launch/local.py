@@ -81,7 +81,7 @@ class Group:
       command,
       env=environment,
       start_new_session=True,
-      preexec_fn=_die_with_launcher,
+      preexec_fn=die_with_launcher,
       stdin=subprocess.DEVNULL,
       stdout=None if first else subprocess.PIPE,  # None: a progress bar finds its terminal
       stderr=subprocess.PIPE if first else subprocess.STDOUT,
@@ -151,7 +151,8 @@ class Reader(threading.Thread):
 _libc = ctypes.CDLL(None)  # before the fork
 
 
-def _die_with_launcher():
+def die_with_launcher():
+  """For a new process of Linux: it ends with the thread that started it."""
   if sys.platform == "linux":
     _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: even kill -9 of the launcher leaves nobody behind
 
