@@ -6,6 +6,9 @@
 ## make tpu     the long tests that compile for TPU topologies, in an environment of their own, .venv-tpu
 ## make kernels  the long tests of the Pallas kernels, in .venv-kernels: every case interpreted, and compiled for chips
 ##              that are not here; needs a Python 3.12, which PYTHON names
+## make gpu     on a machine with a Hopper GPU: self-tests, rates of the kernels and training steps, in an environment of its
+##              own, .venv-gpu; two calls of 5 minutes, which PART=1 and PART=2 make singly; again: goes on where it was.
+##              Needs a Python 3.12, which PYTHON names. Where there is no package index: launch/gpu.sh
 ## make lint    ruff check and ruff format --check
 ## make clean   remove the environments and caches; runs/ stays
 ##
@@ -15,9 +18,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+PART ?= 1 2
 IN_VENV = $(VENV)/bin/python
 
-.PHONY: help train test chaos parity meshes tpu kernels lint clean environment test-environment
+.PHONY: help train test chaos parity meshes tpu kernels gpu lint clean environment test-environment
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -46,6 +50,13 @@ kernels:
 	@$(PYTHON) .ci/environment.py $(VENV)-kernels test tpu gpu-aot tokamax
 	$(VENV)-kernels/bin/python -m pytest -m kernels tests/kernels -n 2 -o faulthandler_timeout=0 $(ARGS)
 
+gpu:
+	@$(PYTHON) .ci/environment.py $(VENV)-gpu cuda tokamax
+	@status=0; for part in $(PART); do \
+	  $(VENV)-gpu/bin/python -m benchmarks.gpu --part=$$part $(ARGS) || status=$$?; \
+	  [ $$status -lt 128 ] || break; \
+	done; exit $$status
+
 lint: test-environment
 	$(IN_VENV) -m ruff check .
 	$(IN_VENV) -m ruff format --check .
@@ -57,5 +68,5 @@ test-environment:
 	@$(PYTHON) .ci/environment.py $(VENV) test
 
 clean:
-	rm -rf $(VENV) $(VENV)-3.12 $(VENV)-parity $(VENV)-kernels .cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(VENV)-3.12 $(VENV)-parity $(VENV)-kernels $(VENV)-gpu .cache .pytest_cache .ruff_cache build *.egg-info
 	find deepseek_jax benchmarks tests configs .ci -name __pycache__ -prune -exec rm -rf {} +

@@ -13,6 +13,7 @@ Exit codes: 0 all steps are done; 1 a step failed, and none is left; 2 a bad fla
 
 import contextlib
 import datetime
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -76,11 +77,10 @@ class Driver:
     self.path, here = self._out / "gpu.json", machine()
     self._commit = values.commit or commit()
     self._record = read_json(self.path) or {"machine": here, "toy": values.toy, "steps": {}}
-    there, told = self._record["machine"], "{chip}, jax {jax}".format_map
-    if (told(there), self._record["toy"]) != (told(here), values.toy):
-      what = "a rehearsal with --toy on " if self._record["toy"] else ""
-      raise ConfigError(f"{self.path} is of {what}{told(there)}, and this is {told(here)}: give another --out")
-    topology = values.topology or topology_of(here["chip"]) or ("h100" if values.toy else None)
+    there, here = (told(*of) for of in ((self._record["machine"], self._record["toy"]), (here, values.toy)))
+    if there != here:
+      raise ConfigError(f"{self.path} is of {there}, and this is {here}: give another --out")
+    topology = values.topology or topology_of(self._record["machine"]["chip"]) or ("h100" if values.toy else None)
     self._fields = {"out": str(self._out), "topology": topology, "attention": attention()}
     self._overrides = [f"--config.{path}={value}" for path, value in overrides.items()]
     self._steps = [step for step in STEPS if step.part == values.part and (topology or not step.beside)]
@@ -139,7 +139,7 @@ class Driver:
     fields = {"out": str(self._out), "json": str(result), "seconds": f"{limit - min(15, limit / 3):.0f}"}
     command = [argument.format_map(fields) for argument in self._template(step)]
     self._print(f"== {step.name}, {limit:.0f} s at most: python {shlex.join(command)}")
-    started, date = time.monotonic(), datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    started, date = time.monotonic(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     code = self._process([sys.executable, *command], step.environment, started + limit)
     status = {0: DONE, UNFINISHED: CUT_OFF, None: CUT_OFF}.get(code, FAILED)
     took = time.monotonic() - started
@@ -197,8 +197,9 @@ class Open(dict):
 
 def machine() -> dict:
   """What figures depend on."""
-  found = {"chip": None, "driver": None, "memory": None}
-  if os.environ.get("JAX_PLATFORMS") != "cpu":
+  on_cpu = os.environ.get("JAX_PLATFORMS") == "cpu"
+  found = {"chip": "cpu" if on_cpu else None, "driver": None, "memory": None}
+  if not on_cpu:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
       query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
       lines = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()
@@ -210,11 +211,18 @@ def machine() -> dict:
   return found | versions | {"python": platform.python_version(), "cpus": os.cpu_count()}
 
 
+def told(machine, toy):
+  """In words, what steps of one record have in common."""
+  return f"{machine['chip']}, jax {machine['jax']}, {'with' if toy else 'without'} --toy"
+
+
 def commit():
-  """Of the checkout, with -dirty where files differ from it; None where there is no git."""
+  """Of the checkout, with -dirty where files other than the tiles differ from it; None where there is no git."""
+  git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True)
   with contextlib.suppress(OSError, subprocess.SubprocessError):
-    asked = ["git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
-    return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    name = git(["git", "rev-parse", "--short=7", "HEAD"]).stdout.strip()
+    changed = git(["git", "status", "--porcelain", "--untracked-files=no", "--", ".", f":!{TABLE.relative_to(ROOT)}"])
+    return name + ("-dirty" if changed.stdout else "")
 
 
 def topology_of(chip):

@@ -3,13 +3,15 @@
 import dataclasses
 
 TRAINED = {  # config -> what makes it small
-  "dense_1b": ("layers=1", "embed=128", "mlp=128", "vocab=256", "attention.heads=1", "attention.kv_heads=1"),
+  "dense_1b": ("layers=1", "attention.heads=1", "attention.kv_heads=1"),
   "v3_3b": (
-    "layers=2", "embed=128", "mlp=128", "vocab=256", "attention.heads=1", "attention.q_lora_rank=128",
+    "layers=1", "first_dense_layers=0", "num_mtp_layers=0", "attention.heads=1", "attention.q_lora_rank=128",
     "attention.kv_lora_rank=128", "attention.qk_nope_head_dim=64", "attention.v_head_dim=64", "moe.num_routed_experts=16",
     "moe.mlp=128",
   ),
 }  # fmt: skip
+TOY = ("model.embed=128", "model.mlp=128", "model.vocab=256", "model.compute_dtype=float32", "model.remat=none")
+TOY_BATCH = ("data.seq=128", "train.global_batch=1", "train.microbatch=0")
 PRECISIONS = ("bf16", "fp8")
 CPU = {"JAX_PLATFORMS": "cpu"}
 ALL_MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}  # jax takes three quarters of a GPU by itself
@@ -51,7 +53,7 @@ def table(name, part, seconds, *arguments):
 def training(config, precision):
   """(the training of a config, its plan)."""
   name, fields = f"{config}_{precision}", (f"--config=benchmarks/{config}.py", f"--config.model.precision={precision}")
-  sizes = (*(f"model.{size}" for size in TRAINED[config]), "data.seq=128", "train.global_batch=2", "train.microbatch=1")
+  sizes = (*(f"model.{size}" for size in TRAINED[config]), *TOY, *TOY_BATCH)
   toy = tuple(f"--config.{size}" for size in sizes)
   return (
     Step(

@@ -140,7 +140,6 @@ def time_steps(config, steps, report=lambda timed: None):
 def matmul_rate(config, size=2048, repeats=5) -> float:
   """FLOP/s of one device on a [size, size] product as the model of `config` does it: the best of `repeats`."""
   import jax
-  import jax.numpy as jnp
 
   from deepseek_jax.model.linear import matmul_precision
 
