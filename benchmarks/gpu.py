@@ -67,11 +67,11 @@ def main(argv) -> int:
 
 
 class Driver:
-  """The steps of a part and their record, {"machine", "toy", "steps": {name: what `_record` writes}}."""
+  """The steps of a part and their record, {"machine", "toy", "steps": {name: what `_note` writes}}."""
 
   def __init__(self, values, overrides):
     self._toy, self._started, self._stopped = values.toy, time.monotonic(), None
-    self._lock, self._running, self._deadline = threading.RLock(), set(), float("inf")
+    self._lock, self._deadline = threading.RLock(), float("inf")
     self._out = pathlib.Path(values.out).resolve()
     self._out.mkdir(parents=True, exist_ok=True)
     self.path, here = self._out / "gpu.json", machine()
@@ -132,28 +132,43 @@ class Driver:
 
   def _execute(self, step, limit):
     """Runs a step for `limit` seconds at most, and records how it ended with what it had written."""
-    result, entry = self._out / f"{step.name}.json", self._record["steps"].get(step.name)
-    if entry and entry["result"] is not None and entry["arguments"] == self._template(step) and not result.exists():
-      write_json(result, entry["result"])  # what it goes on with
+    result = self._out / f"{step.name}.json"
+    previous = self._restore(step, result)
     self._install_tiles()
     fields = {"out": str(self._out), "json": str(result), "seconds": f"{limit - min(15, limit / 3):.0f}"}
     command = [argument.format_map(fields) for argument in self._template(step)]
     self._print(f"== {step.name}, {limit:.0f} s at most: python {shlex.join(command)}")
     started, date = time.monotonic(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    self._note(step, CUT_OFF, None, 0.0, date, command, previous)  # should this process be killed
     code = self._process([sys.executable, *command], step.environment, started + limit)
-    status = {0: DONE, UNFINISHED: CUT_OFF, None: CUT_OFF}.get(code, FAILED)
-    took = time.monotonic() - started
+    status, took = {0: DONE, UNFINISHED: CUT_OFF, None: CUT_OFF}.get(code, FAILED), time.monotonic() - started
     self._print(f"== {step.name}: {status}, exit code {code}, {took:.0f} s")
     content = None
     with contextlib.suppress(ConfigError):  # a program may write its results in place: cut short they are worth nothing
       content = read_json(result)
+    self._note(step, status, code, took, date, command, content)
+    result.unlink(missing_ok=True)  # few files are to come back from a machine
+
+  def _restore(self, step, result):
+    """Lays out at `result` what the step had written before, for it to go on with, and returns what the record has of it.
+
+    The file itself is there if a call was killed, and then it is the newest. What another command wrote is removed.
+    """
+    entry = self._record["steps"].get(step.name)
+    if not entry or entry["arguments"] != self._template(step):
+      result.unlink(missing_ok=True)
+      return None
+    if entry["result"] is not None and not result.exists():
+      write_json(result, entry["result"])
+    return entry["result"]
+
+  def _note(self, step, status, code, seconds, date, command, result):
     with self._lock:
       self._record["steps"][step.name] = {
-        "status": status, "exit_code": code, "seconds": round(took, 1), "date": date, "commit": self._commit,
-        "command": shlex.join(["python", *command]), "arguments": self._template(step), "result": content,
+        "status": status, "exit_code": code, "seconds": round(seconds, 1), "date": date, "commit": self._commit,
+        "command": shlex.join(["python", *command]), "arguments": self._template(step), "result": result,
       }  # fmt: skip
       write_json(self.path, self._record)
-    result.unlink(missing_ok=True)  # few files are to come back from a machine
 
   def _process(self, command, environment, deadline):
     """The exit code of a program in a process group of its own, or None if it was stopped."""

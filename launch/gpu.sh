@@ -27,7 +27,8 @@ wheels() {
 
 install() {
   site="${TMPDIR:-/tmp}/deepseek_jax-gpu-site"
-  python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" .whl/*.whl
+  python3 -m pip install -q --root-user-action=ignore --no-index --no-deps --no-compile --no-cache-dir \
+    --upgrade --target "$site" .whl/*.whl
   export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
   if ! JAX_PLATFORMS=cpu python3 -c "import tokamax._src.ops.attention.pallas_mosaic_gpu_kernel_sm90"; then
     echo "tokamax cannot be imported, see above: attention is XLA's"

@@ -83,7 +83,7 @@ def test_a_rehearsal_that_is_killed_goes_on_and_is_reported(tmp_path):
   process.wait()
   wait_for(lambda: not processes_with(str(kernels)), process=subprocess.Popen(["sleep", "60"]))
   measured = rows_of(kernels)
-  assert [step["status"] for step in read_json(record)["steps"].values()] == ["done"] * 3
+  assert [step["status"] for step in read_json(record)["steps"].values()] == ["done", "done", "done", "cut off"]
 
   assert begun(call("--part=1", "--toy", out)) == ["fp8_matmul", "attention"]
   rows = {row["name"]: row for row in read_json(record)["steps"]["fp8_matmul"]["result"]["rows"]}
@@ -173,8 +173,10 @@ def test_a_part_whose_time_is_over_goes_on_with_what_is_left(steps):
   assert {name: step["exit_code"] for name, step in read_json(record)["steps"].items()} == {
     "fails": 7, "rows": 0, "last": 0, "beside": 0,
   }  # fmt: skip
-  # Another config is another step, and does not go on with results of the first.
+  # Another config is another step, and does not go on with results of the first, nor with what a killed call left.
+  write_json(record.with_name("rows.json"), read_json(record)["steps"]["rows"]["result"])
   assert begun(call("--part=1", "--toy", out, "--config.seed=1", "--seconds=4", program=program, code=3))[0] == "rows"
+  assert not rows.items() & rows_of_step(record, "rows").items()
   _, err = call("--part=1", out, program=program, code=2).splitlines()[-1].split("error: ")
   assert "give another --out" in err
 
