@@ -3,13 +3,13 @@
 import contextlib
 import dataclasses
 import os
-import time
 from collections.abc import Callable
 
 from absl import flags
 
 from benchmarks.results import Results
 from deepseek_jax.flags import parse
+from deepseek_jax.selftest.timing import seconds_a_call
 
 CACHE_BYTES = 200 * 2**20  # several times an H200's
 SCALES = {"TFLOP/s": 1e12, "GB/s": 1e9}
@@ -72,7 +72,7 @@ def measure(row: Row) -> dict:
   for name, (function, arguments) in row.make().items():
     if name == "torch":
       with contextlib.suppress(RuntimeError):  # sizes or dtypes that this torch does not do: no number of its own
-        rates[name] = row.work / seconds_a_call(function, arguments)
+        rates[name] = row.work / seconds_a_call(function, arguments, lambda _: torch_on_gpu().cuda.synchronize())
       continue
     function = jax.jit(function)
     if name == "ours" and row.error:
@@ -91,30 +91,6 @@ def line(row: dict, columns) -> str:
   ours, error = f"{row['ours']:.4g} {row['unit']}", row.get("error")
   others = "".join(f"{show(row.get(name)):>8s}" for name in columns)
   return f"{row['name']:40s}{ours:>16s}{others}  {'' if error is None else f'{error:.1e}'}"
-
-
-def seconds_a_call(function, arguments, wait=None, least=0.05, rounds=3):
-  """Of calls with each of `arguments` in turn, back to back: the best of `rounds` rounds that take `least` seconds or more.
-
-  wait: blocks until the result that it gets is there; by default until torch's GPU is idle.
-  """
-  if wait is None:
-    import torch
-
-    wait = lambda _: torch.cuda.synchronize()  # noqa: E731
-  calls, times = len(arguments), []
-  wait(function(*arguments[0]))
-  while len(times) < rounds:
-    started = time.perf_counter()
-    for i in range(calls):
-      result = function(*arguments[i % len(arguments)])
-    wait(result)
-    took = time.perf_counter() - started
-    if took < least:
-      calls = int(calls * min(max(1.2 * least / took, 1.5), 100)) + 1
-    else:
-      times.append(took / calls)
-  return min(times)
 
 
 def normal(*shape, seed=0, dtype="bfloat16"):

@@ -3,7 +3,8 @@
 Kernels and shapes are those of the config's own training step, cut to a slice where they are large. Each is compared with
 XLA's form of it, forward and backward, and timed beside it. One that crashes or hangs is found too: kernels run in a process
 of their own. Results are kept in the cache folder; a second call tests what is missing. Any field of the config can be set:
---config.model.precision=fp8. Exit codes: 0 all pass or there is nothing to test, 1 one does not, 2 a config that cannot run.
+--config.model.precision=fp8. Exit codes: 0 all pass or there is nothing to test, 1 one does not, 2 a config that cannot run,
+3 --seconds ended it before all were tested, and the same command goes on.
 """
 
 import json
@@ -12,6 +13,8 @@ from absl import flags
 
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import load_config, parse, run_program, write_output
+
+UNFINISHED = 3
 
 
 def main(argv) -> int:
@@ -66,6 +69,8 @@ def main(argv) -> int:
     print(table.summary(report))
   if values.json:
     write_output(json.dumps(report.json(), indent=1) + "\n", values.json)
+  if len(report.results) < len(report.cases):
+    return UNFINISHED
   return int(any(result.verdict != OK for result in report.results.values()))
 
 

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -15,6 +14,7 @@ from deepseek_jax.kernels.implementations import load_function
 from deepseek_jax.kernels.qtensor import QTensor
 from deepseek_jax.selftest.cases import Case
 from deepseek_jax.selftest.operations import OPERATIONS, draw, make_inputs
+from deepseek_jax.selftest.timing import seconds_a_call
 
 OK, SLOW, WRONG, FAILED, CRASHED, HUNG, UNCOMPARED = (
   "ok", "slow", "wrong", "failed", "crashed", "hung", "no reference",
@@ -192,23 +192,6 @@ def _called(program):
   if isinstance(program, Exception):
     raise program
   return program
-
-
-def seconds_a_call(function, arguments, wait, least=0.05, rounds=3) -> float:
-  """Of calls with each of `arguments` in turn, back to back: the best of `rounds` rounds that take `least` seconds or more."""
-  calls, times = len(arguments), []
-  wait(function(*arguments[0]))
-  while len(times) < rounds:
-    started = time.perf_counter()
-    for i in range(calls):
-      result = function(*arguments[i % len(arguments)])
-    wait(result)
-    took = time.perf_counter() - started
-    if took < least:
-      calls = int(calls * min(max(1.2 * least / took, 1.5), 100)) + 1
-    else:
-      times.append(took / calls)
-  return min(times)
 
 
 def first_line(error: Exception) -> str:
