@@ -128,7 +128,7 @@ def _exit(code):
 
 
 def process_count() -> int:
-  """Processes of the run; the devices are not opened, as jax.process_count() does."""
+  """Processes of the run. Unlike jax.process_count() this opens no device."""
   return _jax.global_state.num_processes or 1
 
 

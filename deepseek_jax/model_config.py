@@ -220,6 +220,15 @@ class ModelConfig(Section, path="model"):
         "set it to 0 in a dense model, and to at most model.layers"
       )
 
+  def for_sampling(self) -> "ModelConfig":
+    """This model as it reads a prompt and goes on token by token.
+
+    A few tokens are no even load of experts and gain nothing by FP8. Kernels have not been tested at a prompt's shapes.
+    """
+    moe = dataclasses.replace(self.moe, buffer_factor=0.0, implementation="xla")
+    attention = dataclasses.replace(self.attention, implementation="xla")
+    return dataclasses.replace(self, moe=moe, attention=attention, precision="bf16")
+
   @property
   def num_dense_layers(self):
     return self.first_dense_layers if self.moe.num_routed_experts else self.layers

@@ -68,9 +68,15 @@ def continuation(reader, step, config, tokenizer, settings, seed, devices) -> st
     shapes = jax.eval_shape(lambda: new_params(config.model, jax.random.key(0)))
     abstract = dict(zip(("params", "buffers"), concrete(shapes, mesh), strict=True))
     weights = reader.restore(step, abstract)
-    model = dataclasses.replace(config.model, precision="bf16")  # eight bits gain nothing with a token at a time
     return continue_prompt(
-      graphdef(model), weights["params"], weights["buffers"], tokenizer, settings, config.data.seq, seed, mesh
+      graphdef(config.model.for_sampling()),
+      weights["params"],
+      weights["buffers"],
+      tokenizer,
+      settings,
+      config.data.seq,
+      seed,
+      mesh,
     )
 
 

@@ -31,9 +31,14 @@ class Call:
   file: str
   arguments: tuple
 
-  def __str__(self) -> str:
-    """Unique among calls, and readable: `fp8_matmul.matmul(f8e4m3fn[8192,7168]/1x128, ..)`."""
-    return f"{self.kernel}.{self.function}({', '.join(_shown(x) for x in self.arguments)})"
+  @property
+  def name(self) -> str:
+    return f"{self.kernel}.{self.function}"
+
+  @property
+  def key(self) -> str:
+    """Unique among calls, and readable: `fp8_matmul.matmul(float8_e4m3fn[8192,7168]/1x128, ..)`."""
+    return f"{self.name}({', '.join(_shown(x) for x in self.arguments)})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Replacements:
   calls: frozenset[str] = frozenset()
 
   def __contains__(self, call: Call) -> bool:
-    return f"{call.kernel}.{call.function}" in self.functions or str(call) in self.calls
+    return call.name in self.functions or call.key in self.calls
 
 
 NO_REPLACEMENTS = Replacements()
@@ -64,7 +69,7 @@ def replace_kernels(replacements: Replacements) -> Iterator[None]:
 
 @contextlib.contextmanager
 def record_calls() -> Iterator[dict[str, Call]]:
-  """Gives a dict that gets the calls of Pallas kernels that are traced in the block, by what `str` makes of them.
+  """Gives a dict that gets the calls of Pallas kernels that are traced in the block, by their keys.
 
   The program has XLA's forms in their place, so that a kernel that cannot even be traced is in the list and ends nothing.
   """
@@ -90,25 +95,31 @@ def run(kernel: str, function: str, name: str, *args: Any) -> Any:
   call = Call(kernel, function, chosen(kernel, name), jax.tree.map(_abstract, args))
   if not call.file.startswith("pallas"):
     return load_function(kernel, function, call.file)(*args)
-  recorded = _recorded.get()
   if call in _replacements.get():
+    if name == "auto":
+      return load_function(kernel, function, "xla")(*args)
+    raise Unsupported(f"the self-test replaced {call.name}")
+  try:
+    if (recorded := _recorded.get()) is None:
+      return load_function(kernel, function, call.file)(*args)
+    if call.key not in recorded:
+      _record(call, args, recorded)
+  except Unsupported as e:
     if name != "auto":
-      raise Unsupported(f"the self-test replaced {kernel}.{function}")
-  elif recorded is None or str(call) not in recorded:
-    try:
-      result = load_function(kernel, function, call.file)(*args)
-      if recorded is None:
-        return result
-      recorded[str(call)] = call
-    except Unsupported as e:
-      if name != "auto":
-        raise
-      log_once(f"{kernel}.{function}: falling back to XLA: {e}")
-    except Exception:
-      if recorded is None:
-        raise
-      recorded[str(call)] = call
+      raise
+    log_once(f"{call.name}: falling back to XLA: {e}")
   return load_function(kernel, function, "xla")(*args)
+
+
+def _record(call, args, recorded):
+  """Adds `call` to `recorded`. Raises Unsupported as its kernel does; what else it raises is for the self-test to find."""
+  try:
+    load_function(call.kernel, call.function, call.file)(*args)
+  except Unsupported:
+    raise
+  except Exception as e:
+    _log.info("%s: %s", call.key, e)
+  recorded[call.key] = call
 
 
 def chosen(kernel: str, name: str) -> str:

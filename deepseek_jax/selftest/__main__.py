@@ -3,8 +3,8 @@
 Kernels and shapes are those of the config's own training step, cut to a slice where they are large. Each is compared with
 XLA's form of it, forward and backward, and timed beside it. One that crashes or hangs is found too: kernels run in a process
 of their own. Results are kept in the cache folder; a second call tests what is missing. Any field of the config can be set:
---config.model.precision=fp8. Exit codes: 0 all pass or there is nothing to test, 1 one does not, 2 a config that cannot run,
-3 --seconds ended it before all were tested, and the same command goes on.
+--config.model.precision=fp8. Exit codes: 0 all pass or there is nothing to test, 1 one does not (wrong, failed, crashed, hung, slower
+than XLA's form, or not to be compared), 2 a config that cannot run, 3 not all were reached, and the same command goes on.
 """
 
 import json
@@ -54,7 +54,7 @@ def main(argv) -> int:
 
   if not accelerators():
     check_kernels(config.model)
-    report = Report(describe_device(jax.devices()[0]))
+    report = Report(describe_device(jax.devices()[0], config.model.compute_dtype))
   else:
     try:
       report = run_selftest(
@@ -69,9 +69,9 @@ def main(argv) -> int:
     print(table.summary(report))
   if values.json:
     write_output(json.dumps(report.json(), indent=1) + "\n", values.json)
-  if len(report.results) < len(report.cases):
-    return UNFINISHED
-  return int(any(result.verdict != OK for result in report.results.values()))
+  if any(result.verdict != OK for result in report.results.values()):
+    return 1
+  return 0 if report.complete else UNFINISHED
 
 
 if __name__ == "__main__":

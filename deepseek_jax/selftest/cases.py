@@ -26,11 +26,11 @@ class Case:
 
   @property
   def name(self) -> str:
-    return f"{self.call.kernel}.{self.call.function}"
+    return self.call.name
 
   @property
   def key(self) -> str:
-    return str(self.call)
+    return self.call.key
 
   @property
   def work(self) -> float:
@@ -54,9 +54,9 @@ def make_cases(calls: list[Call]) -> list[Case]:
   """What to test, the most important first: of each function the case with the most work, then the second of each ..."""
   groups = defaultdict(list)
   for call in calls:
-    operation = OPERATIONS[f"{call.kernel}.{call.function}"]
+    operation = OPERATIONS[call.name]
     cut = dataclasses.replace(call, arguments=operation.cut(*call.arguments))
-    groups[_without_sizes(cut) if operation.merge else str(cut)].append((cut, str(call)))
+    groups[_without_sizes(cut) if operation.merge else cut.key].append((cut, call.key))
   cases = []
   for members in groups.values():
     largest = max((cut for cut, _ in members), key=lambda cut: Case(cut, ()).work)
@@ -69,7 +69,7 @@ def make_cases(calls: list[Call]) -> list[Case]:
 
 
 def _without_sizes(call: Call) -> str:
-  """As `str(call)`, but of array dimensions only what is beyond whole tiles of 128."""
+  """As `call.key`, but of array dimensions only what is beyond whole tiles of 128."""
   rest = lambda x: jax.ShapeDtypeStruct((*(1,) * (x.ndim - 2), *(n % 128 for n in x.shape[-2:])), x.dtype)  # noqa: E731
   arguments = (rest(x) if isinstance(x, jax.ShapeDtypeStruct) else x for x in call.arguments)
-  return str(dataclasses.replace(call, arguments=tuple(arguments)))
+  return dataclasses.replace(call, arguments=tuple(arguments)).key

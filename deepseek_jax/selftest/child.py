@@ -16,6 +16,7 @@ import sys
 import time
 
 from deepseek_jax.config import Config
+from deepseek_jax.data.cache import read_memo
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.schema import from_dict
 
@@ -26,26 +27,29 @@ BATCH = 8  # cases that are compiled at once; their inputs wait in the host's me
 class Request:
   """What to test. JSON in a file.
 
-  config: as `dataclasses.asdict` gives it. devices: of the mesh; 0: those that this process sees, `multiple` times.
-  any_mesh: where those do not fit the mesh, as few as it allows.
-  cuda_devices: the GPUs that this process may see, as jax_cuda_visible_devices. journal: the file that lines are appended to. results: a folder of known ones, or "".
-  skip: keys of cases that are done. alone: of those that are compiled one by one. deadline: seconds since the epoch after which
-  no more are begun; 0: none.
+  config: as `dataclasses.asdict` gives it. devices: of the mesh; 0: those that this process sees, `processes` times.
+  any_mesh: where those do not fit the mesh, as few as it allows. cuda_devices: the GPUs that this process may see, as
+  jax_cuda_visible_devices. journal: the file that lines are appended to. results: a folder of known ones, or "". skip: keys of
+  cases that are done. compile_alone: of those that are compiled one by one. deadline: seconds since the epoch after which no
+  kernel is begun; 0: none. parent: the process that asks.
   """
 
   config: dict
   devices: int
-  multiple: int
+  processes: int
   any_mesh: bool
   cuda_devices: str
   journal: str
   results: str
-  skip: tuple[str, ...] = ()
-  alone: tuple[str, ...] = ()
-  deadline: float = 0
+  skip: tuple[str, ...]
+  compile_alone: tuple[str, ...]
+  deadline: float
+  parent: int
 
 
 class Journal:
+  """Lines of JSON for the parent, which reads them while this process works."""
+
   def __init__(self, path: str):
     self._file = open(path, "a", encoding="utf-8")
 
@@ -53,12 +57,22 @@ class Journal:
     self._file.write(json.dumps(event) + "\n")
     self._file.flush()
 
+  def begin(self, keys, phase: str):
+    self.write(begin=list(keys), phase=phase)
+
 
 def main(path: str):
-  _die_with_parent()
   request = Request(**json.loads(pathlib.Path(path).read_text()))
-  journal, config = Journal(request.journal), from_dict(Config, request.config)
+  die_with(request.parent)
+  journal = Journal(request.journal)
+  try:
+    test(request, journal)
+  except Exception as error:  # for a message in one line; the traceback is on stderr
+    journal.write(failed=f"{type(error).__name__}: {error}")
+    raise
 
+
+def test(request: Request, journal: Journal):
   # Imported late, so that the journal is there whatever an import does.
   import jax
 
@@ -67,10 +81,11 @@ def main(path: str):
   from deepseek_jax.selftest.cases import make_cases, program_calls
   from deepseek_jax.selftest.machine import describe_device, results_key
 
+  config = from_dict(Config, request.config)
   if request.cuda_devices != "all":
     jax.config.update("jax_cuda_visible_devices", request.cuda_devices)
   device = jax.devices()[0]
-  machine = describe_device(device)
+  machine = describe_device(device, config.model.compute_dtype)
   journal.write(machine=machine)
   abstract = jax.sharding.AbstractDevice(device.device_kind, 1, device.platform)
   try:
@@ -94,7 +109,7 @@ def _on_mesh(config, request, here):
   from deepseek_jax.mesh import least_devices, resolve_mesh
 
   try:
-    return resolve_mesh(config, request.devices or here * request.multiple)
+    return resolve_mesh(config, request.devices or here * request.processes)
   except ConfigError:
     if request.devices or not request.any_mesh:
       raise
@@ -108,41 +123,44 @@ def _check_all(cases, request, journal, precision):
   def compiled(case):
     return compile_case(case, precision)
 
-  alone = [case for case in cases if case.key in request.alone]
-  rest = [case for case in cases if case.key not in request.alone]
+  def time_is_over():
+    return request.deadline and time.time() > request.deadline
+
+  alone = [case for case in cases if case.key in request.compile_alone]
+  others = [case for case in cases if case.key not in request.compile_alone]
   batch = min(os.cpu_count() or 1, BATCH)
-  batches = [[case] for case in alone] + [rest[i : i + batch] for i in range(0, len(rest), batch)]
+  batches = [[case] for case in alone] + [others[i : i + batch] for i in range(0, len(others), batch)]
   with concurrent.futures.ThreadPoolExecutor(batch) as pool:
     for members in batches:
-      if request.deadline and time.time() > request.deadline:
+      if time_is_over():
         return
-      journal.write(compile=[case.key for case in members])
+      journal.begin([case.key for case in members], "compile")
       for case, programs in zip(members, list(pool.map(compiled, members)), strict=True):
-        journal.write(run=[case.key])
-        result = check_case(case, programs)
+        if time_is_over():
+          return
+        result = check_case(case, programs, functools.partial(journal.begin, [case.key]))
         journal.write(result=dataclasses.asdict(result), key=case.key)
-        if result.verdict == FAILED and not device_works():
-          journal.write(device_lost=True)
-          os._exit(1)  # a client of a lost device may not come to an end
+        if result.verdict == FAILED:
+          journal.begin([], "device")
+          if not device_works():
+            os._exit(1)  # a client of a lost device may not come to an end
 
 
 def results_path(folder: str, key: str) -> pathlib.Path:
   return pathlib.Path(folder) / f"results-{key}.json"
 
 
-def read_results(folder: str, key: str) -> dict:
+def read_results(folder: str, key: str) -> dict[str, dict]:
   """{key of a case: fields of its Result} that were kept for such a machine; none where the file is missing or damaged."""
-  try:
-    found = json.loads(results_path(folder, key).read_bytes())
-  except (OSError, ValueError):
-    return {}
-  return found if isinstance(found, dict) else {}
+  return {name: result for name, result in read_memo(results_path(folder, key)).items() if isinstance(result, dict)}
 
 
-def _die_with_parent():
+def die_with(parent: int):
   """Even a killed parent leaves no process behind that holds the device."""
   if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it ended before
+      sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ def row(result: Result) -> str:
     return "" if value is None else f"{value * scale:{form}}"
 
   rate = "" if result.rate is None else f"{result.rate:.4g} {result.unit}"
-  notes = ["a slice"] * result.sliced + [f"for {result.stands_for} shapes"] * (result.stands_for > 1)
+  notes = ["a slice"] * result.sliced + [f"for {result.calls} shapes"] * (result.calls > 1)
   shape = result.shape + (f"  ({', '.join(notes)})" if notes else "")
   line = (
     f"{result.kernel:28}{number(result.error):>9}{number(result.bound):>9}{number(result.seconds, 1e3, '.4g'):>10}{rate:>18}"
@@ -31,4 +31,4 @@ def summary(report: Report) -> str:
   passed = sum(result.verdict == OK for result in report.results.values())
   missing = len(report.cases) - len(report.results)
   rest = f"; {missing} not reached, which the same command goes on with" if missing else ""
-  return f"{passed} of {len(report.results)} pass{rest}"
+  return f"{passed} of {len(report.results)} pass{rest}{f': {report.stopped}' if report.stopped else ''}"

@@ -41,7 +41,8 @@ from deepseek_jax.training.state import abstract_state, first_state, new_state, 
 from deepseek_jax.training.step import make_row_nats, make_train_step
 
 # Those of a run's files that a resume reads or adds to, and that a bucket has copies of.
-SMALL_FILES = metrics.METRICS, metrics.EVENTS, "selftest.json"
+SELFTEST_FILE = "selftest.json"
+SMALL_FILES = metrics.METRICS, metrics.EVENTS, SELFTEST_FILE
 
 
 class Diverged(RuntimeError):
@@ -73,7 +74,7 @@ def run(config: Config, workdir: str, evaluate, sample, select_kernels, accept_d
   if config.init_from and not first_says(open_reader(workdir).steps):  # a run that resumes has weights of its own
     weights = open_weights(config.init_from)
     check_fits(weights.directory, weights.model, config)
-  replacements = Replacements(*map(frozenset, first_says(lambda: select_kernels(config, files.path))))
+  functions, calls = first_says(lambda: select_kernels(config, files.path))
   on_mesh = resolve_mesh(config, len(jax.devices()))
   mesh = make_mesh(on_mesh.mesh)
   print(f"run      {config.name} in {_shown(workdir)}")
@@ -84,14 +85,15 @@ def run(config: Config, workdir: str, evaluate, sample, select_kernels, accept_d
   flops = training_flops(config.model, config.data.seq).causal
   with (
     jax.set_mesh(mesh),
-    replace_kernels(replacements),
+    replace_kernels(Replacements(frozenset(functions), frozenset(calls))),
     open_checkpointer(workdir, config.checkpoint) as checkpointer,
   ):
     # Where one process packs others may wait, but not in a step: that would time out.
     with contextlib.redirect_stderr(sys.stdout if jax.process_index() else sys.stderr):
       data = open_data(config.data, config.model.vocab, config.seed)
     wait_for_all("data")
-    this = Run(config, workdir, files, mesh, data, checkpointer, evaluate, sample, weights, flops)
+    replaced = [*functions, *calls]
+    this = Run(config, workdir, files, mesh, data, checkpointer, evaluate, sample, weights, flops, replaced)
     this.find_start(accept_data_change)
     return this.main()
 
@@ -99,7 +101,10 @@ def run(config: Config, workdir: str, evaluate, sample, select_kernels, accept_d
 class Run:
   """The mutable side of a run: state, counters, clocks and open files."""
 
-  def __init__(self, config, workdir, files, mesh, data, checkpointer, evaluate, sample, weights, flops_per_token):
+  def __init__(
+    self, config, workdir, files, mesh, data, checkpointer, evaluate, sample, weights, flops_per_token, replaced
+  ):
+    self.replaced = replaced  # kernels, by name or call, in whose place XLA's forms are
     self.files = files  # the folder that small files of the run are written to
     self.weights, self.flops_per_token = weights, flops_per_token  # weights: to start from, or None
     self.config, self.workdir, self.mesh, self.data, self.checkpointer = config, workdir, mesh, data, checkpointer
@@ -192,7 +197,12 @@ class Run:
     device = self.mesh.devices.flat[0].device_kind
     facts = {"devices": f"{self.mesh.size} x {device}", "jax": jax.__version__, "mesh": dict(self.mesh.shape)}
     parameters = sum(array.size for array in jax.tree.leaves(self.state.params))
-    facts |= {"parameters": parameters, "data_fingerprint": self.data.fingerprint, "processes": jax.process_count()}
+    facts |= {
+      "kernels_replaced": self.replaced,
+      "parameters": parameters,
+      "data_fingerprint": self.data.fingerprint,
+      "processes": jax.process_count(),
+    }
     self.writer.event("resume" if self.step else "start", self.step, **facts)
     with stop_requests() as request:
       try:
@@ -358,9 +368,7 @@ class Run:
     """What a finished run shows: a held-out evaluation, a sample, and what to do next."""
     self.evaluate(self.config.eval.final_sequences)
     prompt, workdir = self.config.sample.prompt, self.workdir
-    # Few tokens: no even load of experts, and nothing gained by eight bits.
-    moe = dataclasses.replace(self.config.model.moe, buffer_factor=0.0)
-    model = graphdef(dataclasses.replace(self.config.model, moe=moe, precision="bf16"))
+    model = graphdef(self.config.model.for_sampling())
     weights, c = (self.state.params, self.state.buffers), self.config
     text = self.sample_text(model, *weights, self.data.tokenizer, c.sample, c.data.seq, c.seed, self.mesh)
     self.writer.event("sample", self.step, prompt=prompt, text=text)

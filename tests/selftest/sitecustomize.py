@@ -13,6 +13,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+from jax._src import xla_bridge
 
 from deepseek_jax.kernels import implementations
 
@@ -58,6 +59,12 @@ def lose_device():
   raise RuntimeError("an illegal memory access was encountered")
 
 
+def hang():
+  with open(os.path.join(os.environ["CHOICES"], "hanging"), "w") as f:
+    f.write(str(os.getpid()))
+  time.sleep(1000)
+
+
 KINDS = {
   "lost": lambda result: then(lose_device, result),
   "wrong": scaled,
@@ -65,7 +72,7 @@ KINDS = {
   "exception": raised,
   "crash": lambda result: then(lambda: os.kill(os.getpid(), signal.SIGABRT), result),
   "compiler": crash_while_compiled,
-  "hang": lambda result: then(lambda: time.sleep(1000), result),
+  "hang": lambda result: then(hang, result),
   "slow": lambda result: then(lambda: time.sleep(0.1), result),
 }
 
@@ -85,7 +92,19 @@ from deepseek_jax.training import loop  # noqa: E402
 
 for module in (machine, run, supervise):
   module.accelerators = lambda: ["a chip of a test"]
-supervise.LIMITS["run"] = 4
+supervise.LIMITS["kernel"] = 4
+run_selftest = run.run_selftest
+
+
+def run_before_devices_are_opened(*arguments, **how):
+  report = run_selftest(*arguments, **how)
+  assert not xla_bridge.backends_are_initialized(), (
+    "the process that trains opened its devices before the self-test ended"
+  )
+  return report
+
+
+run.run_selftest = run_before_devices_are_opened
 check.device_works = lambda: not lost.is_set()
 check.SLOWER = 10  # times of small arrays on a busy machine differ by more than a tenth
 replace_kernels = loop.replace_kernels

@@ -56,7 +56,7 @@ def call(name, arguments, file="xla"):
 
 
 def outcome(call):
-  case = Case(call, (str(call),))
+  case = Case(call, (call.key,))
   return check.check_case(case, check.compile_case(case, contextlib.nullcontext))
 
 
@@ -65,10 +65,8 @@ def test_xla_s_form_passes_beside_itself(name, arguments, monkeypatch):
   monkeypatch.setattr(check, "seconds_a_call", lambda *_: 1.0)
   result = outcome(call(name, arguments))
   assert (result.verdict, result.message) == ("ok", "")
-  assert result.error <= 1e-7  # scales are compared in float32
+  assert result.error <= 1e-7
   assert result.rate == OPERATIONS[name].work(*arguments) / check.UNITS[result.unit] > 0
-  results = 4 if name.endswith("both") or name.startswith("swiglu") else 2 if name.startswith("quantize") else 1
-  assert len(result.errors) == results + len(OPERATIONS[name].gradients)
 
 
 def test_every_function_of_the_kernels_is_known():
@@ -83,7 +81,7 @@ FAULTS = {
   "a scale of one row in one tile": lambda y: y.at[130, :128].multiply(2),
   "a value": lambda y: y.at[100, 100].add(3 * jnp.abs(y).max().astype(y.dtype)),
   "rows in another order": lambda y: y[::-1],
-  "accumulated in bfloat16": lambda y: (y * 1.0078125).astype(y.dtype),
+  "a scale that is a hundredth too large": lambda y: (y * 1.01).astype(y.dtype),
 }
 
 
@@ -216,7 +214,7 @@ def test_the_cases_are_those_of_the_config_s_own_step(device, platform, expected
   config = load_config("configs/v2_lite.py", {"mesh.context": 2, "train.microbatch": 4, "mesh.fsdp": 2, "mesh.data": 1})
   config = resolve_mesh(config, least_devices(config.mesh))
   calls = program_calls(config, jax.sharding.AbstractDevice(device, 1, platform))
-  assert {f"{c.kernel}.{c.function}" for c in calls} == expected
+  assert {c.name for c in calls} == expected
   for c in calls:
     if c.kernel == "attention":
       assert c.arguments[0].shape == (2, 2048, 16, 192) and c.arguments[1].shape == (2, 4096, 16, 192)

@@ -7,9 +7,9 @@ import json
 import os
 import pathlib
 import shutil
-import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -185,28 +185,20 @@ def test_off_tests_nothing(folder):
 def test_a_killed_command_leaves_no_process_behind(folder):
   """Not even one that hangs in a kernel, which would hold the device."""
   process = start(
-    folder,
-    "deepseek_jax.selftest",
-    f"--config={folder}/config.py",
-    f"--config.data.cache={folder}/killed",
-    faults={"attention.attention": "hang"},
-  )
-  child = wait_for_child(process)
+    folder, "deepseek_jax.selftest", f"--config={folder}/config.py", f"--config.data.cache={folder}/killed",
+    faults={"fp8_matmul.matmul": "hang"},
+  )  # fmt: skip
+  hanging = folder / "choices" / "hanging"
+  hanging.unlink(missing_ok=True)
+  assert wait_until(hanging.exists)
   process.kill()
   process.communicate()
-  for _ in range(100):
-    if not pathlib.Path(f"/proc/{child}").exists():
-      return
-    signal.sigtimedwait([], 0.1)
-  raise AssertionError(f"process {child} is still there")
+  assert wait_until(lambda: not pathlib.Path("/proc", hanging.read_text()).exists())
 
 
-def wait_for_child(process):
-  """The id of the process that tests kernels, once it has been started."""
-  for _ in range(600):
-    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for child in children:
-      if b"deepseek_jax.selftest.child" in pathlib.Path(f"/proc/{child}/cmdline").read_bytes():
-        return child
-    signal.sigtimedwait([], 0.1)
-  raise AssertionError("no child")
+def wait_until(condition, seconds=90):
+  """Whether `condition()` came true in time."""
+  end = time.monotonic() + seconds
+  while not condition() and time.monotonic() < end:
+    time.sleep(0.05)
+  return condition()

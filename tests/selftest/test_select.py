@@ -1,5 +1,6 @@
 """What a run makes of a report: which results count, where they are kept, and what XLA's forms replace."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import load_config
 from deepseek_jax.selftest import machine, run
 from deepseek_jax.selftest.check import new_result
+from deepseek_jax.selftest.child import results_path
 from deepseek_jax.selftest.supervise import ChildFailed, Report
 
 MACHINE = {
@@ -45,7 +47,15 @@ class FakeSelftest:
       for key, names in self.cases.items()
       if self.verdicts.get(key) != "not reached"
     }
-    return Report(dict(self.machine), dict(self.cases), results)
+    report = Report(dict(self.machine), dict(self.cases), results)
+    self.keep(folder, report)
+    return report
+
+  def keep(self, folder, report):
+    """As the real one does."""
+    path = results_path(str(folder), machine.results_key(report.machine))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({key: dataclasses.asdict(result) for key, result in report.results.items()}))
 
   def select(self, workdir="run", enabled=True, processes=1, **fields):
     fields = {"data.cache": str(self.folder / "cache"), "model.precision": "fp8", **fields}
@@ -63,9 +73,12 @@ def test_a_failed_kernel_is_replaced_at_all_shapes_and_a_slow_one_at_those_it_st
   assert tester.select() == (["attention.attention"], ["quantize.quantize(2048)", "quantize.quantize(7168)"])
   out = capsys.readouterr().out
   path = tester.folder / "run" / "selftest.json"
-  assert f"attention.attention hung on H200 (the reason): falling back to XLA; report: {path}\n" in out
-  assert f"quantize.quantize slow on H200 (the reason): falling back to XLA for such shapes; report: {path}\n" in out
-  assert "1 of 3 kernels pass" in out
+  assert f"attention.attention hung on H200 (the reason): falling back to XLA; report: {path}; test again: " in out
+  assert (
+    f"quantize.quantize slow on H200 (the reason): falling back to XLA for such shapes; report: {path}; test again: "
+    in out
+  )
+  assert "3 cases: 1 hung, 1 slow, 1 ok" in out
 
 
 @pytest.mark.parametrize("verdict", ["wrong", "failed", "crashed", "hung"])
@@ -101,7 +114,7 @@ def test_other_shapes_are_tested(tester, change):
 
 def test_other_kernels_and_other_flags_are_tested(tester, monkeypatch):
   tester.select("first")
-  monkeypatch.setattr(machine, "kernels_sha256", lambda: "def")
+  monkeypatch.setattr(machine, "source_sha256", lambda: "def")
   tester.select("second")
   monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=false")
   tester.select("third")
@@ -119,36 +132,79 @@ def test_a_report_that_is_not_complete_is_not_kept_for_other_runs(tester):
   tester.select("first")
   tester.select("second")
   assert tester.calls == 2
-  tester.select("first")  # but for its own
+  tester.select("first")  # but by its own
   assert tester.calls == 2
+
+
+def test_a_kernel_that_was_not_reached_stays_in_use(tester):
+  """In a run that has trained on it, whatever a later test finds."""
+  tester.verdicts = {"quantize.quantize(576)": "not reached"}
+  tester.select()
+  tester.verdicts = {"quantize.quantize(576)": "wrong"}
+  assert tester.select(**{"mesh.fsdp": 2}) == ([], [])
+  assert tester.select("another") == (["quantize.quantize"], [])
 
 
 def test_a_resume_keeps_its_choice_also_on_another_mesh(tester):
-  """Where the same chip is measured anew, for other shapes, what the run knows already stays as it was."""
+  """Where calls that it did not make before are tested: of kernels that it knew, and of others."""
   tester.verdicts = {"attention.attention(small)": "slow"}
   tester.select()
-  tester.verdicts, tester.cases = (
-    {"quantize.quantize(64)": "wrong"},
-    CASES | {"quantize.quantize(64)": ["quantize.quantize"]},
+  new = {
+    "quantize.quantize(64)": ["quantize.quantize", "quantize.quantize(64)"],
+    "swiglu.swiglu_quantize(64)": ["swiglu.swiglu_quantize", "swiglu.swiglu_quantize(64)"],
+  }
+  tester.cases = CASES | new
+  tester.verdicts = {
+    "quantize.quantize(64)": "slow",
+    "swiglu.swiglu_quantize(64)": "wrong",
+    "quantize.quantize(576)": "slow",
+  }
+  chosen = ["swiglu.swiglu_quantize"], ["attention.attention(large)", "quantize.quantize(64)"]
+  assert tester.select(**{"mesh.fsdp": 2}) == chosen and tester.calls == 2
+  assert tester.select(**{"mesh.fsdp": 2}) == chosen and tester.calls == 2
+
+
+@pytest.mark.parametrize("name", ["packages", "kernels"])
+def test_under_other_versions_a_resume_also_replaces_what_fails_now(tester, name):
+  tester.verdicts = {"attention.attention(small)": "slow"}
+  tester.select()
+  tester.verdicts, tester.machine[name] = (
+    {"quantize.quantize(576)": "wrong", "quantize.quantize(7168)": "slow"},
+    "another",
   )
   assert tester.select(**{"mesh.fsdp": 2}) == (["quantize.quantize"], ["attention.attention(large)"])
-  assert tester.calls == 2
 
 
-@pytest.mark.parametrize("name", ["chip", "packages", "kernels"])
-def test_a_resume_on_another_machine_chooses_anew(tester, name):
+def test_a_resume_on_another_chip_chooses_anew(tester):
   tester.verdicts = {"attention.attention(small)": "slow"}
   tester.select()
-  tester.verdicts, tester.machine[name] = {}, "another"
+  tester.verdicts, tester.machine["chip"] = {}, "B200"
   assert tester.select(**{"mesh.fsdp": 2}) == ([], [])
 
 
+def test_a_second_test_counts_for_later_runs(tester):
+  """As by `selftest --again`."""
+  tester.verdicts = {"attention.attention(small)": "wrong"}
+  assert tester.select("first") == (["attention.attention"], [])
+  tester.verdicts = {}
+  tester(None, tester.folder / "cache" / "deepseek_jax" / "selftest", processes=1, seconds=1)
+  assert tester.select("second") == ([], []) and tester.calls == 2
+  assert tester.select("first") == (["attention.attention"], [])
+
+
+def test_that_there_is_nothing_to_test_is_kept_too(tester, capsys):
+  tester.cases = {}
+  assert tester.select("first") == tester.select("second") == ([], []) and tester.calls == 1
+  assert "0 cases: no kernel of ours for this config on this device" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"key": 1}'])
-def test_a_damaged_file_is_replaced(tester, content):
+def test_a_damaged_file_is_replaced(tester, content, capsys):
   (tester.folder / "run").mkdir()
   (tester.folder / "run" / "selftest.json").write_text(content)
   tester.select()
   assert tester.calls == 1 and json.loads((tester.folder / "run" / "selftest.json").read_text())["results"]
+  assert "is damaged: kernels are chosen anew" in capsys.readouterr().out
 
 
 def test_off_tests_nothing_but_keeps_a_choice(tester):
@@ -189,7 +245,7 @@ def test_a_named_kernel_that_fails_is_an_error_and_a_slow_one_is_kept(tester, ca
     tester.select("wrong", **named, **{"data.seq": 64})
 
 
-def test_accelerators_are_found_without_opening_them(monkeypatch):
+def test_accelerators_are_found_without_opening_them(monkeypatch, tmp_path):
   hardware = machine.hardware_utils
   version = next(v for v in hardware.TpuVersion if v.name == "v5p")
   monkeypatch.delenv("JAX_PLATFORMS")
@@ -203,7 +259,12 @@ def test_accelerators_are_found_without_opening_them(monkeypatch):
   monkeypatch.delenv("TPU_VISIBLE_CHIPS")
   monkeypatch.setattr(hardware, "num_available_tpu_chips_and_device_id", lambda: (0, None))
   monkeypatch.setattr(hardware, "has_visible_nvidia_gpu", lambda: True)
+  monkeypatch.setattr(machine, "NVIDIA_GPUS", tmp_path)
   assert machine.accelerators() == ["NVIDIA GPU"]
   assert "TPU_VISIBLE_CHIPS" not in machine.child_environment(machine.accelerators())
+  for number in "01":
+    (tmp_path / number).mkdir()
+    (tmp_path / number / "information").write_text("Model: \t\t NVIDIA H200\nIRQ: 3\n")
+  assert machine.accelerators() == ["NVIDIA H200"] * 2
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
   assert machine.accelerators() == []
