@@ -134,6 +134,15 @@ def chosen(kernel: str, name: str) -> str:
   return native or "xla" if name in ("auto", "pallas") else name
 
 
+def import_libraries():
+  """Imports what this platform's kernels call, before a program is traced.
+
+  tokamax changes settings of jax when it is imported, and jax then traces again what it has traced: V3's step twice (jax 0.12).
+  """
+  if native_file(device_kind()) == "pallas_gpu":
+    load_function("attention", "import_library", "pallas_gpu")()
+
+
 def device_kind() -> str:
   """Of the devices that the program is traced for, such as "cpu", "TPU v5", "NVIDIA H200"."""
   return (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).device_kind

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import AbstractDevice
 
 from deepseek_jax.config import Config
-from deepseek_jax.kernels.implementations import Call, record_calls
+from deepseek_jax.kernels.implementations import Call, import_libraries, record_calls
 from deepseek_jax.mesh import abstract_mesh
 from deepseek_jax.selftest.operations import OPERATIONS
 from deepseek_jax.training.step import abstract_step
@@ -45,6 +45,7 @@ def program_calls(config: Config, device: AbstractDevice) -> list[Call]:
   """
   mesh = abstract_mesh(config.mesh, device)
   with jax.sharding.use_abstract_mesh(mesh), record_calls() as calls:
+    import_libraries()
     step, arguments = abstract_step(config, mesh)
     jax.jit(step, donate_argnums=0).trace(*arguments)
   return list(calls.values())

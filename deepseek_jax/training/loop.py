@@ -23,7 +23,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.data.pipeline import batches, load_tokenizer, open_data
 from deepseek_jax.distributed import first_says, wait_for_all
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.kernels.implementations import Replacements, replace_kernels
+from deepseek_jax.kernels.implementations import Replacements, import_libraries, replace_kernels
 from deepseek_jax.mesh import check_x64, make_mesh, make_vote, resolve_mesh
 from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.plan.flops import training_flops
@@ -104,11 +104,12 @@ class Run:
   def __init__(
     self, config, workdir, files, mesh, data, checkpointer, evaluate, sample, weights, flops_per_token, replaced
   ):
-    self.replaced = replaced  # kernels, by name or call, in whose place XLA's forms are
-    self.files = files  # the folder that small files of the run are written to
+    # replaced: kernels, by name or call, in whose place XLA's forms are. files: the folder that small files are written to.
+    self.replaced, self.files = replaced, files
     self.weights, self.flops_per_token = weights, flops_per_token  # weights: to start from, or None
     self.config, self.workdir, self.mesh, self.data, self.checkpointer = config, workdir, mesh, data, checkpointer
     self.graphdef, self.evaluate_rows, self.sample_text = graphdef(config.model), evaluate, sample
+    import_libraries()
     train = config.train
     self.microbatch = train.microbatch or train.global_batch
     # Made here, because the thread that reads ahead has no mesh set.

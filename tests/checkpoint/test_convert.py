@@ -412,7 +412,7 @@ def run(text, workdir, model=DENSE, **fields):
     eval=dataclasses.replace(tree.eval, final_sequences=4),
     **fields,
   )
-  assert loop.run(config, str(workdir), evaluate, lambda *arguments: "") == 0
+  assert loop.run(config, str(workdir), evaluate, lambda *arguments: "", lambda *arguments: ([], [])) == 0
   return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -6,6 +6,7 @@ passed over, backward they are masked.
 """
 
 import functools
+import importlib
 import importlib.metadata
 
 import jax
@@ -16,12 +17,20 @@ from deepseek_jax.kernels.implementations import Unsupported, vary
 from deepseek_jax.kernels.libraries import untyped
 
 TOKAMAX = "0.0.17"  # not any: what is called here is internal to it
+KERNELS = "tokamax._src.ops.attention.pallas_mosaic_gpu"
 ROWS = 128  # two warpgroups of 64 queries, or of 64 keys backward
 WIDTHS = 192, 128  # of keys and of values, at most: more has no room on the chip
 # What tokamax takes of itself for causal attention of these widths on Hopper; not measured by us. For parts it would take a
 # schedule that asks the device that is here.
 FORWARD = {"block_q": 64, "block_kv": 128, "num_stages": 2}
 BACKWARD = {"block_q_dkv": 64, "block_kv_dkv": 64, "block_q_dq": 64, "block_kv_dq": 64, "num_stages": 2}
+
+
+def import_library():
+  """Imports tokamax's kernels, where they are installed."""
+  if _installed() == TOKAMAX:
+    importlib.import_module(f"{KERNELS}_kernel_sm90")
+    importlib.import_module(f"{KERNELS}_vjp_kernel_sm90")
 
 
 def attention(q, k, v, segment_ids, scale):
