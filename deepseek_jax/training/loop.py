@@ -110,8 +110,7 @@ class Run:
     self.config, self.workdir, self.mesh, self.data, self.checkpointer = config, workdir, mesh, data, checkpointer
     self.graphdef, self.evaluate_rows, self.sample_text = graphdef(config.model), evaluate, sample
     import_libraries()
-    train = config.train
-    self.microbatch = train.microbatch or train.global_batch
+    train, self.microbatch = config.train, config.train.microbatch or config.train.global_batch
     # Made here, because the thread that reads ahead has no mesh set.
     self.batch_sharding = NamedSharding(mesh, spec(None, "batch", None))
     # Without a ramp the number of microbatches is a constant of the program; with one it is an argument of it.
