@@ -102,20 +102,20 @@ def time_steps(config, steps, report=lambda timed: None):
   from deepseek_jax.mesh import make_mesh
   from deepseek_jax.model.transformer import graphdef
   from deepseek_jax.sharding import spec
-  from deepseek_jax.training.schedule import rates
-  from deepseek_jax.training.state import new_state
+  from deepseek_jax.training.schedule import schedules
+  from deepseek_jax.training.state import init_state
   from deepseek_jax.training.step import make_train_step
 
   mesh, train = make_mesh(config.mesh), config.train
   with jax.set_mesh(mesh):
-    state = jax.block_until_ready(jax.jit(new_state, static_argnums=0)(config, jax.random.key(0)))
+    state = jax.block_until_ready(jax.jit(init_state, static_argnums=0)(config, jax.random.key(0)))
     micro = train.microbatch or train.global_batch
     shape = (train.global_batch // micro, micro, config.data.seq + 1)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab, shape, np.int32)
     batch = jax.device_put(tokens, NamedSharding(mesh, spec(None, "batch", None)))
     step = make_train_step(config, graphdef(config.model), bos=0)
     step = jax.jit(step, donate_argnames="state", static_argnames="microbatches")
-    now = {name: np.asarray(rate, config.model.param_dtype) for name, rate in rates(config, 0, 0, 1).items()}
+    now = {name: np.asarray(rate, config.model.param_dtype) for name, rate in schedules(config, 0, 0, 1).items()}
     started = time.perf_counter()
     compiled = step.lower(state, batch, shape[0], now).compile()
     timed = {

@@ -14,9 +14,9 @@ from deepseek_jax.checkpoint.hf_names import entries
 from deepseek_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.mesh import check_x64, make_mesh
-from deepseek_jax.model.transformer import graphdef, new_params
+from deepseek_jax.model.transformer import graphdef, init_params
 from deepseek_jax.model_config import ModelConfig
-from deepseek_jax.sharding import concrete
+from deepseek_jax.sharding import with_concrete_shardings
 from deepseek_jax.training.objective import Objective
 
 # dtype of load_pretrained -> (parameters, computation)
@@ -43,7 +43,7 @@ def load_pretrained(directory, dtype="float32"):
   reader.check(table)
   mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
   with jax.set_mesh(mesh):
-    abstract = concrete(jax.eval_shape(functools.partial(new_params, config), jax.random.key(0)), mesh)
+    abstract = with_concrete_shardings(jax.eval_shape(functools.partial(init_params, config), jax.random.key(0)), mesh)
     arrays = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), abstract)
     for entry in table:
       if not entry.copy:

@@ -27,7 +27,7 @@ _DAY_MS, _ECHO_SECONDS = 86_400_000, 1  # the second: how long the news takes to
 
 
 @contextlib.contextmanager
-def joined(place):
+def distributed_session(place):
   """Joins the other processes of the run for the block: `place` as `processes.find_place` gives it; None: nothing happens.
 
   An exception is printed, and ends this process and within seconds all others with one exit code: 2 for a UserError, 130
@@ -132,13 +132,13 @@ def process_count() -> int:
   return _jax.global_state.num_processes or 1
 
 
-def wait_for_all(what):
+def barrier(what):
   """Returns when all processes have come to the place in the program that alone is called `what`; within a day."""
   if jax.process_count() > 1:
     _jax.global_state.client.wait_at_barrier(f"deepseek_jax/{what}", _DAY_MS)
 
 
-def first_says(make):
+def broadcast_from_process0(make):
   """What `make()`, which process 0 alone calls, gives there, on every process: what JSON can hold. All have to call this.
 
   A UserError that it raises, all raise. It may take a day: the others wait at the notice board, not in a collective, which

@@ -1,7 +1,7 @@
 """Logical axis names, the one table that maps them to mesh axes, and the collectives. Mesh axes are named here and nowhere in the model.
 
 Two views of one mesh. Outside, arrays are whole and `spec` is the layout in their type: parameters, moments, batches. The
-model runs inside `on_every_device`, where each array is what one device holds, and all communication is one of the
+model runs inside `spmd`, where each array is what one device holds, and all communication is one of the
 functions below, called where it happens.
 """
 
@@ -27,18 +27,18 @@ RULES = {
   "head_dim": (),
   "experts": ("expert",),
   "stages": ("stage",),
-  # Of parameters, which are kept in shards and made whole for use (`gathered`). `stage` comes last: see `to_stages` in parallel/pipeline.py.
+  # Of parameters, which are kept in shards and made whole for use (`all_gather_params`). `stage` comes last: see `to_stage_params` in parallel/pipeline.py.
   "embed": ("fsdp", "expert", "context", "stage"),
   "latent": ("fsdp", "stage"),
   "expert_embed": ("fsdp", "context", "stage"),
 }
-KEPT_IN_SHARDS = ("embed", "latent", "expert_embed")
+FSDP_AXES = ("embed", "latent", "expert_embed")
 
 # Changes to the table, for `rules`.
-WHOLE_WEIGHTS = {name: () for name in KEPT_IN_SHARDS}  # made whole once, before the model runs
-OF_A_STAGE = {name: tuple(axis for axis in RULES[name] if axis != "stage") for name in KEPT_IN_SHARDS}
-WHOLE_SEQUENCES = {"seq": (), "stream": (), "latent_seq": ()}  # decoding: a token at a time
-LATENTS = {"replicated": {}, "sharded": {"latent_seq": ("context", "tensor")}}
+UNSHARDED_PARAMS = {name: () for name in FSDP_AXES}  # made whole once, before the model runs
+STAGE_LOCAL = {name: tuple(axis for axis in RULES[name] if axis != "stage") for name in FSDP_AXES}
+UNSHARDED_SEQUENCE = {"seq": (), "stream": (), "latent_seq": ()}  # decoding: a token at a time
+LATENT_RULES = {"replicated": {}, "sharded": {"latent_seq": ("context", "tensor")}}
 
 _rules = contextvars.ContextVar("rules", default=RULES)
 
@@ -53,7 +53,7 @@ def rules(changes):
     _rules.reset(token)
 
 
-def axes(name) -> tuple[str, ...]:
+def mesh_axes(name) -> tuple[str, ...]:
   """Mesh axes that share the logical axis `name`, which may be None; those of size 1 share nothing, nor does any without a mesh.
 
   A dimension of size 1 that carries such names loses them in a reshape that adds another one, which then is a type error.
@@ -64,11 +64,11 @@ def axes(name) -> tuple[str, ...]:
 
 def spec(*names):
   """PartitionSpec of a whole array whose dimensions are the logical axes `names`; None is a dimension that nothing shards."""
-  found = map(axes, names)
+  found = map(mesh_axes, names)
   return jax.P(*(a if len(a) > 1 else a[0] if a else None for a in found))
 
 
-def on_every_device(function, in_specs, out_specs, differentiable=True):
+def spmd(function, in_specs, out_specs, differentiable=True):
   """`function` as the program of each device of the mesh that is set: of whole arrays it sees, and returns, its shards.
 
   What is to be differentiated has its types checked: a value that varies over devices is told from one that they share.
@@ -76,96 +76,96 @@ def on_every_device(function, in_specs, out_specs, differentiable=True):
   return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=differentiable)
 
 
-# The rest is called inside `on_every_device`, or anywhere on one device.
+# The rest is called inside `spmd`, or anywhere on one device.
 
 
-def varying(tree):
+def pvary(tree):
   """`tree` typed as different on every device, so that its gradients stay what each device found: none is summed unseen."""
 
   def leaf(x):
-    missing = tuple(axis for axis in _mesh_axes() if axis not in jax.typeof(x).manual_axis_type.varying)
+    missing = tuple(axis for axis in _active_mesh_axes() if axis not in jax.typeof(x).manual_axis_type.varying)
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
   return jax.tree.map(leaf, tree) if _manual() else tree
 
 
-def gathered(parameter, *names):
-  """`parameter`, of dimensions `names`, with the dimensions that are KEPT_IN_SHARDS whole; the transpose reduce-scatters."""
+def all_gather_params(parameter, *names):
+  """`parameter`, of dimensions `names`, with the dimensions of FSDP_AXES whole; the transpose reduce-scatters."""
   for dimension, name in enumerate(names):
-    if name in KEPT_IN_SHARDS and axes(name):
-      parameter = jax.lax.all_gather(parameter, axes(name), axis=dimension, tiled=True)
+    if name in FSDP_AXES and mesh_axes(name):
+      parameter = jax.lax.all_gather(parameter, mesh_axes(name), axis=dimension, tiled=True)
   return parameter
 
 
-def joined(x, held="stream", wanted="seq"):
+def all_gather_sequence(x, held="stream", wanted="seq"):
   """`x` [batch, positions of `held`, ...] with all positions of `wanted`, of which `held` shares out each device's."""
-  inner = tuple(axis for axis in axes(held) if axis not in axes(wanted))
+  inner = tuple(axis for axis in mesh_axes(held) if axis not in mesh_axes(wanted))
   return jax.lax.all_gather(x, inner, axis=1, tiled=True) if inner else x
 
 
-def scattered(partial):
+def reduce_scatter_sequence(partial):
   """`partial` [batch, seq, embed], terms of a sum over the devices that share `mlp` or `heads`, as the sum's own positions."""
-  inner = tuple(axis for axis in axes("stream") if axis not in axes("seq"))
-  whole = tuple(axis for axis in axes("mlp") if axis not in inner)
-  partial = jax.lax.psum(partial, whole) if whole else partial
+  inner = tuple(axis for axis in mesh_axes("stream") if axis not in mesh_axes("seq"))
+  all_gather = tuple(axis for axis in mesh_axes("mlp") if axis not in inner)
+  partial = jax.lax.psum(partial, all_gather) if all_gather else partial
   return jax.lax.psum_scatter(partial, inner, scatter_dimension=1, tiled=True) if inner else partial
 
 
 def whole(x, name, dimension):
   """`x` with all of its `dimension`, which devices share as the logical axis `name`."""
-  return jax.lax.all_gather(x, axes(name), axis=dimension, tiled=True) if axes(name) else x
+  return jax.lax.all_gather(x, mesh_axes(name), axis=dimension, tiled=True) if mesh_axes(name) else x
 
 
-def summed(x, *names):
+def psum(x, *names):
   """The sum of `x` over the devices that share the logical axes `names`."""
   over = _union(names)
   return jax.lax.psum(x, over) if over else x
 
 
-def greatest(x, *names):
+def pmax(x, *names):
   """The maximum of `x` over the devices that share the logical axes `names`. Not differentiable."""
   over = _union(names)
   return jax.lax.pmax(x, over) if over else x
 
 
-def agreed(tree):
+def as_replicated(tree):
   """`tree`, whose values are the same on every device, typed so."""
 
   def leaf(x):
-    over = tuple(axis for axis in _mesh_axes() if axis in jax.typeof(x).manual_axis_type.varying)
+    over = tuple(axis for axis in _active_mesh_axes() if axis in jax.typeof(x).manual_axis_type.varying)
     return jax.lax.pmax(x, over) if over else x
 
   return jax.tree.map(leaf, tree)
 
 
-def reduced(gradient, *names):
+def psum_replicated(gradient, *names):
   """`gradient` of a parameter's own shard, of dimensions `names`, summed over the devices that have copies of it."""
-  held = {axis for name in names for axis in axes(name)}
-  others = tuple(axis for axis in _mesh_axes() if axis not in held)
+  held = {axis for name in names for axis in mesh_axes(name)}
+  others = tuple(axis for axis in _active_mesh_axes() if axis not in held)
   return jax.lax.psum(gradient, others) if others else gradient
 
 
-def in_shards(gradient, *names):
-  """The transpose of `gathered`: terms of a sum over devices, of the whole parameter -> each device's shard of the sum."""
+def reduce_scatter_grads(gradient, *names):
+  """The transpose of `all_gather_params`: terms of a sum over devices, of the whole parameter -> each device's shard of the sum."""
   for dimension, name in enumerate(names):
-    if name in KEPT_IN_SHARDS and axes(name):
-      gradient = jax.lax.psum_scatter(gradient, axes(name), scatter_dimension=dimension, tiled=True)
+    if name in FSDP_AXES and mesh_axes(name):
+      gradient = jax.lax.psum_scatter(gradient, mesh_axes(name), scatter_dimension=dimension, tiled=True)
   return gradient
 
 
-def parts(*names) -> int:
+def axis_size(*names) -> int:
   """Number of devices that share the logical axes `names`."""
   return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in _union(names))
 
 
-def part(name):
+def axis_index(name):
   """Index of this device among those that share the logical axis `name`: which of its parts it holds."""
-  return jax.lax.axis_index(axes(name)) if axes(name) else jnp.zeros((), jnp.int32)
+  return jax.lax.axis_index(mesh_axes(name)) if mesh_axes(name) else jnp.zeros((), jnp.int32)
 
 
-def own_positions(x, dimension, held="stream", wanted="seq"):
-  """The inverse of `joined`: this device's positions of `held`, of an `x` that has those of `wanted` along `dimension`."""
-  inner = tuple(axis for axis in axes(held) if axis not in axes(wanted))
+def slice_sequence(x, dimension, held="stream", wanted="seq"):
+  """The inverse of `all_gather_sequence`: this device's positions of `held`, of an `x` that has those of `wanted` along `dimension`."""
+  inner = tuple(axis for axis in mesh_axes(held) if axis not in mesh_axes(wanted))
   if not inner:
     return x
   size = x.shape[dimension] // jax.lax.axis_size(inner)
@@ -173,10 +173,10 @@ def own_positions(x, dimension, held="stream", wanted="seq"):
 
 
 def _union(names):
-  return tuple(dict.fromkeys(axis for name in names for axis in axes(name)))
+  return tuple(dict.fromkeys(axis for name in names for axis in mesh_axes(name)))
 
 
-def _mesh_axes():
+def _active_mesh_axes():
   return tuple(axis for axis, size in jax.sharding.get_abstract_mesh().shape.items() if size > 1)
 
 
@@ -184,17 +184,17 @@ def _manual():
   return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
-def batch_parts(mesh) -> int:
+def num_batch_shards(mesh) -> int:
   """Number of shards of the batch dimension."""
   return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
-def size_per_device(abstract) -> int:
+def elements_per_device(abstract) -> int:
   """Elements that one device holds of an abstract array with a sharding."""
   return math.prod(abstract.sharding.shard_shape(abstract.shape) if abstract.sharding else abstract.shape)
 
 
-def concrete(abstract, mesh):
+def with_concrete_shardings(abstract, mesh):
   """Abstract arrays of `jax.eval_shape` with shardings that Orbax and ahead-of-time compilation take.
 
   eval_shape leaves the sharding of replicated arrays None, and an AbstractMesh in the others.

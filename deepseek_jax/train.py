@@ -62,7 +62,7 @@ def main(argv) -> int:
     return 0
 
   place = find_place(values.coordinator, values.processes, values.process)
-  from deepseek_jax.distributed import joined, print_error, process_count
+  from deepseek_jax.distributed import distributed_session, print_error, process_count
   from deepseek_jax.evaluate.heldout import evaluate
   from deepseek_jax.generate.decoding import continue_prompt
   from deepseek_jax.selftest.run import select_kernels
@@ -72,7 +72,7 @@ def main(argv) -> int:
     return select_kernels(config, folder, process_count(), values.selftest == "on")
 
   workdir = values.workdir or os.path.join("runs", config.name)
-  with joined(place):
+  with distributed_session(place):
     try:
       return run(config, workdir, evaluate, continue_prompt, select, values.accept_data_change)
     except Diverged as error:  # all processes see it at the same step

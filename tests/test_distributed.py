@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from deepseek_jax.distributed import first_says, joined, to_host, wait_for_all
+from deepseek_jax.distributed import barrier, broadcast_from_process0, distributed_session, to_host
 
 PROGRAM = """
 import os, sys, time
@@ -18,10 +18,10 @@ from deepseek_jax.processes import find_place
 import jax
 import numpy as np
 distributed.MEET_SECONDS = int(os.environ.get("MEET_SECONDS", 120))
-with distributed.joined(find_place(sys.argv[1], 2, int(sys.argv[2]))):
+with distributed.distributed_session(find_place(sys.argv[1], 2, int(sys.argv[2]))):
   me = jax.process_index()
   print("joined")
-  assert distributed.first_says(lambda: [5 + me, None]) == [5, None]
+  assert distributed.broadcast_from_process0(lambda: [5 + me, None]) == [5, None]
   mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
   x = jax.make_array_from_callback((2,), jax.NamedSharding(mesh, jax.P("d")), lambda i: np.arange(2)[i])
   assert distributed.to_host(x).tolist() == [0, 1]
@@ -53,16 +53,16 @@ def both(coordinator, body):
 
 
 def test_a_process_alone_starts_nothing():
-  with joined(None):
-    assert first_says(lambda: 3) == 3
+  with distributed_session(None):
+    assert broadcast_from_process0(lambda: 3) == 3
     assert to_host([1, 2]).tolist() == [1, 2]
-    wait_for_all("place")
-  with pytest.raises(KeyError), joined(None):
+    barrier("place")
+  with pytest.raises(KeyError), distributed_session(None):
     raise KeyError
 
 
 def test_processes_meet_agree_and_end(coordinator):
-  ((code, out, err), (code_1, out_1, err_1)), _ = both(coordinator, "distributed.wait_for_all('place'); print('here')")
+  ((code, out, err), (code_1, out_1, err_1)), _ = both(coordinator, "distributed.barrier('place'); print('here')")
   assert (code, code_1) == (0, 0), err + err_1
   assert "here" in out and "here" not in out_1
   assert "the end of 0" in err and "the end of 1" in err_1
@@ -75,7 +75,7 @@ def test_an_error_ends_the_one_that_waits_with_the_same_code(coordinator, index,
   body = f"""
 if me == {index}:
   raise {error}("no such thing")
-distributed.wait_for_all("a place that one never comes to")
+distributed.barrier("a place that one never comes to")
 """
   ends, seconds = both(coordinator, body)
   assert [end[0] for end in ends] == [code, code], ends
@@ -90,7 +90,7 @@ def test_what_process_0_raises_all_raise(coordinator):
   body = """
 for _ in range(2):
   try:
-    distributed.first_says(lambda: (_ for _ in ()).throw(DataError(f"none at {me}")))
+    distributed.broadcast_from_process0(lambda: (_ for _ in ()).throw(DataError(f"none at {me}")))
   except DataError as error:
     print("caught:", error, file=sys.stderr)
 """

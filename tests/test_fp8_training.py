@@ -39,8 +39,8 @@ def gradients(grouped, x, weights, dys):
 
   def products(x, *weights):
     if grouped:
-      return linear.grouped_products(EXACT, x, weights, jnp.array([24, 0, 40]), 8)
-    return linear.products(EXACT, "td,df->tf", x, *(w[0] for w in weights))
+      return linear.grouped_linear(EXACT, x, weights, jnp.array([24, 0, 40]), 8)
+    return linear.linear(EXACT, "td,df->tf", x, *(w[0] for w in weights))
 
   ys, vjp = jax.vjp(products, x, *weights)
   return list(ys), vjp(type(ys)(dys))

@@ -7,7 +7,7 @@ import pytest
 from deepseek_jax.config import Config, MeshConfig
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.mesh import AXES, make_mesh, mesh_sizes, resolve_mesh
-from deepseek_jax.sharding import RULES, batch_parts, rules, spec
+from deepseek_jax.sharding import RULES, num_batch_shards, rules, spec
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_only_the_data_axis_crosses_slices():
 def test_axes_are_explicit_and_logical_names_resolve():
   mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=-1))
   assert mesh.axis_names == AXES and set(mesh.axis_types) == {jax.sharding.AxisType.Explicit}
-  assert batch_parts(mesh) == 2
+  assert num_batch_shards(mesh) == 2
   assert spec("embed", "mlp") == jax.P(None, None)  # without a mesh nothing is shared
   with jax.set_mesh(mesh):
     assert spec("embed", None, "mlp") == jax.P("fsdp", None, "tensor")

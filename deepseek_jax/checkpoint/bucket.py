@@ -20,7 +20,7 @@ from deepseek_jax.checkpoint import manifest
 from deepseek_jax.checkpoint.arrays import array_spec, open_below, tree_metadata
 from deepseek_jax.checkpoint.manager import CHUNK_BYTES, Checkpointer, CheckpointReader, shard_axes
 from deepseek_jax.checkpoint.tree import check_fits, flatten
-from deepseek_jax.distributed import first_says, wait_for_all
+from deepseek_jax.distributed import barrier, broadcast_from_process0
 from deepseek_jax.errors import CheckpointError, StorageError
 from deepseek_jax.storage import Store, explain, in_parallel, is_url
 
@@ -121,7 +121,7 @@ class BucketCheckpointer(BucketReader):
     super().__init__(workdir)
     self._config, self._saving, self._pending = config, None, None
     self._thread = concurrent.futures.ThreadPoolExecutor(1)
-    first_says(lambda: self._store.write(_END, b""))
+    broadcast_from_process0(lambda: self._store.write(_END, b""))
 
   def __enter__(self):
     return self
@@ -134,7 +134,7 @@ class BucketCheckpointer(BucketReader):
   def save(self, step, state, meta):
     """As Checkpointer's. All processes call it, and process 0 completes the step when all have written their part."""
     self.wait()
-    first_says(lambda: self._make_room(step))
+    broadcast_from_process0(lambda: self._make_room(step))
     flat = flatten(state)
     for array in flat.values():
       array.copy_to_host_async()
@@ -202,7 +202,7 @@ class BucketCheckpointer(BucketReader):
       self._store.write(f"{step}.parts/{process}", json.dumps(files).encode())
     else:
       self._complete(step, layouts, files, meta)
-    wait_for_all(f"checkpoint {step}")  # here, lest the main thread wait for process 0 in a collective, which times out
+    barrier(f"checkpoint {step}")  # here, lest the main thread wait for process 0 in a collective, which times out
 
   def _complete(self, step, layouts, files, meta):
     """Process 0: makes a step of what all have written; `files` are its own, {name: (size, crc32)}."""

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from deepseek_jax.checkpoint import lock, manifest
 from deepseek_jax.checkpoint.quiet import silence_orbax
 from deepseek_jax.checkpoint.tree import check_fits, flatten, listing, nest
-from deepseek_jax.distributed import first_says
+from deepseek_jax.distributed import broadcast_from_process0
 from deepseek_jax.errors import CheckpointError
 
 FORMAT_VERSION = 1
@@ -40,7 +40,7 @@ class CheckpointReader:
     Newer ones are named on stderr with the reason. Process 0 reads and decides for all processes. Raises CheckpointError
     where there are checkpoints and none verifies: they stay as they are, and no run starts over on top of them.
     """
-    return first_says(self._newest_verified)
+    return broadcast_from_process0(self._newest_verified)
 
   def meta(self, step):
     """The dict saved with `step`. Raises CheckpointError where it is missing, malformed or of a newer format."""

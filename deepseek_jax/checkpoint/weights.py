@@ -13,7 +13,7 @@ from deepseek_jax.checkpoint.hf_names import entries
 from deepseek_jax.checkpoint.manager import CheckpointReader
 from deepseek_jax.checkpoint.parts import tree_path
 from deepseek_jax.config import Config
-from deepseek_jax.distributed import first_says
+from deepseek_jax.distributed import broadcast_from_process0
 from deepseek_jax.errors import CheckpointError
 from deepseek_jax.schema import from_dict
 from deepseek_jax.storage import is_url
@@ -97,7 +97,7 @@ class WorkdirWeights:
 
   def __init__(self, directory, step=None):
     self.directory, self._reader, self._step = directory, open_reader(directory), step
-    steps = first_says(self._reader.steps)
+    steps = broadcast_from_process0(self._reader.steps)
     if not steps:
       raise CheckpointError(f"{directory} has no checkpoint yet: its run has to save one before another starts from it")
     # All steps of a workdir have the same model; which is the newest that verifies is known after reading it all.

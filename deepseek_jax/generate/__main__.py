@@ -56,8 +56,8 @@ def continuation(reader, step, config, tokenizer, settings, seed, devices) -> st
 
   from deepseek_jax.generate.decoding import continue_prompt
   from deepseek_jax.mesh import check_x64, make_mesh
-  from deepseek_jax.model.transformer import graphdef, new_params
-  from deepseek_jax.sharding import concrete
+  from deepseek_jax.model.transformer import graphdef, init_params
+  from deepseek_jax.sharding import with_concrete_shardings
 
   check_x64(config.model)
   if devices > len(jax.devices()):
@@ -65,8 +65,8 @@ def continuation(reader, step, config, tokenizer, settings, seed, devices) -> st
   check_weights(config.model, MeshConfig(data=1, fsdp=devices))
   mesh = make_mesh(MeshConfig(data=1, fsdp=devices), jax.devices()[:devices])
   with jax.set_mesh(mesh):
-    shapes = jax.eval_shape(lambda: new_params(config.model, jax.random.key(0)))
-    abstract = dict(zip(("params", "buffers"), concrete(shapes, mesh), strict=True))
+    shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
+    abstract = dict(zip(("params", "buffers"), with_concrete_shardings(shapes, mesh), strict=True))
     weights = reader.restore(step, abstract)
     return continue_prompt(
       graphdef(config.model.for_sampling()),

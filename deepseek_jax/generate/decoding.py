@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from deepseek_jax.config import SampleConfig
 from deepseek_jax.distributed import to_host
 from deepseek_jax.generate.sampling import next_token
-from deepseek_jax.sharding import WHOLE_SEQUENCES, batch_parts, on_every_device, rules, spec, summed
+from deepseek_jax.sharding import UNSHARDED_SEQUENCE, num_batch_shards, psum, rules, spec, spmd
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "vocab", "eos", "config"))
@@ -24,9 +24,9 @@ def decode(graphdef, params, buffers, *arguments, vocab, eos, config: SampleConf
 
   layouts = [jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree) for tree in (params, buffers)]
   rows, shared = spec("batch", None), spec()
-  with rules(WHOLE_SEQUENCES):
+  with rules(UNSHARDED_SEQUENCE):
     outputs = rows, rows, shared, shared
-    run = on_every_device(local, (*layouts, rows, rows, shared, shared, shared), outputs, differentiable=False)
+    run = spmd(local, (*layouts, rows, rows, shared, shared, shared), outputs, differentiable=False)
     return run(params, buffers, *arguments)
 
 
@@ -50,7 +50,7 @@ def decode_rows(model, tokens, seen, position, stop, key, *, vocab, eos, config:
     logits = model.logits(last)[:, 0]  # [batch, vocab]
     ids = jnp.arange(logits.shape[1])
     token = next_token(jnp.where(ids < vocab, logits, -jnp.inf), seen, jax.random.fold_in(key, position), config)
-    done = summed(jnp.sum(token != eos), "batch") == 0
+    done = psum(jnp.sum(token != eos), "batch") == 0
     seen, token = seen | (ids == token[:, None]), token[:, None]
     tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token, position, 1)
     last, cache = model.decode(token, cache, position)  # last [batch, 1, embed]
@@ -75,7 +75,7 @@ def continue_prompt(graphdef, params, buffers, tokenizer, config: SampleConfig, 
   """
   ids = [tokenizer.bos, *tokenizer.encode(config.prompt)]
   prompt, end = len(ids), len(ids) + config.max_tokens
-  rows = batch_parts(mesh)  # the same prompt on each shard of the batch: a batch of one divides over no mesh
+  rows = num_batch_shards(mesh)  # the same prompt on each shard of the batch: a batch of one divides over no mesh
   window = min(seq, end)
   seen = np.zeros((rows, params["embed"].shape[0]), bool)
   seen[:, ids] = True

@@ -7,12 +7,12 @@ from flax import nnx
 from deepseek_jax.kernels.attention import xla
 from deepseek_jax.kernels.attention.api import attention
 from deepseek_jax.kernels.implementations import Unsupported, chosen, log_once
-from deepseek_jax.model.context import attend_context, attend_gathered
+from deepseek_jax.model.context import all_gather_kv_attention, context_parallel_attention
 from deepseek_jax.model.dropout import dropout, keys_at
-from deepseek_jax.model.linear import Linear, together
+from deepseek_jax.model.linear import Linear, fused_linear
 from deepseek_jax.model.rope import rotate
 from deepseek_jax.model_config import AttentionConfig, ModelConfig
-from deepseek_jax.sharding import axes, joined, part
+from deepseek_jax.sharding import all_gather_sequence, axis_index, mesh_axes
 
 
 def attend(q, k, v, *, scale, segment_ids=None, dropout_rate=0.0, dropout_keys=None, implementation="auto"):
@@ -23,28 +23,30 @@ def attend(q, k, v, *, scale, segment_ids=None, dropout_rate=0.0, dropout_keys=N
   if dropout_keys is None:
     return attention(q, k, v, scale=scale, segment_ids=segment_ids, implementation=implementation)
   drop = lambda weights: dropout(weights, dropout_rate, dropout_keys.reshape(weights.shape[:3]))  # noqa: E731
-  return xla.causal(q, k, v, segment_ids, scale, drop)
+  return xla.causal_attention(q, k, v, segment_ids, scale, drop)
 
 
-def attend_causally(q, keys, expand, scale, config: AttentionConfig, tokens, key):
+def causal_attention(q, keys, expand, scale, config: AttentionConfig, tokens, key):
   """Attention of `q` [batch, seq, heads, key width] to the keys and values that `expand` makes of `keys`.
 
   Where devices share the sequence, `keys`, [batch, seq, ...] each, is what they send each other.
   """
-  if axes("seq"):
-    how = {"scale": scale, "axis": axes("seq")[0], "segment_ids": tokens.segment_ids}
+  if mesh_axes("seq"):
+    how = {"scale": scale, "axis": mesh_axes("seq")[0], "segment_ids": tokens.segment_ids}
     kernel = chosen("attention", config.implementation)
     if config.context_keys == "gather" and kernel != "xla":
       try:
-        return attend_gathered(q, keys, expand, implementation=kernel, **how)
+        return all_gather_kv_attention(q, keys, expand, implementation=kernel, **how)
       except Unsupported as e:
         if config.implementation != "auto":
           raise
         log_once(f"attention: by pairs of chunks, since {e}")
-    return attend_context(q, keys, expand, kind=config.context_keys, **how)
+    return context_parallel_attention(q, keys, expand, kind=config.context_keys, **how)
   drawn = None
   if key is not None and config.dropout:
-    drawn = keys_at(key, tokens.rows, part("heads") * q.shape[2] + jnp.arange(q.shape[2]))  # [batch, heads]
+    drawn = keys_at(
+      key, tokens.sequence_ids, axis_index("heads") * q.shape[2] + jnp.arange(q.shape[2])
+    )  # [batch, heads]
   return attend(
     q, *expand(keys),
     scale=scale, segment_ids=tokens.segment_ids, dropout_rate=config.dropout, dropout_keys=drawn,
@@ -52,12 +54,12 @@ def attend_causally(q, keys, expand, scale, config: AttentionConfig, tokens, key
   )  # fmt: skip
 
 
-def attend_cached(q, k, v, position, *, scale):
+def decode_attention(q, k, v, position, *, scale):
   """Attention of a new token, `q` [batch, 1, heads, key width], to positions 0 .. `position` of what a cache holds."""
-  return xla.where((jnp.arange(k.shape[1]) <= position)[None], q, k, v, scale=scale)
+  return xla.masked_attention((jnp.arange(k.shape[1]) <= position)[None], q, k, v, scale=scale)
 
 
-def written(cache, new, position):
+def update_cache(cache, new, position):
   """Each array of `cache` [batch, length, ...] with its part of `new` [batch, 1, ...] at `position`."""
   return jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, position, 1), cache, new)
 
@@ -78,18 +80,18 @@ class Attention(nnx.Module):
 
   def heads(self, x, rotation):
     """Queries [batch, seq, heads, head_dim]; keys and values [batch, seq, kv_heads, head_dim]."""
-    q, k, v = together("bsd,dhk->bshk", x, self.q, self.k, self.v)
+    q, k, v = fused_linear("bsd,dhk->bshk", x, self.q, self.k, self.v)
     return rotate(q, *rotation).astype(x.dtype), rotate(k, *rotation).astype(x.dtype), v
 
   def __call__(self, x, tokens, key=None):
     """(terms of the sum [batch, seq, embed], what a cache keeps: keys and values); x is [batch, stream, embed]."""
-    q, k, v = self.heads(joined(x), tokens.rotation)
-    y = attend_causally(q, (k, v), lambda keys: keys, self.config.head_dim**-0.5, self.config, tokens, key)
+    q, k, v = self.heads(all_gather_sequence(x), tokens.rotation)
+    y = causal_attention(q, (k, v), lambda keys: keys, self.config.head_dim**-0.5, self.config, tokens, key)
     return self.o("bshk,hkd->bsd", y), (k, v)
 
   def decode(self, x, rotation, cache, position):
     """As `__call__` for the token at `position`, `x` [batch, 1, embed], with the keys and values of those before it."""
     q, *new = self.heads(x, rotation)
-    k, v = written(cache, tuple(new), position)
-    y = attend_cached(q, k, v, position, scale=self.config.head_dim**-0.5)
+    k, v = update_cache(cache, tuple(new), position)
+    y = decode_attention(q, k, v, position, scale=self.config.head_dim**-0.5)
     return self.o("bshk,hkd->bsd", y), (k, v)

@@ -10,7 +10,7 @@ from deepseek_jax.model.mlp import SwiGLU
 from deepseek_jax.model.moe import MoE
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.model_config import ModelConfig
-from deepseek_jax.sharding import joined, scattered
+from deepseek_jax.sharding import all_gather_sequence, reduce_scatter_sequence
 
 ATTENTION = {"gqa": Attention, "mla": MLA}
 
@@ -34,23 +34,23 @@ class Block(nnx.Module):
 
   def feed_forward(self, x, tokens=None):
     """(terms of the sum [batch, seq, embed], Routing, or None in a dense block); x is [batch, stream, embed]."""
-    x = joined(x)
+    x = all_gather_sequence(x)
     return self.moe(x, tokens) if self.experts else (self.mlp(x), None)
 
   def __call__(self, x, tokens, key=None):
-    """(x, Routing or None, what a cache keeps); x is [batch, stream, embed], `tokens` a Tokens."""
+    """(x, Routing or None, what a cache keeps); x is [batch, stream, embed], `tokens` a BatchContext."""
     keys = (None,) * 3 if key is None else jax.random.split(key, 3)
     y, kept = self.attn(self.attn_norm(x), tokens, keys[0])
-    x = x + self.dropped(scattered(y), tokens, keys[1])
+    x = x + self.dropped(reduce_scatter_sequence(y), tokens, keys[1])
     y, routing = self.feed_forward(self.mlp_norm(x), tokens)
-    return x + self.dropped(scattered(y), tokens, keys[2]), routing, kept
+    return x + self.dropped(reduce_scatter_sequence(y), tokens, keys[2]), routing, kept
 
   def dropped(self, y, tokens, key):
     """`y` after dropout, where there is any."""
-    return dropout(y, self.dropout, keys_at(key, tokens.rows, tokens.places)) if self.dropout else y
+    return dropout(y, self.dropout, keys_at(key, tokens.sequence_ids, tokens.position_ids)) if self.dropout else y
 
   def decode(self, x, rotation, cache, position):
     """(x, cache) after the token at `position`; x is [batch, 1, embed]."""
     y, cache = self.attn.decode(self.attn_norm(x), rotation, cache, position)
-    x = x + scattered(y)
-    return x + scattered(self.feed_forward(self.mlp_norm(x))[0]), cache
+    x = x + reduce_scatter_sequence(y)
+    return x + reduce_scatter_sequence(self.feed_forward(self.mlp_norm(x))[0]), cache

@@ -33,7 +33,7 @@ def zigzag(seq, parts):
   return np.concatenate([chunks[:parts], chunks[: parts - 1 : -1]], 1)
 
 
-def pairs_with(source, device):
+def chunk_pairs(source, device):
   """(query chunk, key chunk) of the two pairs that `device` does with the keys of another device, `source`.
 
   Late queries see every early key. A later device has a later early chunk and an earlier late one, so of the pairs of
@@ -43,7 +43,7 @@ def pairs_with(source, device):
   return (LATE, EARLY), (like, like)
 
 
-def attend_context(q, keys, expand, *, scale, axis, kind, segment_ids=None):
+def context_parallel_attention(q, keys, expand, *, scale, axis, kind, segment_ids=None):
   """As `attend` to the whole sequence, inside a shard_map of all axes; each device holds the positions of `zigzag`.
 
   Backward, the scores of each pair are made again from `q` and `keys`, and each device's terms for `keys` go back to
@@ -56,7 +56,7 @@ def attend_context(q, keys, expand, *, scale, axis, kind, segment_ids=None):
       runs 2C+1 times, for n = seq / 2C, and again backward: gather its weights before, not in it.
     scale: factor of the logits.
     axis: mesh axis that shares the sequence, of C > 1 devices.
-    kind: of TRAVEL, how the keys travel.
+    kind: of KV_COMM: how keys and values are exchanged.
     segment_ids: [batch, seq / C] int; positions attend within their segment only.
 
   Returns:
@@ -76,17 +76,17 @@ def attend_context(q, keys, expand, *, scale, axis, kind, segment_ids=None):
     def add(sums, chunks):
       return _added(sums, chunks[0], pair(held, chunks, own=False)), None
 
-    return jax.lax.scan(add, sums, jnp.array(pairs_with(source, device)))[0]
+    return jax.lax.scan(add, sums, jnp.array(chunk_pairs(source, device)))[0]
 
-  _, total, weighted = TRAVEL[kind](sums, visit, held, axis)
+  _, total, weighted = KV_COMM[kind](sums, visit, held, axis)
   y = weighted / total[..., None]  # [2, batch, heads, L, value width]
   y = y.transpose(1, 0, 3, 2, 4).reshape(*q.shape[:3], -1)  # [batch, 2 L, heads, value width]
   # The barrier: libtpu 0.0.50 ends in a failed check where it joins this transposition with the product that follows.
   return jax.lax.optimization_barrier(y.astype(q.dtype))
 
 
-def attend_gathered(q, keys, expand, *, scale, axis, segment_ids=None, implementation="auto"):
-  """As `attend_context`, with all keys and values of the sequence in memory, for a kernel that passes over those not seen."""
+def all_gather_kv_attention(q, keys, expand, *, scale, axis, segment_ids=None, implementation="auto"):
+  """As `context_parallel_attention`, with all keys and values of the sequence in memory, for a kernel that passes over those not seen."""
   whole = lambda x: _in_order(jax.lax.all_gather(x, axis))  # noqa: E731
   segments = None if segment_ids is None else (segment_ids, whole(segment_ids))
   k, v = expand(jax.tree.map(whole, keys))
@@ -127,7 +127,7 @@ def _ring(sums, visit, held, axis):
   return visit(sums, (device + 1) % parts, last)
 
 
-TRAVEL = {"gather": _gather, "ring": _ring}
+KV_COMM = {"gather": _gather, "ring": _ring}
 
 
 def _pair(expand, scale, own, q, segment_ids, held, chunks):

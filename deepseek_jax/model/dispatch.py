@@ -10,12 +10,12 @@ import jax.numpy as jnp
 
 from deepseek_jax.kernels.grouped_matmul.api import block_rows
 from deepseek_jax.kernels.rows import rows_at, sums_at
-from deepseek_jax.model.linear import activated, grouped_products
+from deepseek_jax.model.linear import grouped_linear, swiglu
 
 
 def dense(x, indices, weights, gate, up, down, load, most, recipe=None, implementation="auto"):
   """Every expert on every row, weighted with zero where it was not chosen: the reference. Nothing is over `most`."""
-  h = activated((jnp.einsum("td,edf->tef", x, gate), jnp.einsum("td,edf->tef", x, up)))  # [rows, experts, mlp]
+  h = swiglu((jnp.einsum("td,edf->tef", x, gate), jnp.einsum("td,edf->tef", x, up)))  # [rows, experts, mlp]
   y = jnp.einsum("tef,efd->ted", h, down)  # [rows, experts, embed]
   chosen = indices[..., None] == jnp.arange(gate.shape[0])  # [rows, experts per token, experts]
   share = jnp.where(chosen, weights[..., None], 0).sum(1)  # [rows, experts]
@@ -26,20 +26,20 @@ def ragged(x, indices, weights, gate, up, down, load, most, recipe=None, impleme
   """Choices sorted by expert, each expert's rows multiplied by its own matrices."""
   experts = gate.shape[0]
   block = block_rows(load, experts)
-  slots, sizes, counted = expert_slots(indices.reshape(-1), experts, block)
+  slots, sizes, counted = assign_slots(indices.reshape(-1), experts, block)
   rows = -(-most // block) * block + experts * block
   # Row r of the sorted layout is for choice number choice[r]; `indices.size` stands for none, which reads as zeros.
   choice = jnp.full((rows,), indices.size).at[slots].set(jnp.arange(indices.size), mode="drop")
   places = choice // indices.shape[1], slots.reshape(indices.shape)  # the token of each row, the rows of each token
   sorted_x = rows_at(x, *places)  # [rows, embed]
-  gate, up = grouped_products(recipe, sorted_x, (gate, up), sizes, block, implementation)  # [rows, mlp]
-  (y,) = grouped_products(recipe, (gate, up), (down,), sizes, block, implementation)  # [rows, embed]
+  gate, up = grouped_linear(recipe, sorted_x, (gate, up), sizes, block, implementation)  # [rows, mlp]
+  (y,) = grouped_linear(recipe, (gate, up), (down,), sizes, block, implementation)  # [rows, embed]
   # The weight multiplies after down (the released models do so), and sums in at least float32.
   y = y * rows_at(weights.reshape(-1, 1), choice, slots[:, None])
   return sums_at(y, *places).astype(x.dtype), jnp.maximum(counted - most, 0)
 
 
-def expert_slots(choices, experts, block):
+def assign_slots(choices, experts, block):
   """Where each of `choices` [n] goes when they are sorted by expert and each expert's rows padded to a multiple of `block`.
 
   Returns:
@@ -55,16 +55,16 @@ def expert_slots(choices, experts, block):
   return slots, sizes.astype(jnp.int32), counts.sum(dtype=jnp.int32)
 
 
-def kept(config, indices, weights, exempt):
+def within_capacity(config, indices, weights, no_drop):
   """Which choices V2's token dropping leaves (section 2.2.4): of each group of experts those of highest affinity.
 
   V2 gives each device, which holds a group of experts, `capacity_factor` times the even share of the choices of its
-  batch, and never drops those of sequences with `exempt` [tokens]. The batch is what one device of our mesh holds.
+  batch, and never drops those of sequences with `no_drop` [tokens]. The batch is what one device of our mesh holds.
   """
   groups = config.num_expert_groups
   budget = config.capacity_factor * indices.size / groups
   group = (indices // (config.num_routed_experts // groups)).reshape(-1)  # [choices]
-  affinity = jnp.where(exempt[:, None], jnp.inf, weights).reshape(-1)
+  affinity = jnp.where(no_drop[:, None], jnp.inf, weights).reshape(-1)
   order = jnp.lexsort((-affinity, group))  # by group, then from the highest affinity down
   counts = jnp.bincount(group, length=groups)
   rank = jnp.arange(group.size) - (jnp.cumsum(counts) - counts).at[group[order]].get(mode="clip")
@@ -72,4 +72,4 @@ def kept(config, indices, weights, exempt):
   return ((rank < budget) | jnp.isinf(affinity)).reshape(indices.shape)
 
 
-DISPATCH = {"dense": dense, "ragged": ragged, "capacity": ragged}  # capacity: after `kept`
+DISPATCH = {"dense": dense, "ragged": ragged, "capacity": ragged}  # capacity: after `within_capacity`

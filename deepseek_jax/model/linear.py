@@ -14,10 +14,10 @@ from deepseek_jax.kernels.grouped_matmul.api import grouped_matmul
 from deepseek_jax.kernels.qtensor import FP8, QTensor
 from deepseek_jax.kernels.quantize.api import quantize
 from deepseek_jax.model_config import ModelConfig
-from deepseek_jax.sharding import gathered, spec
+from deepseek_jax.sharding import all_gather_params, spec
 
 # The name, for policies of rematerialisation, of what a layer gives in eight bits, where they see no product.
-PRODUCT = "fp8_product"
+FP8_OUTPUT = "fp8_product"
 
 
 def at_least_float32(dtype):
@@ -52,28 +52,28 @@ class Linear(nnx.Module):
 
   def weight(self, dtype):
     """The kernel for use. Cast before the all-gather: half the bytes travel in bfloat16."""
-    return gathered(self.kernel[...].astype(dtype), *self.axes)
+    return all_gather_params(self.kernel[...].astype(dtype), *self.axes)
 
   def __call__(self, equation, x):
-    return together(equation, x, self)[0]
+    return fused_linear(equation, x, self)[0]
 
   def product(self, equation, x, weight):
     """As a call, with the `weight` that was made before."""
-    return products(self.recipe, equation, x, weight)[0]
+    return linear(self.recipe, equation, x, weight)[0]
 
 
-def together(equation, x, *linears):
+def fused_linear(equation, x, *linears):
   """One product of `x` with each of `linears`: in eight bits, the backward pass then needs one copy of `x`."""
-  return products(linears[0].recipe, equation, x, *(linear.weight(x.dtype) for linear in linears))
+  return linear(linears[0].recipe, equation, x, *(linear.weight(x.dtype) for linear in linears))
 
 
-def products(recipe, equation, x, *weights):
+def linear(recipe, equation, x, *weights):
   """The einsum of `x` with each of `weights`, in eight bits by `recipe`, or as they are without one.
 
   x: or a pair (gate, up), for silu(gate) * up.
   """
   if recipe is None:
-    return [jnp.einsum(equation, activated(x), w) for w in weights]
+    return [jnp.einsum(equation, swiglu(x), w) for w in weights]
   of_x, of_w, of_y = equation.replace("->", ",").split(",")
   contracted = sum(name in of_x for name in of_w)
   assert of_y == of_x[:-contracted] + of_w[contracted:] and of_x[-contracted:] == of_w[:contracted], equation
@@ -82,33 +82,33 @@ def products(recipe, equation, x, *weights):
   matrices = [w.reshape(math.prod(shape[-contracted:]), -1) for w in weights]
   found = fp8_linear(rows, *matrices, recipe=recipe)
   return [
-    checkpoint_name(y.reshape(*shape[:-contracted], *w.shape[contracted:]), PRODUCT)
+    checkpoint_name(y.reshape(*shape[:-contracted], *w.shape[contracted:]), FP8_OUTPUT)
     for y, w in zip(found, weights, strict=True)
   ]
 
 
-def grouped_products(recipe, x, weights, group_sizes, block, implementation="auto"):
-  """As `grouped_matmul` with each of `weights` [groups, k, n], in the precision of `recipe`; `x` as in `products`.
+def grouped_linear(recipe, x, weights, group_sizes, block, implementation="auto"):
+  """As `grouped_matmul` with each of `weights` [groups, k, n], in the precision of `recipe`; `x` as in `linear`.
 
   implementation: of products without a recipe, which has one of its own.
   """
   if recipe is None:
-    x = activated(x)
+    x = swiglu(x)
     return [grouped_matmul(x, w, group_sizes, block=block, implementation=implementation) for w in weights]
   return fp8_ragged_linear(x, *weights, group_sizes=group_sizes, step=block, recipe=recipe)
 
 
-def activated(x):
+def swiglu(x):
   """silu(gate) * up of a pair (gate, up) (Shazeer 2020), or `x` itself."""
   return jax.nn.silu(x[0]) * x[1] if isinstance(x, tuple) else x
 
 
-def recipes(recipe):
+def fwd_and_dgrad_recipes(recipe):
   """(`recipe` of the forward products, that of the gradients of activations), each None where those are not in eight bits."""
   return (recipe, recipe) if recipe is None else (recipe if recipe.forward else None, recipe if recipe.dgrad else None)
 
 
-def packed(recipe, x):
+def quantize_for_dispatch(recipe, x):
   """What of the rows of `x` [rows, width] travels: in eight bits (their bytes, uint8; scales [rows, tiles] float32), or (x, none)."""
   if recipe is None:
     return x, jnp.zeros((len(x), 0), jnp.float32)
@@ -116,8 +116,8 @@ def packed(recipe, x):
   return jax.lax.bitcast_convert_type(q.values, jnp.uint8), q.scales
 
 
-def unpacked(recipe, rows, scales, dtype):
-  """The rows of `packed`, in `dtype`.
+def dequantize(recipe, rows, scales, dtype):
+  """The rows of `quantize_for_dispatch`, in `dtype`.
 
   Rounded to eight bits once more they are the same, with scales that differ by the rounding of that dtype; not even that
   where they are powers of two.

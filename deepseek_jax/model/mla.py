@@ -3,12 +3,12 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.model.attention import attend_cached, attend_causally, written
-from deepseek_jax.model.linear import Linear, together
+from deepseek_jax.model.attention import causal_attention, decode_attention, update_cache
+from deepseek_jax.model.linear import Linear, fused_linear
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.model.rope import mscale, rotate
 from deepseek_jax.model_config import AttentionConfig, ModelConfig
-from deepseek_jax.sharding import joined
+from deepseek_jax.sharding import all_gather_sequence
 
 
 def softmax_scale(config: AttentionConfig):
@@ -37,17 +37,20 @@ class MLA(nnx.Module):
     # Attention's backward pass reads this as well: kept once, as it is. The report has it in E5M6, which JAX has not.
     self.o = Linear((a.heads, a.v_head_dim, config.embed), ("heads", "head_dim", "embed"), config, rngs, cached=False)
 
-  def projected(self, x, rotation):
+  def project_latents(self, x, rotation):
     """(queries, what a cache keeps) of x [batch, latent_seq, embed]: the products down are of a device's own positions.
 
     Queries: parts without and with position, [batch, seq, heads, nope] and [batch, seq, heads, rope] (V2 eq. 37 to 39).
     Kept: [batch, seq, kv_lora_rank] and the key all heads share, [batch, seq, rope] (V2 eq. 41, 43).
     """
     if self.config.q_lora_rank:
-      latent, both = (joined(y, "latent_seq") for y in together("bsd,dr->bsr", x, self.q_a, self.kv_a))
+      latent, both = (all_gather_sequence(y, "latent_seq") for y in fused_linear("bsd,dr->bsr", x, self.q_a, self.kv_a))
       q = self.q_b("bsr,rhk->bshk", self.q_norm(latent))
     else:
-      q, both = self.q("bsd,dhk->bshk", joined(x, "latent_seq")), joined(self.kv_a("bsd,dc->bsc", x), "latent_seq")
+      q, both = (
+        self.q("bsd,dhk->bshk", all_gather_sequence(x, "latent_seq")),
+        all_gather_sequence(self.kv_a("bsd,dc->bsc", x), "latent_seq"),
+      )
     nope, rope = jnp.split(q, [self.config.qk_nope_head_dim], -1)
     latent, shared = jnp.split(both, [self.config.kv_lora_rank], -1)
     q_rope, k_rope = (rotate(y, *rotation, interleaved=True).astype(x.dtype) for y in (rope, shared[:, :, None]))
@@ -55,8 +58,8 @@ class MLA(nnx.Module):
 
   def __call__(self, x, tokens, key=None):
     """(terms of the sum [batch, seq, embed], what a cache keeps: latents and the shared keys); x is [batch, stream, embed]."""
-    x = joined(x, "stream", "latent_seq")
-    q, kept = self.projected(x, tokens.rotation)
+    x = all_gather_sequence(x, "stream", "latent_seq")
+    q, kept = self.project_latents(x, tokens.rotation)
     up = self.kv_b.weight(x.dtype)
 
     def expand(kept):
@@ -66,7 +69,7 @@ class MLA(nnx.Module):
       shared = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
       return jnp.concatenate([k_nope, shared], -1), v
 
-    y = attend_causally(jnp.concatenate(q, -1), kept, expand, self.scale, self.config, tokens, key)
+    y = causal_attention(jnp.concatenate(q, -1), kept, expand, self.scale, self.config, tokens, key)
     return self.o("bshv,hvd->bsd", y), kept
 
   def decode(self, x, rotation, cache, position):
@@ -75,11 +78,11 @@ class MLA(nnx.Module):
     The products with kv_b move over to the query and to the output (V2 section 2.1.2): each head attends to the latents
     themselves, as if there were one key head of width kv_lora_rank + rope and one value head of width kv_lora_rank.
     """
-    (q_nope, q_rope), new = self.projected(x, rotation)
-    latent, k_rope = written(cache, new, position)
+    (q_nope, q_rope), new = self.project_latents(x, rotation)
+    latent, k_rope = update_cache(cache, new, position)
     up_key, up_value = jnp.split(self.kv_b.weight(x.dtype), [self.config.qk_nope_head_dim], -1)
     q_latent = jnp.einsum("bqhk,chk->bqhc", q_nope, up_key)
     q, k = jnp.concatenate([q_latent, q_rope], -1), jnp.concatenate([latent, k_rope], -1)
-    y = attend_cached(q, k[:, :, None], latent[:, :, None], position, scale=self.scale)  # [batch, 1, heads, kv_lora]
+    y = decode_attention(q, k[:, :, None], latent[:, :, None], position, scale=self.scale)  # [batch, 1, heads, kv_lora]
     y = jnp.einsum("bqhc,chv->bqhv", y, up_value)
     return self.o("bshv,hvd->bsd", y), (latent, k_rope)

@@ -2,7 +2,7 @@
 
 from flax import nnx
 
-from deepseek_jax.model.linear import Linear, together
+from deepseek_jax.model.linear import Linear, fused_linear
 from deepseek_jax.model_config import ModelConfig
 
 
@@ -16,6 +16,6 @@ class SwiGLU(nnx.Module):
     self.down = Linear(shape[::-1], ("mlp", "embed"), config, rngs)
 
   def __call__(self, x):
-    gate, up = together("bsd,df->bsf", x, self.gate, self.up)  # [batch, seq, mlp]
+    gate, up = fused_linear("bsd,df->bsf", x, self.gate, self.up)  # [batch, seq, mlp]
     down = self.down.weight(x.dtype)
     return self.down.product("bsf,fd->bsd", (gate, up), down)  # [batch, seq, embed]

@@ -5,8 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.model.dispatch import DISPATCH, kept
-from deepseek_jax.model.exchange import exchanged
+from deepseek_jax.model.dispatch import DISPATCH, within_capacity
+from deepseek_jax.model.expert_parallel import expert_parallel
 from deepseek_jax.model.linear import Linear
 from deepseek_jax.model.mlp import SwiGLU
 from deepseek_jax.model.router import Router
@@ -38,30 +38,30 @@ class MoE(nnx.Module):
     self.config = config.moe
 
   def __call__(self, x, tokens=None):
-    """(terms of the sum [batch, seq, embed], Routing); `tokens` a Tokens, of which dispatch=capacity needs `exempt`."""
+    """(terms of the sum [batch, seq, embed], Routing); `tokens` a BatchContext, of which dispatch=capacity needs `no_drop`."""
     config, (batch, seq, _) = self.config, x.shape
     routing = self.router(x)
     indices = routing.indices
-    if tokens is not None and tokens.counted is not None:  # the others choose no expert
-      indices = jnp.where(tokens.counted[..., None], indices, config.num_routed_experts)
+    if tokens is not None and tokens.token_mask is not None:  # the others choose no expert
+      indices = jnp.where(tokens.token_mask[..., None], indices, config.num_routed_experts)
     flat = (a.reshape(batch * seq, -1) for a in (x, indices, routing.weights))
-    y, overflow = self.routed(*flat, None if tokens is None else tokens.exempt)
+    y, overflow = self.routed(*flat, None if tokens is None else tokens.no_drop)
     y = y.reshape(x.shape)
     if config.num_shared_experts:
       # Needs nothing of what travels: a scheduler computes it meanwhile.
       y = y + self.shared(x)
-    counted = None if tokens is None else tokens.counted
-    return y, dataclasses.replace(routing, indices=indices, counted=counted, overflow=overflow)
+    token_mask = None if tokens is None else tokens.token_mask
+    return y, dataclasses.replace(routing, indices=indices, token_mask=token_mask, overflow=overflow)
 
-  def routed(self, x, indices, weights, exempt):
+  def routed(self, x, indices, weights, no_drop):
     """(y [tokens, embed], choices that found no room) of `x` [tokens, embed]."""
     config, kernels, recipe = self.config, self.experts.weights(x.dtype), self.experts.gate.recipe
     travel = indices
-    if config.dispatch == "capacity" and exempt is not None:
-      exempt = jnp.repeat(exempt, x.shape[0] // exempt.size)  # [tokens]
-      travel = jnp.where(kept(config, indices, weights, exempt), indices, config.num_routed_experts)
+    if config.dispatch == "capacity" and no_drop is not None:
+      no_drop = jnp.repeat(no_drop, x.shape[0] // no_drop.size)  # [tokens]
+      travel = jnp.where(within_capacity(config, indices, weights, no_drop), indices, config.num_routed_experts)
 
     def compute(x, indices, weights, load, most):
       return DISPATCH[config.dispatch](x, indices, weights, *kernels, load, most, recipe, config.implementation)
 
-    return exchanged(x, travel, weights, config.num_routed_experts, compute, config.buffer_factor, recipe)
+    return expert_parallel(x, travel, weights, config.num_routed_experts, compute, config.buffer_factor, recipe)

@@ -8,7 +8,7 @@ from flax import nnx
 
 from deepseek_jax.model.linear import at_least_float32, normal_param
 from deepseek_jax.model_config import ModelConfig, MoEConfig
-from deepseek_jax.sharding import gathered
+from deepseek_jax.sharding import all_gather_params
 
 
 class Buffer(nnx.Variable):
@@ -20,7 +20,7 @@ class Buffer(nnx.Variable):
 class Routing:
   """`indices` int32 and `weights` [batch, seq, experts per token]; `logits` and `scores` [batch, seq, experts].
 
-  counted: as in Tokens; where False the indices are the number of experts. overflow: [] int32, choices that found no room
+  token_mask: as in BatchContext; where False the indices are the number of experts. overflow: [] int32, choices that found no room
   on the device that they were sent to.
   """
 
@@ -28,7 +28,7 @@ class Routing:
   weights: jax.Array
   logits: jax.Array
   scores: jax.Array
-  counted: jax.Array | None = None
+  token_mask: jax.Array | None = None
   overflow: jax.Array | int = 0
 
 
@@ -39,7 +39,7 @@ GROUP_SCORES = {
 }
 
 
-def limited_to_groups(choice, config: MoEConfig):
+def limit_to_groups(choice, config: MoEConfig):
   """`choice` [..., experts] with -inf outside each token's best `topk_groups` groups.
 
   Not 0, as some code has it: with biases all of `choice` may be negative, and then 0 wins.
@@ -63,7 +63,7 @@ class Router(nnx.Module):
   def __call__(self, x) -> Routing:
     """Routing of `x` [batch, seq, embed]. Gradients flow through the chosen scores, not through the choice."""
     config, wide = self.config, at_least_float32(x.dtype)
-    kernel = gathered(self.kernel[...].astype(wide), "embed", None)
+    kernel = all_gather_params(self.kernel[...].astype(wide), "embed", None)
     # Stated here: in a bfloat16 model, chips would multiply these float32 operands in fewer bits.
     logits = jnp.einsum("bsd,de->bse", x.astype(wide), kernel, precision="highest")
     scores = SCORES[config.score](logits)  # [batch, seq, experts]
@@ -71,7 +71,7 @@ class Router(nnx.Module):
     if config.router_bias:
       choice = choice + self.bias[...].astype(wide)  # V3 eq. 16: for the selection, not for the weight
     if config.num_expert_groups > 1:
-      choice = limited_to_groups(choice, config)
+      choice = limit_to_groups(choice, config)
     indices = jax.lax.top_k(choice, config.num_experts_per_token)[1]
     weights = jnp.take_along_axis(scores, indices, -1)  # [batch, seq, experts per token]
     if config.norm_topk_prob:

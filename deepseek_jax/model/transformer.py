@@ -9,19 +9,26 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.kernels.implementations import chosen
+from deepseek_jax.model.batch_context import BatchContext
 from deepseek_jax.model.block import Block
-from deepseek_jax.model.linear import PRODUCT, Linear, at_least_float32, matmul_precision, normal_param
+from deepseek_jax.model.linear import FP8_OUTPUT, Linear, at_least_float32, matmul_precision, normal_param
 from deepseek_jax.model.mtp import MTPLayer
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.model.rope import rotation
-from deepseek_jax.model.tokens import Tokens
 from deepseek_jax.model_config import ModelConfig
-from deepseek_jax.sharding import gathered, own_positions, part, parts, scattered, whole
+from deepseek_jax.sharding import (
+  all_gather_params,
+  axis_index,
+  axis_size,
+  reduce_scatter_sequence,
+  slice_sequence,
+  whole,
+)
 
 STACKS = ("dense_layers", "moe_layers")  # in the order that the stream passes them
 
 
-def stacked(make, layers, key):
+def init_stack(make, layers, key):
   """`layers` modules made from as many keys, each parameter with a leading `layers` dimension."""
   return jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(key, layers))
 
@@ -31,7 +38,7 @@ def layer_keys(key, numbers):
   return None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
 
 
-def rematerialised(layer, policy):
+def remat_layer(layer, policy):
   """`layer` with the backward pass recomputing what `config.remat` says."""
   if policy == "none":
     return layer
@@ -41,7 +48,7 @@ def rematerialised(layer, policy):
     offload_src="device", offload_dst="pinned_host",
   )  # fmt: skip
   products = policies.save_from_both_policies(
-    policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(PRODUCT)
+    policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(FP8_OUTPUT)
   )
   saved = {"full": None, "dots": products, "offload": offloaded}[policy]
 
@@ -85,33 +92,33 @@ class Transformer(nnx.Module):
     keys = jax.random.split(key, 5)
     self.embed = normal_param((config.vocab, config.embed), ("vocab", "embed"), config, nnx.Rngs(keys[0]))
     if config.num_dense_layers:
-      self.dense_layers = stacked(lambda rngs: Block(config, rngs), config.num_dense_layers, keys[1])
+      self.dense_layers = init_stack(lambda rngs: Block(config, rngs), config.num_dense_layers, keys[1])
     if config.num_moe_layers:
-      self.moe_layers = stacked(lambda rngs: Block(config, rngs, experts=True), config.num_moe_layers, keys[3])
+      self.moe_layers = init_stack(lambda rngs: Block(config, rngs, experts=True), config.num_moe_layers, keys[3])
     self.final_norm = RMSNorm(config.embed, config)
     if not config.tied_embeddings:
       self.head = Linear((config.embed, config.vocab), ("embed", "vocab"), config, nnx.Rngs(keys[2]))
     if config.num_mtp_layers:
-      self.mtp_layers = stacked(lambda rngs: MTPLayer(config, rngs), config.num_mtp_layers, keys[4])
+      self.mtp_layers = init_stack(lambda rngs: MTPLayer(config, rngs), config.num_mtp_layers, keys[4])
     self.config = config
 
   def __call__(self, ids, tokens=None, dropout_key=None, observe=nothing):
     """Final hidden states [batch, stream, embed], normed, in the compute dtype, and what was observed.
 
     Args:
-      ids: [batch, seq] int. tokens: a Tokens, by default `facts(ids)`.
+      ids: [batch, seq] int. tokens: a BatchContext, by default `batch_context(ids)`.
       dropout_key: randomness of dropout; None is none.
       observe: (Routing or None, what a cache keeps) of a layer -> a tree, or None.
 
     Returns:
       (hidden, {name of the stack: trees of `observe` with a leading layers dimension}).
     """
-    tokens, observed = self.facts(ids) if tokens is None else tokens, {}
-    x, start = self.embedded(ids), 0
+    tokens, observed = self.batch_context(ids) if tokens is None else tokens, {}
+    x, start = self.embed_tokens(ids), 0
     for name, layers in self.stacks():
       count = getattr(self.config, f"num_{name}")
       keys = layer_keys(dropout_key, start + jnp.arange(count))
-      x, observed[name] = self.passed(layers, x, tokens, keys, observe)
+      x, observed[name] = self.run_layers(layers, x, tokens, keys, observe)
       start += count
     return self.final_norm(x), observed
 
@@ -119,7 +126,7 @@ class Transformer(nnx.Module):
     """(name, blocks stacked along their first dimension) of each stack, in the order that the stream passes them."""
     return [(name, getattr(self, name)) for name in STACKS if hasattr(self, name)]
 
-  def passed(self, layers, x, tokens, keys, observe):
+  def run_layers(self, layers, x, tokens, keys, observe):
     """(x, trees of `observe`, stacked) after the stacked blocks `layers`; `keys` [layers] or None."""
 
     def layer(x, scanned):
@@ -128,7 +135,7 @@ class Transformer(nnx.Module):
       return x, observe(routing, kept)
 
     with matmul_precision(self.config):
-      return jax.lax.scan(rematerialised(layer, self.config.remat), x, (layers, keys))
+      return jax.lax.scan(remat_layer(layer, self.config.remat), x, (layers, keys))
 
   def mtp(self, hidden, ahead, tokens, dropout_key=None, observe=nothing):
     """Hidden states and observations of each depth of multi-token prediction, a list of pairs.
@@ -143,15 +150,15 @@ class Transformer(nnx.Module):
       key = None if dropout_key is None else jax.random.fold_in(dropout_key, self.config.layers + depth)
       # A position belongs to the document of its hidden state: a document's last one, which sees the next document's
       # first token, must not be seen by that document. Rotation is relative, so that it may start anywhere.
-      tokens = dataclasses.replace(tokens, counted=ids >= 0)
+      tokens = dataclasses.replace(tokens, token_mask=ids >= 0)
 
       def step(hidden, layer, embedded, tokens, key):
         hidden, routing, kept = layer(hidden, embedded, tokens, key)
         return hidden, observe(routing, kept)
 
       with matmul_precision(self.config):
-        step = rematerialised(step, self.config.remat)
-        hidden, seen = step(hidden, layer, self.embedded(jnp.maximum(ids, 0)), tokens, key)
+        step = remat_layer(step, self.config.remat)
+        hidden, seen = step(hidden, layer, self.embed_tokens(jnp.maximum(ids, 0)), tokens, key)
       depths.append((hidden, seen))
     return depths
 
@@ -168,39 +175,39 @@ class Transformer(nnx.Module):
       return block.decode(x, rotation, cache, position)
 
     with matmul_precision(self.config):
-      x = self.embedded(ids)
+      x = self.embed_tokens(ids)
       for name in cache:
         x, new[name] = jax.lax.scan(layer, x, (getattr(self, name), cache[name]))
       return self.final_norm(x), new
 
-  def embedded(self, ids):
+  def embed_tokens(self, ids):
     """[batch, stream, embed] in the compute dtype, of `ids` [batch, seq]."""
-    table = gathered(self.embed[...].astype(self.config.compute_dtype), "vocab", "embed")
-    if parts("vocab") == 1:
+    table = all_gather_params(self.embed[...].astype(self.config.compute_dtype), "vocab", "embed")
+    if axis_size("vocab") == 1:
       return table[ids]
-    row = ids - part("vocab") * table.shape[0]
+    row = ids - axis_index("vocab") * table.shape[0]
     inside = (row >= 0) & (row < table.shape[0])  # the other devices have the rest
-    return scattered(jnp.where(inside[..., None], table[jnp.where(inside, row, 0)], 0))
+    return reduce_scatter_sequence(jnp.where(inside[..., None], table[jnp.where(inside, row, 0)], 0))
 
-  def facts(self, ids, places=None, positions=None, segment_ids=None, key=None):
-    """The Tokens of `ids` [batch, seq], which are at `places` [seq] of their sequence: by default 0 .. seq - 1.
+  def batch_context(self, ids, places=None, positions=None, segment_ids=None, key=None):
+    """The BatchContext of `ids` [batch, seq], which are at `places` [seq] of their sequence: by default 0 .. seq - 1.
 
-    positions: [batch, seq] int, default `places`, of the rotation. segment_ids: as in Tokens. key: of the draw that
+    positions: [batch, seq] int, default `places`, of the rotation. segment_ids: as in BatchContext. key: of the draw that
     exempts sequences from dispatch=capacity; None exempts all.
     """
     batch, seq = ids.shape
     places = jnp.arange(seq) if places is None else places
-    rows = part("batch") * batch + jnp.arange(batch)
-    return Tokens(
+    rows = axis_index("batch") * batch + jnp.arange(batch)
+    return BatchContext(
       rotation=self.rotation(places[None] if positions is None else positions),
       segment_ids=segment_ids,
-      counted=None,
-      exempt=None if key is None else self.exempt(rows, key),
-      rows=rows,
-      places=own_positions(places, 0),
+      token_mask=None,
+      no_drop=None if key is None else self.no_drop(rows, key),
+      sequence_ids=rows,
+      position_ids=slice_sequence(places, 0),
     )
 
-  def exempt(self, rows, key):
+  def no_drop(self, rows, key):
     """[batch] bool: the sequences `rows` of which no layer drops a token in training (V2 section 2.2.4)."""
     share, key = (
       self.config.moe.capacity_exempt,
@@ -212,13 +219,13 @@ class Transformer(nnx.Module):
     """cos and sin of the rotation at `positions` [batch or 1, seq]."""
     return rotation(positions, self.config.attention, at_least_float32(self.config.compute_dtype))
 
-  def unembedding(self):
+  def output_embedding(self):
     """The head [embed, vocab] that turns hidden states into scores, in its parameter's dtype and layout."""
     return self.embed[...].T if self.config.tied_embeddings else self.head.kernel[...]
 
   def logits(self, hidden):
     """Scores [batch, stream, vocab] of hidden states [batch, stream, embed], in at least float32."""
-    head = gathered(self.unembedding().astype(hidden.dtype), "embed", "vocab")
+    head = all_gather_params(self.output_embedding().astype(hidden.dtype), "embed", "vocab")
     with matmul_precision(self.config):
       logits = jnp.einsum("bsd,dv->bsv", hidden, head, preferred_element_type=at_least_float32(hidden.dtype))
     return whole(logits, "vocab", 2)
@@ -229,7 +236,7 @@ def graphdef(config: ModelConfig):
   return nnx.graphdef(_abstract(config))
 
 
-def new_params(config: ModelConfig, key):
+def init_params(config: ModelConfig, key):
   """(params, buffers): plain nested dicts of a freshly initialised model."""
   _, params, buffers = nnx.split(Transformer(config, key), nnx.Param, ...)
   return nnx.to_pure_dict(params), nnx.to_pure_dict(buffers)

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.sharding import varying
+from deepseek_jax.sharding import pvary
 
 
-def stage_table(layers, stages, circuits, assignment=()):
+def layer_assignment(layers, stages, circuits, assignment=()):
   """Which layer is in which slot: (int32 [stages, circuits, slots], `layers` where a slot is empty; bool mask of full ones).
 
   Args:
@@ -53,20 +53,20 @@ def bubble(stages, circuits, microbatches):
   return 1 - microbatches * circuits / (groups * stages * circuits + stages - 1)
 
 
-def passes(stages, circuits, microbatches):
+def num_ticks(stages, circuits, microbatches):
   """(Ticks of a step; in how many a stage goes forward, and as often backward; in how many it does first, and so last)."""
   groups = -(-microbatches // stages)
   forward, lag = groups * stages * circuits + stages - 1, (circuits + 1) * stages - 2
   return forward + lag + 1, forward, groups
 
 
-def to_stages(leaf, table, axis, dimension):
+def to_stage_params(leaf, table, axis, dimension):
   """Parameters of this stage's layers, [circuits, slots, ...]; zeros in empty slots.
 
   Args:
     leaf: [layers, ...]. Its `dimension` is divided over the mesh axis `axis`, and comes back whole; None: every stage has
       all of it.
-    table: of `stage_table`.
+    table: of `layer_assignment`.
   """
   if dimension is None:
     return leaf.at[jnp.asarray(table)[jax.lax.axis_index(axis)]].get(mode="fill", fill_value=0)
@@ -94,7 +94,7 @@ def pipelined_gradients(first, chunk, last, outer, layers, microbatches, *, axis
     (gradients of outer, gradients of layers, observed): sums over the microbatches, of gradients in at least float32;
     observed is (first's, chunk's [circuits, ...], last's).
   """
-  work = Work(*_typed(first, chunk, last), outer, layers, jnp.asarray(microbatches, jnp.int32), axis, circuits)
+  work = StageProgram(*_typed(first, chunk, last), outer, layers, jnp.asarray(microbatches, jnp.int32), axis, circuits)
   ticks = work.forward_ticks + work.lag + 1
   carry = jax.lax.fori_loop(jnp.int32(0), ticks, work.tick, work.start())
   return *carry.gradients, carry.observed
@@ -118,7 +118,7 @@ class Carry:
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class StageProgram:
   """What a stage does in a tick; fields as `pipelined_gradients` has them."""
 
   first: Callable
@@ -165,7 +165,7 @@ class Work:
 
     layers, index = _at(self.layers, 0), self.stage
     x, of_first = zeros(jax.eval_shape(self.first, self.outer, index))
-    x = varying(x)
+    x = pvary(x)
     _, _, of_chunk = jax.eval_shape(self.chunk, layers, index, index, x)
     _, of_last = jax.eval_shape(self.last, self.outer, index, x)
     of_chunk = jax.tree.map(lambda a: jnp.zeros((self.circuits, *a.shape), a.dtype), of_chunk)
@@ -174,7 +174,7 @@ class Work:
       jnp.zeros(self.lag + self.period, jnp.int32),
       jax.tree.map(_wide_zeros, (self.outer, self.layers)),
     )
-    return varying(
+    return pvary(
       Carry(x, x, kept, slots, jnp.int32(0), x, x, x, gradients, (zeros(of_first), of_chunk, zeros(of_last)))
     )
 
@@ -282,9 +282,9 @@ def _typed(first, chunk, last):
 
   def typed_chunk(*args):
     y, objective, observed = chunk(*args)
-    return varying(y), objective, observed
+    return pvary(y), objective, observed
 
-  return jax.jit(lambda *args: varying(first(*args))), jax.jit(typed_chunk), jax.jit(last)
+  return jax.jit(lambda *args: pvary(first(*args))), jax.jit(typed_chunk), jax.jit(last)
 
 
 def _when(due, function, carry):

@@ -9,7 +9,7 @@ from jax.sharding import AbstractDevice
 
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.mesh import abstract_mesh
-from deepseek_jax.model.transformer import new_params
+from deepseek_jax.model.transformer import init_params
 from deepseek_jax.model_config import ModelConfig
 
 # What is traced for machines that are not here: it has each kernel that a config may name.
@@ -19,7 +19,7 @@ DEVICE = AbstractDevice("TPU v5p", 1, "tpu")
 def abstract_params(config: ModelConfig, mesh: MeshConfig):
   """(params, buffers) as abstract arrays: shapes, dtypes and layouts on a mesh of resolved sizes that need not exist."""
   with jax.sharding.use_abstract_mesh(abstract_mesh(mesh, DEVICE)):
-    return jax.eval_shape(lambda: new_params(config, jax.random.key(0)))
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
 @dataclasses.dataclass(frozen=True)

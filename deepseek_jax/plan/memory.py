@@ -9,11 +9,11 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import Config
 from deepseek_jax.mesh import abstract_mesh
-from deepseek_jax.model.exchange import has_ragged
-from deepseek_jax.parallel.pipeline import stage_table
+from deepseek_jax.model.expert_parallel import has_ragged_all_to_all
+from deepseek_jax.parallel.pipeline import layer_assignment
 from deepseek_jax.plan.flops import abstract_params
 from deepseek_jax.plan.topology import Chip
-from deepseek_jax.sharding import WHOLE_WEIGHTS, batch_parts, rules, size_per_device
+from deepseek_jax.sharding import UNSHARDED_PARAMS, elements_per_device, num_batch_shards, rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,16 +70,16 @@ def estimate_memory(config: Config, chip: Chip | None = None) -> Memory:
 @functools.cache  # a search asks for few meshes and many ways to use them
 def _elements(model, mesh, whole=False, stack=None):
   """Parameters, of one stack or all, that one device holds outside of `rules`; `whole`: as ZeRO 1 and 2 use them."""
-  with rules(WHOLE_WEIGHTS if whole else {}):
+  with rules(UNSHARDED_PARAMS if whole else {}):
     params = abstract_params(model, mesh)[0]
-    return sum(size_per_device(leaf) for leaf in jax.tree.leaves(params[stack] if stack else params))
+    return sum(elements_per_device(leaf) for leaf in jax.tree.leaves(params[stack] if stack else params))
 
 
 def _passes(config: Config, width, chip):
   """(activations, weights of a block, head): bytes in a microbatch's passes, elements being `width` bytes wide."""
   m, mesh, moe, tensor = config.model, config.mesh, config.model.moe, config.mesh.tensor
   wide = max(4, width)
-  rows = -(-(config.train.microbatch or config.train.global_batch) // batch_parts(abstract_mesh(mesh)))
+  rows = -(-(config.train.microbatch or config.train.global_batch) // num_batch_shards(abstract_mesh(mesh)))
   seq = config.data.seq // mesh.context
   stream = rows * seq * m.embed * width // tensor  # one residual stream
   _, attention = _attention(m, tensor)
@@ -89,12 +89,12 @@ def _passes(config: Config, width, chip):
   scores = 0 if fused_attention(config, chip) else rows * m.attention.heads // tensor * min(seq, span) * span * wide
   expert_rows = rows * seq * _room(moe, mesh.expert) * m.embed * width
   # Where messages are padded, rows for all devices, there and here.
-  padding = 0 if mesh.expert == 1 or not chip or has_ragged(chip.kind) else 2 * mesh.expert
+  padding = 0 if mesh.expert == 1 or not chip or has_ragged_all_to_all(chip.kind) else 2 * mesh.expert
   a_layer = _kept(config, width, rows * seq, scores, expert_rows, (attention + experts) * width)
   layers, waiting, ends = m.layers + m.num_mtp_layers, 0, 1 + m.num_mtp_layers
   if mesh.stage > 1:  # a circuit's layers, and the streams of microbatches under way; the head has its turn after
     circuits, in_stages = config.parallel.circuits, m.num_moe_layers or m.num_dense_layers
-    slots = stage_table(in_stages, mesh.stage, circuits, config.parallel.stage_layers)[0].shape[-1]
+    slots = layer_assignment(in_stages, mesh.stage, circuits, config.parallel.stage_layers)[0].shape[-1]
     layers, waiting, ends = max(slots, m.layers - in_stages + m.num_mtp_layers), (circuits + 2) * mesh.stage + 3, 0
   return (
     a_layer * layers

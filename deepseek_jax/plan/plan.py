@@ -10,9 +10,9 @@ from deepseek_jax.config import Config
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.kernels.grouped_matmul.api import block_rows
 from deepseek_jax.mesh import AXES, abstract_mesh, check_slices, make_mesh, resolve_mesh
-from deepseek_jax.model.exchange import has_ragged
+from deepseek_jax.model.expert_parallel import has_ragged_all_to_all
 from deepseek_jax.model.transformer import check_kernels
-from deepseek_jax.parallel.pipeline import passes
+from deepseek_jax.parallel.pipeline import num_ticks
 from deepseek_jax.plan import roofline
 from deepseek_jax.plan.child import ADVICE, in_child
 from deepseek_jax.plan.compiled import OutOfMemory, compiled, devices
@@ -92,7 +92,7 @@ def make_plan(config: Config, topology: Topology, program, compile=False) -> Pla
   loops = expected_loops(config, topology.chip.kind)
   kernels = topology.is_tpu or fused_attention(config, topology.chip)
   operations = traced(config if kernels else without_kernels(config), program, sizes, loops)
-  if not has_ragged(topology.chip.kind):
+  if not has_ragged_all_to_all(topology.chip.kind):
     operations = [dataclasses.replace(o, kind=o.kind.removeprefix("ragged-")) for o in operations]
   flops, seconds = sum(o.times * o.flops for o in operations), 0.0
   memory = dataclasses.asdict(estimate_memory(config, topology.chip))
@@ -158,7 +158,7 @@ def expected_loops(config: Config, device_kind) -> Loops:
   microbatch = train.microbatch or train.global_batch
   found = Loops()
   if mesh.stage > 1:
-    ticks, layers, groups = passes(mesh.stage, config.parallel.circuits, train.global_batch // microbatch)
+    ticks, layers, groups = num_ticks(mesh.stage, config.parallel.circuits, train.global_batch // microbatch)
     # In the order of Work.tick in parallel/pipeline.py.
     taken = tuple(n / ticks for n in (groups, groups, layers, groups, layers))
     found = dataclasses.replace(found, trips=ticks, taken=taken)
@@ -174,7 +174,7 @@ def expected_loops(config: Config, device_kind) -> Loops:
   reachable = max(mesh.expert * moe.topk_groups / moe.num_expert_groups, 1)
   distinct = reachable * (1 - (1 - 1 / reachable) ** moe.num_experts_per_token)
   sent = min(distinct / min(moe.num_experts_per_token, mesh.expert), 1)
-  if not has_ragged(device_kind):  # as many rows to every device
+  if not has_ragged_all_to_all(device_kind):  # as many rows to every device
     sent = mesh.expert / min(moe.num_experts_per_token, mesh.expert)
   return dataclasses.replace(found, full_rows=min(full, 1), sent_rows=sent)
 

@@ -2,7 +2,7 @@
 
 from deepseek_jax.config import Config
 from deepseek_jax.data.pipeline import batch_size
-from deepseek_jax.parallel.pipeline import bubble, stage_table
+from deepseek_jax.parallel.pipeline import bubble, layer_assignment
 from deepseek_jax.plan.flops import count_parameters, training_flops
 from deepseek_jax.plan.memory import estimate_memory
 from deepseek_jax.schema import flatten
@@ -45,7 +45,7 @@ def pipeline(config: Config) -> list[str]:
   microbatches = train.global_batch // (train.microbatch or train.global_batch)
   layers = config.model.num_moe_layers or config.model.num_dense_layers
   given = config.parallel.stage_layers
-  counts = stage_table(layers, stages, circuits, given)[1].sum(-1).T.ravel().tolist()  # in the order that they run
+  counts = layer_assignment(layers, stages, circuits, given)[1].sum(-1).T.ravel().tolist()  # in the order that they run
   share = bubble(stages, circuits, microbatches)
   return [
     f"pipeline         {stages} stages x {circuits} circuits of {', '.join(map(str, counts))} layers, {microbatches} "

@@ -10,29 +10,29 @@ import numpy as np
 
 from deepseek_jax.config import BalanceConfig
 from deepseek_jax.model_config import ModelConfig, MoEConfig
-from deepseek_jax.sharding import summed
+from deepseek_jax.sharding import psum
 
 
-def observer(moe: MoEConfig, balance: BalanceConfig):
+def make_observe(moe: MoEConfig, balance: BalanceConfig):
   """For the model's `observe`, of what a device has of the batch: a layer's {load: [experts] int32 choices; loss: [batch], the
   weighted balance losses; overflow: [] int32, choices that found no room}."""
 
   def observe(routing, kept):
     if routing is None:
       return None
-    counts = choices(routing.indices, moe.num_routed_experts)  # [batch, experts]
+    counts = expert_counts(routing.indices, moe.num_routed_experts)  # [batch, experts]
     loss = balance_loss(routing, counts, moe, balance)
     return {"load": counts.sum(0, dtype=jnp.int32), "loss": loss, "overflow": routing.overflow}
 
   return observe
 
 
-def choices(indices, experts):
+def expert_counts(indices, experts):
   """[batch, experts] int32: how many choices of `indices` [batch, seq, experts per token] each expert has.
 
   Of the whole sequence, whatever part of it a device has.
   """
-  return summed((indices[..., None] == jnp.arange(experts)).sum((1, 2), dtype=jnp.int32), "seq")
+  return psum((indices[..., None] == jnp.arange(experts)).sum((1, 2), dtype=jnp.int32), "seq")
 
 
 def balance_loss(routing, counts, moe: MoEConfig, balance: BalanceConfig):
@@ -40,14 +40,14 @@ def balance_loss(routing, counts, moe: MoEConfig, balance: BalanceConfig):
 
   f counts the choices as they were made. V3 eq. 18 counts the best raw scores instead; implementations count as here.
   """
-  here = jnp.ones((1, routing.indices.shape[1]), bool) if routing.counted is None else routing.counted
+  here = jnp.ones((1, routing.indices.shape[1]), bool) if routing.token_mask is None else routing.token_mask
   here = here.astype(routing.scores.dtype)  # [batch or 1, seq]
-  tokens = summed(here.sum(1, keepdims=True), "seq")  # [batch or 1, 1]
+  tokens = psum(here.sum(1, keepdims=True), "seq")  # [batch or 1, 1]
 
   def mean(x):
     """Of `x` [batch, seq, ...] over the tokens of each sequence."""
     weight = here.reshape(*here.shape, *(1,) * (x.ndim - 2))
-    return summed((x * weight).sum(1), "seq") / tokens.reshape(-1, *(1,) * (x.ndim - 2))
+    return psum((x * weight).sum(1), "seq") / tokens.reshape(-1, *(1,) * (x.ndim - 2))
 
   scores = routing.scores / routing.scores.sum(-1, keepdims=True)  # V3 eq. 19; a softmax has this sum already
   p = mean(scores)  # [batch, experts]
@@ -67,7 +67,7 @@ def balance_loss(routing, counts, moe: MoEConfig, balance: BalanceConfig):
   return loss
 
 
-def moved_biases(buffers, loads, speed):
+def update_router_bias(buffers, loads, speed):
   """`buffers` with each router's bias moved by `speed`: up where the load is below the mean, down where above.
 
   V3 section 2.1.2. `loads`: {name of the stack: [layers, experts] choices of the whole batch}.

@@ -21,7 +21,7 @@ from deepseek_jax.checkpoint.manager import FORMAT_VERSION
 from deepseek_jax.checkpoint.weights import WorkdirWeights, open_weights
 from deepseek_jax.config import Config
 from deepseek_jax.data.pipeline import batches, load_tokenizer, open_data
-from deepseek_jax.distributed import first_says, wait_for_all
+from deepseek_jax.distributed import barrier, broadcast_from_process0
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.kernels.implementations import Replacements, import_libraries, replace_kernels
 from deepseek_jax.mesh import check_x64, make_mesh, make_vote, resolve_mesh
@@ -35,10 +35,10 @@ from deepseek_jax.training import metrics, report
 from deepseek_jax.training.balance import load_metrics
 from deepseek_jax.training.batch import Batch, place_rows
 from deepseek_jax.training.progress import StepProgress
-from deepseek_jax.training.schedule import rates
+from deepseek_jax.training.schedule import schedules
 from deepseek_jax.training.signals import stop_requests
-from deepseek_jax.training.state import abstract_state, first_state, new_state, state_sha256
-from deepseek_jax.training.step import make_row_nats, make_train_step
+from deepseek_jax.training.state import abstract_state, first_state, init_state, state_sha256
+from deepseek_jax.training.step import make_eval_step, make_train_step
 
 # Those of a run's files that a resume reads or adds to, and that a bucket has copies of.
 SELFTEST_FILE = "selftest.json"
@@ -69,12 +69,14 @@ def run(config: Config, workdir: str, evaluate, sample, select_kernels, accept_d
   check_x64(config.model)
   load_tokenizer(config.data, config.model.vocab)  # an unfit one is an error before any device is touched
   files = RunFolder(workdir)
-  first_says(lambda: files.fetch(SMALL_FILES))  # and so is a bucket that cannot be written
+  broadcast_from_process0(lambda: files.fetch(SMALL_FILES))  # and so is a bucket that cannot be written
   weights = None
-  if config.init_from and not first_says(open_reader(workdir).steps):  # a run that resumes has weights of its own
+  if config.init_from and not broadcast_from_process0(
+    open_reader(workdir).steps
+  ):  # a run that resumes has weights of its own
     weights = open_weights(config.init_from)
     check_fits(weights.directory, weights.model, config)
-  functions, calls = first_says(lambda: select_kernels(config, files.path))
+  functions, calls = broadcast_from_process0(lambda: select_kernels(config, files.path))
   on_mesh = resolve_mesh(config, len(jax.devices()))
   mesh = make_mesh(on_mesh.mesh)
   print(f"run      {config.name} in {_shown(workdir)}")
@@ -91,7 +93,7 @@ def run(config: Config, workdir: str, evaluate, sample, select_kernels, accept_d
     # Where one process packs others may wait, but not in a step: that would time out.
     with contextlib.redirect_stderr(sys.stdout if jax.process_index() else sys.stderr):
       data = open_data(config.data, config.model.vocab, config.seed)
-    wait_for_all("data")
+    barrier("data")
     replaced = [*functions, *calls]
     this = Run(config, workdir, files, mesh, data, checkpointer, evaluate, sample, weights, flops, replaced)
     this.find_start(accept_data_change)
@@ -117,7 +119,7 @@ class Run:
     static = () if train.batch_ramp_from else ("microbatches",)
     step = make_train_step(config, self.graphdef, data.tokenizer.bos)
     self.train_step = jax.jit(step, donate_argnames="state", static_argnames=static)
-    self.row_nats = jax.jit(make_row_nats(config, self.graphdef, data.tokenizer.bos))
+    self.row_nats = jax.jit(make_eval_step(config, self.graphdef, data.tokenizer.bos))
     shown = {
       "learning_rate": True,
       "mtp_weight": config.model.num_mtp_layers,
@@ -163,12 +165,14 @@ class Run:
       print(f"resume   from the checkpoint of step {self.step} ({self.samples:,} sequences seen)")
       return self.checkpointer.restore(self.step, abstract_state(self.config, self.mesh))
     print("start    no checkpoint here: from scratch")
-    return jax.block_until_ready(jax.jit(new_state, static_argnums=0)(self.config, jax.random.key(self.config.seed)))
+    return jax.block_until_ready(jax.jit(init_state, static_argnums=0)(self.config, jax.random.key(self.config.seed)))
 
   def main(self) -> int:
     """Trains and ends the run, unless it has ended before. Returns the exit code."""
     events = os.path.join(self.files.path, metrics.EVENTS)
-    ends = first_says(lambda: [[e["step"], e["reason"]] for e in metrics.read(events) if e["event"] == "end"])
+    ends = broadcast_from_process0(
+      lambda: [[e["step"], e["reason"]] for e in metrics.read(events) if e["event"] == "end"]
+    )
     if self.step >= self.config.train.steps and ends[-1:] == [[self.step, "finished"]]:
       print(f"finished already: step {self.step} of {self.config.train.steps}; raise --config.train.steps to go on")
       return 0
@@ -267,7 +271,7 @@ class Run:
 
   def update(self, batch):
     """Dispatches one update; returns its metrics with its rates among them."""
-    now = rates(self.config, self.step, self.samples * self.config.data.seq, batch.target_tokens)
+    now = schedules(self.config, self.step, self.samples * self.config.data.seq, batch.target_tokens)
     arrays = {name: np.asarray(rate, self.config.model.param_dtype) for name, rate in now.items()}
     started = time.monotonic()
     self.state, values = self.train_step(self.state, batch.tokens, batch.microbatches, arrays)

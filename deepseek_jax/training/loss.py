@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.model.linear import at_least_float32
-from deepseek_jax.sharding import gathered, greatest, part, parts, summed
+from deepseek_jax.sharding import all_gather_params, axis_index, axis_size, pmax, psum
 
 
 def cross_entropy(head, hidden, targets, chunk, label_smoothing=0.0, z_loss=0.0):
@@ -23,7 +23,7 @@ def cross_entropy(head, hidden, targets, chunk, label_smoothing=0.0, z_loss=0.0)
     targets: [batch, seq] int; a negative one does not count.
     chunk: positions whose logits exist at once.
   """
-  kernel = gathered(head.astype(hidden.dtype), "embed", "vocab")  # once, for all chunks
+  kernel = all_gather_params(head.astype(hidden.dtype), "embed", "vocab")  # once, for all chunks
   return _cross_entropy(kernel, hidden, targets, chunk, label_smoothing, z_loss)
 
 
@@ -71,14 +71,14 @@ def token_losses(logits, targets, label_smoothing, z_loss):
   The target is picked by comparison: it may be another device's.
   """
   counts, here = targets >= 0, logits.shape[-1]
-  vocab = here * parts("vocab")
-  top = greatest(logits.max(-1), "vocab")
-  log_z = top + jnp.log(summed(jnp.exp(logits - top[..., None]).sum(-1), "vocab"))
-  hit = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) == (targets - part("vocab") * here)[..., None]
-  nats = log_z - summed(jnp.where(hit, logits, 0).sum(-1), "vocab")
+  vocab = here * axis_size("vocab")
+  top = pmax(logits.max(-1), "vocab")
+  log_z = top + jnp.log(psum(jnp.exp(logits - top[..., None]).sum(-1), "vocab"))
+  hit = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) == (targets - axis_index("vocab") * here)[..., None]
+  nats = log_z - psum(jnp.where(hit, logits, 0).sum(-1), "vocab")
   objective, dlog_z, wanted = nats, 1.0, hit.astype(logits.dtype)
   if label_smoothing:
-    objective = (1 - label_smoothing) * nats + label_smoothing * (log_z - summed(logits.sum(-1), "vocab") / vocab)
+    objective = (1 - label_smoothing) * nats + label_smoothing * (log_z - psum(logits.sum(-1), "vocab") / vocab)
     wanted = (1 - label_smoothing) * wanted + label_smoothing / vocab
   if z_loss:
     objective = objective + z_loss * jnp.square(log_z)
@@ -94,7 +94,7 @@ def _forward(kernel, hidden, targets, chunk, label_smoothing, z_loss):
 def _backward(chunk, label_smoothing, z_loss, gradients, cotangents):
   dkernel, dhidden = gradients
   # Each device that shares `vocab` has the same objective, and its logits count in all of them.
-  scale = summed(cotangents[1], "vocab")
+  scale = psum(cotangents[1], "vocab")
   return dkernel * scale.astype(dkernel.dtype), dhidden * scale.astype(dhidden.dtype), None
 
 

@@ -1,6 +1,6 @@
 """What is optimised: next-token and multi-token prediction losses and the balance of experts, of what one device has.
 
-Everything here is inside `on_every_device`. A value that several devices compute alike enters the objective as each one's
+Everything here is inside `spmd`. A value that several devices compute alike enters the objective as each one's
 share of it, so that the objective is the sum over all devices, and so are its gradients.
 """
 
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from deepseek_jax.config import Config
 from deepseek_jax.model.context import zigzag
 from deepseek_jax.model.linear import at_least_float32
-from deepseek_jax.sharding import joined, part, parts, summed
-from deepseek_jax.training.balance import observer
+from deepseek_jax.sharding import all_gather_sequence, axis_index, axis_size, psum
+from deepseek_jax.training.balance import make_observe
 from deepseek_jax.training.loss import cross_entropy
 
 
@@ -49,12 +49,12 @@ class Objective:
 
   def __init__(self, config: Config, bos):
     self.config, self.bos = config, bos
-    self.observe = observer(config.model.moe, config.balance)
+    self.observe = make_observe(config.model.moe, config.balance)
 
   def inputs(self, tokens):
     """Inputs of this device's part of the whole sequences `tokens` [batch, seq + 1]."""
     seq, depths = tokens.shape[1] - 1, self.config.model.num_mtp_layers
-    places = jnp.asarray(zigzag(seq, parts("seq")))[part("seq")]
+    places = jnp.asarray(zigzag(seq, axis_size("seq")))[axis_index("seq")]
     ids, targets = tokens[:, :-1], tokens[:, 1:]
     facts = document_positions(ids, self.bos) if self.config.data.mask_documents else (None, None)
     segment_ids, positions = (f if f is None else f[:, places] for f in facts)
@@ -67,21 +67,21 @@ class Objective:
       segment_ids, positions,
     )  # fmt: skip
 
-  def facts(self, model, inputs, key):
-    """The Tokens of `inputs`."""
+  def batch_context(self, model, inputs, key):
+    """The BatchContext of `inputs`."""
     exempting = key if self.config.model.moe.dispatch == "capacity" else None
-    return model.facts(inputs.ids, inputs.places, inputs.positions, inputs.segment_ids, exempting)
+    return model.batch_context(inputs.ids, inputs.places, inputs.positions, inputs.segment_ids, exempting)
 
   def losses(self, model, x, targets):
     """(nats [batch], objective []) of hidden states `x` [batch, stream, embed] and `targets` [batch, seq]."""
     train = self.config.train
-    head = model.unembedding()
-    return cross_entropy(head, joined(x), targets, train.loss_chunk, train.label_smoothing, train.z_loss)
+    head = model.output_embedding()
+    return cross_entropy(head, all_gather_sequence(x), targets, train.loss_chunk, train.label_smoothing, train.z_loss)
 
   def __call__(self, model, tokens, key=None, mtp_weight=0.0):
     """(nats [batch], share of the objective [], observed) of whole sequences `tokens` [batch, seq + 1]."""
     inputs = self.inputs(tokens)
-    facts = self.facts(model, inputs, key)
+    facts = self.batch_context(model, inputs, key)
     hidden, stacks = model(inputs.ids, facts, key, self.observe)  # [batch, stream, embed]
     nats, share, observed = self.heads(model, hidden, inputs, facts, key, mtp_weight)
     for name, seen in stacks.items():
@@ -99,21 +99,21 @@ class Objective:
     observed = self.nothing_observed()
     nats, objective = self.losses(model, hidden, inputs.targets)
     depths = model.mtp(hidden, inputs.ahead, facts, key, self.observe)
-    mtp_nats, seq = [], inputs.ids.shape[1] * parts("seq")
+    mtp_nats, seq = [], inputs.ids.shape[1] * axis_size("seq")
     for depth, ((hidden, _), targets) in enumerate(zip(depths, inputs.targets_ahead, strict=True), 1):
       nats_ahead, objective_ahead = self.losses(model, hidden, targets)
       # A mean over the seq - depth targets that there are (V3 eq. 24 divides by seq), and over depths (eq. 25).
       mean = seq / (seq - depth)
       objective += mtp_weight / len(depths) * mean * objective_ahead
-      mtp_nats.append(mean * summed(nats_ahead.sum(), "seq"))
-    share = objective / parts("vocab")
+      mtp_nats.append(mean * psum(nats_ahead.sum(), "seq"))
+    share = objective / axis_size("vocab")
     if mtp_nats:
       observed["mtp_loss"] = jnp.stack(mtp_nats)
     if depths and depths[0][1] is not None:
       seen = jax.tree.map(lambda *depth: jnp.stack(depth), *(seen for _, seen in depths))
       balance, observed = self.balanced(seen, "mtp_layers", observed, seq)
       share += balance
-    return summed(nats, "seq"), share, observed
+    return psum(nats, "seq"), share, observed
 
   def nothing_observed(self):
     """Zeros that `balanced` adds to."""
@@ -126,7 +126,7 @@ class Objective:
   def balanced(self, seen, name, observed, seq):
     """(share of the objective, `observed` with what the experts of the layers of stack `name` showed added), of sequences of `seq`."""
     loss = seq * seen["loss"].sum()  # of [layers, batch]
-    return loss / parts("stream"), observed | {
+    return loss / axis_size("stream"), observed | {
       "balance_loss": observed["balance_loss"] + loss,
       "overflow": observed["overflow"] + seen["overflow"].sum(dtype=jnp.int32),
       "load": observed["load"] | {name: seen["load"]},

@@ -7,12 +7,12 @@ import optax
 from deepseek_jax.config import OptimizerConfig
 
 
-def decayed(params):
+def weight_decay_mask(params):
   """Tree of bools: True for matrices, False for norm scales (what DeepSeek excludes from decay is not published)."""
   return jax.tree.map_with_path(lambda path, _: path[-1].key != "scale", params)
 
 
-def kept_in(dtype, transformation):
+def with_state_dtype(dtype, transformation):
   """`transformation` with the floating arrays of its state kept in `dtype` between updates, used in the params' dtype."""
 
   def cast(tree, to):
@@ -28,7 +28,7 @@ def kept_in(dtype, transformation):
   return optax.GradientTransformation(init, update)
 
 
-def moments_in(space: jax.memory.Space, opt_state):
+def place_opt_state(space: jax.memory.Space, opt_state):
   """`opt_state` with its moments, whole or abstract, in the host's or in the devices' memory."""
 
   def leaf(x):
@@ -46,6 +46,6 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
   """Clip by global norm, Adam, decoupled weight decay. Its updates are to be multiplied by minus the learning rate."""
   return optax.chain(
     optax.clip_by_global_norm(config.clip),
-    kept_in(jnp.dtype(config.moments_dtype), optax.scale_by_adam(config.beta1, config.beta2, config.eps)),
-    optax.add_decayed_weights(config.weight_decay, mask=decayed),
+    with_state_dtype(jnp.dtype(config.moments_dtype), optax.scale_by_adam(config.beta1, config.beta2, config.eps)),
+    optax.add_decayed_weights(config.weight_decay, mask=weight_decay_mask),
   )

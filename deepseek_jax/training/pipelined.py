@@ -11,12 +11,22 @@ from flax import nnx
 
 from deepseek_jax.config import Config
 from deepseek_jax.model.transformer import layer_keys, nothing
-from deepseek_jax.parallel.pipeline import pipelined_gradients, stage_table, to_stages
-from deepseek_jax.sharding import KEPT_IN_SHARDS, OF_A_STAGE, WHOLE_WEIGHTS, axes, gathered, part, parts, rules, varying
+from deepseek_jax.parallel.pipeline import layer_assignment, pipelined_gradients, to_stage_params
+from deepseek_jax.sharding import (
+  FSDP_AXES,
+  STAGE_LOCAL,
+  UNSHARDED_PARAMS,
+  all_gather_params,
+  axis_index,
+  axis_size,
+  mesh_axes,
+  pvary,
+  rules,
+)
 from deepseek_jax.training.objective import Objective
 
 
-def stages_of(config: Config):
+def pipeline_stack(config: Config):
   """(name of the stack in the stages, which layers are where: int32 [stages, circuits, slots], past the last in empty slots).
 
   Of the mesh that is set, whose sizes the config may leave open.
@@ -24,25 +34,25 @@ def stages_of(config: Config):
   model, parallel = config.model, config.parallel
   name = "moe_layers" if model.num_moe_layers else "dense_layers"
   layers = getattr(model, f"num_{name}")
-  return name, stage_table(layers, parts("stages"), parallel.circuits, parallel.stage_layers)[0]
+  return name, layer_assignment(layers, axis_size("stages"), parallel.circuits, parallel.stage_layers)[0]
 
 
-def laid_out(layers, names, table, make_whole):
+def to_stage_layout(layers, names, table, make_whole):
   """Parameters of a stack as this stage has them, [circuits, slots, ...]; also whole in their other shards if `make_whole`.
 
   layers: [layers, ...], of logical axes `names`, as they are kept. Empty slots are zeros: such blocks do nothing.
   """
 
   def leaf(param, names):
-    kept = [i for i, name in enumerate(names) if name in KEPT_IN_SHARDS]
-    param = to_stages(param, table, axes("stages")[0], kept[0] if kept else None)
-    return gathered(param, None, *names) if make_whole else param
+    kept = [i for i, name in enumerate(names) if name in FSDP_AXES]
+    param = to_stage_params(param, table, mesh_axes("stages")[0], kept[0] if kept else None)
+    return all_gather_params(param, None, *names) if make_whole else param
 
-  with rules(OF_A_STAGE):
+  with rules(STAGE_LOCAL):
     return jax.tree.map(leaf, layers, names)
 
 
-class Stages:
+class PipelineSchedule:
   """What a pipeline asks of the model, on one device.
 
   Args:
@@ -54,25 +64,25 @@ class Stages:
   def __init__(self, config: Config, graphdef, objective: Objective, buffers, read, mtp_weight, placeholders, whole):
     self.graphdef, self.objective, self.read, self.mtp_weight = graphdef, objective, read, mtp_weight
     self.buffers, self.placeholders, self.circuits = buffers, placeholders, config.parallel.circuits
-    self.stack, table = stages_of(config)
-    self.own = jnp.asarray(table)[part("stages")]  # [circuits, slots]
+    self.stack, table = pipeline_stack(config)
+    self.own = jnp.asarray(table)[axis_index("stages")]  # [circuits, slots]
     self.layers = getattr(config.model, f"num_{self.stack}")
     self.first_layer = config.model.layers - self.layers
-    self.around = WHOLE_WEIGHTS if whole else {}
-    self.inside = WHOLE_WEIGHTS if whole else OF_A_STAGE
+    self.around = UNSHARDED_PARAMS if whole else {}
+    self.inside = UNSHARDED_PARAMS if whole else STAGE_LOCAL
 
   def gradients(self, params, layers, microbatches):
     """(of params, of layers, what the step reports): sums over `microbatches` of what this device did.
 
-    params: all but the stack's, in use. layers: of `laid_out`, in use.
+    params: all but the stack's, in use. layers: of `to_stage_layout`, in use.
     """
     (grads, of_layers, (_, within, after)) = pipelined_gradients(
       self.before, self.within, self.after, params, layers, microbatches,
-      axis=axes("stages")[0], circuits=self.circuits,
+      axis=mesh_axes("stages")[0], circuits=self.circuits,
     )  # fmt: skip
     load = within.pop("load")  # {} or {stack: [circuits, slots, experts]}
     whole = {name: jnp.zeros((self.layers, x.shape[-1]), x.dtype) for name, x in load.items()}
-    whole = {name: varying(whole[name]).at[self.own].add(x, mode="drop") for name, x in load.items()}
+    whole = {name: pvary(whole[name]).at[self.own].add(x, mode="drop") for name, x in load.items()}
     reported = {name: value + within.pop(name).sum(0) if name in within else value for name, value in after.items()}
     return grads, of_layers, reported | {"load": reported["load"] | whole}
 
@@ -86,11 +96,11 @@ class Stages:
     tokens, key = self.read(microbatch)
     with rules(self.around):
       model, inputs = self.model(params), self.objective.inputs(tokens)
-      x = model.embedded(inputs.ids)
-      facts = self.objective.facts(model, inputs, key)
+      x = model.embed_tokens(inputs.ids)
+      facts = self.objective.batch_context(model, inputs, key)
       for name, layers in model.stacks():
         if name != self.stack:
-          x, _ = model.passed(layers, x, facts, layer_keys(key, jnp.arange(self.first_layer)), nothing)
+          x, _ = model.run_layers(layers, x, facts, layer_keys(key, jnp.arange(self.first_layer)), nothing)
     return x, ()
 
   def within(self, layers, circuit, microbatch, x):
@@ -101,15 +111,15 @@ class Stages:
     buffers = jax.tree.map(lambda b: b.at[numbers].get(mode="fill", fill_value=0), own) if own else None
     with rules(self.inside):
       model, inputs = self.model({}, layers, buffers), self.objective.inputs(tokens)
-      facts = self.objective.facts(model, inputs, key)
+      facts = self.objective.batch_context(model, inputs, key)
       keys = layer_keys(key, self.first_layer + numbers)
-      x, seen = model.passed(getattr(model, self.stack), x, facts, keys, self.objective.observe)
+      x, seen = model.run_layers(getattr(model, self.stack), x, facts, keys, self.objective.observe)
     if seen is None:
-      return x, varying(jnp.zeros((), x.dtype)), {"load": {}, "total_loss": varying(jnp.zeros((), x.dtype))}
+      return x, pvary(jnp.zeros((), x.dtype)), {"load": {}, "total_loss": pvary(jnp.zeros((), x.dtype))}
     seen = jax.tree.map(lambda a: jnp.where(full.reshape(-1, *(1,) * (a.ndim - 1)), a, 0), seen)
     share, observed = self.objective.balanced(seen, self.stack, self.objective.nothing_observed(), tokens.shape[1] - 1)
     # Each device's share of a sum, also where all have the same: its type decides how often it counts.
-    share = varying(share)
+    share = pvary(share)
     return x, share, observed | {"total_loss": share}
 
   def after(self, params, microbatch, x):
@@ -117,8 +127,8 @@ class Stages:
     tokens, key = self.read(microbatch)
     with rules(self.around):
       model, inputs = self.model(params), self.objective.inputs(tokens)
-      facts = self.objective.facts(model, inputs, key)
+      facts = self.objective.batch_context(model, inputs, key)
       hidden = model.final_norm(x)
       nats, share, observed = self.objective.heads(model, hidden, inputs, facts, key, self.mtp_weight)
-    share = varying(share)
+    share = pvary(share)
     return share, observed | {"loss": nats.sum(), "total_loss": share}

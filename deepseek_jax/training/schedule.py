@@ -51,7 +51,7 @@ def learning_rate(config: ScheduleConfig, step, tokens, batch_tokens):
   return config.peak * warmup * SCHEDULE[config.kind](config, progress, start)
 
 
-def rates(config: Config, step, tokens, batch_tokens):
+def schedules(config: Config, step, tokens, batch_tokens):
   """learning_rate, mtp_weight and bias_speed of that update, as Python floats."""
   balance = config.balance
   return {

@@ -11,9 +11,9 @@ import optax
 
 from deepseek_jax.config import Config
 from deepseek_jax.distributed import to_host
-from deepseek_jax.model.transformer import new_params
-from deepseek_jax.sharding import concrete
-from deepseek_jax.training.optimizer import make_optimizer, moments_in
+from deepseek_jax.model.transformer import init_params
+from deepseek_jax.sharding import with_concrete_shardings
+from deepseek_jax.training.optimizer import make_optimizer, place_opt_state
 
 GATHERED_BYTES = 2**30  # of an array that each device and process may hold whole
 # Far apart: of seeds that differ in low bits one would see neighbours exchanged as another does.
@@ -32,9 +32,9 @@ class TrainState:
   skipped: dict
 
 
-def new_state(config: Config, key) -> TrainState:
+def init_state(config: Config, key) -> TrainState:
   """State before the first update. Run it under `jax.jit`, so that every array is born sharded."""
-  return first_state(config, *new_params(config.model, key))
+  return first_state(config, *init_params(config.model, key))
 
 
 def first_state(config: Config, params, buffers) -> TrainState:
@@ -44,16 +44,16 @@ def first_state(config: Config, params, buffers) -> TrainState:
     step=zero,
     params=params,
     buffers=buffers,
-    opt_state=moments_in(jax.memory.Space.Host, opt_state) if config.optimizer.offload else opt_state,
+    opt_state=place_opt_state(jax.memory.Space.Host, opt_state) if config.optimizer.offload else opt_state,
     skipped={"total": zero, "in_a_row": zero},
   )
 
 
 def abstract_state(config: Config, mesh) -> TrainState:
   """Shapes, dtypes and shardings of the state; nothing is allocated. Needs `mesh` set."""
-  state = concrete(jax.eval_shape(lambda: new_state(config, jax.random.key(0))), mesh)
+  state = with_concrete_shardings(jax.eval_shape(lambda: init_state(config, jax.random.key(0))), mesh)
   if config.optimizer.offload:  # which eval_shape does not tell
-    state = dataclasses.replace(state, opt_state=moments_in(jax.memory.Space.Host, state.opt_state))
+    state = dataclasses.replace(state, opt_state=place_opt_state(jax.memory.Space.Host, state.opt_state))
   return state
 
 

@@ -267,7 +267,7 @@ def slow_in_process_0(name):
     return method(*arguments)
   setattr(BucketCheckpointer, name, slow)
 
-with distributed.joined(find_place(sys.argv[1], 2, int(sys.argv[2]))):
+with distributed.distributed_session(find_place(sys.argv[1], 2, int(sys.argv[2]))):
   mesh = jax.make_mesh((2,), ("a",), axis_types=(AxisType.Explicit,))
   value = {"x": np.arange(8192, dtype=np.float32).reshape(4, 2048), "step": np.int32(7)}
   specs = {"x": jax.P(None, "a"), "step": jax.P()}
@@ -336,7 +336,7 @@ save(2)
 if jax.process_index() == {index}:
   print("failed at", time.time(), file=sys.stderr)
   raise KeyError("a mistake in the code")
-distributed.wait_for_all("a place that one never comes to")
+distributed.barrier("a place that one never comes to")
 """
   codes, errors = two_processes(body)
   assert codes == [1, 1], errors

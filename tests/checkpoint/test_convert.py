@@ -28,9 +28,9 @@ from deepseek_jax.checkpoint.weights import open_weights, saved_config
 from deepseek_jax.config import CheckpointConfig, Config, DataConfig, MeshConfig
 from deepseek_jax.errors import CheckpointError
 from deepseek_jax.mesh import make_mesh
-from deepseek_jax.model.transformer import new_params
+from deepseek_jax.model.transformer import init_params
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
-from deepseek_jax.sharding import concrete
+from deepseek_jax.sharding import with_concrete_shardings
 
 MLA = AttentionConfig(
   kind="mla", heads=2, q_lora_rank=12, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6
@@ -93,8 +93,8 @@ def stacked(model, tensors):
 
 
 def abstract_weights(model, mesh):
-  shapes = jax.eval_shape(lambda: new_params(model, jax.random.key(0)))
-  return dict(zip(("params", "buffers"), concrete(shapes, mesh), strict=True))
+  shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  return dict(zip(("params", "buffers"), with_concrete_shardings(shapes, mesh), strict=True))
 
 
 def flat(tree):

@@ -10,7 +10,7 @@ from deepseek_jax.config import MeshConfig, SampleConfig
 from deepseek_jax.data import tokenizer
 from deepseek_jax.generate.decoding import continue_prompt
 from deepseek_jax.mesh import make_mesh
-from deepseek_jax.model.transformer import graphdef, new_params
+from deepseek_jax.model.transformer import graphdef, init_params
 from deepseek_jax.model_config import AttentionConfig, ModelConfig
 
 MODEL = ModelConfig(
@@ -24,14 +24,14 @@ BYTES = tokenizer.load("byte")
 def generate(mesh_config, settings, seq=64, seed=0):
   mesh = make_mesh(mesh_config, jax.devices()[: abs(mesh_config.data * mesh_config.fsdp * mesh_config.tensor)])
   with jax.set_mesh(mesh):
-    params, buffers = jax.block_until_ready(jax.jit(new_params, static_argnums=0)(MODEL, jax.random.key(3)))
+    params, buffers = jax.block_until_ready(jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(3)))
     return continue_prompt(graphdef(MODEL), params, buffers, BYTES, settings, seq, seed, mesh)
 
 
 def greedy_reference(window):
   """The likeliest token again and again, from whole forward passes; a full window forgets its older half."""
   with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])):
-    params, _ = jax.jit(new_params, static_argnums=0)(MODEL, jax.random.key(3))
+    params, _ = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(3))
     model = nnx.merge(graphdef(MODEL), params, {})
     ids, start = [BYTES.bos, *b"ab"], 0
     for _ in range(GREEDY.max_tokens):

@@ -171,7 +171,7 @@ def test_inside_shard_map_the_gradients_of_shared_keys_add_up(monkeypatch):
 
   def attended(starts, scale, *arrays):
     seen = jnp.tril(jnp.arange(starts.size) >= starts[0][:, None])
-    return xla.where(seen, *(x[None] for x in arrays), scale=scale)[0]
+    return xla.masked_attention(seen, *(x[None] for x in arrays), scale=scale)[0]
 
   def forwards(q, k, v, bias, mask, starts, ends, *, logits_scale, **_):
     assert not jax.typeof(q).manual_axis_type.varying

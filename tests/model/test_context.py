@@ -15,17 +15,24 @@ from jax.sharding import AxisType
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.kernels.implementations import Unsupported
 from deepseek_jax.mesh import abstract_mesh
-from deepseek_jax.model.attention import attend, attend_causally
-from deepseek_jax.model.context import OWN_PAIRS, TRAVEL, attend_context, attend_gathered, pairs_with, zigzag
+from deepseek_jax.model.attention import attend, causal_attention
+from deepseek_jax.model.context import (
+  KV_COMM,
+  OWN_PAIRS,
+  all_gather_kv_attention,
+  chunk_pairs,
+  context_parallel_attention,
+  zigzag,
+)
 from deepseek_jax.model_config import AttentionConfig
-from deepseek_jax.sharding import on_every_device, spec
+from deepseek_jax.sharding import spec, spmd
 
 BATCH, SEQ, HEADS, KV_HEADS, WIDTH, ROPE = 2, 32, 4, 2, 6, 2
 SHARED = jax.P("data", "context")
-KINDS = pytest.mark.parametrize("kind", TRAVEL)
+KINDS = pytest.mark.parametrize("kind", KV_COMM)
 # What a kernel's place in the model is given, with XLA's products in that place.
-FORMS = {kind: functools.partial(attend_context, kind=kind) for kind in TRAVEL}
-FORMS["whole"] = functools.partial(attend_gathered, implementation="xla")
+FORMS = {kind: functools.partial(context_parallel_attention, kind=kind) for kind in KV_COMM}
+FORMS["whole"] = functools.partial(all_gather_kv_attention, implementation="xla")
 
 
 def gqa(weights, keys):
@@ -160,7 +167,7 @@ def test_devices_share_the_causal_pairs_equally(parts):
   for device in range(parts):
     pairs = [(chunks[device][q], chunks[device][k]) for q, k in OWN_PAIRS]
     for source in set(range(parts)) - {device}:
-      pairs += [(chunks[device][q], chunks[source][k]) for q, k in pairs_with(source, device)]
+      pairs += [(chunks[device][q], chunks[source][k]) for q, k in chunk_pairs(source, device)]
     assert len(pairs) == 2 * parts + 1
     found += pairs
   assert sorted(found) == [(q, k) for q in range(2 * parts) for k in range(q + 1)]
@@ -241,7 +248,9 @@ def test_scores_and_sums_of_pairs_are_not_kept(kind):
   kept, parts, length = [], 4, 8
 
   def program(q, keys):
-    attention = functools.partial(attend_context, expand=lambda keys: keys, scale=0.5, axis="context", kind=kind)
+    attention = functools.partial(
+      context_parallel_attention, expand=lambda keys: keys, scale=0.5, axis="context", kind=kind
+    )
     y, pull = jax.vjp(attention, q, keys)
     kept.extend(x.aval for x in jax.tree.leaves(pull) if jnp.issubdtype(x.dtype, jnp.floating))
     return y
@@ -263,12 +272,12 @@ def test_on_tpus_the_kernel_is_taken_where_it_does_the_shapes(implementation, le
 
   def local(x):  # [1, length, heads, 8]
     tokens = types.SimpleNamespace(segment_ids=None)
-    return attend_causally(x, (x, x), lambda keys: keys, 1.0, config, tokens, None)
+    return causal_attention(x, (x, x), lambda keys: keys, 1.0, config, tokens, None)
 
   with jax.sharding.use_abstract_mesh(mesh):
     layout = spec("batch", "seq", None, None)
     x = jax.ShapeDtypeStruct((1, 2 * length, HEADS, 8), jnp.bfloat16, sharding=jax.NamedSharding(mesh, layout))
-    trace = jax.make_jaxpr(on_every_device(local, layout, layout))
+    trace = jax.make_jaxpr(spmd(local, layout, layout))
     if implementation == "pallas":
       with pytest.raises(Unsupported, match="multiple of 128 positions on each device, not 96"):
         trace(x)

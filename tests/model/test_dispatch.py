@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model.dispatch import DISPATCH, expert_slots, kept
+from deepseek_jax.model.dispatch import DISPATCH, assign_slots, within_capacity
 from deepseek_jax.model_config import MoEConfig
 
 MOE = MoEConfig(num_routed_experts=6, num_experts_per_token=2, mlp=5, num_expert_groups=3, topk_groups=2)
@@ -58,7 +58,7 @@ def test_capacity_drops_the_lowest_affinities_of_overfull_groups(factor):
   moe = dataclasses.replace(MOE, capacity_factor=factor)
   _, indices, weights, *_ = problem(tokens=30, skewed=False, seed=3)
   exempt = jnp.arange(30) < 4
-  ours = np.asarray(kept(moe, indices, weights, exempt))
+  ours = np.asarray(within_capacity(moe, indices, weights, exempt))
   budget = factor * indices.size / 3
   assert ours[:4].all()
   for group in range(3):
@@ -72,6 +72,6 @@ def test_capacity_drops_the_lowest_affinities_of_overfull_groups(factor):
 
 def test_slots_are_sorted_by_expert_and_padded_to_blocks():
   choices = jnp.array([3, 0, 3, 2, 4, 0, 3], jnp.int32)  # 4 is no expert
-  slots, sizes, counted = expert_slots(choices, 4, 2)
+  slots, sizes, counted = assign_slots(choices, 4, 2)
   assert sizes.tolist() == [2, 0, 2, 4] and int(counted) == 6
   assert slots.tolist()[:4] == [4, 0, 5, 2] and slots.tolist()[5:] == [1, 6] and int(slots[4]) > 100

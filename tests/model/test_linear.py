@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.kernels.fp8_linear import Recipe
-from deepseek_jax.model.linear import products
+from deepseek_jax.model.linear import linear
 
 SHAPES = {
   "bsd,df->bsf": ((2, 3, 6), (6, 5)),
@@ -30,6 +30,6 @@ def test_the_product_of_every_equation(equation):
     y, vjp = jax.vjp(product, x, w)
     return y, vjp(jnp.ones_like(y).at[..., 0].set(448))
 
-  ours = value_and_gradients(lambda x, w: products(recipe, equation, x, w)[0], x, w)
+  ours = value_and_gradients(lambda x, w: linear(recipe, equation, x, w)[0], x, w)
   exact = value_and_gradients(lambda x, w: jnp.einsum(equation, x, w), x, w)
   jax.tree.map(np.testing.assert_array_equal, ours, exact)

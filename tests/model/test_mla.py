@@ -12,7 +12,7 @@ from deepseek_jax.config import MeshConfig
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.mla import softmax_scale
 from deepseek_jax.model.rope import frequencies, rotate, rotation
-from deepseek_jax.model.transformer import graphdef, new_params
+from deepseek_jax.model.transformer import graphdef, init_params
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
 
 MLA = AttentionConfig(
@@ -39,7 +39,7 @@ ATTENTIONS = {
 
 def model_of(config):
   with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])):
-    params, buffers = jax.jit(new_params, static_argnums=0)(config, jax.random.key(0))
+    params, buffers = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     return nnx.merge(graphdef(config), params, buffers)
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.attention import attend
-from deepseek_jax.model.transformer import graphdef, new_params
+from deepseek_jax.model.transformer import graphdef, init_params
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
 from deepseek_jax.training.loss import cross_entropy
 
@@ -34,7 +34,7 @@ def tokens(batch=2, seq=11, vocab=64):
 
 def random_params(config, seed=0):
   """Initial parameters with norm scales that are not 1."""
-  params, _ = new_params(config, jax.random.key(seed))
+  params, _ = init_params(config, jax.random.key(seed))
   rng = np.random.default_rng(seed)
   return jax.tree.map_with_path(
     lambda path, p: jnp.asarray(rng.uniform(0.5, 1.5, p.shape), p.dtype) if path[-1].key == "scale" else p, params
@@ -49,7 +49,7 @@ def ahead(ids, depths):
 def logits_of(config, params, ids, facts=None, **kwargs):
   def forward(params, ids):
     model = nnx.merge(graphdef(config), params, {})
-    return model.logits(model(ids, model.facts(ids, **(facts or {})), **kwargs)[0])
+    return model.logits(model(ids, model.batch_context(ids, **(facts or {})), **kwargs)[0])
 
   return np.asarray(jax.jit(forward)(params, jnp.asarray(ids)))
 
@@ -126,7 +126,7 @@ def test_multi_token_prediction_stays_within_documents():
 
   def depths(ids):
     model = nnx.merge(graphdef(MTP), params, {})
-    facts = model.facts(ids, segment_ids=segments)
+    facts = model.batch_context(ids, segment_ids=segments)
     hidden, _ = model(ids, facts)
     return [h for h, _ in model.mtp(hidden, ahead(ids, 2), facts)]
 
@@ -154,7 +154,7 @@ def test_capacity_drops_in_training_only_and_exempts_the_same_sequences_in_every
   def outputs(key, dispatch):
     moe = dataclasses.replace(CAPACITY.moe, dispatch=dispatch)
     model = nnx.merge(graphdef(dataclasses.replace(CAPACITY, moe=moe)), params, {})
-    facts = model.facts(ids, key=key)
+    facts = model.batch_context(ids, key=key)
     hidden, _ = model(ids, facts, dropout_key=key)
     return hidden, model.mtp(hidden, ahead(ids, 1), facts, dropout_key=key)[0][0][:, :-1]
 
@@ -191,7 +191,7 @@ def test_bfloat16_compute_stays_near_float32_and_logits_are_float32():
 
 def test_initial_parameters():
   config = dataclasses.replace(TINY, embed=128, mlp=512, init_std=0.006)
-  params, buffers = new_params(config, jax.random.key(1))
+  params, buffers = init_params(config, jax.random.key(1))
   assert buffers == {}
   for path, p in jax.tree.leaves_with_path(params):
     assert p.dtype == jnp.float32
@@ -223,7 +223,7 @@ def test_float32_products_are_full_precision_on_every_chip_forward_and_backward(
 
   def loss(params, ids):
     model = nnx.merge(graphdef(config), params, {})
-    return cross_entropy(model.unembedding(), model(ids)[0], ids, 4)[1]
+    return cross_entropy(model.output_embedding(), model(ids)[0], ids, 4)[1]
 
   jaxpr = jax.make_jaxpr(jax.grad(loss))(random_params(config), jnp.asarray(tokens()))
   full, found = (jax.lax.Precision.HIGHEST,) * 2, dot_precisions(jaxpr.jaxpr)

@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import AxisType
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.parallel.pipeline import bubble, pipelined_gradients, stage_table, to_stages
-from deepseek_jax.sharding import varying
+from deepseek_jax.parallel.pipeline import bubble, layer_assignment, pipelined_gradients, to_stage_params
+from deepseek_jax.sharding import pvary
 
 VOCAB, EMBED, ROWS, ROOM = 11, 8, 3, 9  # ROOM: microbatches that tokens are made for
 UNEVEN = (2, 0, 1, 1, 1, 1, 2, 1)
@@ -108,12 +108,12 @@ def pipelined(mesh, table, mask, circuits, calls):
 
   def device(outer, layers, tokens, microbatches):
     def mine(layers):
-      return {name: to_stages(leaf, table, "stage", divided[name]) for name, leaf in layers.items()}
+      return {name: to_stage_params(leaf, table, "stage", divided[name]) for name, leaf in layers.items()}
 
     three = functions(tokens[0], jnp.asarray(mask), calls, mesh.shape.get(experts, 1))
-    layers, pull = jax.vjp(mine, varying(layers))
+    layers, pull = jax.vjp(mine, pvary(layers))
     outer, layers, (of_first, of_chunk, of_last) = pipelined_gradients(
-      *three, varying(outer), layers, microbatches, axis="stage", circuits=circuits
+      *three, pvary(outer), layers, microbatches, axis="stage", circuits=circuits
     )
     (layers,) = pull(layers)
     summed = jax.lax.psum((outer, layers["bias"], of_first["rows"], of_last["loss"]), mesh.axis_names)
@@ -130,7 +130,7 @@ def pipelined(mesh, table, mask, circuits, calls):
   [(4, 1, 1, 6, ()), (2, 2, 1, 4, ()), (4, 2, 1, 9, UNEVEN), (2, 2, 2, 5, ()), (2, 1, 2, 3, (1, 2)), (4, 3, 1, 12, ())],
 )
 def test_gradients_are_those_of_the_layers_one_after_another(stages, circuits, experts, layers, assignment):
-  mesh, (table, mask), calls = make_mesh(stages, experts), stage_table(layers, stages, circuits, assignment), []
+  mesh, (table, mask), calls = make_mesh(stages, experts), layer_assignment(layers, stages, circuits, assignment), []
   with jax.enable_x64(True):
     tokens, outer, params = problem(layers, experts)
     each = jax.vmap(jax.grad(sequential, argnums=(0, 1), has_aux=True), (None, None, 1))
@@ -159,7 +159,7 @@ def close(ours, wanted):
 def test_nothing_leaks_from_where_there_is_no_item():
   """A chunk that gives NaN for any x but that of its turn: x is (value, chunks passed)."""
   stages, circuits, microbatches = 4, 2, 5
-  mesh, (table, _) = make_mesh(stages), stage_table(stages * circuits, stages, circuits)
+  mesh, (table, _) = make_mesh(stages), layer_assignment(stages * circuits, stages, circuits)
 
   def chunk(layers, circuit, microbatch, x):
     turn = x[1] == circuit * stages + jax.lax.axis_index("stage")
@@ -173,8 +173,8 @@ def test_nothing_leaks_from_where_there_is_no_item():
         lambda outer, microbatch: (jnp.stack([outer * (microbatch + 1), 0 * outer]), ()),
         chunk,
         lambda outer, microbatch, y: (y[0], y[1]),
-        varying(outer),
-        to_stages(varying(layers), table, "stage", None),
+        pvary(outer),
+        to_stage_params(pvary(layers), table, "stage", None),
         microbatches,
         axis="stage",
         circuits=circuits,
@@ -196,7 +196,7 @@ STAGES, CIRCUITS, WIDE = 4, 2, 4096
 
 def wide(microbatches):
   """A traced pipeline of [ROWS, WIDE] activations, small parameters and nothing else on the devices."""
-  mesh, (table, _) = make_mesh(STAGES), stage_table(8, STAGES, CIRCUITS)
+  mesh, (table, _) = make_mesh(STAGES), layer_assignment(8, STAGES, CIRCUITS)
 
   def first(outer, microbatch):
     return jnp.sin(outer + microbatch * jnp.ones((ROWS, WIDE))), {}
@@ -208,9 +208,9 @@ def wide(microbatches):
     return (outer * y).sum(), {}
 
   def device(outer, layers):
-    layers = to_stages(varying(layers), table, "stage", None)
+    layers = to_stage_params(pvary(layers), table, "stage", None)
     of_outer, of_layers, _ = pipelined_gradients(
-      first, chunk, last, varying(outer), layers, microbatches, axis="stage", circuits=CIRCUITS
+      first, chunk, last, pvary(outer), layers, microbatches, axis="stage", circuits=CIRCUITS
     )
     return of_outer[None], of_layers[None]
 
@@ -250,13 +250,13 @@ def test_all_devices_take_the_same_branches():
 
 @pytest.mark.parametrize("divided", [None, 2])
 def test_to_stages_moves_rows_and_its_transpose_moves_gradients_back(divided):
-  mesh, (table, mask) = make_mesh(4), stage_table(9, 4, 2, UNEVEN)
+  mesh, (table, mask) = make_mesh(4), layer_assignment(9, 4, 2, UNEVEN)
   leaf = np.arange(9.0 * 3 * 8).reshape(9, 3, 8)
   weights = np.random.default_rng(0).normal(size=(4, 2, 2, 3, 8))
   spec = jax.P() if divided is None else jax.P(None, None, "stage")
 
   def device(leaf, weights):
-    moved, pull = jax.vjp(lambda leaf: to_stages(leaf, table, "stage", divided), varying(leaf))
+    moved, pull = jax.vjp(lambda leaf: to_stage_params(leaf, table, "stage", divided), pvary(leaf))
     back = pull(weights[0])[0]
     return moved[None], back if divided else jax.lax.psum(back, "stage")
 
@@ -273,7 +273,7 @@ def test_to_stages_moves_rows_and_its_transpose_moves_gradients_back(divided):
 
 @pytest.mark.parametrize("layers, stages, circuits", [(61, 16, 1), (95, 8, 3), (4, 4, 1), (27, 4, 2), (5, 1, 2)])
 def test_layers_are_shared_evenly_in_their_order(layers, stages, circuits):
-  table, mask = stage_table(layers, stages, circuits)
+  table, mask = layer_assignment(layers, stages, circuits)
   counts = mask.sum(-1).T.reshape(-1)  # of chunks in the order in which they run
   assert table.dtype == np.int32 and table.shape == mask.shape == (stages, circuits, -(-layers // (stages * circuits)))
   np.testing.assert_array_equal(table.swapaxes(0, 1)[mask.swapaxes(0, 1)], np.arange(layers))
@@ -282,7 +282,7 @@ def test_layers_are_shared_evenly_in_their_order(layers, stages, circuits):
 
 
 def test_layers_are_shared_as_assigned():
-  table, mask = stage_table(9, 4, 2, UNEVEN)
+  table, mask = layer_assignment(9, 4, 2, UNEVEN)
   np.testing.assert_array_equal(mask.sum(-1).T.reshape(-1), UNEVEN)
   np.testing.assert_array_equal(table[:, 0], [[0, 1], [9, 9], [2, 9], [3, 9]])
 
@@ -290,7 +290,7 @@ def test_layers_are_shared_as_assigned():
 @pytest.mark.parametrize("assignment", [(3, 3), (2, 2, 2), (2, 2, 2, 1), (3, 3, 3, -2)])
 def test_assignments_that_do_not_fit_are_errors(assignment):
   with pytest.raises(ConfigError, match=r"2 stages x 2 circuits need 4 .* sum 6.*change"):
-    stage_table(6, 2, 2, assignment)
+    layer_assignment(6, 2, 2, assignment)
 
 
 def test_bubble():

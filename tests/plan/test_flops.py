@@ -12,13 +12,13 @@ from flax import nnx
 from deepseek_jax.config import Config, MeshConfig, TrainConfig
 from deepseek_jax.flags import load_config
 from deepseek_jax.mesh import make_mesh
-from deepseek_jax.model.transformer import graphdef, new_params
+from deepseek_jax.model.transformer import graphdef, init_params
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
 from deepseek_jax.plan.flops import Parameters, count_parameters, training_flops
 from deepseek_jax.plan.memory import estimate_memory
 from deepseek_jax.plan.summary import planned_tokens
 from deepseek_jax.training.loss import cross_entropy
-from deepseek_jax.training.state import new_state
+from deepseek_jax.training.state import init_state
 from deepseek_jax.training.step import make_train_step
 
 SMALL = ModelConfig(
@@ -87,13 +87,13 @@ def loss_and_gradient(config):
     model = nnx.merge(graphdef(config), params, buffers)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     hidden = model(inputs)[0]
-    total = cross_entropy(model.unembedding(), hidden, targets, SEQ)[1]
+    total = cross_entropy(model.output_embedding(), hidden, targets, SEQ)[1]
     ahead = jnp.stack([inputs] * config.num_mtp_layers) if config.num_mtp_layers else ()
     for seen, _ in model.mtp(hidden, ahead, model.facts(inputs)):
-      total += cross_entropy(model.unembedding(), seen, targets, SEQ)[1]
+      total += cross_entropy(model.output_embedding(), seen, targets, SEQ)[1]
     return total
 
-  params, buffers = jax.eval_shape(lambda: new_params(config, jax.random.key(0)))
+  params, buffers = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
   return jax.grad(loss), (params, buffers, jax.ShapeDtypeStruct((BATCH, SEQ + 1), jnp.int32))
 
 
@@ -163,7 +163,7 @@ def test_memory_estimate_is_near_what_xla_allocates(model):
   config = Config(model=model, mesh=MeshConfig(data=1), train=TrainConfig(global_batch=8, loss_chunk=128))
   with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
     step = jax.jit(make_train_step(config, graphdef(model), 0), donate_argnames="state", static_argnames="microbatches")
-    state = jax.eval_shape(lambda: new_state(config, jax.random.key(0)))
+    state = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
     batch = jax.ShapeDtypeStruct((1, 8, config.data.seq + 1), jnp.int32)
     xla = (
       step.lower(state, batch, 1, dict.fromkeys(("learning_rate", "mtp_weight", "bias_speed"), np.float32(0)))

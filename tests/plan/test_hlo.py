@@ -7,7 +7,7 @@ import pytest
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.mesh import AXES, make_mesh
 from deepseek_jax.plan.hlo import Program
-from deepseek_jax.sharding import on_every_device
+from deepseek_jax.sharding import spmd
 
 SIZES = dict.fromkeys(AXES, 1) | {"fsdp": 4, "expert": 16}
 
@@ -127,7 +127,7 @@ def test_a_compiled_loop_counts_as_often_as_it_runs():
     return jax.lax.psum(jax.lax.scan(layer, x, weights)[0].sum(), "fsdp")
 
   with jax.set_mesh(mesh):
-    function = on_every_device(device, (jax.P("fsdp"), jax.P(None, "fsdp")), jax.P(), differentiable=False)
+    function = spmd(device, (jax.P("fsdp"), jax.P(None, "fsdp")), jax.P(), differentiable=False)
     x = jax.ShapeDtypeStruct((4 * rows, width), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P("fsdp")))
     w = jax.ShapeDtypeStruct((layers, width, width), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P(None, "fsdp")))
     text = jax.jit(function).lower(x, w).compile().as_text()

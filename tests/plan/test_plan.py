@@ -14,7 +14,7 @@ from deepseek_jax.plan.flops import abstract_params, training_flops
 from deepseek_jax.plan.plan import make_plan
 from deepseek_jax.plan.search import Choice, applied, rank, search
 from deepseek_jax.plan.topology import parse
-from deepseek_jax.sharding import size_per_device
+from deepseek_jax.sharding import elements_per_device
 from deepseek_jax.training.step import abstract_step
 
 KEYS = {
@@ -37,7 +37,7 @@ def test_a_plan_as_json(capsys, topology):
   assert set(memory) == {"params", "optimizer", "gradients", "activations", "collectives", "other", "total", "limit"}
   config = load_config("configs/tiny.py")
   # Exact: what a device holds of the parameters, and two moments.
-  held = sum(size_per_device(p) * 4 for p in _leaves(config, MeshConfig(data=1, fsdp=2, expert=2)))
+  held = sum(elements_per_device(p) * 4 for p in _leaves(config, MeshConfig(data=1, fsdp=2, expert=2)))
   assert memory["params"] == held and memory["optimizer"] == 2 * held
   assert memory["total"] == sum(size for name, size in memory.items() if name not in ("total", "limit"))
   assert plan["fits"] and plan["devices"] == 4 and plan["mesh"]["expert"] == 2 and plan["source"] == "analytic"

@@ -11,7 +11,7 @@ from deepseek_jax.mesh import make_mesh
 from deepseek_jax.plan.compiled import Compiled, compiled, devices
 from deepseek_jax.plan.hlo import Program
 from deepseek_jax.plan.topology import parse
-from deepseek_jax.sharding import size_per_device
+from deepseek_jax.sharding import elements_per_device
 from deepseek_jax.training.step import abstract_step
 
 REMATERIALIZED = "nvoluntary full rematerialization"
@@ -39,7 +39,7 @@ def step_for(topology, sizes, config) -> Step:
   mesh = pod(topology, **sizes)
   with jax.set_mesh(mesh):
     step, arguments = abstract_step(config, mesh)
-    held = sum(size_per_device(a) * a.dtype.itemsize for a in jax.tree.leaves(arguments[0]))
+    held = sum(elements_per_device(a) * a.dtype.itemsize for a in jax.tree.leaves(arguments[0]))
     parameters = sum(a.size for a in jax.tree.leaves(arguments[0].params))
     found = compiled(step, *arguments, donate_argnums=0)
   return Step(config, sizes, held, parameters, found, Program(found.hlo, dict(mesh.shape)))

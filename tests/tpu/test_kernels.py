@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from deepseek_jax.kernels.fp8_linear import ACTIVATION, Recipe, fp8_linear, fp8_ragged_linear
 from deepseek_jax.plan.compiled import compiled
 from deepseek_jax.plan.hlo import Program
-from deepseek_jax.sharding import on_every_device, varying
+from deepseek_jax.sharding import pvary, spmd
 from tests.tpu.pods import pod
 
 LAYERS, ROWS, EMBED, MLP, GROUPS = 3, 512, 1024, 384, 4
@@ -27,7 +27,7 @@ def loss(by_group, stack, x, sizes):
     gate, up = product(x, gate, up, recipe=recipe)
     return x + product(jax.nn.silu(gate) * up, down, recipe=recipe)[0], None
 
-  return jax.lax.scan(layer, x, varying(stack))[0].astype(jnp.float32).sum()
+  return jax.lax.scan(layer, x, pvary(stack))[0].astype(jnp.float32).sum()
 
 
 @pytest.mark.parametrize("by_group", [False, True])
@@ -43,10 +43,10 @@ def test_gradients_of_layers_inside_a_manual_program(topology, by_group):
     sizes = array(shared, jnp.int32, GROUPS * mesh.size)
 
     def gradients(*arrays):
-      dw, dx = jax.grad(functools.partial(loss, by_group), argnums=(0, 1))(*varying(arrays))
+      dw, dx = jax.grad(functools.partial(loss, by_group), argnums=(0, 1))(*pvary(arrays))
       return jax.lax.psum(dw, "fsdp"), dx
 
-    function = on_every_device(gradients, (whole, shared, shared), (whole, shared))
+    function = spmd(gradients, (whole, shared, shared), (whole, shared))
     program = compiled(function, (wide, wide, narrow), x, sizes)
   # Three matrices; each forward, recomputed, and backward twice; the last of a recomputed layer is not needed.
   done = 2 * ROWS * EMBED * MLP * LAYERS * (3 + 2 + 2 * 3)

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from deepseek_jax.kernels.grouped_matmul.api import grouped_matmul
 from deepseek_jax.kernels.grouped_matmul.xla import ragged_dot
 from deepseek_jax.plan.compiled import compiled
-from deepseek_jax.sharding import on_every_device, varying
+from deepseek_jax.sharding import pvary, spmd
 from tests.tpu.pods import REMATERIALIZED, pod
 
 
@@ -63,7 +63,7 @@ def test_activations_on_host():
   )
 
   def gradients(stack, x):
-    stack, x = varying((stack, x))
+    stack, x = pvary((stack, x))
     layer = lambda x, w: (x + jnp.tanh(checkpoint_name(x, "block") @ w), None)  # noqa: E731
     loss = lambda stack: jax.lax.scan(jax.checkpoint(layer, policy=policy), x, stack)[0].astype(jnp.float32).sum()  # noqa: E731
     return jax.lax.psum(jax.grad(loss)(stack), ("fsdp",))
@@ -71,7 +71,7 @@ def test_activations_on_host():
   with jax.set_mesh(pod("v5p:2x2x1", fsdp=4)):
     stack = abstract((layers, embed, embed), jnp.bfloat16, None, None, None)
     x = abstract((4 * tokens, embed), jnp.bfloat16, "fsdp", None)
-    program = compiled(on_every_device(gradients, (jax.P(), jax.P("fsdp")), jax.P()), stack, x)
+    program = compiled(spmd(gradients, (jax.P(), jax.P("fsdp")), jax.P()), stack, x)
   residual = tokens * embed * 2
   # XLA peels an iteration off the loop, and may keep a spare buffer.
   assert layers * residual <= program.host_temporary <= (layers + 1) * residual
@@ -84,7 +84,7 @@ def test_grouped_products_do_the_useful_work(topology, implementation):
   rows, k, n, groups = 8192, 7168, 2048, 4
 
   def gradients(x, w, sizes):
-    x, w, sizes = varying((x, w, sizes))
+    x, w, sizes = pvary((x, w, sizes))
 
     def product(x, w):
       return ragged_dot(x, w, sizes, 128) if implementation == "ragged_dot" else grouped_matmul(x, w, sizes, block=128)
@@ -97,7 +97,7 @@ def test_grouped_products_do_the_useful_work(topology, implementation):
     x = abstract((rows * mesh.size, k), jnp.bfloat16, "expert", None)
     w = abstract((groups * mesh.size, k, n), jnp.bfloat16, "expert", None, None)
     sizes = abstract((groups * mesh.size,), jnp.int32, "expert")
-    program = compiled(on_every_device(gradients, (shared,) * 3, (shared,) * 2), x, w, sizes)
+    program = compiled(spmd(gradients, (shared,) * 3, (shared,) * 2), x, w, sizes)
   # libtpu 0.0.42, of jax 0.10, multiplies every row by every group for the gradient of the weights of a ragged_dot.
   kernel = '"tpu_custom_call"' in program.hlo and "%tgmm" in program.hlo
   assert kernel == (implementation == "auto" and "v5p" not in topology)

@@ -10,7 +10,7 @@ import pytest
 from deepseek_jax.config import BalanceConfig
 from deepseek_jax.model.router import Routing
 from deepseek_jax.model_config import ModelConfig, MoEConfig
-from deepseek_jax.training.balance import balance_loss, choices, load_metrics, moved_biases
+from deepseek_jax.training.balance import balance_loss, expert_counts, load_metrics, update_router_bias
 
 MOE = MoEConfig(num_routed_experts=6, num_experts_per_token=2, mlp=4, num_expert_groups=3, topk_groups=2)
 B, T, E, K = 2, 7, 6, 2
@@ -57,14 +57,14 @@ EXPECTED = {
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_each_loss(name, score):
   r = routing(score)
-  ours = balance_loss(r, choices(r.indices, E), MOE, BalanceConfig(**{name: 0.25}))
+  ours = balance_loss(r, expert_counts(r.indices, E), MOE, BalanceConfig(**{name: 0.25}))
   np.testing.assert_allclose(ours, [0.25 * EXPECTED[name](r, b) for b in range(B)], rtol=1e-5)
 
 
 def test_losses_add_up_and_groups_may_be_set():
   r = routing()
   weights = {"expert_loss": 0.1, "device_loss": 0.2, "communication_loss": 0.3, "router_z_loss": 0.4}
-  counts = choices(r.indices, E)
+  counts = expert_counts(r.indices, E)
   together = balance_loss(r, counts, MOE, BalanceConfig(**weights))
   apart = sum(balance_loss(r, counts, MOE, BalanceConfig(**{name: w})) for name, w in weights.items())
   np.testing.assert_allclose(together, apart, rtol=1e-6)
@@ -80,13 +80,13 @@ def test_an_even_load_has_loss_one_and_a_worse_one_more():
   indices = jnp.array([[[0, 1], [2, 3], [4, 5]]])
   r = Routing(indices, even[..., :2], even, even)
   balance = BalanceConfig(expert_loss=1.0)
-  np.testing.assert_allclose(balance_loss(r, choices(indices, E), MOE, balance), [1.0], rtol=1e-6)
+  np.testing.assert_allclose(balance_loss(r, expert_counts(indices, E), MOE, balance), [1.0], rtol=1e-6)
 
 
 def test_biases_move_against_the_load():
   buffers = {"moe_layers": {"moe": {"router": {"bias": jnp.zeros((2, 4))}}}}
   loads = {"moe_layers": jnp.array([[5, 1, 3, 3], [3, 3, 3, 3]], jnp.int32)}
-  moved = jax.jit(moved_biases)(buffers, loads, np.float32(0.5))
+  moved = jax.jit(update_router_bias)(buffers, loads, np.float32(0.5))
   np.testing.assert_array_equal(moved["moe_layers"]["moe"]["router"]["bias"], [[-0.5, 0.5, 0, 0], [0, 0, 0, 0]])
 
 

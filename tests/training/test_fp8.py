@@ -15,7 +15,7 @@ from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.model_config import AttentionConfig, Fp8Config, ModelConfig, MoEConfig
 from deepseek_jax.sharding import spec
-from deepseek_jax.training.state import new_state
+from deepseek_jax.training.state import init_state
 from deepseek_jax.training.step import abstract_step, make_train_step
 
 SEQ, BATCH = 64, 8
@@ -43,7 +43,7 @@ def train(config, steps):
   rates = {name: np.float32(rate) for name, rate in rates.items()}
   gradients, losses = [], []
   with jax.set_mesh(mesh):
-    state = jax.block_until_ready(jax.jit(new_state, static_argnums=0)(config, jax.random.key(0)))
+    state = jax.block_until_ready(jax.jit(init_state, static_argnums=0)(config, jax.random.key(0)))
     step = jax.jit(make_train_step(config, graphdef(config.model), bos=0), static_argnums=2)
     batch = jax.device_put(ids, NamedSharding(mesh, spec(None, "batch", None)))
     for _ in range(steps):

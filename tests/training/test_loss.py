@@ -7,7 +7,7 @@ import pytest
 
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.mesh import make_mesh
-from deepseek_jax.sharding import on_every_device, parts, reduced, spec, summed, varying
+from deepseek_jax.sharding import axis_size, psum, psum_replicated, pvary, spec, spmd
 from deepseek_jax.training.loss import cross_entropy
 
 BATCH, SEQ, EMBED, VOCAB = 4, 10, 8, 24
@@ -78,15 +78,15 @@ def test_every_mesh_equals_one_device(axes):
       head, hidden, targets = jax.device_put((head, hidden, targets), layout)
 
       def local(head, hidden, targets):
-        head, hidden, targets = varying((head, hidden, targets))
-        share = lambda *arrays: tuple(x / parts("vocab") for x in cross_entropy(*arrays, 4, 0.1, 0.01))  # noqa: E731
+        head, hidden, targets = pvary((head, hidden, targets))
+        share = lambda *arrays: tuple(x / axis_size("vocab") for x in cross_entropy(*arrays, 4, 0.1, 0.01))  # noqa: E731
         (nats, objective), (dhead, dhidden) = derivative(share, targets)(head, hidden)
-        objective = summed(objective, "batch", "seq", "vocab")
-        sums = summed(nats, "seq", "vocab"), objective
-        return sums, (reduced(dhead, "embed", "vocab"), summed(dhidden, "vocab"))
+        objective = psum(objective, "batch", "seq", "vocab")
+        sums = psum(nats, "seq", "vocab"), objective
+        return sums, (psum_replicated(dhead, "embed", "vocab"), psum(dhidden, "vocab"))
 
       sums = spec("batch"), spec()
-      sharded = jax.jit(on_every_device(local, layout, (sums, layout[:2])))(head, hidden, targets)
+      sharded = jax.jit(spmd(local, layout, (sums, layout[:2])))(head, hidden, targets)
     assert sharded[1][0].sharding == head.sharding  # the gradient lies as its parameter does
     for a, b in zip(jax.tree.leaves(sharded), jax.tree.leaves(alone), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13)

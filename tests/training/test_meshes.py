@@ -21,8 +21,8 @@ from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
 from deepseek_jax.sharding import spec
-from deepseek_jax.training.state import abstract_state, new_state
-from deepseek_jax.training.step import make_row_nats, make_train_step
+from deepseek_jax.training.state import abstract_state, init_state
+from deepseek_jax.training.step import make_eval_step, make_train_step
 
 SEQ, BATCH, MICROBATCHES = 16, 16, 2
 GRADIENTS = OptimizerConfig(beta1=0.0, clip=1e9)  # so that Adam's first moment is the gradient
@@ -80,7 +80,7 @@ def train(config, steps, first=None):
   with jax.set_mesh(mesh):
     # Blocks here and on every step: with fewer cores than virtual devices, programs in flight starve a collective.
     if first is None:
-      state = jax.jit(new_state, static_argnums=0)(config, jax.random.key(config.seed))
+      state = jax.jit(init_state, static_argnums=0)(config, jax.random.key(config.seed))
     else:
       state = jax.device_put(first, jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh)))
     state = jax.block_until_ready(state)
@@ -224,13 +224,13 @@ def test_choices_without_room_skip_the_step_and_say_so():
   config = changed(config, dict(expert=4))
   with jax.set_mesh(make_mesh(config.mesh)) as _:
     mesh = make_mesh(config.mesh)
-    state = jax.block_until_ready(jax.jit(new_state, static_argnums=0)(config, jax.random.key(0)))
+    state = jax.block_until_ready(jax.jit(init_state, static_argnums=0)(config, jax.random.key(0)))
     state = dataclasses.replace(state, buffers=jax.tree.map(lambda b: b.at[..., :3].set(9.0), state.buffers))
     step = jax.jit(make_train_step(config, graphdef(config.model), bos=0), static_argnums=2)
     batch = jax.device_put(tokens(0), NamedSharding(mesh, spec(None, "batch", None)))
     rates = {name: np.float32(0.01) for name in ("learning_rate", "mtp_weight", "bias_speed")}
     after, metrics = jax.block_until_ready(step(state, batch, MICROBATCHES, rates))
-    nats = jax.jit(make_row_nats(config, graphdef(config.model), bos=0))(state.params, state.buffers, batch[0])
+    nats = jax.jit(make_eval_step(config, graphdef(config.model), bos=0))(state.params, state.buffers, batch[0])
   assert int(metrics["overflow"]) > 0 and np.isfinite(metrics["grad_norm"])
   assert int(after.skipped["total"]) == 1 and np.isnan(nats).all()
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.params), jax.device_get(state.params))

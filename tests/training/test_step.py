@@ -15,7 +15,7 @@ from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
 from deepseek_jax.sharding import spec
 from deepseek_jax.training.objective import document_positions
-from deepseek_jax.training.state import abstract_state, new_state, state_sha256
+from deepseek_jax.training.state import abstract_state, init_state, state_sha256
 from deepseek_jax.training.step import make_train_step
 
 SEQ = 24
@@ -75,7 +75,7 @@ def train(config, mesh_config=None, steps=1, microbatches=1, rate=1e-2, dynamic=
   mesh = make_mesh(mesh_config, jax.devices()[: int(np.prod(sizes))])
   with jax.set_mesh(mesh):
     # Blocks here and on every step: with fewer cores than virtual devices, programs in flight starve a collective.
-    state = jax.block_until_ready(jax.jit(new_state, static_argnums=0)(config, jax.random.key(config.seed)))
+    state = jax.block_until_ready(jax.jit(init_state, static_argnums=0)(config, jax.random.key(config.seed)))
     step = make_train_step(config, graphdef(config.model), bos=0)
     step = jax.jit(step, donate_argnames="state", static_argnames=() if dynamic else ("microbatches",))
     seen = []
@@ -120,7 +120,7 @@ def test_state_is_born_in_the_layout_that_abstract_state_says():
   mesh = make_mesh(MESHES["fsdp=2 x tensor=2"])
   with jax.set_mesh(mesh):
     abstract = abstract_state(CONFIG, mesh)
-    state = jax.jit(new_state, static_argnums=0)(CONFIG, jax.random.key(0))
+    state = jax.jit(init_state, static_argnums=0)(CONFIG, jax.random.key(0))
   jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(f"{a} {b}"), abstract, state)
   assert all(
     jax.tree.leaves(jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), abstract, state))
@@ -149,7 +149,7 @@ def test_a_ramp_uses_the_first_microbatches_only_and_no_other_program():
   mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
   with jax.set_mesh(mesh):
     step = jax.jit(make_train_step(config, graphdef(config.model), bos=0))
-    state = jax.jit(new_state, static_argnums=0)(config, jax.random.key(0))
+    state = jax.jit(init_state, static_argnums=0)(config, jax.random.key(0))
     batch = tokens(0, 4)
     _, two = step(state, batch, 2, rates(1e-2, np.float32))
     batch[2:] = 0  # what does not count may be anything
@@ -179,7 +179,7 @@ def test_non_finite_gradients_skip_the_update_and_are_counted():
   mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
   with jax.set_mesh(mesh):
     step = jax.jit(make_train_step(CONFIG, graphdef(CONFIG.model), bos=0), static_argnames="microbatches")
-    state = jax.jit(new_state, static_argnums=0)(CONFIG, jax.random.key(0))
+    state = jax.jit(init_state, static_argnums=0)(CONFIG, jax.random.key(0))
     state, _ = step(state, tokens(0), 1, rates(1e-2, np.float32))
     poisoned = jax.tree.map(lambda x: x, state)
     poisoned.params["final_norm"]["scale"] = jnp.full_like(state.params["final_norm"]["scale"], jnp.inf)
@@ -228,7 +228,7 @@ def test_state_hash_sees_every_bit_and_no_mesh(gathered_bytes, monkeypatch):
   for mesh_config in (MeshConfig(data=1), MESHES["fsdp=2 x tensor=2"]):
     mesh = make_mesh(mesh_config, jax.devices()[: int(np.prod(dataclasses.astuple(mesh_config)))])
     with jax.set_mesh(mesh):
-      state = jax.jit(new_state, static_argnums=0)(CONFIG, jax.random.key(0))
+      state = jax.jit(init_state, static_argnums=0)(CONFIG, jax.random.key(0))
     hashes.append(state_sha256(state))
   assert hashes[0] == hashes[1]
   host = jax.device_get(state)

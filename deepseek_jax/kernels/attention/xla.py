@@ -11,23 +11,23 @@ def attention(q, k, v, segment_ids, scale):
   if q.shape[-1] == v.shape[-1] and q.dtype != jnp.float64:
     mask = None if segment_ids is None else _same(segment_ids, segment_ids)
     return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=True)
-  return causal(q, k, v, segment_ids, scale)
+  return causal_attention(q, k, v, segment_ids, scale)
 
 
 def attention_of_part(q, k, v, segment_ids, scale, positions, part):
   mask = jnp.asarray(positions)[part][:, None] >= jnp.arange(k.shape[1])
   mask = mask if segment_ids is None else mask & _same(*segment_ids)
-  return jax.checkpoint(functools.partial(where, scale=scale), prevent_cse=False)(mask, q, k, v)
+  return jax.checkpoint(functools.partial(masked_attention, scale=scale), prevent_cse=False)(mask, q, k, v)
 
 
-def causal(q, k, v, segment_ids, scale, drop=lambda weights: weights):
-  """As `attention`; `drop` is as in `where`. The backward pass makes the scores again."""
+def causal_attention(q, k, v, segment_ids, scale, drop=lambda weights: weights):
+  """As `attention`; `drop` is as in `masked_attention`. The backward pass makes the scores again."""
   mask = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool))
   mask = mask if segment_ids is None else mask & _same(segment_ids, segment_ids)  # [seq, seq] or [batch, 1, seq, seq]
-  return jax.checkpoint(functools.partial(where, scale=scale, drop=drop), prevent_cse=False)(mask, q, k, v)
+  return jax.checkpoint(functools.partial(masked_attention, scale=scale, drop=drop), prevent_cse=False)(mask, q, k, v)
 
 
-def where(mask, q, k, v, *, scale, drop=lambda weights: weights):
+def masked_attention(mask, q, k, v, *, scale, drop=lambda weights: weights):
   """Attention of queries to keys of any number: `mask` [queries, keys] or [batch, 1, queries, keys] is True where seen.
 
   drop: of the softmax [batch, kv_heads, group, queries, keys], in the dtype of `v`, makes what weighs the values.

@@ -9,9 +9,9 @@ import pytest
 
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.mesh import make_mesh
-from deepseek_jax.model import exchange
+from deepseek_jax.model import expert_parallel
 from deepseek_jax.model.dispatch import DISPATCH
-from deepseek_jax.sharding import on_every_device, spec, summed, varying
+from deepseek_jax.sharding import psum, pvary, spec, spmd
 
 TOKENS, EXPERTS, CHOSEN, EMBED, MLP = 12, 8, 3, 4, 5  # tokens of each of 4 devices
 
@@ -34,15 +34,15 @@ def on_four_devices(function, arrays, outputs):
   with jax.set_mesh(make_mesh(MeshConfig(data=1, expert=4))):
     layout = (spec("batch", None),) * 3 + (spec("experts", None, None),) * 3
     placed = jax.device_put(arrays, layout)
-    return jax.block_until_ready(jax.jit(on_every_device(function, layout, outputs(spec)))(*placed))
+    return jax.block_until_ready(jax.jit(spmd(function, layout, outputs(spec)))(*placed))
 
 
 def routed(x, indices, weights, *kernels, buffer_factor=0.0):
   def compute(x, indices, weights, load, most):
     return DISPATCH["ragged"](x, indices, weights, *kernels, load, most)
 
-  y, lost = exchange.exchanged(x, indices, weights, EXPERTS, compute, buffer_factor)
-  return y, summed(lost, "experts")
+  y, lost = expert_parallel.expert_parallel(x, indices, weights, EXPERTS, compute, buffer_factor)
+  return y, psum(lost, "experts")
 
 
 @pytest.mark.parametrize("skewed", [False, True])
@@ -54,7 +54,7 @@ def test_equal_to_one_device_with_gradients(skewed):
       return jnp.sin(routed(x, indices, weights, *kernels)[0]).sum()
 
     def gradients(x, indices, weights, *kernels):
-      x, indices, weights, kernels = varying((x, indices, weights, kernels))
+      x, indices, weights, kernels = pvary((x, indices, weights, kernels))
       y, _ = routed(x, indices, weights, *kernels)
       return y, jax.grad(share, (0, 1, 2))(x, weights, kernels, indices)
 
@@ -85,14 +85,14 @@ def test_room_that_is_too_small_is_counted_and_enough_room_changes_nothing():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_each_token_is_sent_at_most_once_to_a_device(monkeypatch, seed):
-  sent, agreed_routes = [], exchange.agreed_routes
+  sent, make_plan = [], expert_parallel.make_all_to_all_plan
 
   def watched(counts, room):
-    routes, lost = agreed_routes(counts, room)
-    jax.debug.callback(lambda sent_rows: sent.append(np.asarray(sent_rows)), routes.sent)
+    routes, lost = make_plan(counts, room)
+    jax.debug.callback(lambda sent_rows: sent.append(np.asarray(sent_rows)), routes.send_sizes)
     return routes, lost
 
-  monkeypatch.setattr(exchange, "agreed_routes", watched)
+  monkeypatch.setattr(expert_parallel, "make_all_to_all_plan", watched)
   arrays = problem(seed)
   on_four_devices(routed, arrays, lambda s: (s("batch", None), s()))
   jax.effects_barrier()
