@@ -1,6 +1,6 @@
 """`deepseek_jax.train` under what no config says:  python -m benchmarks.fp8_controls --outliers --per_tensor --config=FILE
 
---outliers: in what the blocks' norms give to products in eight bits, OUTLIERS channels are 2^EXPONENT times as large, and the
+--outliers: in what the blocks' norms give to FP8 GEMMs, OUTLIERS channels are 2^EXPONENT times as large, and the
   rows of the weights that meet them as much smaller. Powers of two are exact: in exact products the function and its
   gradients are the same bits. Factors of norm and weights, as a model may grow them, would do the same, but for Adam, whose
   steps have one size whatever the factor: here it sees the parameters without it.

@@ -102,7 +102,7 @@ def product_error(y, a, b):
 
 
 def columns(q, count):
-  """The first `count` of a tensor of eight bits, of whole tiles."""
+  """The first `count` of an FP8 tensor, of whole tiles."""
   return dataclasses.replace(q, values=q.values[:, :count], scales=q.scales[:, : count // q.tile[1]])
 
 

@@ -54,7 +54,7 @@ def get_config():
     dict(
       name="fp8_training",
       model=dict(
-        vocab=272,  # bytes: the head, which is not in eight bits, is small
+        vocab=272,  # bytes: the head, which is not FP8, is small
         embed=512,
         layers=3,
         first_dense_layers=1,
@@ -102,7 +102,7 @@ def main(argv) -> int:
     if run and (rounded or name == "bf16"):
       runs.setdefault(name, {})[seed] = {**run, "rounded": (rounded or run)["heldout"]}
   model = load_config(values.config, overrides).model
-  print(f"{in_eight_bits(model):,} parameters of products in eight bits")
+  print(f"{fp8_parameters(model):,} parameters in FP8 GEMMs")
   errors = fp8_controls.accumulation_errors(LENGTHS), fp8_controls.outlier_errors(EXPONENTS)
   print("\n\n".join([table(runs), *map(error_table, ("k", "exponent"), errors)]))
   if values.out:
@@ -139,7 +139,7 @@ def ended(workdir):
   return {"losses": losses, "heldout": heldout, "last": statistics.mean(losses[-LAST:])}
 
 
-def in_eight_bits(model):
+def fp8_parameters(model):
   """Parameters of products that precision=fp8 rounds: all matrices but those of embedding, head and routers."""
   matrices = {
     path: shape for path, (shape, _) in layout(model).items() if path[-1] == "kernel" and "router" not in path

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: the command line prints one line of them and exits with code 2."""
+"""User errors: the command line prints one line of them and exits with code 2."""
 
 
 class UserError(Exception):

@@ -154,9 +154,9 @@ class MoEConfig(Section, path="model.moe"):
 
 @dataclasses.dataclass(frozen=True)
 class Fp8Config(Section, path="model.fp8"):
-  forward: bool = field(True, "precision=fp8: the products of the forward pass are in eight bits")
-  dgrad: bool = field(True, "precision=fp8: so are those that make gradients of activations")
-  wgrad: bool = field(True, "precision=fp8: so are those that make gradients of weights")
+  forward: bool = field(True, "precision=fp8: GEMMs of the forward pass are in FP8")
+  dgrad: bool = field(True, "precision=fp8: so are those of gradients of activations")
+  wgrad: bool = field(True, "precision=fp8: so are those of gradients of weights")
   pow2: bool = field(False, "scales are powers of two (UE8M0)")
   block: int = field(
     128, "size of tiles, and terms of a product between promotions to float32; V3: 128", choices=(128, 256, 512)
@@ -206,7 +206,7 @@ class ModelConfig(Section, path="model"):
       )
     if self.precision == "fp8" and self.compute_dtype == "float64":
       raise ConfigError(
-        "model.precision=fp8 with model.compute_dtype=float64: eight bits have nothing left of float64; "
+        "model.precision=fp8 with model.compute_dtype=float64: FP8 has nothing left of float64; "
         "set compute_dtype to bfloat16 or float32"
       )
     if self.precision == "fp8" and self.moe.num_routed_experts and self.moe.dispatch == "dense":

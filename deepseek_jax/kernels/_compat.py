@@ -12,7 +12,7 @@ def check_mosaic_gpu():
 
 
 def store(ref, value):
-  """`value` into all of `ref` in a GPU's shared memory, in an order that may cost conflicts of banks."""
+  """`value` into all of `ref` in a GPU's shared memory, in an order that may cost bank conflicts."""
   from jax.experimental.pallas import mosaic_gpu as plgpu
 
   if hasattr(plgpu, "store"):  # jax 0.12

@@ -1,8 +1,8 @@
-"""Linear layers whose three products are in eight bits: y = x w, dx = dy w^T, dw = x^T dy (V3 report, figure 6).
+"""Linear layers whose three GEMMs are in FP8: y = x w, dx = dy w^T, dw = x^T dy (V3 report, figure 6).
 
 x and dy are rounded twice, in tiles along each dimension that contracts; w once, in square tiles that serve both. All are
 e4m3fn. The forward pass keeps of x the transpose alone, in tiles along the rows, which is what dw reads. Of an x that is a
-SwiGLU it keeps the inputs in eight bits, and dw reads what is made of them again (section 3.3.3).
+SwiGLU it keeps the inputs in FP8, and dw reads what is made of them again (section 3.3.3).
 """
 
 import dataclasses
@@ -26,11 +26,11 @@ ACTIVATION, WEIGHT = "fp8_activation", "fp8_weight"
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """Which of the products are in eight bits, and how; the others are in the operands' own dtypes.
+  """Which of the GEMMs are in FP8, and how; the others are in the operands' own dtypes.
 
   block: size of tiles, and terms of a product between promotions to float32: 128 is the report's.
   pow2: scales are powers of two. implementation: as in `implementations.run`.
-  cached: what is kept of x is in eight bits; otherwise x itself, of which dw makes the copy that it reads.
+  cached: what is kept of x is in FP8; otherwise x itself, of which dw makes the copy that it reads.
   """
 
   block: int = 128
@@ -116,12 +116,12 @@ def _wgrad(a, b, group_sizes, step, dtype, recipe):
 
 
 def _how(a, dtype, recipe):
-  # Kernels multiply eight bits alone.
+  # Kernels multiply FP8 alone.
   return {"out_dtype": dtype, "implementation": recipe.implementation if a.values.dtype == FP8 else "xla"}
 
 
 def _activation(x, along, down, recipe):
-  """(`x`, its transpose) as operands, each in eight bits if `along`, if `down`; what is not wanted costs nothing as it is."""
+  """(`x`, its transpose) as operands, each in FP8 if `along`, if `down`; what is not wanted costs nothing as it is."""
   tile, how = (1, recipe.block), _rounding(recipe)
   if isinstance(x, tuple):
     rounded = swiglu_quantize(*x, recipe.block, **how) if along or down else None
@@ -132,13 +132,13 @@ def _activation(x, along, down, recipe):
   return _operand(x, tile, along, recipe), _operand(x.mT, tile, down, recipe)
 
 
-def _weight(w, eight_bits, recipe):
-  return _operand(w, (recipe.block, recipe.block), eight_bits, recipe)
+def _weight(w, is_fp8, recipe):
+  return _operand(w, (recipe.block, recipe.block), is_fp8, recipe)
 
 
-def _operand(x, tile, eight_bits, recipe):
-  """`x` in eight bits or as it is."""
-  return quantize(x, tile, **_rounding(recipe)) if eight_bits else unquantized(x, tile)
+def _operand(x, tile, is_fp8, recipe):
+  """`x` in FP8 or as it is."""
+  return quantize(x, tile, **_rounding(recipe)) if is_fp8 else unquantized(x, tile)
 
 
 def _rounding(recipe):

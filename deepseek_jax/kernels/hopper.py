@@ -72,7 +72,7 @@ def operand(q, name, multiple, heights=(1,)):
   """`q` as TMA reads it, with zeros up to whole blocks of the contraction and a `multiple` of rows.
 
   Raises:
-    Unsupported: its tiles are not of `heights` rows by BLOCK, or it is not in eight bits.
+    Unsupported: its tiles are not of `heights` rows by BLOCK, or it is not in FP8.
   """
   _compat.check_mosaic_gpu()
   if q.values.dtype != FP8 or q.tile[1] != BLOCK or q.tile[0] not in heights or not q.values.size:
@@ -255,7 +255,7 @@ def _mask(values, waves, start, end):
     x = plgpu.load(values.at[rows], layout=plgpu.Layout.WGMMA_8BIT)
     column = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=plgpu.Layout.WGMMA_8BIT)
     keep = jnp.where((column >= start) & (column < end), -1, 0).astype(jnp.int8)
-    bits = lax.bitcast_convert_type(x, jnp.int8)  # bitwise operations are the ones that exist for eight bits
+    bits = lax.bitcast_convert_type(x, jnp.int8)  # bitwise operations are the ones that exist for 8-bit types
     values[rows] = lax.bitcast_convert_type(bits & keep, x.dtype)
   plgpu.commit_smem()
 

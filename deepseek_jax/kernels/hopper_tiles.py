@@ -1,4 +1,4 @@
-"""Matrices to eight bits on Hopper GPUs: what the quantiser and the fused activation share.
+"""Matrices to FP8 on Hopper GPUs: what the quantiser and the fused activation share.
 
 Each thread block reads a tile of 128 x 128 of its arguments into shared memory, once, and takes the greatest magnitudes there
 along rows, along columns or over all.
@@ -75,7 +75,7 @@ def _call(function, xs, pow2, squares=False, both=False):
     out_type=out,
     scratch_types={
       "tiles": [plgpu.SMEM(square, x.dtype, transforms=transforms(x.dtype)) for x in xs],
-      "eight_bits": [plgpu.SMEM(square, FP8, transforms=transforms(FP8)) for _ in range(1 + both)],
+      "fp8_tiles": [plgpu.SMEM(square, FP8, transforms=transforms(FP8)) for _ in range(1 + both)],
       "arrived": plgpu.Barrier(num_arrivals=len(xs)),
     },
     grid=(across, down),
@@ -86,7 +86,7 @@ def _call(function, xs, pow2, squares=False, both=False):
   return vary(kernel(*xs), xs)[0]
 
 
-def _kernel(function, count, pow2, squares, both, *refs, tiles, eight_bits, arrived):
+def _kernel(function, count, pow2, squares, both, *refs, tiles, fp8_tiles, arrived):
   xs, (values, scales, *transposed) = refs[:count], refs[count:]
   across, down = lax.axis_index("across"), lax.axis_index("down")
   rows, columns = pl.ds(down * BLOCK, BLOCK), pl.ds(across * BLOCK, BLOCK)
@@ -110,15 +110,15 @@ def _kernel(function, count, pow2, squares, both, *refs, tiles, eight_bits, arri
     scale = scales_of(greatest_of(greatest, 0), pow2)
     scales[down, across] = scale
     for i in waves:
-      write(i, wave(i, False), scale, eight_bits[0])
+      write(i, wave(i, False), scale, fp8_tiles[0])
   else:
-    _rows(functools.partial(wave, transpose=False), write, waves, pow2, scales.at[across], down, eight_bits[0])
+    _rows(functools.partial(wave, transpose=False), write, waves, pow2, scales.at[across], down, fp8_tiles[0])
   if both:
-    _rows(functools.partial(wave, transpose=True), write, waves, pow2, transposed[1].at[down], across, eight_bits[1])
+    _rows(functools.partial(wave, transpose=True), write, waves, pow2, transposed[1].at[down], across, fp8_tiles[1])
   plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(eight_bits[0], values.at[rows, columns])
+  plgpu.copy_smem_to_gmem(fp8_tiles[0], values.at[rows, columns])
   if both:
-    plgpu.copy_smem_to_gmem(eight_bits[1], transposed[0].at[columns, rows])
+    plgpu.copy_smem_to_gmem(fp8_tiles[1], transposed[0].at[columns, rows])
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 

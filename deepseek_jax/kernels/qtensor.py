@@ -1,4 +1,4 @@
-"""A matrix in eight bits with a scale a tile: the operands of DeepSeek-V3's products (arXiv 2412.19437, section 3.3)."""
+"""An FP8 matrix with a scale a tile: the operands of DeepSeek-V3's products (arXiv 2412.19437, section 3.3)."""
 
 import dataclasses
 
@@ -66,7 +66,7 @@ def greatest_of(x, axis):
 def scales_of(greatest, pow2):
   """Scales of tiles whose greatest magnitudes are `greatest`, float32, so that those become 448.
 
-  pow2: the least powers of two that keep every value within 448, which eight bits of exponent (UE8M0) hold.
+  pow2: the least powers of two that keep every value within 448, which 8 exponent bits (UE8M0) hold.
   A tile with a NaN or an infinity has such a scale, and is NaN throughout. The least scale is 2^-126: a tile of zeros has it.
   """
   if pow2:

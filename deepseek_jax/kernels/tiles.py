@@ -72,7 +72,7 @@ def key(dtype, rows, n, k, groups):
 def estimate(tiles, rows, n, groups):
   """Cycles a block of the contraction: rounds over the multiprocessors, by what bounds a tile, wgmma or operands' bytes.
 
-  A wgmma of 64 rows, n columns and 32 terms takes n / 2 cycles: that is the peak rate of eight bits.
+  A wgmma of 64 rows, n columns and 32 terms takes n / 2 cycles: that is the peak rate of FP8.
   """
   down = groups * -(-rows // (groups * tiles.m * tiles.cluster))
   rounds = -(-down * -(-n // tiles.n) // (MULTIPROCESSORS // tiles.cluster))

@@ -1,7 +1,7 @@
 """How the experts of one device compute what tokens chose them for.
 
 A form takes (x [rows, embed], indices [rows, experts per token], weights likewise, gate and up [experts, embed, mlp],
-down [experts, mlp, embed], load, most, and in eight bits a recipe; the implementation of grouped matmuls) and returns (y [rows, embed], choices over `most`, which it left out); `load` choices
+down [experts, mlp, embed], load, most, for FP8 a recipe, the implementation of grouped matmuls) and returns (y [rows, embed], choices over `most`, which it left out); `load` choices
 are expected. An index equal to the number of experts is a choice that does not count. The forms are one function where
 nothing is left out.
 """

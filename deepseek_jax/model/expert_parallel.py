@@ -33,7 +33,7 @@ class AllToAllPlan:
 
 
 def expert_parallel(x, indices, weights, experts, compute, buffer_factor=0.0, recipe=None):
-  """Output of the routed experts, wherever they are: (y [tokens, embed], choices of this device that found no room).
+  """Output of the routed experts, wherever they are: (y [tokens, embed], assignments that overflowed this device's expert buffer).
 
   Args:
     x: [tokens, embed], this device's. indices, weights: [tokens, experts per token]; an index of `experts`, the number
@@ -42,7 +42,7 @@ def expert_parallel(x, indices, weights, experts, compute, buffer_factor=0.0, re
       numbered from 0: `load` choices when it is even, at most `most`; `lost` are those over it.
     buffer_factor: rows and choices that a device has room for, as a multiple of what it has under an even load; 0: the
       worst case, every token of every device.
-    recipe: of eight bits, in which tokens then travel to the experts, and gradients backward; sums come back as they are.
+    recipe: of FP8, in which tokens are then dispatched, and gradients backward; what is combined stays in the compute dtype.
   """
   devices, (tokens, per_token) = axis_size("experts"), indices.shape
   load, most = tokens * per_token, devices * tokens * min(per_token, experts // devices)
@@ -83,7 +83,7 @@ def expert_parallel(x, indices, weights, experts, compute, buffer_factor=0.0, re
 def dispatch(how, rows, routes, source, slots):
   """(rows of x where their choices are [room, embed], the facts of each [room, n]) of `rows`: (x [tokens, embed], facts [rows, n]).
 
-  Two messages: in eight bits, scales travel with the facts, in lanes that TPUs send anyway. Backward it is `combine`.
+  Two messages: scales of FP8 are sent with the facts, in lanes that TPUs send anyway. Backward it is `combine`.
 
   how: (`ragged_all_to_all` or `padded_all_to_all`, recipe). source, slots: as in `rows_at`, of the rows that are sent.
   """
@@ -148,7 +148,7 @@ def compact_local_assignments(local, weights, each):
 
 
 def make_all_to_all_plan(counts, room):
-  """(Routes, rows for this device that found no room) of devices that want to send `counts` [devices] rows to each."""
+  """(AllToAllPlan, rows that overflowed this device's buffer) of devices that want to send `counts` [devices] rows to each."""
   (axis,), me = mesh_axes("experts"), axis_index("experts")
   wanted = jax.lax.all_gather(counts, axis)  # [source, destination]
   sent = jnp.clip(room - (jnp.cumsum(wanted, 0) - wanted), 0, wanted)

@@ -16,7 +16,7 @@ from deepseek_jax.kernels.quantize.api import quantize
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.sharding import all_gather_params, spec
 
-# The name, for policies of rematerialisation, of what a layer gives in eight bits, where they see no product.
+# The name, for policies of rematerialisation, of the output of an FP8 layer, in which they see no product.
 FP8_OUTPUT = "fp8_product"
 
 
@@ -41,7 +41,7 @@ class Linear(nnx.Module):
   """A product without bias: the einsum says which dimensions of the kernel contract, its first and the last of x.
 
   Where devices share a dimension that contracts, the result is their terms of a sum. In `precision` fp8, by default the
-  config's, tiles are those of what a device has: of its rows, and of its part of the kernel. `cached`: as in Recipe.
+  config's, tiles are per device: of its rows, and of its part of the kernel. `cached`: as in Recipe.
   """
 
   def __init__(self, shape, axes, config: ModelConfig, rngs, precision=None, cached=True):
@@ -63,12 +63,12 @@ class Linear(nnx.Module):
 
 
 def fused_linear(equation, x, *linears):
-  """One product of `x` with each of `linears`: in eight bits, the backward pass then needs one copy of `x`."""
+  """One product of `x` with each of `linears`: the backward pass of FP8 then needs one copy of `x`."""
   return linear(linears[0].recipe, equation, x, *(linear.weight(x.dtype) for linear in linears))
 
 
 def linear(recipe, equation, x, *weights):
-  """The einsum of `x` with each of `weights`, in eight bits by `recipe`, or as they are without one.
+  """The einsum of `x` with each of `weights`, in FP8 by `recipe`, or in their own dtype without one.
 
   x: or a pair (gate, up), for silu(gate) * up.
   """
@@ -104,12 +104,12 @@ def swiglu(x):
 
 
 def fwd_and_dgrad_recipes(recipe):
-  """(`recipe` of the forward products, that of the gradients of activations), each None where those are not in eight bits."""
+  """(`recipe` of the forward products, that of the gradients of activations), each None where those are not in FP8."""
   return (recipe, recipe) if recipe is None else (recipe if recipe.forward else None, recipe if recipe.dgrad else None)
 
 
 def quantize_for_dispatch(recipe, x):
-  """What of the rows of `x` [rows, width] travels: in eight bits (their bytes, uint8; scales [rows, tiles] float32), or (x, none)."""
+  """What of the rows of `x` [rows, width] is sent: FP8 (bytes, uint8; scales [rows, tiles] float32), or (x, none)."""
   if recipe is None:
     return x, jnp.zeros((len(x), 0), jnp.float32)
   q = quantize(x, (1, recipe.block), pow2=recipe.pow2, implementation=recipe.implementation)
@@ -119,7 +119,7 @@ def quantize_for_dispatch(recipe, x):
 def dequantize(recipe, rows, scales, dtype):
   """The rows of `quantize_for_dispatch`, in `dtype`.
 
-  Rounded to eight bits once more they are the same, with scales that differ by the rounding of that dtype; not even that
+  Quantised once more they are the same, with scales that differ by the rounding of that dtype; not even that
   where they are powers of two.
   """
   if recipe is None:

@@ -54,7 +54,7 @@ class MoE(nnx.Module):
     return y, dataclasses.replace(routing, indices=indices, token_mask=token_mask, overflow=overflow)
 
   def routed(self, x, indices, weights, no_drop):
-    """(y [tokens, embed], choices that found no room) of `x` [tokens, embed]."""
+    """(y [tokens, embed], assignments that overflowed the expert buffer) of `x` [tokens, embed]."""
     config, kernels, recipe = self.config, self.experts.weights(x.dtype), self.experts.gate.recipe
     travel = indices
     if config.dispatch == "capacity" and no_drop is not None:

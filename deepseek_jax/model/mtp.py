@@ -19,7 +19,7 @@ class MTPLayer(nnx.Module):
   def __init__(self, config: ModelConfig, rngs):
     self.embed_norm = RMSNorm(config.embed, config)
     self.hidden_norm = RMSNorm(config.embed, config)
-    # The releases in eight bits keep this one in bfloat16.
+    # The FP8 releases keep this one in bfloat16.
     self.proj = Linear((2 * config.embed, config.embed), ("embed", None), config, rngs, precision="bf16")
     self.block = Block(config, rngs, experts=config.moe.num_routed_experts > 0)
     self.norm = RMSNorm(config.embed, config)

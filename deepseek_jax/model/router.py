@@ -20,8 +20,8 @@ class Buffer(nnx.Variable):
 class Routing:
   """`indices` int32 and `weights` [batch, seq, experts per token]; `logits` and `scores` [batch, seq, experts].
 
-  token_mask: as in BatchContext; where False the indices are the number of experts. overflow: [] int32, choices that found no room
-  on the device that they were sent to.
+  token_mask: as in BatchContext; where False the indices are the number of experts. overflow: [] int32, assignments that
+  overflowed the expert buffer of their device.
   """
 
   indices: jax.Array

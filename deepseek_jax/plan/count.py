@@ -37,7 +37,7 @@ class Operation:
 
   kind: str  # "product", "grouped product", "fused attention", "memory", or a collective's name in HLO
   times: float
-  eight_bits: bool = False  # a product of such operands
+  fp8: bool = False  # a product of such operands
   flops: float = 0
   bytes: float = 0
   axes: tuple[str, ...] = ()
@@ -120,8 +120,8 @@ class _Counter:
       )
     elif name == "pallas_call":  # its estimate has the reads of its operands, which are in memory
       made, cost = self.taken(inputs) - sum(v.size for v in inputs), params["cost_estimate"]
-      kind, eight_bits = kind_of_kernel(params["name"]), params["name"].startswith("fp8")
-      self.product(kind, times, cost.flops, made + cost.bytes_accessed, eight_bits)
+      kind, fp8 = kind_of_kernel(params["name"]), params["name"].startswith("fp8")
+      self.product(kind, times, cost.flops, made + cost.bytes_accessed, fp8)
     elif name in SLICES:
       pass
     elif name in UPDATES:
@@ -146,9 +146,9 @@ class _Counter:
       return [Value(v.size if sources else 0, sources) for v in fresh]
     return fresh
 
-  def product(self, kind, times, flops, moved, eight_bits=False):
+  def product(self, kind, times, flops, moved, fp8=False):
     flops *= self.loops.full_rows if kind == "grouped product" else 1
-    self.add(kind, times, flops=flops, bytes=moved, eight_bits=eight_bits)
+    self.add(kind, times, flops=flops, bytes=moved, fp8=fp8)
 
   def loop(self, body, times):
     """The body of a loop, whose arguments and results are in memory."""

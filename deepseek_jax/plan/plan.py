@@ -54,7 +54,7 @@ class Plan:
     return self.config.train.global_batch * self.config.data.seq
 
   def mfu(self, estimate):
-    """Of bfloat16's peak, also where products are in eight bits."""
+    """Of bfloat16's peak, also of FP8 GEMMs."""
     return self.model_flops / (self.topology.devices * self.topology.chip.flops * estimate.seconds)
 
   def json(self) -> dict:
@@ -124,7 +124,7 @@ def make_plan(config: Config, topology: Topology, program, compile=False) -> Pla
 
 
 def without_kernels(config: Config) -> Config:
-  """`config` with attention as XLA makes it."""
+  """`config` with XLA's attention."""
   attention = dataclasses.replace(config.model.attention, implementation="xla")
   return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
 

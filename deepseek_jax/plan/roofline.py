@@ -54,8 +54,8 @@ def message_seconds(o: Operation, topology: Topology, sizes) -> float:
 
 
 def product_seconds(o: Operation, chip: Chip, block) -> float:
-  """Seconds of all products of an operation at their peak; those in eight bits have a scale every `block` terms."""
-  return o.times * o.flops / chip.flops / (chip.eight_bits_rate(block) if o.eight_bits else 1)
+  """Seconds of all products of an operation at their peak; FP8 GEMMs have a scale every `block` terms."""
+  return o.times * o.flops / chip.flops / (chip.fp8_speedup(block) if o.fp8 else 1)
 
 
 def ideal(operations, topology: Topology, sizes, block) -> Estimate:

@@ -35,7 +35,7 @@ class Chip:
   """One device as jax counts them. `link`: bytes/s one way of a link in a TPU torus, or of NVLink; `network`: of a device's
   share of the data-centre network. `torus`: dimensions of the torus; 0 for GPUs, of which `node` share NVLink.
 
-  eight_bits: rate of products in eight bits beside bfloat16's, with scales every 128, 256 and 512 terms. Of TPUs by the
+  fp8: rate of FP8 GEMMs beside bfloat16's, with scales every 128, 256 and 512 terms. Of TPUs by the
   length of the kernels' steps (tests/kernels/bundles.json; v5e is taken for a v5p), of Hopper what DeepGEMM reaches
   (1410e12 on an H800) beside bfloat16 (788e12 on an H200); no kernel of ours was timed. Elsewhere XLA
   multiplies bfloat16; bytes are counted as for kernels all the same.
@@ -50,24 +50,22 @@ class Chip:
   torus: int = 0
   node: int = 8
   devices: int = 1  # of a package that the topology counts
-  eight_bits: tuple[float, float, float] = (1.0, 1.0, 1.0)
+  fp8: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
-  def eight_bits_rate(self, block):
-    return dict(zip((128, 256, 512), self.eight_bits, strict=True))[block]
+  def fp8_speedup(self, block):
+    return dict(zip((128, 256, 512), self.fp8, strict=True))[block]
 
 
 CHIPS = {
   "v4": Chip("TPU v4", 275e12, 31.75 * GIB, 1.23e12, 45e9, 6.25e9, torus=3),
-  "v5e": Chip("TPU v5 lite", 197e12, 15.75 * GIB, 0.82e12, 45e9, 3.1e9, torus=2, eight_bits=(0.93, 0.94, 1.05)),
-  "v5p": Chip("TPU v5p", 459e12, 95.74 * GIB, 2.77e12, 90e9, 6.25e9, torus=3, eight_bits=(0.93, 0.94, 1.05)),
-  "v6e": Chip("TPU v6e", 918e12, 31.25 * GIB, 1.64e12, 90e9, 12.5e9, torus=2, eight_bits=(0.61, 0.99, 1.08)),
-  "tpu7x": Chip(
-    "TPU7x", 1153.5e12, 94.75 * GIB, 3.69e12, 90e9, 12.5e9, torus=3, devices=2, eight_bits=(0.47, 0.79, 1.0)
-  ),
+  "v5e": Chip("TPU v5 lite", 197e12, 15.75 * GIB, 0.82e12, 45e9, 3.1e9, torus=2, fp8=(0.93, 0.94, 1.05)),
+  "v5p": Chip("TPU v5p", 459e12, 95.74 * GIB, 2.77e12, 90e9, 6.25e9, torus=3, fp8=(0.93, 0.94, 1.05)),
+  "v6e": Chip("TPU v6e", 918e12, 31.25 * GIB, 1.64e12, 90e9, 12.5e9, torus=2, fp8=(0.61, 0.99, 1.08)),
+  "tpu7x": Chip("TPU7x", 1153.5e12, 94.75 * GIB, 3.69e12, 90e9, 12.5e9, torus=3, devices=2, fp8=(0.47, 0.79, 1.0)),
   "a100": Chip("A100", 312e12, 79 * GIB, 2.04e12, 300e9, 25e9),
-  "h100": Chip("H100", 989e12, 79 * GIB, 3.35e12, 450e9, 50e9, eight_bits=(1.79, 1.0, 1.0)),
-  "h800": Chip("H800", 989e12, 79 * GIB, 3.35e12, 200e9, 50e9, eight_bits=(1.79, 1.0, 1.0)),
-  "h200": Chip("H200", 989e12, 140 * GIB, 4.8e12, 450e9, 50e9, eight_bits=(1.79, 1.0, 1.0)),
+  "h100": Chip("H100", 989e12, 79 * GIB, 3.35e12, 450e9, 50e9, fp8=(1.79, 1.0, 1.0)),
+  "h800": Chip("H800", 989e12, 79 * GIB, 3.35e12, 200e9, 50e9, fp8=(1.79, 1.0, 1.0)),
+  "h200": Chip("H200", 989e12, 140 * GIB, 4.8e12, 450e9, 50e9, fp8=(1.79, 1.0, 1.0)),
   "b200": Chip("B200", 2250e12, 178 * GIB, 8e12, 900e9, 50e9),
 }
 _FORM = re.compile(r"(?:(\d+)\*)?([a-z]\w*)(?::(\d+(?:x\d+)*))?")

@@ -17,7 +17,7 @@ from deepseek_jax.selftest.check import BROKEN, SLOW, Result
 from deepseek_jax.selftest.child import read_results
 from deepseek_jax.selftest.machine import accelerators, results_key, run_key
 from deepseek_jax.selftest.supervise import ChildFailed, Report, run_selftest
-from deepseek_jax.training.loop import SELFTEST_FILE
+from deepseek_jax.training.metrics import SELFTEST
 
 SECONDS = 50  # after which no further kernel is begun: with what is then under way a start costs at most a minute
 AGAIN = "test again: python -m deepseek_jax.selftest --again, with the same --config"
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Choice:
-  """What XLA's forms replace in a run: of `functions` any call, and `calls`; JSON of SELFTEST_FILE.
+  """What XLA's forms replace in a run: of `functions` any call, and `calls`; JSON of SELFTEST.
 
   key: of the run, see `machine.run_key`. machine: what was tested. known: calls that were decided on, whether tested or not.
   results: for people.
@@ -59,7 +59,7 @@ def select_kernels(
   Raises:
     ConfigError: a kernel that the config names fails.
   """
-  chips, path = accelerators(), pathlib.Path(folder, SELFTEST_FILE)
+  chips, path = accelerators(), pathlib.Path(folder, SELFTEST)
   key, stored = run_key(config, chips, processes), _read_choice(path)
   if stored and (stored.key == key or not enabled):
     return stored.functions, stored.calls

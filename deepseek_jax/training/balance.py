@@ -14,8 +14,8 @@ from deepseek_jax.sharding import psum
 
 
 def make_observe(moe: MoEConfig, balance: BalanceConfig):
-  """For the model's `observe`, of what a device has of the batch: a layer's {load: [experts] int32 choices; loss: [batch], the
-  weighted balance losses; overflow: [] int32, choices that found no room}."""
+  """For the model's `observe`, of a device's part of the batch: a layer's {load: [experts] int32 choices; loss: [batch], the
+  weighted balance losses; overflow: [] int32, assignments that overflowed the expert buffer}."""
 
   def observe(routing, kept):
     if routing is None:

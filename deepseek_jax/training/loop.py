@@ -40,10 +40,6 @@ from deepseek_jax.training.signals import stop_requests
 from deepseek_jax.training.state import abstract_state, first_state, init_state, state_sha256
 from deepseek_jax.training.step import make_eval_step, make_train_step
 
-# Those of a run's files that a resume reads or adds to, and that a bucket has copies of.
-SELFTEST_FILE = "selftest.json"
-SMALL_FILES = metrics.METRICS, metrics.EVENTS, SELFTEST_FILE
-
 
 class Diverged(RuntimeError):
   """Too many updates in a row were skipped."""
@@ -69,7 +65,7 @@ def run(config: Config, workdir: str, evaluate, sample, select_kernels, accept_d
   check_x64(config.model)
   load_tokenizer(config.data, config.model.vocab)  # an unfit one is an error before any device is touched
   files = RunFolder(workdir)
-  broadcast_from_process0(lambda: files.fetch(SMALL_FILES))  # and so is a bucket that cannot be written
+  broadcast_from_process0(lambda: files.fetch(metrics.RESUMED))  # and so is a bucket that cannot be written
   weights = None
   if config.init_from and not broadcast_from_process0(
     open_reader(workdir).steps
@@ -120,12 +116,10 @@ class Run:
     step = make_train_step(config, self.graphdef, data.tokenizer.bos)
     self.train_step = jax.jit(step, donate_argnames="state", static_argnames=static)
     self.row_nats = jax.jit(make_eval_step(config, self.graphdef, data.tokenizer.bos))
-    shown = {
-      "learning_rate": True,
-      "mtp_weight": config.model.num_mtp_layers,
-      "bias_speed": config.model.moe.router_bias,
-    }
-    self.logged_rates = {name for name, wanted in shown.items() if wanted}
+    moe, depths = config.model.moe, config.model.num_mtp_layers
+    self.logged_rates = (
+      {"learning_rate"} | ({"mtp_weight"} if depths else set()) | ({"bias_speed"} if moe.router_bias else set())
+    )
     self.vote = make_vote(mesh) if jax.process_count() > 1 else None
     # Several programs in flight on virtual CPU devices can starve a collective until it times out.
     self.one_at_a_time = jax.default_backend() == "cpu" and mesh.size > 1
@@ -322,10 +316,10 @@ class Run:
     self.marked = time.monotonic()
 
   def why_skipped(self, overflow):
-    """(why an update was skipped, what helps); `overflow`: choices of experts that found no room."""
+    """(why an update was skipped, what helps); `overflow`: assignments over the expert buffers."""
     factor = self.config.model.moe.buffer_factor
     if overflow:
-      cause = f"{overflow:,} choices of experts found no room in buffers of {factor:g} times an even load"
+      cause = f"{overflow:,} assignments overflowed the expert buffers of {factor:g} times an even load"
       return cause, "raise model.moe.buffer_factor (0: room for any load)"
     return "gradients are not finite", "lower schedule.peak if it goes on"
 
@@ -342,7 +336,7 @@ class Run:
       )
     if math.isnan(result["loss"]) and self.config.model.moe.buffer_factor:
       self.progress.say(
-        f"step {self.step}: no held-out loss if choices of experts found no room: raise model.moe.buffer_factor"
+        f"step {self.step}: no held-out loss if assignments overflowed the expert buffer: raise model.moe.buffer_factor"
       )
     self.writer.event("eval", self.step, **result)
     self.publish()

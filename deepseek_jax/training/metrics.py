@@ -11,7 +11,8 @@ import time
 
 from deepseek_jax.errors import DataError
 
-METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+METRICS, EVENTS, SELFTEST = "metrics.jsonl", "events.jsonl", "selftest.json"
+RESUMED = METRICS, EVENTS, SELFTEST  # what a resume reads or adds to
 
 # What happened to the process stays true after a restore; what was measured past the restored step is measured again.
 PROCESS_EVENTS = ("start", "resume", "end")

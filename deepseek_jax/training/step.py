@@ -41,7 +41,7 @@ def partition_specs(tree):
 def make_eval_step(config: Config, graphdef, bos):
   """`(params, buffers, tokens [batch, seq + 1]) -> nats [batch]`, the cross entropy summed over each sequence.
 
-  They are NaN where choices of experts found no room: nothing is dropped in silence.
+  They are NaN where assignments overflowed an expert buffer: nothing is dropped in silence.
   """
   objective = Objective(config, bos)
 
@@ -189,7 +189,7 @@ def make_train_step(config: Config, graphdef, bos):
     `(state, batch, microbatches, rates) -> (state, metrics)`. `batch` [microbatch, sequence, seq + 1] int32; its first
     `microbatches` are used (a batch ramp changes this number and no shape). `rates` are those of `schedule.schedules`.
     `metrics`: loss (mean nats per token), total_loss (what is optimised), grad_norm, balance_loss, mtp_loss [depth],
-    load {stack: [layers, experts]}, overflow (choices that found no room), and the counts of skipped updates.
+    load {stack: [layers, experts]}, overflow (assignments that overflowed an expert buffer), and the counts of skipped updates.
   """
   gradients, tx = make_gradients(config, graphdef, bos), make_optimizer(config.optimizer)
   offload = config.optimizer.offload

@@ -160,7 +160,7 @@ def test_both_are_the_matrix_and_its_transpose_in_tiles_along_their_rows(impleme
 @pytest.mark.parametrize("pow2", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_swiglu_is_rounded_once(implementation, pow2, dtype):
-  """To the nearest of eight bits: as near as float32's own error allows, and scales as near."""
+  """To the nearest FP8 value: as near as float32's own error allows, and scales as near."""
   gate, up = (normal(200, 300, seed=seed).astype(dtype) for seed in (0, 1))
   both = swiglu_quantize(gate, up, 128, pow2=pow2, implementation=implementation)
   wide = [np.asarray(a, np.float64) for a in (gate, up)]

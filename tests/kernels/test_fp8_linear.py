@@ -1,4 +1,4 @@
-"""Layers in eight bits: values and gradients by their definition in NumPy, what they keep, and what they are on a mesh."""
+"""FP8 layers: values and gradients by their definition in NumPy, what they keep, and what they are on a mesh."""
 
 import dataclasses
 import itertools
@@ -27,7 +27,7 @@ def problem(groups=None, rows=ROWS, k=K, n=N):
 
 
 def rounded(x, tile, recipe=REPORT, eight_bits=True):
-  """`x` in float64, as it is in eight bits."""
+  """`x` in float64, as it is in FP8."""
   q = quantize(x, tile, pow2=recipe.pow2, implementation="reference").dequantized() if eight_bits else x
   return np.asarray(q, np.float64)
 

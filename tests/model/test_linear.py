@@ -1,4 +1,4 @@
-"""Linear layers in eight bits are matrix products, whatever their einsum."""
+"""FP8 linear layers are matrix products, whatever their einsum."""
 
 import functools
 
@@ -19,7 +19,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("equation", SHAPES)
 def test_the_product_of_every_equation(equation):
-  """Of whole numbers up to 15 and one of 448, which eight bits hold: exactly the einsum, and its gradients."""
+  """Of whole numbers up to 15 and one of 448, which FP8 holds: exactly the einsum, and its gradients."""
   rng = np.random.default_rng(0)
   x, w = (jnp.asarray(rng.integers(-15, 16, shape), jnp.float32) for shape in SHAPES[equation])
   x, w = x.at[..., 0].set(448), w.at[0].set(448)

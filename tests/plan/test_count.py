@@ -129,7 +129,7 @@ def test_kernels_do_what_they_say_and_by_groups_as_much_as_there_are_rows():
     return fp8_matmul(x, w[0], implementation="pallas_tpu")
 
   (product,) = [o for o in counted(jax.jit(dense).trace(x, w).jaxpr, {}) if o.kind == "product"]
-  assert product.flops == 2 * m * n * k and product.eight_bits
+  assert product.flops == 2 * m * n * k and product.fp8
   assert product_seconds(product, parse("tpu7x").chip, 256) == product.flops / 1153.5e12 / 0.79
   # The matrix that is taken out of two is read and written; scales are a thirty-second of values or less, and written anew.
   least = (m * k + n * k + 4 * m * n) + 2 * n * k

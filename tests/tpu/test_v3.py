@@ -55,7 +55,7 @@ def test_in_eight_bits_tokens_go_to_experts_in_half_the_bytes(topology, chip):
   assert step.held < step.compiled.device < CHIPS[chip].hbm
   found = re.findall(r"= (u8|bf16|f32)\[\d+,(\d+),(\d+)\]\S* ragged-all-to-all\(", step.compiled.hlo)
   rows = {dtype: {int(a) * int(b) for kind, a, b in found if kind == dtype} for dtype in ("u8", "bf16", "f32")}
-  # What a row takes: of a token in eight bits, of an expert's output, and of weights, choices and scales, in whole lanes.
+  # What a row takes: of a token in FP8, of an expert's output, and of weights, choices and scales, in whole lanes.
   assert rows == {"u8": {step.config.model.embed}, "bf16": {step.config.model.embed}, "f32": {128}}
   token, facts = step.config.model.embed, 128 * 4
   assert token + facts <= 0.52 * (2 * token + facts)

@@ -1,4 +1,4 @@
-"""Training in eight bits: near the losses of full precision, and the same on a mesh that does not change the tiles."""
+"""FP8 training: near the losses of full precision, and the same on a mesh that does not change the tiles."""
 
 import dataclasses
 import re
@@ -72,7 +72,7 @@ def test_losses_fall_as_in_full_precision_and_gradients_are_float32():
 
 
 def test_a_mesh_that_leaves_the_tiles_alone_changes_nothing():
-  """But a value here and there that another order of a sum moves to the other side of a rounding in eight bits."""
+  """But a value here and there that another order of a sum moves to the other side of an FP8 rounding."""
   gradients, losses = train(dataclasses.replace(DENSE, mesh=MeshConfig(data=1, fsdp=2, tensor=2)), 1)
   expected_gradients, expected = train(DENSE, 1)
   np.testing.assert_allclose(losses, expected, rtol=1e-6)

@@ -1,6 +1,6 @@
 """Tiles of the result in VMEM, to which the matrix unit's product of each block of the contraction is added, scaled.
 
-The unit multiplies e4m3fn as it is; before TPU7x at the rate of bfloat16, so that eight bits save bytes there, not time.
+The unit multiplies e4m3fn as it is; before TPU7x at the rate of bfloat16, so that FP8 saves bytes there, not time.
 """
 
 import math
@@ -154,7 +154,7 @@ def _kept(x, own):
   """Zeros where not `own`, if that is given: a product with zero would keep a NaN."""
   if own is None:
     return x
-  bits = x if x.dtype == jnp.float32 else pltpu.bitcast(x, jnp.int32)  # of eight bits, four rows
+  bits = x if x.dtype == jnp.float32 else pltpu.bitcast(x, jnp.int32)  # of FP8, four rows
   bits = jnp.where(own, bits, jnp.zeros_like(bits))
   return bits if x.dtype == jnp.float32 else pltpu.bitcast(bits, x.dtype)
 

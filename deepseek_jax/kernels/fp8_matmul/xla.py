@@ -27,7 +27,7 @@ def accumulated(a, b):
 def product(a, b):
   """`a` [m, k] times the transpose of `b` [n, k], without scales, in float32.
 
-  In float32 throughout: CPUs do not have every product of bfloat16 (jax 0.10.2). What eight bits or bfloat16 hold is exact
+  In float32 throughout: CPUs do not have every product of bfloat16 (jax 0.10.2). What FP8 or bfloat16 hold is exact
   in the fewer bits that chips multiply by default.
   """
   exact = all(x.dtype in (FP8, jnp.bfloat16) for x in (a, b))

@@ -1,4 +1,4 @@
-"""Matrices to eight bits with online scales: each tile's own greatest magnitude becomes 448 (V3 report, section 3.3.2)."""
+"""Matrices to FP8 with online scales: each tile's own greatest magnitude becomes 448 (V3 report, section 3.3.2)."""
 
 from deepseek_jax.kernels.implementations import run
 

@@ -1,4 +1,4 @@
-"""A row of tiles at a time in VMEM: one read of the matrix gives both of its copies in eight bits."""
+"""A row of tiles at a time in VMEM: one read of the matrix gives both of its FP8 copies."""
 
 import functools
 import math
@@ -86,7 +86,7 @@ def quantized(inputs, function, block, pow2, square=False, transpose=False):
       transcendentals=0,
     ),
   )(*inputs)
-  # Without it libtpu (0.0.42, 0.0.50) fuses the kernel with the update of a loop's stack, and fails on the layout of eight bits.
+  # Without it libtpu (0.0.42, 0.0.50) fuses the kernel with the update of a loop's stack, and fails on the layout of FP8.
   values, scales, *transposed = jax.lax.optimization_barrier(outputs)
   scales = jnp.moveaxis(scales, 1, 3).reshape(count, down * scale_rows, steps * tiles)
   found = [(values, scales[:, : down if square else m, :across])]

@@ -1,4 +1,4 @@
-"""The gated activation of an MLP in eight bits: what the down projection reads, without a copy in more bits."""
+"""The gated activation of an MLP in FP8: what the down projection reads, without a copy in more bits."""
 
 from deepseek_jax.kernels.implementations import run
 
