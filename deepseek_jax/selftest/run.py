@@ -21,6 +21,7 @@ from deepseek_jax.training.metrics import SELFTEST
 
 SECONDS = 50  # after which no further kernel is begun: with what is then under way a start costs at most a minute
 AGAIN = "test again: python -m deepseek_jax.selftest --again, with the same --config"
+FIELDS = {field.name for field in dataclasses.fields(Result)}
 _log = logging.getLogger(__name__)
 
 
@@ -89,9 +90,8 @@ def _tested(config, key, processes) -> Report:
   kept = read_memo(folder / f"run-{key}.json")
   if kept.get("format") == 1:
     results = read_results(str(folder), results_key(kept["machine"]))
-    report = Report(
-      kept["machine"], kept["cases"], {name: Result(**results[name]) for name in kept["cases"] if name in results}
-    )
+    wanted = {name: fields for name, fields in results.items() if name in kept["cases"] and fields.keys() == FIELDS}
+    report = Report(kept["machine"], kept["cases"], {name: Result(**fields) for name, fields in wanted.items()})
     if report.complete:
       return report
   print("self-test  kernels beside XLA's forms, once for these shapes, up to a minute", flush=True)
@@ -139,9 +139,9 @@ def _choose(config, key, report, path) -> Choice:
 def _counts(report) -> str:
   counts = Counter(result.verdict for result in report.results.values())
   missing = len(report.cases) - len(report.results)
-  parts = [f"{count} {verdict}" for verdict, count in counts.items()] + [f"{missing} not reached, used untested"] * (
-    missing > 0
-  )
+  parts = [f"{count} {verdict}" for verdict, count in counts.items()]
+  if missing:
+    parts.append(f"{missing} not reached, used untested")
   why = f" ({report.stopped})" if report.stopped else ""
   return f"{len(report.cases)} cases: {', '.join(parts) or 'no kernel of ours for this config on this device'}{why}"
 

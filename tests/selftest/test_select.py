@@ -192,6 +192,14 @@ def test_a_second_test_counts_for_later_runs(tester):
   assert tester.select("first") == (["attention.attention"], [])
 
 
+def test_results_of_another_form_are_made_anew(tester):
+  tester.select("first")
+  (kept,) = (tester.folder / "cache").rglob("results-*.json")
+  kept.write_text(json.dumps({name: {"verdict": "ok"} for name in CASES}))
+  tester.select("second")
+  assert tester.calls == 2
+
+
 def test_that_there_is_nothing_to_test_is_kept_too(tester, capsys):
   tester.cases = {}
   assert tester.select("first") == tester.select("second") == ([], []) and tester.calls == 1
