@@ -89,7 +89,7 @@ def loss_and_gradient(config):
     hidden = model(inputs)[0]
     total = cross_entropy(model.output_embedding(), hidden, targets, SEQ)[1]
     ahead = jnp.stack([inputs] * config.num_mtp_layers) if config.num_mtp_layers else ()
-    for seen, _ in model.mtp(hidden, ahead, model.facts(inputs)):
+    for seen, _ in model.mtp(hidden, ahead, model.batch_context(inputs)):
       total += cross_entropy(model.output_embedding(), seen, targets, SEQ)[1]
     return total
 
