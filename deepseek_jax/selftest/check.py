@@ -24,7 +24,6 @@ SLOWER = 1.1  # times XLA's time: from here on XLA's form is the better one
 LAUNCH_SECONDS = 20e-6  # a difference that may be that of launching two programs
 BLOCK = 128  # rows and columns whose error counts together
 SCALE_ERROR = 1e-5  # relative, of scales of FP8 tensors
-PHASES = "compile", "reference", "kernel", "compare", "time"
 UNITS = {"TFLOP/s": 1e12, "GB/s": 1e9}
 
 
@@ -119,7 +118,7 @@ def traceable_forms(case: Case, precision: Precision) -> tuple[list[np.ndarray],
 
 
 def check_case(case: Case, programs: Programs, begin: Callable[[str], None] = lambda phase: None) -> Result:
-  """Runs both programs and compares them; `begin` is told before each of PHASES."""
+  """Runs both programs and compares them; `begin` is told which phase comes: reference, kernel, compare, time."""
   result, theirs, reason = new_result(case.key, case.name, case.stands_for), None, ""
   begin("reference")
   try:

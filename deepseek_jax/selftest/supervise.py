@@ -19,7 +19,7 @@ from deepseek_jax.selftest.check import CRASHED, HUNG, UNCOMPARED, Result, new_r
 from deepseek_jax.selftest.child import Request, read_results, results_path
 from deepseek_jax.selftest.machine import accelerators, child_environment, cuda_devices, results_key
 
-# Seconds without news after which a process hangs: until the program is traced, in each of check.PHASES, while it looks
+# Seconds without news after which a process hangs: until the program is traced, in each phase of check.py, while it looks
 # whether the device still works.
 LIMITS = {"start": 300, "compile": 180, "reference": 60, "kernel": 30, "compare": 60, "time": 60, "device": 30}
 GRACE_SECONDS = 10  # for what was begun before the deadline
