@@ -23,8 +23,8 @@ from deepseek_jax.training import metrics
 from deepseek_jax.training.plot import Series
 
 ATTENTION = {"model.attention.kind": "gqa", "model.attention.head_dim": 48}  # heads of MLA are 32 + 16 wide
-BIASED = {"model.moe.router_bias": True, "balance.bias_speed": 1e-3, "balance.expert_loss": 1e-4}  # V3's recipe
-UNBIASED = {"model.moe.router_bias": False, "balance.bias_speed": 0.0}
+BIASED = {"model.moe.router_bias": True, "balance.bias_update_rate": 1e-3, "balance.expert_loss": 1e-4}  # V3's recipe
+UNBIASED = {"model.moe.router_bias": False, "balance.bias_update_rate": 0.0}
 # What differs from configs/tiny.py without multi-token prediction; the first differs in nothing else.
 VARIANTS = {
   "mla": BIASED,

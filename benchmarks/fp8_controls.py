@@ -66,13 +66,13 @@ def scale_per_tensor():
   xla.quantize = quantize_per_tensor
 
 
-def quantize_per_tensor(x, tile, pow2):
+def quantize_per_tensor(x, tile, pow2_scales):
   """As `quantize`, the scale of each tile being that of the whole matrix."""
   import jax.numpy as jnp
 
   from deepseek_jax.kernels.qtensor import FP8, QTensor, greatest_of, scales_of, tiles_of
 
-  scales = scales_of(greatest_of(x.astype(jnp.float32), (-2, -1)), pow2)[..., None, None]
+  scales = scales_of(greatest_of(x.astype(jnp.float32), (-2, -1)), pow2_scales)[..., None, None]
   of_tiles = jnp.broadcast_to(scales, (*x.shape[:-2], *tiles_of(x.shape, tile)))
   return QTensor((x / scales).astype(FP8), of_tiles, tile)
 

@@ -46,7 +46,7 @@ def rows(implementation, small):
     make = functools.partial(grouped, groups, m, n, k, implementation)
     yield Row(f"grouped {name}", work, "TFLOP/s", *marks, make, lambda y, a, b, _: product_error(y, a, b[0]))
     make = functools.partial(grouped_wgrad, groups, m, n, k, implementation)
-    of_first = lambda dw, a, b, sizes, m=m: product_error(dw[0], columns(a, m), columns(b, m))  # noqa: E731
+    of_first = lambda dw, a, b, sizes, m=m: product_error(dw[0], columns(a, m), columns(b, m))
     yield Row(f"grouped wgrad {name}", work, "TFLOP/s", None, None, make, of_first)
   for (m, n, k), marks in of(WGRAD):
     make = functools.partial(dense, m, n, k, implementation, wgrad=True)
@@ -116,7 +116,7 @@ def differing(function, ours, *arguments):
 
   module = swiglu if function == "swiglu_quantize" else quantizers
   theirs = getattr(module, function)(*arguments, 128, False)
-  bits = lambda q: jax.lax.bitcast_convert_type(q.values, jnp.uint8)  # noqa: E731
+  bits = lambda q: jax.lax.bitcast_convert_type(q.values, jnp.uint8)
   return jnp.mean(jnp.stack([jnp.mean(bits(a) != bits(b)) for a, b in zip(ours, theirs, strict=True)]))
 
 
@@ -125,7 +125,7 @@ def torch_product(m, n, k, wgrad):
   torch = torch_on_gpu()
   if torch is None:
     return {}
-  make = lambda *shape: torch.randn(*shape, device="cuda").to(torch.float8_e4m3fn)  # noqa: E731
+  make = lambda *shape: torch.randn(*shape, device="cuda").to(torch.float8_e4m3fn)
   one, dtype = torch.ones((), device="cuda"), torch.float32 if wgrad else torch.bfloat16
   count = min(CACHE_BYTES // ((m + n) * k), 8) + 1
   arguments = [(make(m, k), make(n, k).t()) for _ in range(count)]
@@ -139,9 +139,7 @@ def grouped(groups, m, n, k, implementation):
   from deepseek_jax.kernels.fp8_grouped_matmul.api import fp8_grouped_matmul
 
   x, w, sizes = normal(groups * m, k), normal(groups, n, k, seed=1), jnp.full((groups,), m, jnp.int32)
-  ours = lambda a, b, sizes: fp8_grouped_matmul(  # noqa: E731
-    a, b, sizes, out_dtype=jnp.bfloat16, implementation=implementation
-  )
+  ours = lambda a, b, sizes: fp8_grouped_matmul(a, b, sizes, out_dtype=jnp.bfloat16, implementation=implementation)
   return {
     "ours": (ours, copies(as_tiles(x, (1, 128)), as_tiles(w, (128, 128)), sizes)),
     "bf16": (lambda x, w, sizes: jax.lax.ragged_dot(x, w, sizes), copies(x, w.mT, sizes)),
@@ -154,7 +152,7 @@ def grouped_wgrad(groups, m, n, k, implementation):
   from deepseek_jax.kernels.fp8_grouped_matmul.api import fp8_grouped_wgrad
 
   a, b, sizes = normal(k, groups * m), normal(n, groups * m, seed=1), jnp.full((groups,), m, jnp.int32)
-  ours = lambda a, b, sizes: fp8_grouped_wgrad(a, b, sizes, implementation=implementation)  # noqa: E731
+  ours = lambda a, b, sizes: fp8_grouped_wgrad(a, b, sizes, implementation=implementation)
   return {"ours": (ours, copies(as_tiles(a, (1, 128)), as_tiles(b, (1, 128)), sizes))}
 
 
@@ -167,7 +165,7 @@ def quantized(m, k, implementation):
 def activated(m, k, implementation):
   from deepseek_jax.kernels.swiglu.api import swiglu_quantize
 
-  ours = lambda gate, up: swiglu_quantize(gate, up, 128, implementation=implementation)  # noqa: E731
+  ours = lambda gate, up: swiglu_quantize(gate, up, 128, implementation=implementation)
   return {"ours": (ours, copies(normal(m, k), normal(m, k, seed=1)))}
 
 

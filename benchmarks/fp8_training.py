@@ -44,7 +44,7 @@ ARMS = {
   "float32": ({**BF16, "model.compute_dtype": "float32"}, ()),  # how far another rounding alone leads
 }
 EVERY_SEED = ("bf16", "fp8")
-FROZEN = {"train.steps": 1, "schedule.peak": 1e-30, "balance.bias_speed": 0.0}  # a run that changes no weight
+FROZEN = {"train.steps": 1, "schedule.peak": 1e-30, "balance.bias_update_rate": 0.0}  # a run that changes no weight
 EXPONENTS = (0, 4, 8, 10, 12, 13, 14, 15, 16, 17, 18)
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 
@@ -72,7 +72,7 @@ def get_config():
       ),
       data=dict(seq=256, heldout_fraction=0.05),
       schedule=dict(kind="warmup_cosine", peak=1e-3, warmup_steps=50, steps=STEPS, factors=(0.1,)),
-      balance=dict(bias_speed=0.001, expert_loss=1e-4),
+      balance=dict(bias_update_rate=0.001, expert_loss=1e-4),
       train=dict(steps=STEPS, global_batch=8),
       checkpoint=dict(every=50, keep=1),
       eval=dict(every=STEPS, final_sequences=512),

@@ -60,7 +60,7 @@ def run_table(argv, usage, make_rows, columns) -> int:
   print(f"{chip}, jax {jax.__version__}, implementation {values.implementation}, random normal data")
   print(f"{'':40s}{'ours':>16s}{''.join(f'{name:>8s}' for name in columns)}  error")
   rows = {row.name: row for row in make_rows(values.implementation, values.small)}
-  show = lambda row: print(line(row, columns), flush=True)  # noqa: E731
+  show = lambda row: print(line(row, columns), flush=True)
   return results.run(rows, lambda name: measure(rows[name]), show, values.seconds)
 
 
@@ -87,7 +87,7 @@ def line(row: dict, columns) -> str:
   """The text of a row of a JSON."""
   if "failure" in row:
     return f"{row['name']:40s}{row['failure']}"
-  show = lambda value: "" if value is None else f"{value:.4g}"  # noqa: E731
+  show = lambda value: "" if value is None else f"{value:.4g}"
   ours, error = f"{row['ours']:.4g} {row['unit']}", row.get("error")
   others = "".join(f"{show(row.get(name)):>8s}" for name in columns)
   return f"{row['name']:40s}{ours:>16s}{others}  {'' if error is None else f'{error:.1e}'}"

@@ -49,7 +49,7 @@ def main(argv) -> int:
   chip = device_kind()
   results = Results(values.json, {"chip": chip, "jax": jax.__version__, "small": values.small}, values.row_seconds)
   table = json.loads(path.read_text()) if path.exists() else {}
-  known = lambda p: p.key in table.get(p.operation, {}).get(chip, {})  # noqa: E731
+  known = lambda p: p.key in table.get(p.operation, {}).get(chip, {})
   wanted = {p.label: p for p in products(values.small) if values.again or not known(p)}
 
   def measure(name):

@@ -32,7 +32,7 @@ def get_config():
         ),
       ),
       data=dict(tokenizer="tokenizer.json", seq=4096),
-      balance=dict(bias_speed=1e-3, expert_loss=1e-4),
+      balance=dict(bias_update_rate=1e-3, expert_loss=1e-4),
       parallel=dict(zero=1),  # of one device: weights are cast once a step, and gradients of a microbatch are bfloat16
       train=dict(global_batch=16, microbatch=4),
     )

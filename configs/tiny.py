@@ -32,7 +32,7 @@ def get_config():
       ),
       data=dict(seq=256, heldout_fraction=0.05),
       schedule=dict(kind="warmup_cosine", peak=3e-3, warmup_steps=100, steps=STEPS, factors=(0.1,)),
-      balance=dict(bias_speed=0.001, expert_loss=1e-4),
+      balance=dict(bias_update_rate=0.001, expert_loss=1e-4),
       mtp=dict(weights=(0.3, 0.1), tokens=(1_000_000,)),
       train=dict(steps=STEPS, global_batch=8),
       checkpoint=dict(every=250),

@@ -35,7 +35,7 @@ def get_config():
         ),
         moe=dict(
           num_routed_experts=160, num_shared_experts=2, num_experts_per_token=6, mlp=1536, num_expert_groups=8,
-          topk_groups=3, route_scale=16.0, dispatch="capacity", capacity_factor=1.0, capacity_exempt=0.1,
+          topk_groups=3, route_scale=16.0, dispatch="capacity", capacity_factor=1.0, no_drop_fraction=0.1,
           buffer_factor=2.0,
         ),
       ),

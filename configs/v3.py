@@ -46,7 +46,7 @@ def get_config():
         kind="wsd", peak=2.2e-4, warmup_steps=2000, tokens=TOKENS,
         milestones=(10 * T / TOKENS, 14.3 * T / TOKENS, 14.633 * T / TOKENS), factors=(0.1, 7.3e-6 / 2.2e-4),
       ),
-      balance=dict(bias_speed=0.001, bias_tokens=143 * T // 10, expert_loss=1e-4),  # config.json has 0.001 for the last
+      balance=dict(bias_update_rate=0.001, bias_update_tokens=143 * T // 10, expert_loss=1e-4),  # config.json has 0.001 for the last
       mtp=dict(weights=(0.3, 0.1), tokens=(10 * T,)),
       mesh=dict(data=1, fsdp=-1, expert=256, context=2),  # fsdp=2 on v5p:8x8x16
       train=dict(steps=steps, global_batch=BATCH, microbatch=MICRO, batch_ramp_from=START, batch_ramp_tokens=RAMP),

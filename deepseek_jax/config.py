@@ -125,15 +125,15 @@ class ParallelConfig(Section, path="parallel"):
     3, "what stays in shards through a step: 1 moments and masters, 2 gradients as well, 3 the weights in use as well",
     at_least=1, at_most=3,
   )  # fmt: skip
-  latent: str = field(
+  mla_latent: str = field(
     "replicated", "MLA on a tensor mesh: each device makes all latents, or those of its own positions (sharded)",
     choices=("replicated", "sharded"),
   )  # fmt: skip
-  circuits: int = field(
+  virtual_stages: int = field(
     1, "times that a microbatch goes round the stages, a part of each stage's layers at a time", at_least=1
   )
   stage_layers: tuple[int, ...] = field(
-    (), "layers of each of the stage x circuits parts, in order; empty: as even as it goes", at_least=0
+    (), "layers of each of the stage x virtual_stages parts, in order; empty: as even as it goes", at_least=0
   )
 
 
@@ -182,8 +182,8 @@ class BalanceConfig(Section, path="balance"):
     0, "groups of experts that the last two see as devices; 0: model.moe.num_expert_groups", at_least=0
   )
   router_z_loss: float = field(0.0, "weight of the squared log of the router's normaliser", at_least=0)
-  bias_speed: float = field(0.0, "how far a step moves the bias of each expert (V3: 0.001)", at_least=0)
-  bias_tokens: int = field(0, "tokens after which the bias stays (V3: 14.3T); 0: never", at_least=0)
+  bias_update_rate: float = field(0.0, "how far a step moves the bias of each expert (V3: 0.001)", at_least=0)
+  bias_update_tokens: int = field(0, "tokens after which the bias stays (V3: 14.3T); 0: never", at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,8 +277,10 @@ class Config(Section):
   def check_balance(self):
     """What balances experts fits the experts that there are."""
     moe, balance = self.model.moe, self.balance
-    if balance.bias_speed and not moe.router_bias:
-      raise ConfigError(f"balance.bias_speed={balance.bias_speed} moves model.moe.router_bias: set that to true")
+    if balance.bias_update_rate and not moe.router_bias:
+      raise ConfigError(
+        f"balance.bias_update_rate={balance.bias_update_rate} moves model.moe.router_bias: set that to true"
+      )
     groups = balance.device_groups or moe.num_expert_groups
     if (balance.device_loss or balance.communication_loss) and (moe.num_routed_experts % groups or groups < 2):
       raise ConfigError(
@@ -323,23 +325,23 @@ class Config(Section):
 
   def check_stages(self):
     """Layers and stages fit each other."""
-    stages, circuits, given = self.mesh.stage, self.parallel.circuits, self.parallel.stage_layers
+    stages, virtual_stages, given = self.mesh.stage, self.parallel.virtual_stages, self.parallel.stage_layers
     layers = self.model.num_moe_layers or self.model.num_dense_layers
-    if stages == 1 and (circuits > 1 or given):
-      raise ConfigError("parallel.circuits and parallel.stage_layers are for a pipeline: set mesh.stage above 1")
+    if stages == 1 and (virtual_stages > 1 or given):
+      raise ConfigError("parallel.virtual_stages and parallel.stage_layers are for a pipeline: set mesh.stage above 1")
     if stages > 1 and self.parallel.zero == 2:
       raise ConfigError(
         "parallel.zero=2 with mesh.stage above 1: stages add up gradients of whole weights (1) or of shards (3); set 1 or 3"
       )
-    if stages > 1 and layers < stages * circuits:
+    if stages > 1 and layers < stages * virtual_stages:
       raise ConfigError(
-        f"mesh.stage={stages} x parallel.circuits={circuits} makes {stages * circuits} parts of {layers} layers "
+        f"mesh.stage={stages} x parallel.virtual_stages={virtual_stages} makes {stages * virtual_stages} parts of {layers} layers "
         "(of an MoE model: of its MoE layers): lower one of them"
       )
-    if stages > 1 and given and (len(given), sum(given)) != (stages * circuits, layers):
+    if stages > 1 and given and (len(given), sum(given)) != (stages * virtual_stages, layers):
       raise ConfigError(
         f"parallel.stage_layers={given} has {len(given)} parts and {sum(given)} layers: give the layers of each of the "
-        f"{stages * circuits} parts (mesh.stage={stages} x parallel.circuits={circuits}), {layers} in all"
+        f"{stages * virtual_stages} parts (mesh.stage={stages} x parallel.virtual_stages={virtual_stages}), {layers} in all"
       )
 
 

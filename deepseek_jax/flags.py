@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from deepseek_jax.config import Config
 from deepseek_jax.errors import ConfigError, UserError
+from deepseek_jax.renamed_fields import with_current_names
 from deepseek_jax.schema import flatten, from_dict, leaf_paths, unknown_key
 from deepseek_jax.storage import is_url, read_file
 
@@ -79,9 +80,14 @@ def check_mapping(tree, path):
   return ConfigDict(tree).to_dict()
 
 
-def load_config(path="", overrides=None) -> Config:
-  """The Config of a file (none: the defaults) with `overrides` ({dotted path: value or text}) on top."""
+def load_config(path="", overrides=None, saved=False) -> Config:
+  """The Config of a file (none: the defaults) with `overrides` ({dotted path: value or text}) on top.
+
+  saved: a run wrote the file, perhaps with names that fields had in an older version.
+  """
   tree = read_config_file(path) if path else {}
+  if saved:
+    tree = with_current_names(tree)
   for dotted, value in (overrides or {}).items():
     *sections, leaf = dotted.split(".")
     section = tree

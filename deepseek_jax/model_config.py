@@ -41,7 +41,7 @@ class AttentionConfig(Section, path="model.attention"):
   )
   rope_theta: float = field(10_000.0, "base of the rotary frequencies", above=1)
   dropout: float = field(0.0, "dropout of attention probabilities", at_least=0, below=1)
-  context_keys: str = field(
+  kv_comm: str = field(
     "gather", "on a context mesh: keys are gathered (of MLA the latents), or travel around a ring, which no kernel does",
     choices=("gather", "ring"),
   )  # fmt: skip
@@ -65,10 +65,8 @@ class AttentionConfig(Section, path="model.attention"):
       raise ConfigError(
         f"model.attention.implementation=pallas with model.attention.dropout={self.dropout}: kernels have no dropout; use auto"
       )
-    if self.context_keys == "ring" and self.implementation == "pallas":
-      raise ConfigError(
-        "model.attention.implementation=pallas with context_keys=ring: kernels need gather, or use auto"
-      )
+    if self.kv_comm == "ring" and self.implementation == "pallas":
+      raise ConfigError("model.attention.implementation=pallas with kv_comm=ring: kernels need gather, or use auto")
     name = "qk_rope_head_dim" if self.kind == "mla" else "head_dim"
     if getattr(self, name) % 2:
       raise ConfigError(
@@ -96,7 +94,7 @@ class MoEConfig(Section, path="model.moe"):
     "max", "score of a group: its best expert (V2), or the sum of its best two (V3)", choices=("max", "top2_sum")
   )
   router_bias: bool = field(
-    False, "a bias per expert, added for the selection only and moved by load (V3 eq. 16); see balance.bias_speed"
+    False, "a bias per expert, added for the selection only and moved by load (V3 eq. 16); see balance.bias_update_rate"
   )
   norm_topk_prob: bool = field(False, "divide a token's chosen weights by their sum (V3)")
   route_scale: float = field(1.0, "factor of the weights", above=0)
@@ -117,7 +115,7 @@ class MoEConfig(Section, path="model.moe"):
   capacity_factor: float = field(
     1.0, "capacity: what a group of experts takes in training, as a multiple of its even share", above=0
   )
-  capacity_exempt: float = field(
+  no_drop_fraction: float = field(
     0.1, "capacity: share of sequences of which nothing is dropped (V2: about 10%)", at_least=0, at_most=1
   )
 
@@ -157,7 +155,7 @@ class Fp8Config(Section, path="model.fp8"):
   forward: bool = field(True, "precision=fp8: GEMMs of the forward pass are in FP8")
   dgrad: bool = field(True, "precision=fp8: so are those of gradients of activations")
   wgrad: bool = field(True, "precision=fp8: so are those of gradients of weights")
-  pow2: bool = field(False, "scales are powers of two (UE8M0)")
+  pow2_scales: bool = field(False, "scales are powers of two (UE8M0)")
   block: int = field(
     128, "size of tiles, and terms of a product between promotions to float32; V3: 128", choices=(128, 256, 512)
   )

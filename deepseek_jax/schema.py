@@ -7,6 +7,7 @@ import math
 import typing
 
 from deepseek_jax.errors import ConfigError
+from deepseek_jax.renamed_fields import RENAMED_FIELDS
 
 
 def field(default, doc, **limits):
@@ -113,7 +114,9 @@ def leaf_paths(cls):
 
 
 def unknown_key(root, path):
-  """One line for a field that does not exist below `root`, with the nearest that does."""
+  """One line for a field that does not exist below `root`: its new name if it was renamed, or else the nearest field."""
+  if path in RENAMED_FIELDS:
+    return f"config field {path!r} is now {RENAMED_FIELDS[path]!r}: use the new name"
   paths = list(leaf_paths(root))
   same_leaf = [p for p in paths if p.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
   near = difflib.get_close_matches(path, paths, 1, 0.0)

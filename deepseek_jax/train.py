@@ -50,7 +50,7 @@ def main(argv) -> int:
     raise ConfigError("--config=FILE says what to train, e.g. --config=configs/tiny.py (see --help)")
   if values.devices and not values.dry_run:
     raise ConfigError(f"--devices={values.devices} is for --dry_run; a run takes the devices that are here")
-  config = load_config(values.config or saved, overrides)
+  config = load_config(values.config or saved, overrides, saved=not values.config)
 
   # Imported late: --help and config errors need no jax.
   from deepseek_jax.mesh import least_devices, resolve_mesh

@@ -31,14 +31,15 @@ def test_every_field_has_a_line_of_doc():
   ("tree", "words"),
   [
     ({"train": {"stepz": 3}}, ["'train.stepz'", "did you mean 'train.steps'"]),
+    ({"parallel": {"circuits": 2}}, ["'parallel.circuits' is now 'parallel.virtual_stages'"]),
     ({"model": {"attention": {"kind": "mla", "kv_lora_rank": 8}}}, ["kind=mla needs model.attention.qk_nope_head_dim"]),
     (
       {"model": {"attention": {"implementation": "pallas", "dropout": 0.1}}},
       ["dropout=0.1", "kernels have no dropout"],
     ),
     (
-      {"model": {"attention": {"implementation": "pallas", "context_keys": "ring"}}},
-      ["context_keys=ring", "need gather"],
+      {"model": {"attention": {"implementation": "pallas", "kv_comm": "ring"}}},
+      ["kv_comm=ring", "need gather"],
     ),
     ({"model": {"first_dense_layers": 1}}, ["model.first_dense_layers=1", "set it to 0 in a dense model"]),
     ({"model": {"moe": {"num_routed_experts": 8, "mlp": 4}}}, ["needs model.moe.num_experts_per_token"]),
@@ -53,7 +54,10 @@ def test_every_field_has_a_line_of_doc():
       {"model": {"moe": MOE}, "balance": {"communication_loss": 0.1, "device_groups": 4}},
       ["num_expert_groups=1", "device_groups=4"],
     ),
-    ({"balance": {"bias_speed": 0.1}}, ["balance.bias_speed=0.1 moves model.moe.router_bias: set that to true"]),
+    (
+      {"balance": {"bias_update_rate": 0.1}},
+      ["balance.bias_update_rate=0.1 moves model.moe.router_bias: set that to true"],
+    ),
     ({"model": {"moe": MOE}, "balance": {"device_loss": 0.1}}, ["at least 2 equal groups of the 8 experts, got 1"]),
     ({"mtp": {"weights": (0.3, 0.1)}}, ["mtp.weights=(0.3, 0.1)", "one weight more than tokens"]),
     ({"model": {"moe": MOE}, "mesh": {"expert": 3}}, ["num_routed_experts=8", "mesh.expert=3"]),
@@ -88,10 +92,10 @@ def test_every_field_has_a_line_of_doc():
       ["model.attention.dropout=0.1", "mesh.context=2"],
     ),
     ({"mesh": {"stage": 8}}, ["mesh.stage=8", "8 parts of 4 layers"]),
-    ({"mesh": {"stage": 2}, "parallel": {"circuits": 4}}, ["parallel.circuits=4", "8 parts of 4 layers"]),
+    ({"mesh": {"stage": 2}, "parallel": {"virtual_stages": 4}}, ["parallel.virtual_stages=4", "8 parts of 4 layers"]),
     ({"mesh": {"stage": 2}, "parallel": {"stage_layers": (3, 2)}}, ["stage_layers=(3, 2)", "5 layers", "4 in all"]),
     ({"mesh": {"stage": 2}, "parallel": {"zero": 2}}, ["parallel.zero=2", "set 1 or 3"]),
-    ({"parallel": {"circuits": 2}}, ["mesh.stage above 1"]),
+    ({"parallel": {"virtual_stages": 2}}, ["mesh.stage above 1"]),
     ({"mesh": {"fsdp": 2, "expert": 3}}, ["model.embed=128", "mesh.fsdp x mesh.expert=6"]),
     (
       {"model": {"moe": {"num_routed_experts": 4, "num_experts_per_token": 1, "mlp": 8, "buffer_factor": 0.5}}},

@@ -9,13 +9,13 @@ from deepseek_jax.schema import flatten
 
 # These change how a step is computed, not what the saved arrays mean.
 _FREE = {
-  "model.remat", "model.dropout", "model.attention.dropout", "model.attention.context_keys", "model.moe.buffer_factor",
+  "model.remat", "model.dropout", "model.attention.dropout", "model.attention.kv_comm", "model.moe.buffer_factor",
   "model.attention.implementation", "model.moe.implementation", "model.fp8.implementation",
 }  # fmt: skip
 # Nor do these what weights mean that a run starts from.
 _FREE_AT_START = {
   "model.init_std", "model.param_dtype", "model.compute_dtype", "model.moe.dispatch", "model.moe.capacity_factor",
-  "model.moe.capacity_exempt", "model.precision", "model.fp8.forward", "model.fp8.dgrad", "model.fp8.wgrad", "model.fp8.pow2",
+  "model.moe.no_drop_fraction", "model.precision", "model.fp8.forward", "model.fp8.dgrad", "model.fp8.wgrad", "model.fp8.pow2_scales",
   "model.fp8.block",
 }  # fmt: skip
 # The fields of the model that arrays and their shapes depend on.

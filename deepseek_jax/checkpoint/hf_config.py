@@ -15,7 +15,7 @@ ARCHITECTURES = {
 }
 # Settings of ours that a config.json does not have, and that do not change the function in inference.
 OURS_ALONE = {
-  "param_dtype", "compute_dtype", "precision", "fp8", "remat", "dropout", "dispatch", "buffer_factor", "capacity_factor", "capacity_exempt", "context_keys",
+  "param_dtype", "compute_dtype", "precision", "fp8", "remat", "dropout", "dispatch", "buffer_factor", "capacity_factor", "no_drop_fraction", "kv_comm",
   "implementation",
 }  # fmt: skip
 

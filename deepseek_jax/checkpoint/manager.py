@@ -19,6 +19,7 @@ from deepseek_jax.checkpoint.quiet import silence_orbax
 from deepseek_jax.checkpoint.tree import check_fits, flatten, listing, nest
 from deepseek_jax.distributed import broadcast_from_process0
 from deepseek_jax.errors import CheckpointError
+from deepseek_jax.renamed_fields import with_current_names
 
 FORMAT_VERSION = 1
 SAVE_SECONDS = 86_400  # Orbax's 20 minutes are too few to write terabytes and for process 0 to read them back
@@ -43,7 +44,7 @@ class CheckpointReader:
     return broadcast_from_process0(self._newest_verified)
 
   def meta(self, step):
-    """The dict saved with `step`. Raises CheckpointError where it is missing, malformed or of a newer format."""
+    """The dict saved with `step`, its config with today's names of fields. Raises CheckpointError where it is missing, malformed or of a newer format."""
     where = f"{self._directory}/{step}"
     try:
       meta = json.loads(self._read(step, "meta/metadata"))
@@ -57,6 +58,8 @@ class CheckpointReader:
       raise CheckpointError(
         f"{where} has format_version {version}, this code reads up to {FORMAT_VERSION}: update deepseek_jax"
       )
+    if "config" in meta:
+      meta["config"] = with_current_names(meta["config"])
     return meta
 
   def restore(self, step, abstract):

@@ -29,12 +29,12 @@ class Recipe:
   """Which of the GEMMs are in FP8, and how; the others are in the operands' own dtypes.
 
   block: size of tiles, and terms of a product between promotions to float32: 128 is the report's.
-  pow2: scales are powers of two. implementation: as in `implementations.run`.
+  pow2_scales: scales are powers of two. implementation: as in `implementations.run`.
   cached: what is kept of x is in FP8; otherwise x itself, of which dw makes the copy that it reads.
   """
 
   block: int = 128
-  pow2: bool = False
+  pow2_scales: bool = False
   forward: bool = True
   dgrad: bool = True
   wgrad: bool = True
@@ -142,7 +142,7 @@ def _operand(x, tile, is_fp8, recipe):
 
 
 def _rounding(recipe):
-  return {"pow2": recipe.pow2, "implementation": recipe.implementation}
+  return {"pow2_scales": recipe.pow2_scales, "implementation": recipe.implementation}
 
 
 def _named(tree, name):

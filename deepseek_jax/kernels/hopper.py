@@ -189,7 +189,7 @@ def _copies(tiles, stages, a, scales_a, b, scales_b, full, empty, rings, tile, d
     stage, k = lax.rem(done + i, stages), tile.first + i
     terms = pl.ds(k * BLOCK, BLOCK)
     pl.when(done + i >= stages)(lambda: plgpu.barrier_wait(empty.at[stage]))
-    copy = lambda source, ring, **how: plgpu.copy_gmem_to_smem(source, rings[ring].at[stage], full.at[stage], **how)  # noqa: E731
+    copy = lambda source, ring, **how: plgpu.copy_gmem_to_smem(source, rings[ring].at[stage], full.at[stage], **how)
     copy(a.at[rows, terms], "a_ring")
     copy(b.at[columns, terms], "b_ring", **shared)
     copy(scales_a.at[k, rows], "scales_a_ring")

@@ -20,7 +20,7 @@ from deepseek_jax.kernels.qtensor import FP8, QTensor, greatest_of, scales_of
 from deepseek_jax.kernels.tiles import BLOCK, WAVE
 
 
-def rounded(x, tile, pow2):
+def rounded(x, tile, pow2_scales):
   """`x` [..., rows, columns] with tiles (1, 128) or (128, 128)."""
   if tile not in ((1, BLOCK), (BLOCK, BLOCK)):
     raise Unsupported(f"kernels for Hopper quantise tiles of 1 or {BLOCK} x {BLOCK}, not {tile[0]} x {tile[1]}")
@@ -29,22 +29,22 @@ def rounded(x, tile, pow2):
   x = whole(x)
   flat = x.reshape(-1, x.shape[-1])
   squares = tile[0] > 1
-  values, scales = _call(lambda x: x, [flat], pow2, squares=squares)
+  values, scales = _call(lambda x: x, [flat], pow2_scales, squares=squares)
   scales = scales.reshape(*x.shape[:-2], -1, scales.shape[1]) if squares else scales.T.reshape(*x.shape[:-1], -1)
   down = -(-rows // tile[0])
   return QTensor(values.reshape(x.shape)[..., :rows, :columns], scales[..., :down, :], tile)
 
 
-def rounded_both(function, xs, block, pow2):
+def rounded_both(function, xs, block, pow2_scales):
   """`function` of float32 tiles of `xs` [rows, columns], elementwise: (the result, its transpose), with tiles (1, block)."""
   if block != BLOCK:
     raise Unsupported(f"kernels for Hopper quantise tiles of 1 x {BLOCK}, not 1 x {block}")
   rows, columns = xs[0].shape
   xs = [whole(x) for x in xs]
   if all(x.dtype == jnp.bfloat16 for x in xs):
-    values, scales, values_t, scales_t = _call(function, xs, pow2, both=True)
+    values, scales, values_t, scales_t = _call(function, xs, pow2_scales, both=True)
   else:  # loads that transpose are of 16 bits: XLA transposes others
-    (values, scales), (values_t, scales_t) = (_call(function, a, pow2) for a in (xs, [x.T for x in xs]))
+    (values, scales), (values_t, scales_t) = (_call(function, a, pow2_scales) for a in (xs, [x.T for x in xs]))
   along = QTensor(values[:rows, :columns], scales.T[:rows], (1, block))
   return along, QTensor(values_t[:columns, :rows], scales_t.T[:columns], (1, block))
 
@@ -61,7 +61,7 @@ def whole(x):
   return padded(padded(x, -1, -x.shape[-1] % BLOCK), -2, -x.shape[-2] % BLOCK)
 
 
-def _call(function, xs, pow2, squares=False, both=False):
+def _call(function, xs, pow2_scales, squares=False, both=False):
   xs = vary(*xs)
   rows, columns = xs[0].shape
   down, across, shape = rows // BLOCK, columns // BLOCK, jax.ShapeDtypeStruct
@@ -71,7 +71,7 @@ def _call(function, xs, pow2, squares=False, both=False):
     out += [shape((columns, rows), FP8), shape((down, columns), jnp.float32)]
   square = BLOCK, BLOCK
   kernel = plgpu.kernel(
-    functools.partial(_kernel, function, len(xs), pow2, squares, both),
+    functools.partial(_kernel, function, len(xs), pow2_scales, squares, both),
     out_type=out,
     scratch_types={
       "tiles": [plgpu.SMEM(square, x.dtype, transforms=transforms(x.dtype)) for x in xs],
@@ -86,7 +86,7 @@ def _call(function, xs, pow2, squares=False, both=False):
   return vary(kernel(*xs), xs)[0]
 
 
-def _kernel(function, count, pow2, squares, both, *refs, tiles, fp8_tiles, arrived):
+def _kernel(function, count, pow2_scales, squares, both, *refs, tiles, fp8_tiles, arrived):
   xs, (values, scales, *transposed) = refs[:count], refs[count:]
   across, down = lax.axis_index("across"), lax.axis_index("down")
   rows, columns = pl.ds(down * BLOCK, BLOCK), pl.ds(across * BLOCK, BLOCK)
@@ -107,14 +107,16 @@ def _kernel(function, count, pow2, squares, both, *refs, tiles, fp8_tiles, arriv
   waves = range(BLOCK // WAVE)
   if squares:
     greatest = functools.reduce(jnp.maximum, (greatest_of(wave(i, False), 1) for i in waves))
-    scale = scales_of(greatest_of(greatest, 0), pow2)
+    scale = scales_of(greatest_of(greatest, 0), pow2_scales)
     scales[down, across] = scale
     for i in waves:
       write(i, wave(i, False), scale, fp8_tiles[0])
   else:
-    _rows(functools.partial(wave, transpose=False), write, waves, pow2, scales.at[across], down, fp8_tiles[0])
+    _rows(functools.partial(wave, transpose=False), write, waves, pow2_scales, scales.at[across], down, fp8_tiles[0])
   if both:
-    _rows(functools.partial(wave, transpose=True), write, waves, pow2, transposed[1].at[down], across, fp8_tiles[1])
+    _rows(
+      functools.partial(wave, transpose=True), write, waves, pow2_scales, transposed[1].at[down], across, fp8_tiles[1]
+    )
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(fp8_tiles[0], values.at[rows, columns])
   if both:
@@ -122,9 +124,9 @@ def _kernel(function, count, pow2, squares, both, *refs, tiles, fp8_tiles, arriv
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _rows(wave, write, waves, pow2, scales, tile, out):
+def _rows(wave, write, waves, pow2_scales, scales, tile, out):
   for i in waves:
     x = wave(i)
-    scale = scales_of(greatest_of(x, 1), pow2)
+    scale = scales_of(greatest_of(x, 1), pow2_scales)
     _compat.store(scales.at[pl.ds(tile * BLOCK + i * WAVE, WAVE)], scale)
     write(i, x, scale, out)

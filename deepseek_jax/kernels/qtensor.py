@@ -63,13 +63,13 @@ def greatest_of(x, axis):
   return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32).max(axis), jnp.float32)
 
 
-def scales_of(greatest, pow2):
+def scales_of(greatest, pow2_scales):
   """Scales of tiles whose greatest magnitudes are `greatest`, float32, so that those become 448.
 
-  pow2: the least powers of two that keep every value within 448, which 8 exponent bits (UE8M0) hold.
+  pow2_scales: the least powers of two that keep every value within 448, which 8 exponent bits (UE8M0) hold.
   A tile with a NaN or an infinity has such a scale, and is NaN throughout. The least scale is 2^-126: a tile of zeros has it.
   """
-  if pow2:
+  if pow2_scales:
     # By bits, which every kernel can: 448 is 1.75 of 2^8. 255 is the exponent of what is not finite.
     bits = jax.lax.bitcast_convert_type(greatest, jnp.int32)
     exponent = bits >> 23

@@ -25,7 +25,7 @@ def sums_at(y, index, inverse):
   `index` and `inverse` as in `rows_at`.
   """
   wide = jnp.promote_types(y.dtype, jnp.float32)
-  at = lambda places: y.at[places].get(mode="fill", fill_value=0).astype(wide)  # noqa: E731
+  at = lambda places: y.at[places].get(mode="fill", fill_value=0).astype(wide)
   # One place after the other: [m, k, width] would be most of a mixture's memory.
   columns = inverse.T
   return jax.lax.scan(lambda total, places: (total + at(places), None), at(columns[0]), columns[1:])[0]

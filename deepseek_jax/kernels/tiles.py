@@ -65,7 +65,7 @@ def tiles_for(operation, dtype, rows, n, k, groups=1):
 
 def key(dtype, rows, n, k, groups):
   """Under which results are found: rows and terms, which change with the batch, count by powers of two."""
-  up = lambda size: 1 << (size - 1).bit_length()  # noqa: E731
+  up = lambda size: 1 << (size - 1).bit_length()
   return f"{jnp.dtype(dtype)} {groups}x{up(rows)}x{n}x{up(k)}"
 
 

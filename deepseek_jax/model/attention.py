@@ -22,7 +22,7 @@ def attend(q, k, v, *, scale, segment_ids=None, dropout_rate=0.0, dropout_keys=N
   """
   if dropout_keys is None:
     return attention(q, k, v, scale=scale, segment_ids=segment_ids, implementation=implementation)
-  drop = lambda weights: dropout(weights, dropout_rate, dropout_keys.reshape(weights.shape[:3]))  # noqa: E731
+  drop = lambda weights: dropout(weights, dropout_rate, dropout_keys.reshape(weights.shape[:3]))
   return xla.causal_attention(q, k, v, segment_ids, scale, drop)
 
 
@@ -34,14 +34,14 @@ def causal_attention(q, keys, expand, scale, config: AttentionConfig, tokens, ke
   if mesh_axes("seq"):
     how = {"scale": scale, "axis": mesh_axes("seq")[0], "segment_ids": tokens.segment_ids}
     kernel = chosen("attention", config.implementation)
-    if config.context_keys == "gather" and kernel != "xla":
+    if config.kv_comm == "gather" and kernel != "xla":
       try:
         return all_gather_kv_attention(q, keys, expand, implementation=kernel, **how)
       except Unsupported as e:
         if config.implementation != "auto":
           raise
         log_once(f"attention: by pairs of chunks, since {e}")
-    return context_parallel_attention(q, keys, expand, kind=config.context_keys, **how)
+    return context_parallel_attention(q, keys, expand, kind=config.kv_comm, **how)
   drawn = None
   if key is not None and config.dropout:
     drawn = keys_at(

@@ -87,7 +87,7 @@ def context_parallel_attention(q, keys, expand, *, scale, axis, kind, segment_id
 
 def all_gather_kv_attention(q, keys, expand, *, scale, axis, segment_ids=None, implementation="auto"):
   """As `context_parallel_attention`, with all keys and values of the sequence in memory, for a kernel that passes over those not seen."""
-  whole = lambda x: _in_order(jax.lax.all_gather(x, axis))  # noqa: E731
+  whole = lambda x: _in_order(jax.lax.all_gather(x, axis))
   segments = None if segment_ids is None else (segment_ids, whole(segment_ids))
   k, v = expand(jax.tree.map(whole, keys))
   parts, part = zigzag(k.shape[1], jax.lax.axis_size(axis)), jax.lax.axis_index(axis)

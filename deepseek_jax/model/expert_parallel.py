@@ -143,7 +143,7 @@ def compact_local_assignments(local, weights, each):
   width = min(local.shape[1], each)
   counts = local < each
   place = counts[..., None] & (jnp.cumsum(counts, 1)[..., None] - 1 == jnp.arange(width))  # [rows, before, after]
-  moved = lambda x: jnp.where(place, x[..., None], 0).sum(1)  # noqa: E731
+  moved = lambda x: jnp.where(place, x[..., None], 0).sum(1)
   return jnp.where(place.any(1), moved(local), each), moved(weights)
 
 

@@ -112,7 +112,7 @@ def quantize_for_dispatch(recipe, x):
   """What of the rows of `x` [rows, width] is sent: FP8 (bytes, uint8; scales [rows, tiles] float32), or (x, none)."""
   if recipe is None:
     return x, jnp.zeros((len(x), 0), jnp.float32)
-  q = quantize(x, (1, recipe.block), pow2=recipe.pow2, implementation=recipe.implementation)
+  q = quantize(x, (1, recipe.block), pow2_scales=recipe.pow2_scales, implementation=recipe.implementation)
   return jax.lax.bitcast_convert_type(q.values, jnp.uint8), q.scales
 
 

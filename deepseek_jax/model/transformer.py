@@ -210,7 +210,7 @@ class Transformer(nnx.Module):
   def no_drop(self, rows, key):
     """[batch] bool: the sequences `rows` of which no layer drops a token in training (V2 section 2.2.4)."""
     share, key = (
-      self.config.moe.capacity_exempt,
+      self.config.moe.no_drop_fraction,
       jax.random.fold_in(key, self.config.layers + self.config.num_mtp_layers),
     )
     return jax.vmap(lambda row: jax.random.bernoulli(jax.random.fold_in(key, row), share))(rows)

@@ -1,8 +1,8 @@
 """The pipeline: layers in stages, microbatches that pass through them, forward and backward in one loop.
 
-Chunk c = v * S + s of the layers is circuit v of stage s of S: a microbatch passes V times through all stages. Work item
-i = (g * V + v) * S + r is microbatch g * S + r on circuit v. Stage s does item i forward in tick i + s, and backward, with
-the circuits in reverse order, in tick lag + i + S - 1 - s, where lag = (V + 1) * S - 2: in the tick in which the first S
+Chunk c = v * S + s of the layers is virtual_stage v of stage s of S: a microbatch passes V times through all stages. Work item
+i = (g * V + v) * S + r is microbatch g * S + r on virtual_stage v. Stage s does item i forward in tick i + s, and backward, with
+the virtual_stages in reverse order, in tick lag + i + S - 1 - s, where lag = (V + 1) * S - 2: in the tick in which the first S
 microbatches have passed all chunks. This is interleaved 1F1B (Narayanan et al., arXiv:2104.04473): one forward and one
 backward item a tick, so that the inputs kept for the backward pass are at most (V + 2) * S - 2 a stage, however many
 microbatches there are; jax.grad of a forward loop would keep all of them.
@@ -25,43 +25,45 @@ from deepseek_jax.errors import ConfigError
 from deepseek_jax.sharding import pvary
 
 
-def layer_assignment(layers, stages, circuits, assignment=()):
-  """Which layer is in which slot: (int32 [stages, circuits, slots], `layers` where a slot is empty; bool mask of full ones).
+def layer_assignment(layers, stages, virtual_stages, assignment=()):
+  """Which layer is in which slot: (int32 [stages, virtual_stages, slots], `layers` where a slot is empty; bool mask of full ones).
 
   Args:
-    assignment: layers of each of the stages * circuits chunks in the order in which they run; default: as even as
+    assignment: layers of each of the stages * virtual_stages chunks in the order in which they run; default: as even as
       possible, earlier chunks take one more. Raises ConfigError when it does not hold `layers` layers.
   """
-  chunks = stages * circuits
+  chunks = stages * virtual_stages
   each, more = divmod(layers, chunks)
   counts = np.array(assignment or [each + (c < more) for c in range(chunks)])
   if len(counts) != chunks or counts.sum() != layers or (counts < 0).any():
     raise ConfigError(
-      f"the {stages} stages x {circuits} circuits need {chunks} numbers of layers with the sum {layers}, not {assignment}: "
+      f"the {stages} stages x {virtual_stages} virtual_stages need {chunks} numbers of layers with the sum {layers}, not {assignment}: "
       "change them, or leave them out for an even share"
     )
   slot = np.arange(counts.max())
   mask = slot < counts[:, None]  # [chunks, slots]
   table = np.where(mask, (counts.cumsum() - counts)[:, None] + slot, layers)
-  table, mask = (a.reshape(circuits, stages, -1).swapaxes(0, 1) for a in (table, mask))  # [stages, circuits, slots]
+  table, mask = (
+    a.reshape(virtual_stages, stages, -1).swapaxes(0, 1) for a in (table, mask)
+  )  # [stages, virtual_stages, slots]
   return table.astype(np.int32), mask
 
 
-def bubble(stages, circuits, microbatches):
+def bubble(stages, virtual_stages, microbatches):
   """Share of the time in which a stage has no item of a microbatch to do: filling, draining, and a last group that is not full."""
   groups = -(-microbatches // stages)
-  return 1 - microbatches * circuits / (groups * stages * circuits + stages - 1)
+  return 1 - microbatches * virtual_stages / (groups * stages * virtual_stages + stages - 1)
 
 
-def num_ticks(stages, circuits, microbatches):
+def num_ticks(stages, virtual_stages, microbatches):
   """(Ticks of a step; in how many a stage goes forward, and as often backward; in how many it does first, and so last)."""
   groups = -(-microbatches // stages)
-  forward, lag = groups * stages * circuits + stages - 1, (circuits + 1) * stages - 2
+  forward, lag = groups * stages * virtual_stages + stages - 1, (virtual_stages + 1) * stages - 2
   return forward + lag + 1, forward, groups
 
 
 def to_stage_params(leaf, table, axis, dimension):
-  """Parameters of this stage's layers, [circuits, slots, ...]; zeros in empty slots.
+  """Parameters of this stage's layers, [virtual_stages, slots, ...]; zeros in empty slots.
 
   Args:
     leaf: [layers, ...]. Its `dimension` is divided over the mesh axis `axis`, and comes back whole; None: every stage has
@@ -70,11 +72,11 @@ def to_stage_params(leaf, table, axis, dimension):
   """
   if dimension is None:
     return leaf.at[jnp.asarray(table)[jax.lax.axis_index(axis)]].get(mode="fill", fill_value=0)
-  rows = leaf.at[table].get(mode="fill", fill_value=0)  # [stages, circuits, slots, ...]
+  rows = leaf.at[table].get(mode="fill", fill_value=0)  # [stages, virtual_stages, slots, ...]
   return jax.lax.all_to_all(rows, axis, 0, dimension + 2, tiled=True)[0]
 
 
-def pipelined_gradients(first, chunk, last, outer, layers, microbatches, *, axis, circuits):
+def pipelined_gradients(first, chunk, last, outer, layers, microbatches, *, axis, virtual_stages):
   """Gradients of the sum of all microbatches' objectives, as far as this stage computes them.
 
   Called inside a shard_map over all mesh axes with check_vma. An objective that varies over a mesh axis counts as the sum
@@ -82,19 +84,21 @@ def pipelined_gradients(first, chunk, last, outer, layers, microbatches, *, axis
 
   Args:
     first: (outer, microbatch) -> (x, observed): one array, which goes from chunk to chunk.
-    chunk: (layers of one circuit [slots, ...], circuit, microbatch, x) -> (y like x, objective, observed). The backward
+    chunk: (layers of one virtual_stage [slots, ...], virtual_stage, microbatch, x) -> (y like x, objective, observed). The backward
       pass computes it again from x; what is kept inside it meanwhile is its own jax.checkpoint's business.
     last: (outer, microbatch, y) -> (objective, observed).
-    outer: parameters of first and last, the same on all stages. layers: [circuits, slots, ...], this stage's. Both typed
+    outer: parameters of first and last, the same on all stages. layers: [virtual_stages, slots, ...], this stage's. Both typed
       as varying over all mesh axes.
     microbatches: how many, at least 1; may be traced, the same on all devices. The functions get int32 indices below it.
-    axis: mesh axis of the stages. circuits: how often a microbatch passes through all of them.
+    axis: mesh axis of the stages. virtual_stages: how often a microbatch passes through all of them.
 
   Returns:
     (gradients of outer, gradients of layers, observed): sums over the microbatches, of gradients in at least float32;
-    observed is (first's, chunk's [circuits, ...], last's).
+    observed is (first's, chunk's [virtual_stages, ...], last's).
   """
-  work = StageProgram(*_typed(first, chunk, last), outer, layers, jnp.asarray(microbatches, jnp.int32), axis, circuits)
+  work = StageProgram(
+    *_typed(first, chunk, last), outer, layers, jnp.asarray(microbatches, jnp.int32), axis, virtual_stages
+  )
   ticks = work.forward_ticks + work.lag + 1
   carry = jax.lax.fori_loop(jnp.int32(0), ticks, work.tick, work.start())
   return *carry.gradients, carry.observed
@@ -114,7 +118,7 @@ class Carry:
   returning: jax.Array  # [...] gradient of the last backward item, for the stage before
   outbox: jax.Array  # box of the gradients of first's outputs
   gradients: Any  # (outer, layers)
-  observed: Any  # (first's, chunk's [circuits, ...], last's)
+  observed: Any  # (first's, chunk's [virtual_stages, ...], last's)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +132,7 @@ class StageProgram:
   layers: Any
   microbatches: jax.Array
   axis: str
-  circuits: int
+  virtual_stages: int
 
   @property
   def stages(self):
@@ -141,7 +145,7 @@ class StageProgram:
   @property
   def period(self):
     """Ticks, and items, of a group of microbatches."""
-    return self.stages * self.circuits
+    return self.stages * self.virtual_stages
 
   @property
   def lag(self):
@@ -168,7 +172,7 @@ class StageProgram:
     x = pvary(x)
     _, _, of_chunk = jax.eval_shape(self.chunk, layers, index, index, x)
     _, of_last = jax.eval_shape(self.last, self.outer, index, x)
-    of_chunk = jax.tree.map(lambda a: jnp.zeros((self.circuits, *a.shape), a.dtype), of_chunk)
+    of_chunk = jax.tree.map(lambda a: jnp.zeros((self.virtual_stages, *a.shape), a.dtype), of_chunk)
     kept = jnp.zeros((self.lag + self.stages, *x.shape), x.dtype)
     slots, gradients = (
       jnp.zeros(self.lag + self.period, jnp.int32),
@@ -192,13 +196,13 @@ class StageProgram:
     return _when(due, lambda carry: self.backward(late - (self.stages - 1 - self.stage), carry), carry)
 
   def forward(self, number, carry):
-    circuit, microbatch, exists = self.item(number)
+    virtual_stage, microbatch, exists = self.item(number)
     # Before its first item a stage computes on embeddings too: zeros would all be routed to the same few experts.
-    x = jnp.where((number < 0) | (self.stage == 0) & (circuit == 0), carry.inbox, carry.arriving)  # [...]
+    x = jnp.where((number < 0) | (self.stage == 0) & (virtual_stage == 0), carry.inbox, carry.arriving)  # [...]
     # The first items fill `kept`; from then on each takes the place of the one that went backward in the tick before.
     slot = jnp.where(number < carry.kept.shape[0] - 2 * self.stage, jnp.maximum(number, 0), carry.freed)
-    y, _, seen = self.chunk(_at(self.layers, circuit), circuit, microbatch, x)
-    turns = (self.stage == self.stages - 1) & (circuit == self.circuits - 1)
+    y, _, seen = self.chunk(_at(self.layers, virtual_stage), virtual_stage, microbatch, x)
+    turns = (self.stage == self.stages - 1) & (virtual_stage == self.virtual_stages - 1)
     of_first, of_chunk, of_last = carry.observed
     return dataclasses.replace(
       carry,
@@ -207,28 +211,28 @@ class StageProgram:
       slots=_set(carry.slots, number % carry.slots.size, slot),
       # One box for both ways: the last stage took the gradient that was here out in an earlier tick.
       turning=jnp.where(turns, y, carry.turning),
-      observed=(of_first, _added_at(of_chunk, circuit, seen, exists), of_last),
+      observed=(of_first, _added_at(of_chunk, virtual_stage, seen, exists), of_last),
     )
 
   def backward(self, number, carry):
     reverse, microbatch, exists = self.item(number)
-    circuit = self.circuits - 1 - reverse
-    slot = carry.slots[(number + (circuit - reverse) * self.stages) % carry.slots.size]
+    virtual_stage = self.virtual_stages - 1 - reverse
+    slot = carry.slots[(number + (virtual_stage - reverse) * self.stages) % carry.slots.size]
     turns = (self.stage == self.stages - 1) & (reverse == 0)
     dy = jnp.where(turns, carry.turning, carry.returning)  # [...]
 
     def outputs(layers, x):
-      return self.chunk(layers, circuit, microbatch, x)[:2]
+      return self.chunk(layers, virtual_stage, microbatch, x)[:2]
 
-    (_, objective), pull = jax.vjp(outputs, _at(self.layers, circuit), carry.kept[slot])
+    (_, objective), pull = jax.vjp(outputs, _at(self.layers, virtual_stage), carry.kept[slot])
     of_layers, dx = pull((dy, jnp.ones_like(objective)))
     outer, layers = carry.gradients
     return dataclasses.replace(
       carry,
       freed=slot,
       returning=dx,
-      outbox=jnp.where((self.stage == 0) & (circuit == 0), dx, carry.outbox),
-      gradients=(outer, _added_at(layers, circuit, of_layers, exists)),
+      outbox=jnp.where((self.stage == 0) & (virtual_stage == 0), dx, carry.outbox),
+      gradients=(outer, _added_at(layers, virtual_stage, of_layers, exists)),
     )
 
   def first_forward(self, microbatch, exists, carry):
@@ -264,9 +268,9 @@ class StageProgram:
     return _when(due, lambda carry: function(*microbatch, carry), carry)
 
   def item(self, number):
-    """(How many circuits came before, microbatch, whether there is one) of a work item."""
+    """(How many virtual_stages came before, microbatch, whether there is one) of a work item."""
     microbatch = number // self.period * self.stages + number % self.stages
-    return number // self.stages % self.circuits, *self.existing(microbatch)
+    return number // self.stages % self.virtual_stages, *self.existing(microbatch)
 
   def existing(self, microbatch):
     """(The nearest microbatch that exists, whether it is this one)."""

@@ -46,7 +46,7 @@ def main(argv) -> int:
   from deepseek_jax.training.step import abstract_step
 
   if values.search:
-    told = lambda text: print(text, file=sys.stderr)  # noqa: E731
+    told = lambda text: print(text, file=sys.stderr)
     plans = search(config, topology, abstract_step, compile, told)
     plan, text = plans[0], ranking(plans)
   else:

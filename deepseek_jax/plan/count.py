@@ -102,7 +102,7 @@ class _Counter:
     """Values of the results of `jaxpr`; what it does is added, `times` times."""
     values = dict(zip(jaxpr.invars, inputs, strict=True))
     values |= {v: self.value(v) for v in jaxpr.constvars}
-    read = lambda v: values[v] if not hasattr(v, "val") else Value(0)  # noqa: E731
+    read = lambda v: values[v] if not hasattr(v, "val") else Value(0)
     for eqn in jaxpr.eqns:
       outputs = self.instruction(eqn, [read(v) for v in eqn.invars], times)
       values.update(zip(eqn.outvars, outputs, strict=True))

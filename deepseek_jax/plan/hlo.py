@@ -128,7 +128,7 @@ class Program:
 
   def _group(self, rest):
     """Devices of a group, by their numbers in the mesh, in each of the forms in which HLO has them."""
-    integers = lambda text: [int(n) for n in text.split(",")]  # noqa: E731
+    integers = lambda text: [int(n) for n in text.split(",")]
     if match := re.search(r"source_target_pairs=\{\{(\d+,\d+)\}", rest):
       return integers(match[1])
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
@@ -222,7 +222,7 @@ def _convolution_flops(i, left, right):
   spatial = [label for label in output if label.isdigit()]
   total = 2 * out[output.index("b")] * out[output.index("f")] * right[kernel.index("i")]
   for d, label in enumerate(spatial):
-    field = lambda name, default: window[name].split("x")[d] if name in window else default  # noqa: B023, E731
+    field = lambda name, default: window[name].split("x")[d] if name in window else default  # noqa: B023
     low = int(field("pad", "0_0").split("_")[0])
     stride, dilate, spread = (int(field(name, 1)) for name in ("stride", "lhs_dilate", "rhs_dilate"))
     length = (left[inputs.index(label)] - 1) * dilate + 1

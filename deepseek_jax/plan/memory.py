@@ -92,10 +92,14 @@ def _passes(config: Config, width, chip):
   padding = 0 if mesh.expert == 1 or not chip or has_ragged_all_to_all(chip.kind) else 2 * mesh.expert
   a_layer = _kept(config, width, rows * seq, scores, expert_rows, (attention + experts) * width)
   layers, waiting, ends = m.layers + m.num_mtp_layers, 0, 1 + m.num_mtp_layers
-  if mesh.stage > 1:  # a circuit's layers, and the streams of microbatches under way; the head has its turn after
-    circuits, in_stages = config.parallel.circuits, m.num_moe_layers or m.num_dense_layers
-    slots = layer_assignment(in_stages, mesh.stage, circuits, config.parallel.stage_layers)[0].shape[-1]
-    layers, waiting, ends = max(slots, m.layers - in_stages + m.num_mtp_layers), (circuits + 2) * mesh.stage + 3, 0
+  if mesh.stage > 1:  # a virtual_stage's layers, and the streams of microbatches under way; the head has its turn after
+    virtual_stages, in_stages = config.parallel.virtual_stages, m.num_moe_layers or m.num_dense_layers
+    slots = layer_assignment(in_stages, mesh.stage, virtual_stages, config.parallel.stage_layers)[0].shape[-1]
+    layers, waiting, ends = (
+      max(slots, m.layers - in_stages + m.num_mtp_layers),
+      (virtual_stages + 2) * mesh.stage + 3,
+      0,
+    )
   return (
     a_layer * layers
     + waiting * stream
@@ -149,7 +153,7 @@ def fused_attention(config: Config, chip: Chip | None):
   wanted = (
     a.implementation != "xla" and dtype != "float64" if on_tpu else a.implementation == "pallas" and dtype == "bfloat16"
   )
-  whole = config.mesh.context == 1 or a.context_keys == "gather"
+  whole = config.mesh.context == 1 or a.kv_comm == "gather"
   return wanted and whole and config.data.seq // config.mesh.context % 128 == 0 and not a.dropout
 
 

@@ -59,7 +59,7 @@ class Plan:
 
   def json(self) -> dict:
     c = self.calibrated
-    parts = lambda e: {f"{name}_seconds": getattr(e, name) for name in ("compute", "hbm", "interconnect")}  # noqa: E731
+    parts = lambda e: {f"{name}_seconds": getattr(e, name) for name in ("compute", "hbm", "interconnect")}
     return {
       "fits": self.fits, "topology": self.topology.text, "devices": self.topology.devices,
       "mesh": {axis: getattr(self.config.mesh, axis) for axis in AXES},
@@ -158,7 +158,7 @@ def expected_loops(config: Config, device_kind) -> Loops:
   microbatch = train.microbatch or train.global_batch
   found = Loops()
   if mesh.stage > 1:
-    ticks, layers, groups = num_ticks(mesh.stage, config.parallel.circuits, train.global_batch // microbatch)
+    ticks, layers, groups = num_ticks(mesh.stage, config.parallel.virtual_stages, train.global_batch // microbatch)
     # In the order of Work.tick in parallel/pipeline.py.
     taken = tuple(n / ticks for n in (groups, groups, layers, groups, layers))
     found = dataclasses.replace(found, trips=ticks, taken=taken)

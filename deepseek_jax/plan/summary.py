@@ -39,16 +39,18 @@ def summary(config: Config) -> str:
 
 def pipeline(config: Config) -> list[str]:
   """What a mesh with stages does with the layers, in a line."""
-  stages, circuits, train = config.mesh.stage, config.parallel.circuits, config.train
+  stages, virtual_stages, train = config.mesh.stage, config.parallel.virtual_stages, config.train
   if stages == 1:
     return []
   microbatches = train.global_batch // (train.microbatch or train.global_batch)
   layers = config.model.num_moe_layers or config.model.num_dense_layers
   given = config.parallel.stage_layers
-  counts = layer_assignment(layers, stages, circuits, given)[1].sum(-1).T.ravel().tolist()  # in the order that they run
-  share = bubble(stages, circuits, microbatches)
+  counts = (
+    layer_assignment(layers, stages, virtual_stages, given)[1].sum(-1).T.ravel().tolist()
+  )  # in the order that they run
+  share = bubble(stages, virtual_stages, microbatches)
   return [
-    f"pipeline         {stages} stages x {circuits} circuits of {', '.join(map(str, counts))} layers, {microbatches} "
+    f"pipeline         {stages} stages x {virtual_stages} virtual_stages of {', '.join(map(str, counts))} layers, {microbatches} "
     f"microbatches: bubble {share:.1%}"
   ]
 

@@ -71,6 +71,6 @@ def make_cases(calls: list[Call]) -> list[Case]:
 
 def _without_sizes(call: Call) -> str:
   """As `call.key`, but of array dimensions only what is beyond whole tiles of 128."""
-  rest = lambda x: jax.ShapeDtypeStruct((*(1,) * (x.ndim - 2), *(n % 128 for n in x.shape[-2:])), x.dtype)  # noqa: E731
+  rest = lambda x: jax.ShapeDtypeStruct((*(1,) * (x.ndim - 2), *(n % 128 for n in x.shape[-2:])), x.dtype)
   arguments = (rest(x) if isinstance(x, jax.ShapeDtypeStruct) else x for x in call.arguments)
   return dataclasses.replace(call, arguments=tuple(arguments)).key

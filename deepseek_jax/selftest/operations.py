@@ -232,7 +232,7 @@ def _matmul_flops(x, w, group_sizes, block):
   return 6 * float(rows) * x.shape[1] * w.shape[2]
 
 
-# quantize(x [.., rows, columns], tile, pow2), quantize_both(x, block, pow2), swiglu_quantize(gate, up, block, pow2).
+# quantize(x [.., rows, columns], tile, pow2_scales), quantize_both(x, block, pow2_scales), swiglu_quantize(gate, up, block, pow2_scales).
 
 
 def _cut_rows(x, *rest):

@@ -118,7 +118,7 @@ class Run:
     self.row_nats = jax.jit(make_eval_step(config, self.graphdef, data.tokenizer.bos))
     moe, depths = config.model.moe, config.model.num_mtp_layers
     self.logged_rates = (
-      {"learning_rate"} | ({"mtp_weight"} if depths else set()) | ({"bias_speed"} if moe.router_bias else set())
+      {"learning_rate"} | ({"mtp_weight"} if depths else set()) | ({"bias_update_rate"} if moe.router_bias else set())
     )
     self.vote = make_vote(mesh) if jax.process_count() > 1 else None
     # Several programs in flight on virtual CPU devices can starve a collective until it times out.

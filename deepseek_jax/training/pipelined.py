@@ -27,18 +27,18 @@ from deepseek_jax.training.objective import Objective
 
 
 def pipeline_stack(config: Config):
-  """(name of the stack in the stages, which layers are where: int32 [stages, circuits, slots], past the last in empty slots).
+  """(name of the stack in the stages, which layers are where: int32 [stages, virtual_stages, slots], past the last in empty slots).
 
   Of the mesh that is set, whose sizes the config may leave open.
   """
   model, parallel = config.model, config.parallel
   name = "moe_layers" if model.num_moe_layers else "dense_layers"
   layers = getattr(model, f"num_{name}")
-  return name, layer_assignment(layers, axis_size("stages"), parallel.circuits, parallel.stage_layers)[0]
+  return name, layer_assignment(layers, axis_size("stages"), parallel.virtual_stages, parallel.stage_layers)[0]
 
 
 def to_stage_layout(layers, names, table, make_whole):
-  """Parameters of a stack as this stage has them, [circuits, slots, ...]; also whole in their other shards if `make_whole`.
+  """Parameters of a stack as this stage has them, [virtual_stages, slots, ...]; also whole in their other shards if `make_whole`.
 
   layers: [layers, ...], of logical axes `names`, as they are kept. Empty slots are zeros: such blocks do nothing.
   """
@@ -63,9 +63,9 @@ class PipelineSchedule:
 
   def __init__(self, config: Config, graphdef, objective: Objective, buffers, read, mtp_weight, placeholders, whole):
     self.graphdef, self.objective, self.read, self.mtp_weight = graphdef, objective, read, mtp_weight
-    self.buffers, self.placeholders, self.circuits = buffers, placeholders, config.parallel.circuits
+    self.buffers, self.placeholders, self.virtual_stages = buffers, placeholders, config.parallel.virtual_stages
     self.stack, table = pipeline_stack(config)
-    self.own = jnp.asarray(table)[axis_index("stages")]  # [circuits, slots]
+    self.own = jnp.asarray(table)[axis_index("stages")]  # [virtual_stages, slots]
     self.layers = getattr(config.model, f"num_{self.stack}")
     self.first_layer = config.model.layers - self.layers
     self.around = UNSHARDED_PARAMS if whole else {}
@@ -78,9 +78,9 @@ class PipelineSchedule:
     """
     (grads, of_layers, (_, within, after)) = pipelined_gradients(
       self.before, self.within, self.after, params, layers, microbatches,
-      axis=mesh_axes("stages")[0], circuits=self.circuits,
+      axis=mesh_axes("stages")[0], virtual_stages=self.virtual_stages,
     )  # fmt: skip
-    load = within.pop("load")  # {} or {stack: [circuits, slots, experts]}
+    load = within.pop("load")  # {} or {stack: [virtual_stages, slots, experts]}
     whole = {name: jnp.zeros((self.layers, x.shape[-1]), x.dtype) for name, x in load.items()}
     whole = {name: pvary(whole[name]).at[self.own].add(x, mode="drop") for name, x in load.items()}
     reported = {name: value + within.pop(name).sum(0) if name in within else value for name, value in after.items()}
@@ -103,9 +103,9 @@ class PipelineSchedule:
           x, _ = model.run_layers(layers, x, facts, layer_keys(key, jnp.arange(self.first_layer)), nothing)
     return x, ()
 
-  def within(self, layers, circuit, microbatch, x):
+  def within(self, layers, virtual_stage, microbatch, x):
     """(stream, share of the objective, observed) after the blocks `layers` [slots, ...]."""
-    (tokens, key), numbers = self.read(microbatch), self.own[circuit]
+    (tokens, key), numbers = self.read(microbatch), self.own[virtual_stage]
     full = numbers < self.layers
     own = self.buffers.get(self.stack)
     buffers = jax.tree.map(lambda b: b.at[numbers].get(mode="fill", fill_value=0), own) if own else None

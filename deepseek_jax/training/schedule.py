@@ -52,10 +52,12 @@ def learning_rate(config: ScheduleConfig, step, tokens, batch_tokens):
 
 
 def schedules(config: Config, step, tokens, batch_tokens):
-  """learning_rate, mtp_weight and bias_speed of that update, as Python floats."""
+  """learning_rate, mtp_weight and bias_update_rate of that update, as Python floats."""
   balance = config.balance
   return {
     "learning_rate": learning_rate(config.schedule, step, tokens, batch_tokens),
     "mtp_weight": config.mtp.weights[bisect.bisect_right(config.mtp.tokens, tokens)],
-    "bias_speed": 0.0 if balance.bias_tokens and tokens >= balance.bias_tokens else balance.bias_speed,
+    "bias_update_rate": 0.0
+    if balance.bias_update_tokens and tokens >= balance.bias_update_tokens
+    else balance.bias_update_rate,
   }

@@ -51,7 +51,7 @@ def make_eval_step(config: Config, graphdef, bos):
     return jnp.where(lost == 0, nats, jnp.nan)
 
   def row_nats(params, buffers, tokens):
-    with rules(LATENT_RULES[config.parallel.latent]):
+    with rules(LATENT_RULES[config.parallel.mla_latent]):
       layout = partition_specs(params), partition_specs(buffers), spec("batch", None)
       return spmd(local, layout, spec("batch"), differentiable=False)(params, buffers, tokens)
 
@@ -96,7 +96,7 @@ def make_gradients(config: Config, graphdef, bos):
 
   def gradients(state, batch, microbatches, mtp_weight):
     tokens_in_batch = microbatches * batch.shape[1] * (batch.shape[2] - 1)
-    with rules(LATENT_RULES[config.parallel.latent]):
+    with rules(LATENT_RULES[config.parallel.mla_latent]):
       layout = partition_specs(state.params), partition_specs(state.buffers), spec(None, "batch", None), spec(), spec()
       arguments = state.params, state.buffers, batch, mtp_weight, state.step
       if isinstance(microbatches, int):  # a constant of the program: XLA makes one microbatch no loop
@@ -202,7 +202,7 @@ def make_train_step(config: Config, graphdef, bos):
     updates, opt_state = tx.update(grads, old_moments, state.params)
     rate = rates["learning_rate"]
     params = jax.tree.map(lambda p, u: p - rate.astype(p.dtype) * u, state.params, updates)
-    buffers = update_router_bias(state.buffers, metrics["load"], rates["bias_speed"])
+    buffers = update_router_bias(state.buffers, metrics["load"], rates["bias_update_rate"])
     new, old = (params, buffers, opt_state), (state.params, state.buffers, old_moments)
     params, buffers, opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
     opt_state = place_opt_state(jax.memory.Space.Host, opt_state) if offload else opt_state
@@ -230,4 +230,4 @@ def abstract_step(config: Config, mesh):
   def step(state, batch, rates):
     return update(state, batch, microbatches, rates)
 
-  return step, (state, batch, dict.fromkeys(("learning_rate", "mtp_weight", "bias_speed"), rate))
+  return step, (state, batch, dict.fromkeys(("learning_rate", "mtp_weight", "bias_update_rate"), rate))

@@ -75,7 +75,7 @@ def cases():
   found["quantize (1, 128)"] = lambda x: quantizers.quantize(x, (1, 128), False), [x]
   found["quantize (128, 128)"] = lambda x: quantizers.quantize(x, (128, 128), False), [x]
   found["quantize both"] = lambda x: quantizers.quantize_both(x, 128, False), [x]
-  found["quantize both pow2"] = lambda x: quantizers.quantize_both(x, 128, True), [x]
+  found["quantize both pow2_scales"] = lambda x: quantizers.quantize_both(x, 128, True), [x]
   found["swiglu"] = lambda gate, up: swiglu.swiglu_quantize(gate, up, 128, False), [x, x]
   return found
 

@@ -38,9 +38,9 @@ def tools(folder):
 
 def report(dump):
   """What the compilation's files say: registers and spilled bytes of ptxas, shared memory, instructions by name."""
-  read = lambda pattern: "".join(path.read_text() for path in sorted(dump.glob(pattern)))  # noqa: E731
+  read = lambda pattern: "".join(path.read_text() for path in sorted(dump.glob(pattern)))
   ptxas, sass, resources = read("*.ptxas"), read("*.sass*"), read("*.resources.txt")
-  numbers = lambda pattern, text: [int(n) for n in re.findall(pattern, text)]  # noqa: E731
+  numbers = lambda pattern, text: [int(n) for n in re.findall(pattern, text)]
   return {
     "registers": numbers(r"Used (\d+) registers", ptxas),
     "spilled": numbers(r"(\d+) bytes spill (?:stores|loads)", ptxas),

@@ -72,8 +72,8 @@ def test_inside_shard_map_the_gradients_of_shared_keys_add_up():
   expected = jax.grad(loss, (0, 1))(q, shared, dy, segments, "xla")
   with jax.set_mesh(mesh):
     split, whole = jax.P("devices"), jax.P()
-    put = lambda tree, spec: jax.device_put(tree, jax.NamedSharding(mesh, spec))  # noqa: E731
-    local = lambda *arrays: jax.lax.psum(loss(*arrays, "pallas_tpu"), "devices")  # noqa: E731
+    put = lambda tree, spec: jax.device_put(tree, jax.NamedSharding(mesh, spec))
+    local = lambda *arrays: jax.lax.psum(loss(*arrays, "pallas_tpu"), "devices")
     every = jax.shard_map(local, in_specs=(split, whole, split, split), out_specs=whole)
     gradients = jax.jit(jax.grad(every, (0, 1)))
     ours = gradients(put(q, split), put(shared, whole), put(dy, split), put(segments, split))

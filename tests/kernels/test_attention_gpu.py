@@ -77,7 +77,7 @@ def of_registers(callbacks, how):
     transforms = jax.tree.map(int, callbacks._remove_noop_transforms(how[f"{name}_transforms"]))
     return key, memory.access(key, transforms)
 
-  read = lambda name: memory.get_buffer_content(*place(name), thread, logging_info=info)[0]  # noqa: E731
+  read = lambda name: memory.get_buffer_content(*place(name), thread, logging_info=info)[0]
   acc, b = read("acc"), read("b")
   total = acc + np.matmul(np.asarray(how["a_allocation_key_as_array"]), b, dtype=acc.dtype)
   memory.store_buffer_content(*place("acc"), total, thread, logging_info=info)
@@ -92,14 +92,14 @@ def on_cpu(monkeypatch):
   from tokamax._src.ops.attention import pallas_mosaic_gpu_vjp_kernel_sm90 as backward
 
   known = callbacks.wgmma
-  in_memory = lambda how: np.ndim(how["a_allocation_key_as_array"]) == 1  # noqa: E731
-  wgmma = lambda **how: known(**how) if in_memory(how) else of_registers(callbacks, how)  # noqa: E731
+  in_memory = lambda how: np.ndim(how["a_allocation_key_as_array"]) == 1
+  wgmma = lambda **how: known(**how) if in_memory(how) else of_registers(callbacks, how)
   monkeypatch.setattr(callbacks, "wgmma", wgmma)
 
   def changed(module, **names):
     return types.SimpleNamespace(**vars(module) | names)
 
-  nothing = lambda *_, **__: None  # noqa: E731
+  nothing = lambda *_, **__: None
   acc = type("ACC", (), {"__new__": lambda _, *shape: plgpu.ACC(*shape), "init": staticmethod(lambda value: value)})
   for module in (forward, backward):
     # Memory that is shared by what the named barriers keep apart is memory of its own.
@@ -219,7 +219,7 @@ def test_traced_inside_shard_map_and_scan_and_checkpoint(name):
     attend = functools.partial(attention, scale=0.1, segment_ids=segments, implementation="pallas_gpu")
 
     def layer(x, _):
-      one = lambda x: x.at[..., :value].add(attend(x, *(jnp.broadcast_to(y, (len(x), *y.shape[1:])) for y in (k, v))))  # noqa: E731
+      one = lambda x: x.at[..., :value].add(attend(x, *(jnp.broadcast_to(y, (len(x), *y.shape[1:])) for y in (k, v))))
       return jax.checkpoint(one)(x), None
 
     return jax.lax.psum((jax.lax.scan(layer, q, None, length=3)[0].astype(jnp.float32) ** 2).sum(), "data")

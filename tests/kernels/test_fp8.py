@@ -19,9 +19,9 @@ from deepseek_jax.kernels.qtensor import QTensor
 from deepseek_jax.kernels.quantize import api as quantizers
 from deepseek_jax.kernels.swiglu import api as swiglu
 
-quantize = jax.jit(quantizers.quantize, static_argnames=("tile", "pow2", "implementation"))
-quantize_both = jax.jit(quantizers.quantize_both, static_argnames=("block", "pow2", "implementation"))
-swiglu_quantize = jax.jit(swiglu.swiglu_quantize, static_argnames=("block", "pow2", "implementation"))
+quantize = jax.jit(quantizers.quantize, static_argnames=("tile", "pow2_scales", "implementation"))
+quantize_both = jax.jit(quantizers.quantize_both, static_argnames=("block", "pow2_scales", "implementation"))
+swiglu_quantize = jax.jit(swiglu.swiglu_quantize, static_argnames=("block", "pow2_scales", "implementation"))
 fp8_matmul = jax.jit(dense.fp8_matmul, static_argnames=("out_dtype", "implementation"))
 fp8_grouped_matmul = jax.jit(grouped.fp8_grouped_matmul, static_argnames=("step", "implementation"))
 fp8_grouped_wgrad = jax.jit(grouped.fp8_grouped_wgrad, static_argnames=("step", "implementation"))
@@ -61,10 +61,12 @@ def error(ours, reference):
   return np.linalg.norm(np.asarray(ours, np.float64) - reference) / np.linalg.norm(reference)
 
 
-def operands(k=K, outliers=False, pow2=False, wgrad=False):
+def operands(k=K, outliers=False, pow2_scales=False, wgrad=False):
   """(a [ROWS, k], b [N, k]): an activation and a weight, or two activations."""
-  a = quantize(normal(ROWS, k, outliers=outliers), (1, 128), pow2=pow2, implementation="reference")
-  b = quantize(normal(N, k, seed=1), (1, 128) if wgrad else (128, 128), pow2=pow2, implementation="reference")
+  a = quantize(normal(ROWS, k, outliers=outliers), (1, 128), pow2_scales=pow2_scales, implementation="reference")
+  b = quantize(
+    normal(N, k, seed=1), (1, 128) if wgrad else (128, 128), pow2_scales=pow2_scales, implementation="reference"
+  )
   return a, b
 
 
@@ -79,18 +81,18 @@ def random_scales(q, seed):
 
 @EACH
 @TILES
-@pytest.mark.parametrize("pow2", [False, True])
+@pytest.mark.parametrize("pow2_scales", [False, True])
 @pytest.mark.parametrize("shape", [(256, 256), (2, 129, 127)], ids=str)
-def test_tiles_are_rounded_as_numpy_rounds_them(implementation, tile, pow2, shape):
+def test_tiles_are_rounded_as_numpy_rounds_them(implementation, tile, pow2_scales, shape):
   x = normal(*shape)
-  q = quantize(x, tile, pow2=pow2, implementation=implementation)
+  q = quantize(x, tile, pow2_scales=pow2_scales, implementation=implementation)
   x, values, (rows, columns) = np.asarray(x), np.asarray(q.values, np.float32), tile
   scales = np.asarray(q.scales)
   for i in range(q.scales.shape[-2]):
     for j in range(q.scales.shape[-1]):
       part = (..., slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns))
       greatest = np.abs(x[part]).max((-2, -1))
-      scale = np.exp2(np.ceil(np.log2(greatest / 448))) if pow2 else greatest * np.float32(1 / 448)
+      scale = np.exp2(np.ceil(np.log2(greatest / 448))) if pow2_scales else greatest * np.float32(1 / 448)
       np.testing.assert_array_equal(scales[..., i, j], scale)
       expected = (x[part] / scale[..., None, None]).astype(ml_dtypes.float8_e4m3fn)
       np.testing.assert_array_equal(values[part], expected.astype(np.float32))
@@ -100,10 +102,10 @@ def test_tiles_are_rounded_as_numpy_rounds_them(implementation, tile, pow2, shap
 
 @EACH
 @TILES
-@pytest.mark.parametrize("pow2", [False, True])
-def test_what_is_multiplied_by_a_power_of_two_changes_its_scales_alone(implementation, tile, pow2):
+@pytest.mark.parametrize("pow2_scales", [False, True])
+def test_what_is_multiplied_by_a_power_of_two_changes_its_scales_alone(implementation, tile, pow2_scales):
   x = normal(256, 256)
-  q, larger = (quantize(a, tile, pow2=pow2, implementation=implementation) for a in (x, x * 2.0**20))
+  q, larger = (quantize(a, tile, pow2_scales=pow2_scales, implementation=implementation) for a in (x, x * 2.0**20))
   np.testing.assert_array_equal(q.values, larger.values)
   np.testing.assert_array_equal(q.scales * 2.0**20, larger.scales)
 
@@ -111,15 +113,15 @@ def test_what_is_multiplied_by_a_power_of_two_changes_its_scales_alone(implement
 @EACH
 def test_scales_are_the_least_powers_of_two_that_hold_a_tile(implementation):
   x = jnp.stack([jnp.full((128,), value) for value in (448.0, 448.001, 224.0, 3.5, 2.0**-120)])
-  q = quantize(x, (1, 128), pow2=True, implementation=implementation)
+  q = quantize(x, (1, 128), pow2_scales=True, implementation=implementation)
   np.testing.assert_array_equal(q.scales[:, 0], [1.0, 2.0, 0.5, 2.0**-7, 2.0**-126])
 
 
 @EACH
-@pytest.mark.parametrize("pow2", [False, True])
-def test_zeros_stay_zeros_beside_any_tile(implementation, pow2):
+@pytest.mark.parametrize("pow2_scales", [False, True])
+def test_zeros_stay_zeros_beside_any_tile(implementation, pow2_scales):
   x = normal(2, 256).at[0, :128].set(0)
-  q = quantize(x, (1, 128), pow2=pow2, implementation=implementation)
+  q = quantize(x, (1, 128), pow2_scales=pow2_scales, implementation=implementation)
   assert not q.values[0, :128].astype(jnp.float32).any() and np.isfinite(q.scales).all()
   np.testing.assert_allclose(float64(q)[0, 128:], x[0, 128:], atol=0.5)
 
@@ -137,9 +139,9 @@ def test_the_greatest_value_of_a_tile_becomes_448_of_its_sign(implementation):
 @EACH
 @TILES
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
-@pytest.mark.parametrize("pow2", [False, True])
-def test_a_tile_with_a_value_that_is_not_finite_is_nan_and_no_other(implementation, tile, value, pow2):
-  q = quantize(normal(256, 256).at[130, 7].set(value), tile, pow2=pow2, implementation=implementation)
+@pytest.mark.parametrize("pow2_scales", [False, True])
+def test_a_tile_with_a_value_that_is_not_finite_is_nan_and_no_other(implementation, tile, value, pow2_scales):
+  q = quantize(normal(256, 256).at[130, 7].set(value), tile, pow2_scales=pow2_scales, implementation=implementation)
   bad = np.isnan(float64(q))
   own = np.zeros_like(bad)
   own[128 if tile[0] == 128 else 130 : 256 if tile[0] == 128 else 131, :128] = True
@@ -157,17 +159,17 @@ def test_both_are_the_matrix_and_its_transpose_in_tiles_along_their_rows(impleme
 
 
 @EACH
-@pytest.mark.parametrize("pow2", [False, True])
+@pytest.mark.parametrize("pow2_scales", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_swiglu_is_rounded_once(implementation, pow2, dtype):
+def test_swiglu_is_rounded_once(implementation, pow2_scales, dtype):
   """To the nearest FP8 value: as near as float32's own error allows, and scales as near."""
   gate, up = (normal(200, 300, seed=seed).astype(dtype) for seed in (0, 1))
-  both = swiglu_quantize(gate, up, 128, pow2=pow2, implementation=implementation)
+  both = swiglu_quantize(gate, up, 128, pow2_scales=pow2_scales, implementation=implementation)
   wide = [np.asarray(a, np.float64) for a in (gate, up)]
   y = wide[0] / (1 + np.exp(-wide[0])) * wide[1]
   for q, a in zip(both, (y, y.T), strict=True):
-    expected = quantize(jnp.asarray(a, jnp.float32), (1, 128), pow2=pow2, implementation="reference")
-    np.testing.assert_allclose(q.scales, expected.scales, rtol=0 if pow2 else 1e-6)
+    expected = quantize(jnp.asarray(a, jnp.float32), (1, 128), pow2_scales=pow2_scales, implementation="reference")
+    np.testing.assert_allclose(q.scales, expected.scales, rtol=0 if pow2_scales else 1e-6)
     unit = np.exp2(np.maximum(np.floor(np.log2(np.abs(np.asarray(q.values, np.float64)) + 1e-30)), -6) - 3)
     assert (np.abs(float64(q) - a) <= unit * q.scales_of_elements() * (0.5 + 1e-4)).all()
 

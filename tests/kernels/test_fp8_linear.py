@@ -14,8 +14,8 @@ from deepseek_jax.kernels.quantize import api as quantizers
 from deepseek_jax.kernels.swiglu.xla import swiglu
 
 ROWS, K, N = 200, 150, 260
-quantize = jax.jit(quantizers.quantize, static_argnames=("tile", "pow2", "implementation"))
-REPORT, POW2, OTHER = Recipe(), Recipe(pow2=True), Recipe(pow2=True, block=256)
+quantize = jax.jit(quantizers.quantize, static_argnames=("tile", "pow2_scales", "implementation"))
+REPORT, POW2, OTHER = Recipe(), Recipe(pow2_scales=True), Recipe(pow2_scales=True, block=256)
 SIZES = (50, 0, 110, 27)  # and 13 rows of none
 
 
@@ -28,7 +28,7 @@ def problem(groups=None, rows=ROWS, k=K, n=N):
 
 def rounded(x, tile, recipe=REPORT, eight_bits=True):
   """`x` in float64, as it is in FP8."""
-  q = quantize(x, tile, pow2=recipe.pow2, implementation="reference").dequantized() if eight_bits else x
+  q = quantize(x, tile, pow2_scales=recipe.pow2_scales, implementation="reference").dequantized() if eight_bits else x
   return np.asarray(q, np.float64)
 
 
@@ -69,7 +69,9 @@ def assert_close(ours, reference, tolerance=2e-6):
     ("pallas_gpu", REPORT),
     ("pallas_gpu", POW2),
   ],
-  ids=lambda value: value if isinstance(value, str) else f"{value.block} pow2" if value.pow2 else "the report's",
+  ids=lambda value: (
+    value if isinstance(value, str) else f"{value.block} pow2_scales" if value.pow2_scales else "the report's"
+  ),
 )
 def test_value_and_gradients(implementation, recipe):
   x, w, dy = problem()
@@ -85,7 +87,7 @@ def test_value_and_gradients(implementation, recipe):
 def test_value_and_gradients_by_group(implementation, step):
   x, w, dy = problem(len(SIZES))
   recipe, sizes = Recipe(implementation=implementation), jnp.asarray(SIZES, jnp.int32)
-  product = lambda x, w: fp8_ragged_linear(x, w, group_sizes=sizes, step=step, recipe=recipe)[0]  # noqa: E731
+  product = lambda x, w: fp8_ragged_linear(x, w, group_sizes=sizes, step=step, recipe=recipe)[0]
   assert_close(computed(product, x, w, dy), expected(x, w, dy, recipe, SIZES))
 
 
@@ -136,7 +138,7 @@ def test_a_swiglu_is_made_again_of_its_inputs_in_eight_bits(groups, wgrad):
 def test_what_is_kept_for_the_backward_pass_does_not_change_the_result():
   gate, w, _ = problem()
   pair = gate.astype(jnp.bfloat16), (gate[::-1] + 1).astype(jnp.bfloat16)
-  of = lambda **how: jax.jit(lambda x, w: fp8_linear(x, w, recipe=Recipe(**how))[0])  # noqa: E731
+  of = lambda **how: jax.jit(lambda x, w: fp8_linear(x, w, recipe=Recipe(**how))[0])
   for x in (pair, pair[0]):
     y = of()(x, w)
     for how in ({"wgrad": False}, {"cached": False}, {"dgrad": False}):
@@ -191,7 +193,7 @@ def test_of_a_swiglu_its_inputs_are_kept_in_eight_bits():
 def test_an_activation_that_is_kept_as_it_is_gives_the_same_gradients():
   x, w, dy = problem()
   x = x.astype(jnp.bfloat16)
-  layer = lambda recipe: lambda x, w: fp8_linear(x, w, recipe=recipe)[0]  # noqa: E731
+  layer = lambda recipe: lambda x, w: fp8_linear(x, w, recipe=recipe)[0]
   itself = layer(Recipe(cached=False))
   assert ("bfloat16", (ROWS, K)) in kept(itself, x, w)
   jax.tree.map(

@@ -37,7 +37,7 @@ def test_values_and_gradients_are_those_of_indexing(dtype):
 def test_sums_and_their_gradients_are_those_of_indexing(dtype):
   x, index, inverse, y = problem(dtype)
   total, pull = jax.vjp(lambda y: sums_at(y, index, inverse), y)
-  plain = lambda y: y.at[inverse].get(mode="fill", fill_value=0).sum(1)  # noqa: E731
+  plain = lambda y: y.at[inverse].get(mode="fill", fill_value=0).sum(1)
   expected, plain_pull = jax.vjp(plain, y.astype("float32"))
   assert total.dtype == "float32"
   np.testing.assert_allclose(total, expected, rtol=1e-6)

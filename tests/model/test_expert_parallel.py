@@ -58,8 +58,8 @@ def test_equal_to_one_device_with_gradients(skewed):
       y, _ = routed(x, indices, weights, *kernels)
       return y, jax.grad(share, (0, 1, 2))(x, weights, kernels, indices)
 
-    tokens = lambda spec: spec("batch", None)  # noqa: E731
-    kernels = lambda spec: (spec("experts", None, None),) * 3  # noqa: E731
+    tokens = lambda spec: spec("batch", None)
+    kernels = lambda spec: (spec("experts", None, None),) * 3
     y, ours = on_four_devices(gradients, arrays, lambda s: (tokens(s), (tokens(s), tokens(s), kernels(s))))
 
     def dense(x, weights, kernels):

@@ -23,7 +23,7 @@ def test_the_product_of_every_equation(equation):
   rng = np.random.default_rng(0)
   x, w = (jnp.asarray(rng.integers(-15, 16, shape), jnp.float32) for shape in SHAPES[equation])
   x, w = x.at[..., 0].set(448), w.at[0].set(448)
-  recipe = Recipe(pow2=True, wgrad=False, implementation="reference")
+  recipe = Recipe(pow2_scales=True, wgrad=False, implementation="reference")
 
   @functools.partial(jax.jit, static_argnums=0)
   def value_and_gradients(product, x, w):

@@ -75,7 +75,7 @@ def test_the_bias_moves_the_choice_and_not_the_weights_and_has_no_gradient():
     of_seven = routing.scores[..., 7] / jnp.take_along_axis(routing.scores, routing.indices, -1).sum(-1) * 2.5
     np.testing.assert_allclose(routing.weights[..., 0], of_seven, rtol=1e-6)
     graph, params, buffers = nnx.split(router, nnx.Param, ...)
-    weights = lambda buffers: jnp.square(nnx.merge(graph, params, buffers)(x).weights).sum()  # noqa: E731
+    weights = lambda buffers: jnp.square(nnx.merge(graph, params, buffers)(x).weights).sum()
     assert all((g == 0).all() for g in jax.tree.leaves(jax.grad(weights)(buffers)))
     by_kernel = jax.grad(lambda params: jnp.square(nnx.merge(graph, params, buffers)(x).weights).sum())(params)
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(by_kernel))

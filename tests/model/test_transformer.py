@@ -142,7 +142,7 @@ CAPACITY = dataclasses.replace(
   TINY, layers=2, num_mtp_layers=1,
   moe=MoEConfig(
     num_routed_experts=4, num_experts_per_token=2, mlp=8, num_expert_groups=2, topk_groups=2, dispatch="capacity",
-    capacity_factor=0.5, capacity_exempt=0.25,
+    capacity_factor=0.5, no_drop_fraction=0.25,
   ),
 )  # fmt: skip
 

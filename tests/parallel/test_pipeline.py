@@ -79,10 +79,10 @@ def functions(tokens, mask, calls, experts):
     y, u = layer(x, params["kernel"], params["bias"], to_experts, from_experts)
     return jnp.where(full, y, x), (jnp.where(full, 0.1 * (u**2).sum(), 0), jnp.where(full, (u > 0).sum(), 0))
 
-  def chunk(layers, circuit, microbatch, x):
+  def chunk(layers, virtual_stage, microbatch, x):
     calls.append("chunk")
     x, (objective, positive) = jax.lax.scan(
-      jax.checkpoint(one), x, (layers, mask[jax.lax.axis_index("stage"), circuit])
+      jax.checkpoint(one), x, (layers, mask[jax.lax.axis_index("stage"), virtual_stage])
     )
     objective = objective.sum()
     # Summed, it is the same on all experts: counted once.
@@ -96,11 +96,11 @@ def functions(tokens, mask, calls, experts):
   return first, chunk, last
 
 
-def pipelined(mesh, table, mask, circuits, calls):
+def pipelined(mesh, table, mask, virtual_stages, calls):
   """(function of (outer, layers, tokens, microbatches), layouts of layers and tokens).
 
   It returns what `pipelined_gradients` does, summed over the mesh: (gradients of outer and of layers, rows, positive
-  elements [stages, circuits, slots], loss).
+  elements [stages, virtual_stages, slots], loss).
   """
   experts = "expert" if "expert" in mesh.axis_names else None
   in_layers = {"kernel": jax.P(None, experts, None, "stage"), "bias": jax.P()}
@@ -113,7 +113,7 @@ def pipelined(mesh, table, mask, circuits, calls):
     three = functions(tokens[0], jnp.asarray(mask), calls, mesh.shape.get(experts, 1))
     layers, pull = jax.vjp(mine, pvary(layers))
     outer, layers, (of_first, of_chunk, of_last) = pipelined_gradients(
-      *three, pvary(outer), layers, microbatches, axis="stage", circuits=circuits
+      *three, pvary(outer), layers, microbatches, axis="stage", virtual_stages=virtual_stages
     )
     (layers,) = pull(layers)
     summed = jax.lax.psum((outer, layers["bias"], of_first["rows"], of_last["loss"]), mesh.axis_names)
@@ -126,17 +126,21 @@ def pipelined(mesh, table, mask, circuits, calls):
 
 
 @pytest.mark.parametrize(
-  "stages, circuits, experts, layers, assignment",
+  "stages, virtual_stages, experts, layers, assignment",
   [(4, 1, 1, 6, ()), (2, 2, 1, 4, ()), (4, 2, 1, 9, UNEVEN), (2, 2, 2, 5, ()), (2, 1, 2, 3, (1, 2)), (4, 3, 1, 12, ())],
 )
-def test_gradients_are_those_of_the_layers_one_after_another(stages, circuits, experts, layers, assignment):
-  mesh, (table, mask), calls = make_mesh(stages, experts), layer_assignment(layers, stages, circuits, assignment), []
+def test_gradients_are_those_of_the_layers_one_after_another(stages, virtual_stages, experts, layers, assignment):
+  mesh, (table, mask), calls = (
+    make_mesh(stages, experts),
+    layer_assignment(layers, stages, virtual_stages, assignment),
+    [],
+  )
   with jax.enable_x64(True):
     tokens, outer, params = problem(layers, experts)
     each = jax.vmap(jax.grad(sequential, argnums=(0, 1), has_aux=True), (None, None, 1))
     wanted = jax.tree.map(np.asarray, jax.jit(each)(outer, params, tokens))  # [ROOM, ...]
     with jax.set_mesh(mesh):
-      function, specs = pipelined(mesh, table, mask, circuits, calls)
+      function, specs = pipelined(mesh, table, mask, virtual_stages, calls)
       shards = jax.device_put((params, tokens), jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs))
       for microbatches in (1, stages, 2 * stages + 1):
         ours = jax.tree.map(np.asarray, function(outer, *shards, jnp.int32(microbatches)))
@@ -158,11 +162,11 @@ def close(ours, wanted):
 
 def test_nothing_leaks_from_where_there_is_no_item():
   """A chunk that gives NaN for any x but that of its turn: x is (value, chunks passed)."""
-  stages, circuits, microbatches = 4, 2, 5
-  mesh, (table, _) = make_mesh(stages), layer_assignment(stages * circuits, stages, circuits)
+  stages, virtual_stages, microbatches = 4, 2, 5
+  mesh, (table, _) = make_mesh(stages), layer_assignment(stages * virtual_stages, stages, virtual_stages)
 
-  def chunk(layers, circuit, microbatch, x):
-    turn = x[1] == circuit * stages + jax.lax.axis_index("stage")
+  def chunk(layers, virtual_stage, microbatch, x):
+    turn = x[1] == virtual_stage * stages + jax.lax.axis_index("stage")
     right = jnp.where(turn, 1.0, jnp.nan)
     return jnp.stack([x[0] * layers[0], x[1] + 1]) * right, right * layers[0], right
 
@@ -177,18 +181,18 @@ def test_nothing_leaks_from_where_there_is_no_item():
         to_stage_params(pvary(layers), table, "stage", None),
         microbatches,
         axis="stage",
-        circuits=circuits,
+        virtual_stages=virtual_stages,
       ),
     )
 
-  layers = np.linspace(0.5, 1.5, stages * circuits)
+  layers = np.linspace(0.5, 1.5, stages * virtual_stages)
   with jax.enable_x64(True), jax.set_mesh(mesh):
     function = jax.jit(jax.shard_map(device, in_specs=jax.P(), out_specs=jax.P("stage")))
     of_outer, of_layers, (_, right, passed) = jax.tree.map(np.asarray, function(2.0, layers))
   total = layers.prod() * 15  # 1 + 2 + ... + 5
   np.testing.assert_allclose(of_outer.sum(), total, rtol=1e-12)
   np.testing.assert_allclose(of_layers, (microbatches + 2 * total / layers)[table], rtol=1e-12)
-  assert (right == microbatches).all() and passed.sum() == microbatches * stages * circuits
+  assert (right == microbatches).all() and passed.sum() == microbatches * stages * virtual_stages
 
 
 STAGES, CIRCUITS, WIDE = 4, 2, 4096
@@ -201,7 +205,7 @@ def wide(microbatches):
   def first(outer, microbatch):
     return jnp.sin(outer + microbatch * jnp.ones((ROWS, WIDE))), {}
 
-  def chunk(layers, circuit, microbatch, x):
+  def chunk(layers, virtual_stage, microbatch, x):
     return jax.lax.scan(lambda x, scale: (jnp.tanh(x * scale), None), x, layers)[0], 0.0, {}
 
   def last(outer, microbatch, y):
@@ -210,7 +214,7 @@ def wide(microbatches):
   def device(outer, layers):
     layers = to_stage_params(pvary(layers), table, "stage", None)
     of_outer, of_layers, _ = pipelined_gradients(
-      first, chunk, last, pvary(outer), layers, microbatches, axis="stage", circuits=CIRCUITS
+      first, chunk, last, pvary(outer), layers, microbatches, axis="stage", virtual_stages=CIRCUITS
     )
     return of_outer[None], of_layers[None]
 
@@ -271,11 +275,15 @@ def test_to_stages_moves_rows_and_its_transpose_moves_gradients_back(divided):
   np.testing.assert_array_equal(back, wanted)
 
 
-@pytest.mark.parametrize("layers, stages, circuits", [(61, 16, 1), (95, 8, 3), (4, 4, 1), (27, 4, 2), (5, 1, 2)])
-def test_layers_are_shared_evenly_in_their_order(layers, stages, circuits):
-  table, mask = layer_assignment(layers, stages, circuits)
+@pytest.mark.parametrize("layers, stages, virtual_stages", [(61, 16, 1), (95, 8, 3), (4, 4, 1), (27, 4, 2), (5, 1, 2)])
+def test_layers_are_shared_evenly_in_their_order(layers, stages, virtual_stages):
+  table, mask = layer_assignment(layers, stages, virtual_stages)
   counts = mask.sum(-1).T.reshape(-1)  # of chunks in the order in which they run
-  assert table.dtype == np.int32 and table.shape == mask.shape == (stages, circuits, -(-layers // (stages * circuits)))
+  assert table.dtype == np.int32 and table.shape == mask.shape == (
+    stages,
+    virtual_stages,
+    -(-layers // (stages * virtual_stages)),
+  )
   np.testing.assert_array_equal(table.swapaxes(0, 1)[mask.swapaxes(0, 1)], np.arange(layers))
   assert counts.max() - counts.min() <= 1 and (np.diff(counts) <= 0).all()
   assert (table[~mask] == layers).all()
@@ -289,7 +297,7 @@ def test_layers_are_shared_as_assigned():
 
 @pytest.mark.parametrize("assignment", [(3, 3), (2, 2, 2), (2, 2, 2, 1), (3, 3, 3, -2)])
 def test_assignments_that_do_not_fit_are_errors(assignment):
-  with pytest.raises(ConfigError, match=r"2 stages x 2 circuits need 4 .* sum 6.*change"):
+  with pytest.raises(ConfigError, match=r"2 stages x 2 virtual_stages need 4 .* sum 6.*change"):
     layer_assignment(6, 2, 2, assignment)
 
 

@@ -118,7 +118,7 @@ def test_memory_of_a_product_and_what_is_fused():
 
 def test_kernels_do_what_they_say_and_by_groups_as_much_as_there_are_rows():
   m, n, k, groups = 256, 384, 1024, 2
-  operand = lambda tile, *shape: jax.eval_shape(lambda: quantize(jnp.zeros(shape), tile, implementation="xla"))  # noqa: E731
+  operand = lambda tile, *shape: jax.eval_shape(lambda: quantize(jnp.zeros(shape), tile, implementation="xla"))
   x, w = operand((1, 128), m, k), operand((128, 128), groups, n, k)
   sizes = jax.ShapeDtypeStruct((groups,), jnp.int32)
 

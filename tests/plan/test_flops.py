@@ -166,7 +166,7 @@ def test_memory_estimate_is_near_what_xla_allocates(model):
     state = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
     batch = jax.ShapeDtypeStruct((1, 8, config.data.seq + 1), jnp.int32)
     xla = (
-      step.lower(state, batch, 1, dict.fromkeys(("learning_rate", "mtp_weight", "bias_speed"), np.float32(0)))
+      step.lower(state, batch, 1, dict.fromkeys(("learning_rate", "mtp_weight", "bias_update_rate"), np.float32(0)))
       .compile()
       .memory_analysis()
     )

@@ -36,7 +36,7 @@ def test_gradients_of_layers_inside_a_manual_program(topology, by_group):
   mesh = pod(topology, fsdp=-1)
   with jax.set_mesh(mesh):
     whole, shared = jax.P(), jax.P("fsdp")
-    array = lambda layout, dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, layout))  # noqa: E731
+    array = lambda layout, dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, layout))
     groups = (GROUPS,) if by_group else ()
     wide, narrow = (array(whole, jnp.bfloat16, LAYERS, *groups, *matrix) for matrix in ((EMBED, MLP), (MLP, EMBED)))
     x = array(shared, jnp.bfloat16, ROWS * mesh.size, EMBED)

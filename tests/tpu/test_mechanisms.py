@@ -43,7 +43,7 @@ def step_with_moments_on_host(w, m, g):
 def test_moments_on_host():
   """Of many arrays a few are on the device at a time."""
   arrays, shape = 32, (16_384, 8192)  # 64 MiB each on a device
-  step = lambda *trees: tuple(zip(*map(step_with_moments_on_host, *trees), strict=True))  # noqa: E731
+  step = lambda *trees: tuple(zip(*map(step_with_moments_on_host, *trees), strict=True))
   with jax.set_mesh(pod("v5p:4x4x4", data=8, fsdp=8)):
     device, host = (abstract(shape, jnp.float32, "fsdp", None, kind=kind) for kind in ("device", "pinned_host"))
     ours = (device,) * arrays, (host,) * arrays, (device,) * arrays
@@ -64,8 +64,8 @@ def test_activations_on_host():
 
   def gradients(stack, x):
     stack, x = pvary((stack, x))
-    layer = lambda x, w: (x + jnp.tanh(checkpoint_name(x, "block") @ w), None)  # noqa: E731
-    loss = lambda stack: jax.lax.scan(jax.checkpoint(layer, policy=policy), x, stack)[0].astype(jnp.float32).sum()  # noqa: E731
+    layer = lambda x, w: (x + jnp.tanh(checkpoint_name(x, "block") @ w), None)
+    loss = lambda stack: jax.lax.scan(jax.checkpoint(layer, policy=policy), x, stack)[0].astype(jnp.float32).sum()
     return jax.lax.psum(jax.grad(loss)(stack), ("fsdp",))
 
   with jax.set_mesh(pod("v5p:2x2x1", fsdp=4)):

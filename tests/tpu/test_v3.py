@@ -12,7 +12,7 @@ SEQ = 1024  # the time to compile grows with the tokens that are sorted
 MESHES = {
   "fsdp and experts": (dict(fsdp=4, expert=16), {}),
   "experts": (dict(expert=64), {"parallel.zero": "1"}),
-  "experts and heads": (dict(fsdp=2, expert=16, tensor=2), {"parallel.latent": "sharded"}),
+  "experts and heads": (dict(fsdp=2, expert=16, tensor=2), {"parallel.mla_latent": "sharded"}),
   "stages and experts": (dict(stage=4, expert=16), {"parallel.zero": "1"}),
 }
 

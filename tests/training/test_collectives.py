@@ -42,7 +42,9 @@ def collectives(model, mesh, parallel=(), microbatches=4):
     state = abstract_state(config, mesh)
     rows = NamedSharding(mesh, spec(None, "batch", None))
     batch = jax.ShapeDtypeStruct((microbatches, 8, SEQ + 1), jnp.int32, sharding=rows)
-    rates = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in ("learning_rate", "mtp_weight", "bias_speed")}
+    rates = {
+      name: jax.ShapeDtypeStruct((), jnp.float32) for name in ("learning_rate", "mtp_weight", "bias_update_rate")
+    }
     step = jax.jit(make_train_step(config, graphdef(config.model), bos=0), static_argnums=2)
     text = step.lower(state, batch, microbatches, rates).compile().as_text()
   found = []
@@ -57,7 +59,7 @@ def collectives(model, mesh, parallel=(), microbatches=4):
 
 def moved(found, minimum=EMBED * 4):
   """Collectives that move arrays of more than `minimum` elements: all but scalars, counts and the scales of norms."""
-  size = lambda shape: functools.reduce(lambda a, b: a * b, shape, 1)  # noqa: E731
+  size = lambda shape: functools.reduce(lambda a, b: a * b, shape, 1)
   return [(kind, big, where) for kind, shapes, where in found if (big := [s for s in shapes if size(s) > minimum])]
 
 

@@ -39,7 +39,7 @@ def train(config, steps):
   """([gradients of each step], [loss of each step]) of `steps` updates with one batch, on the mesh of `config`."""
   mesh = make_mesh(config.mesh, jax.devices()[: int(np.prod(dataclasses.astuple(config.mesh)))])
   ids = np.random.default_rng(0).integers(0, 64, (1, BATCH, SEQ + 1)).astype(np.int32)
-  rates = {"learning_rate": 3e-4, "mtp_weight": 0.3, "bias_speed": 0.0}
+  rates = {"learning_rate": 3e-4, "mtp_weight": 0.3, "bias_update_rate": 0.0}
   rates = {name: np.float32(rate) for name, rate in rates.items()}
   gradients, losses = [], []
   with jax.set_mesh(mesh):
@@ -105,7 +105,7 @@ def test_tokens_travel_to_experts_in_half_the_bytes_and_come_back_as_they_are():
 
 def test_powers_of_two_travel_to_experts_without_another_rounding():
   config = dataclasses.replace(
-    DENSE, model=dataclasses.replace(MOE, fp8=Fp8Config(pow2=True)), mesh=MeshConfig(data=1, expert=2)
+    DENSE, model=dataclasses.replace(MOE, fp8=Fp8Config(pow2_scales=True)), mesh=MeshConfig(data=1, expert=2)
   )
   alone = dataclasses.replace(config, mesh=MeshConfig(data=1))
   (gradients, losses), (expected_gradients, expected) = train(config, 1), train(alone, 1)

@@ -79,7 +79,7 @@ def test_every_mesh_equals_one_device(axes):
 
       def local(head, hidden, targets):
         head, hidden, targets = pvary((head, hidden, targets))
-        share = lambda *arrays: tuple(x / axis_size("vocab") for x in cross_entropy(*arrays, 4, 0.1, 0.01))  # noqa: E731
+        share = lambda *arrays: tuple(x / axis_size("vocab") for x in cross_entropy(*arrays, 4, 0.1, 0.01))
         (nats, objective), (dhead, dhidden) = derivative(share, targets)(head, hidden)
         objective = psum(objective, "batch", "seq", "vocab")
         sums = psum(nats, "seq", "vocab"), objective

@@ -50,7 +50,7 @@ V3 = dataclasses.replace(
     ),
   ),
   balance=BalanceConfig(
-    expert_loss=0.01, device_loss=0.02, communication_loss=0.03, router_z_loss=0.001, bias_speed=0.01
+    expert_loss=0.01, device_loss=0.02, communication_loss=0.03, router_z_loss=0.001, bias_update_rate=0.01
   ),
 )  # fmt: skip
 CONFIGS = {"dense": DENSE, "v3": V3}
@@ -75,7 +75,7 @@ def train(config, steps, first=None):
   mesh = make_mesh(config.mesh, jax.devices()[: int(np.prod(sizes))])
   dtype = config.model.param_dtype
   rates = {"learning_rate": np.asarray(1e-2, dtype), "mtp_weight": np.asarray(0.3, dtype)}
-  rates |= {"bias_speed": np.asarray(1e-2, dtype)}
+  rates |= {"bias_update_rate": np.asarray(1e-2, dtype)}
   found, reported = [], []
   with jax.set_mesh(mesh):
     # Blocks here and on every step: with fewer cores than virtual devices, programs in flight starve a collective.
@@ -102,7 +102,7 @@ def one_device(config, steps):
 
 def changed(config, mesh, offload=False, kind="gather", **parallel):
   """`config` on a mesh, with fields of its section parallel, what waits in host memory, and how keys travel."""
-  attention = dataclasses.replace(config.model.attention, context_keys=kind)
+  attention = dataclasses.replace(config.model.attention, kv_comm=kind)
   model = dataclasses.replace(config.model, attention=attention, remat="offload" if offload else config.model.remat)
   return dataclasses.replace(
     config, model=model, mesh=MeshConfig(**{"data": 1, **mesh}), parallel=ParallelConfig(**parallel),
@@ -144,10 +144,10 @@ FOUR = [
   ("dense", dict(context=4), dict(kind="ring")),
   ("dense", dict(stage=4), {}),  # two microbatches: the group of four is not full
   ("dense", dict(data=2, fsdp=2), dict(zero=2)),
-  ("dense", dict(stage=2, fsdp=2), dict(circuits=2, stage_layers=(1, 2, 1, 0))),
+  ("dense", dict(stage=2, fsdp=2), dict(virtual_stages=2, stage_layers=(1, 2, 1, 0))),
   ("v3", dict(expert=4), {}),
   ("v3", dict(fsdp=2, expert=2), dict(zero=1)),
-  ("v3", dict(expert=2, tensor=2), dict(latent="sharded")),
+  ("v3", dict(expert=2, tensor=2), dict(mla_latent="sharded")),
   ("v3", dict(context=2, expert=2), dict(offload=True)),
   ("v3", dict(stage=2, expert=2), dict(zero=1)),
   ("v3", dict(stage=2, context=2), {}),
@@ -159,7 +159,7 @@ EIGHT = [
   ("dense", dict(data=2, fsdp=2, tensor=2), dict(zero=2)),
   ("dense", dict(stage=4, tensor=2), {}),
   ("dense", dict(stage=4, data=2), dict(zero=1, stage_layers=(2, 1, 1, 0))),
-  ("dense", dict(stage=2, fsdp=2, tensor=2), dict(circuits=2)),
+  ("dense", dict(stage=2, fsdp=2, tensor=2), dict(virtual_stages=2)),
   ("dense", dict(context=4, tensor=2), {}),
   ("dense", dict(context=2, stage=2, data=2), dict(kind="ring")),
   ("v3", dict(expert=8), {}),
@@ -167,14 +167,14 @@ EIGHT = [
   ("v3", dict(data=2, expert=4), dict(zero=1)),
   ("v3", dict(data=2, fsdp=2, expert=2), {}),
   ("v3", dict(data=2, fsdp=2, expert=2), dict(zero=2)),
-  ("v3", dict(fsdp=2, expert=2, tensor=2), dict(latent="sharded")),
+  ("v3", dict(fsdp=2, expert=2, tensor=2), dict(mla_latent="sharded")),
   ("v3", dict(context=2, expert=2, tensor=2), dict(kind="ring")),
   ("v3", dict(context=4, expert=2), dict(zero=1)),
-  ("v3", dict(context=2, tensor=4), dict(latent="sharded", kind="ring")),
+  ("v3", dict(context=2, tensor=4), dict(mla_latent="sharded", kind="ring")),
   ("v3", dict(stage=4, expert=2), dict(zero=1)),
   ("v3", dict(stage=2, expert=4), {}),
-  ("v3", dict(stage=2, expert=2, data=2), dict(zero=1, circuits=2)),
-  ("v3", dict(stage=2, expert=2, tensor=2), dict(latent="sharded")),
+  ("v3", dict(stage=2, expert=2, data=2), dict(zero=1, virtual_stages=2)),
+  ("v3", dict(stage=2, expert=2, tensor=2), dict(mla_latent="sharded")),
   ("v3", dict(stage=2, context=2, expert=2), dict(offload=True)),
 ]
 
@@ -218,7 +218,7 @@ def test_ten_steps_in_float32_of_a_dense_model_equal_one_device():
 def test_choices_without_room_skip_the_step_and_say_so():
   """A router that sends every token to the same three experts, the first device's and the second's."""
   moe = dataclasses.replace(V3.model.moe, buffer_factor=1.0, num_expert_groups=1, topk_groups=1)
-  balance = BalanceConfig(bias_speed=0.01)
+  balance = BalanceConfig(bias_update_rate=0.01)
   model = dataclasses.replace(V3.model, moe=moe, layers=2, num_mtp_layers=0)
   config = dataclasses.replace(V3, model=model, balance=balance)
   config = changed(config, dict(expert=4))
@@ -228,7 +228,7 @@ def test_choices_without_room_skip_the_step_and_say_so():
     state = dataclasses.replace(state, buffers=jax.tree.map(lambda b: b.at[..., :3].set(9.0), state.buffers))
     step = jax.jit(make_train_step(config, graphdef(config.model), bos=0), static_argnums=2)
     batch = jax.device_put(tokens(0), NamedSharding(mesh, spec(None, "batch", None)))
-    rates = {name: np.float32(0.01) for name in ("learning_rate", "mtp_weight", "bias_speed")}
+    rates = {name: np.float32(0.01) for name in ("learning_rate", "mtp_weight", "bias_update_rate")}
     after, metrics = jax.block_until_ready(step(state, batch, MICROBATCHES, rates))
     nats = jax.jit(make_eval_step(config, graphdef(config.model), bos=0))(state.params, state.buffers, batch[0])
   assert int(metrics["overflow"]) > 0 and np.isfinite(metrics["grad_norm"])

@@ -29,7 +29,7 @@ def get_config():
                               qk_rope_head_dim=4, v_head_dim=8),
                moe=dict(num_routed_experts=4, num_shared_experts=1, num_experts_per_token=2, mlp=16, score="sigmoid",
                         router_bias=True, norm_topk_prob=True)),
-    balance=dict(bias_speed=0.01, expert_loss=1e-3),
+    balance=dict(bias_update_rate=0.01, expert_loss=1e-3),
     mtp=dict(weights=(0.3, 0.1), tokens=(1000,)),
     data=dict(sources=({source!r},), cache={cache!r}, seq=32, heldout_fraction=0.2),
     schedule=dict(kind="warmup_cosine", peak=3e-3, warmup_steps=4, steps={steps}, factors=(0.1,)),
@@ -153,7 +153,7 @@ def test_a_run_shows_and_leaves_what_it_should(folder, uninterrupted):
     "learning_rate",
     "mtp_weight",
     "mtp_loss_1",
-    "bias_speed",
+    "bias_update_rate",
     "balance_loss",
     "max_vio",
     "router/layer_1/max_vio",
@@ -291,7 +291,11 @@ def test_a_run_resumes_on_other_meshes(folder, uninterrupted):
   command = [sys.executable, "-m", "deepseek_jax.train", f"--config={folder}/config.py", f"--workdir={folder}/mesh"]
   env = environment() | {"JAX_NUM_CPU_DEVICES": "4"}
   for axes, steps, more in (
-    ({"stage": 2, "tensor": 2}, STEPS // 2, ["--config.optimizer.offload=true", "--config.parallel.latent=sharded"]),
+    (
+      {"stage": 2, "tensor": 2},
+      STEPS // 2,
+      ["--config.optimizer.offload=true", "--config.parallel.mla_latent=sharded"],
+    ),
     ({"expert": 2, "context": 2}, STEPS, ["--config.parallel.zero=1", "--config.model.moe.buffer_factor=4"]),
   ):
     axes = {"data": 1, "stage": 1, "tensor": 1} | axes

@@ -41,7 +41,7 @@ V3 = dataclasses.replace(
     ),
   ),
   balance=BalanceConfig(
-    expert_loss=0.01, device_loss=0.02, communication_loss=0.03, router_z_loss=0.001, bias_speed=0.01
+    expert_loss=0.01, device_loss=0.02, communication_loss=0.03, router_z_loss=0.001, bias_update_rate=0.01
   ),
 )  # fmt: skip
 CONFIGS = {"dense": CONFIG, "v3": V3}
@@ -63,8 +63,8 @@ def tokens(step, microbatches=1, batch=8):
   return ids.reshape(microbatches, batch // microbatches, SEQ + 1)
 
 
-def rates(learning_rate, dtype, mtp_weight=0.3, bias_speed=1e-3):
-  rates = {"learning_rate": learning_rate, "mtp_weight": mtp_weight, "bias_speed": bias_speed}
+def rates(learning_rate, dtype, mtp_weight=0.3, bias_update_rate=1e-3):
+  rates = {"learning_rate": learning_rate, "mtp_weight": mtp_weight, "bias_update_rate": bias_update_rate}
   return {name: np.asarray(rate, dtype) for name, rate in rates.items()}
 
 

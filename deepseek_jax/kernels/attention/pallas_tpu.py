@@ -37,7 +37,7 @@ def attention_of_part(q, k, v, segment_ids, scale, positions, part):
   mask.q_sequence = positions.reshape(-1)
   kernel = splash.make_splash_mha(masks.MultiHeadMask([mask]), block_sizes=sizes, head_shards=1, q_seq_shards=parts)
   if parts > 1:  # of each part its blocks [1, of queries, of keys], and its positions
-    own = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, part * (x.shape[axis] // parts), x.shape[axis] // parts, axis)  # noqa: E731
+    own = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, part * (x.shape[axis] // parts), x.shape[axis] // parts, axis)
     kernel = jax.tree.map(lambda x: own(x, 1 if x.ndim == 3 else 0), kernel)
   q = (q.astype(jnp.float32) * scale).astype(q.dtype)  # there is no scale inside
   q, k, v, segment_ids = vary(*(x.swapaxes(1, 2) for x in (q, k, v)), segment_ids)  # [batch, heads, seq, width]

@@ -39,8 +39,8 @@ def matmul(a, b, group_sizes, step, out_dtype):
       others = jnp.where(first, jnp.zeros_like(total), y[...].astype(jnp.float32))
       y[...] = jnp.where(own, total[...], others).astype(out_dtype)
 
-  of_scales = lambda step: step * chunks // dense.LANES  # noqa: E731
-  matrix = lambda visit, group_of: jnp.minimum(group_of[visit], groups - 1)  # noqa: E731
+  of_scales = lambda step: step * chunks // dense.LANES
+  matrix = lambda visit, group_of: jnp.minimum(group_of[visit], groups - 1)
   return pl.pallas_call(
     kernel,
     name="fp8_grouped_matmul",
@@ -99,7 +99,7 @@ def wgrad(a, b, group_sizes, step, out_dtype):
     def _():
       dw[...] = total[...].astype(out_dtype)
 
-  of_scales = lambda tile: tile * chunks // dense.LANES  # noqa: E731
+  of_scales = lambda tile: tile * chunks // dense.LANES
   return pl.pallas_call(
     kernel,
     name="fp8_grouped_wgrad",

@@ -40,7 +40,7 @@ def matmul(a, b, out_dtype):
     def _():
       y[...] = total[...].astype(out_dtype)
 
-  of_scales = lambda step: step * chunks // LANES  # noqa: E731
+  of_scales = lambda step: step * chunks // LANES
   return pl.pallas_call(
     kernel,
     name="fp8_matmul",

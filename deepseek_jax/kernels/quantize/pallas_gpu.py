@@ -3,9 +3,9 @@
 from deepseek_jax.kernels import hopper_tiles
 
 
-def quantize(x, tile, pow2):
-  return hopper_tiles.rounded(x, tile, pow2)
+def quantize(x, tile, pow2_scales):
+  return hopper_tiles.rounded(x, tile, pow2_scales)
 
 
-def quantize_both(x, block, pow2):
-  return hopper_tiles.rounded_both(lambda x: x, [x], block, pow2)
+def quantize_both(x, block, pow2_scales):
+  return hopper_tiles.rounded_both(lambda x: x, [x], block, pow2_scales)

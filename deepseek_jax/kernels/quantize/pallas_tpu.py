@@ -17,22 +17,22 @@ STEP_BYTES = 8 * 2**20  # of what is read in a step; with what is written, twice
 VMEM_BYTES = 56 * 2**20
 
 
-def quantize(x, tile, pow2):
+def quantize(x, tile, pow2_scales):
   rows, block = tile
   check([x], block, rows in (1, block), tile)
   matrices = x.reshape(-1, *x.shape[-2:]) if rows > 1 else x.reshape(1, -1, x.shape[-1])
-  ((values, scales),) = quantized([matrices], lambda x: x, block, pow2, square=rows > 1)
+  ((values, scales),) = quantized([matrices], lambda x: x, block, pow2_scales, square=rows > 1)
   return QTensor(values.reshape(x.shape), scales.reshape(*x.shape[:-2], -1, scales.shape[-1]), tile)
 
 
-def quantize_both(x, block, pow2):
-  return both([x], lambda x: x, block, pow2)
+def quantize_both(x, block, pow2_scales):
+  return both([x], lambda x: x, block, pow2_scales)
 
 
-def both(inputs, function, block, pow2):
+def both(inputs, function, block, pow2_scales):
   """(y, its transpose), tiles (1, block) each, of y = `function` of `inputs` [rows, columns] in float32, elementwise."""
   check(inputs, block, inputs[0].ndim == 2, (1, block))
-  copies = quantized([x[None] for x in inputs], function, block, pow2, transpose=True)
+  copies = quantized([x[None] for x in inputs], function, block, pow2_scales, transpose=True)
   return tuple(QTensor(values[0], scales[0], (1, block)) for values, scales in copies)
 
 
@@ -46,7 +46,7 @@ def check(inputs, block, tiles, tile):
     )
 
 
-def quantized(inputs, function, block, pow2, square=False, transpose=False):
+def quantized(inputs, function, block, pow2_scales, square=False, transpose=False):
   """[(values, scales)] of `function` of `inputs` [matrices, m, n], in tiles (1, block) or, `square`, (block, block).
 
   transpose: a second pair is of the transposed matrices.
@@ -70,7 +70,7 @@ def quantized(inputs, function, block, pow2, square=False, transpose=False):
       pl.BlockSpec((None, width, rows), lambda matrix, i, j: (matrix, j, i)),
       pl.BlockSpec((None, None, 1, width), lambda matrix, i, j: (matrix, i, 0, j)),
     ]
-  kernel = functools.partial(_kernel, function, len(inputs), (m, n), block, pow2, square)
+  kernel = functools.partial(_kernel, function, len(inputs), (m, n), block, pow2_scales, square)
   varying = jax.typeof(inputs[0]).manual_axis_type
   outputs = pl.pallas_call(
     kernel,
@@ -93,7 +93,7 @@ def quantized(inputs, function, block, pow2, square=False, transpose=False):
   return found + [(transposed[0], transposed[1][:, :, 0].mT)] if transpose else found
 
 
-def _kernel(function, count, shape, block, pow2, square, *refs):
+def _kernel(function, count, shape, block, pow2_scales, square, *refs):
   inputs, (values, scales, *transposed) = refs[:count], refs[count:]
   (rows, width), across = inputs[0].shape, scales.shape[1]
   row, column = pl.program_id(1) * rows, pl.program_id(2) * width
@@ -105,11 +105,11 @@ def _kernel(function, count, shape, block, pow2, square, *refs):
       down, right = (jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 1))
       x = jnp.where((row + down < shape[0]) & (column + i * block + right < shape[1]), x, 0)
     greatest = _greatest(x, 0)[None] if square or transposed else None
-    scale = scales_of(_greatest(greatest if square else x, 1)[:, None], pow2)  # [rows or 1, 1]
+    scale = scales_of(_greatest(greatest if square else x, 1)[:, None], pow2_scales)  # [rows or 1, 1]
     values[:, at] = (x / scale).astype(FP8)
     if transposed:
-      transposed[1][:, at] = scales_of(greatest, pow2)
-      transposed[0][at, :] = (x / scales_of(greatest, pow2)).astype(FP8).T
+      transposed[1][:, at] = scales_of(greatest, pow2_scales)
+      transposed[0][at, :] = (x / scales_of(greatest, pow2_scales)).astype(FP8).T
     return jnp.where(jax.lax.broadcasted_iota(jnp.int32, along.shape, 1) == i, scale, along)
 
   together = math.gcd(across, 4)  # of which the compiler overlaps one with another

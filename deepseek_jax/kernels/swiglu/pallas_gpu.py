@@ -4,5 +4,5 @@ from deepseek_jax.kernels import hopper_tiles
 from deepseek_jax.kernels.swiglu.xla import swiglu
 
 
-def swiglu_quantize(gate, up, block, pow2):
-  return hopper_tiles.rounded_both(swiglu, [gate, up], block, pow2)
+def swiglu_quantize(gate, up, block, pow2_scales):
+  return hopper_tiles.rounded_both(swiglu, [gate, up], block, pow2_scales)

@@ -4,5 +4,5 @@ from deepseek_jax.kernels.quantize import pallas_tpu
 from deepseek_jax.kernels.swiglu.xla import swiglu
 
 
-def swiglu_quantize(gate, up, block, pow2):
-  return pallas_tpu.both([gate, up], swiglu, block, pow2)
+def swiglu_quantize(gate, up, block, pow2_scales):
+  return pallas_tpu.both([gate, up], swiglu, block, pow2_scales)

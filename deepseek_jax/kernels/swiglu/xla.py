@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from deepseek_jax.kernels.quantize import xla
 
 
-def swiglu_quantize(gate, up, block, pow2):
-  return xla.quantize_both(swiglu(gate, up), block, pow2)
+def swiglu_quantize(gate, up, block, pow2_scales):
+  return xla.quantize_both(swiglu(gate, up), block, pow2_scales)
 
 
 def swiglu(gate, up):
