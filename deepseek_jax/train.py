@@ -54,11 +54,11 @@ def main(argv) -> int:
 
   # Imported late: --help and config errors need no jax.
   from deepseek_jax.mesh import least_devices, resolve_mesh
-  from deepseek_jax.plan.summary import resolved, summary
+  from deepseek_jax.plan.summary import config_summary, format_config
 
   if values.dry_run:
     config = resolve_mesh(config, values.devices or least_devices(config.mesh))
-    print(f"{resolved(config)}\n{summary(config)}")
+    print(f"{format_config(config)}\n{config_summary(config)}")
     return 0
 
   place = find_place(values.coordinator, values.processes, values.process)

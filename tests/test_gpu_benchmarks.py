@@ -20,7 +20,7 @@ from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import load_config
 from deepseek_jax.plan.flops import count_parameters
 from deepseek_jax.plan.plan import make_plan
-from deepseek_jax.plan.topology import parse as parse_topology
+from deepseek_jax.plan.topology import parse_topology
 from deepseek_jax.training.step import abstract_step
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -289,7 +289,7 @@ def test_the_trained_configs_fit_an_h100(name, billions, implementation):
   parameters = count_parameters(config.model)
   assert round((parameters.total + parameters.mtp) / 1e9, 2) == billions
   plan = make_plan(config, parse_topology("h100"), abstract_step)
-  assert plan.total < 0.9 * plan.topology.chip.hbm
+  assert plan.memory_bytes < 0.9 * plan.topology.chip.hbm_capacity
   m, moe = config.model, config.model.moe
   assert all(width % 128 == 0 for width in (m.embed, m.mlp, moe.mlp, m.attention.q_lora_rank, m.attention.kv_lora_rank))
 

@@ -1,226 +1,253 @@
-"""What one device does in a step, counted on the traced program: products, bytes of HBM, messages. Nothing is compiled.
+"""Counts the FLOPs, HBM bytes and collective bytes of one device in a step, on the traced program. Nothing is compiled.
 
-HBM is counted as a compiler with perfect fusion would use it: an elementwise result costs nothing by itself; where a product,
-a message or a loop takes it, it is written and read, and what it was made from is read.
+HBM traffic is counted as for a compiler with perfect fusion. The result of an elementwise operation costs nothing by itself.
+It is written and read where a matmul, a collective or a loop uses it, and its own inputs are read then.
 """
 
 import dataclasses
 import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
+from jax.extend import core
 
 COLLECTIVES = {
   "psum": "all-reduce", "psum_invariant": "all-reduce", "psum2": "all-reduce", "pmax": "all-reduce", "pmin": "all-reduce",
   "all_gather": "all-gather", "all_gather_invariant": "all-gather", "reduce_scatter": "reduce-scatter",
   "all_to_all": "all-to-all", "ragged_all_to_all": "ragged-all-to-all", "ppermute": "collective-permute",
 }  # fmt: skip
-KERNELS = {  # by what their names begin with
-  "splash": "fused attention", "gmm": "grouped product", "tgmm": "grouped product", "fp8_grouped": "grouped product",
+KERNEL_KINDS = {  # by the start of the kernel's name
+  "splash": "fused attention", "gmm": "grouped matmul", "tgmm": "grouped matmul", "fp8_grouped": "grouped matmul",
   "quantize": "memory",
 }  # fmt: skip
-PRODUCTS = ("dot_general", "ragged_dot", "ragged_dot_general")
-SLICES = ("slice", "dynamic_slice", "gather")  # read in part: what they give is what is read
+MATMULS = ("dot_general", "ragged_dot", "ragged_dot_general")
+SLICES = ("slice", "dynamic_slice", "gather")  # only the elements of the result are read
 MOVES = ("sort", "cumsum", "cummax", "top_k", "argmax", "device_put")
-UPDATES = (
-  "scatter",
-  "scatter-add",
-  "scatter_add",
-  "scatter_mul",
-  "dynamic_update_slice",
-)  # in place: what is written, read and written
+# In place: the updated elements are read and written.
+UPDATES = ("scatter", "scatter-add", "scatter_add", "scatter_mul", "dynamic_update_slice")
 REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "reduce_prod", "reduce")
 
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-  """One instruction, done `times` times in a step by each device: FLOPs of a product, bytes of HBM, bytes sent over `axes`."""
+  """One operation of the program. Amounts are of one device and one execution."""
 
-  kind: str  # "product", "grouped product", "fused attention", "memory", or a collective's name in HLO
-  times: float
-  fp8: bool = False  # a product of such operands
+  kind: str  # "matmul", "grouped matmul", "fused attention", "memory", or a collective's name in HLO
+  count: float  # executions in a step
+  fp8: bool = False  # a matmul with FP8 operands
   flops: float = 0
-  bytes: float = 0
-  axes: tuple[str, ...] = ()
-  sent: float = 0
+  hbm_bytes: float = 0  # read and written
+  axes: tuple[str, ...] = ()  # mesh axes of a collective
+  collective_bytes: float = 0  # that the device sends
 
 
 @dataclasses.dataclass(frozen=True)
-class Loops:
-  """What a traced program does not tell: trips of loops that have no constant number, how often conditional parts run (a share
-  of the trips, in the order they stand in), and the shares of rows that grouped products and ragged messages really have."""
+class RuntimeAssumptions:
+  """What the trace does not know, since it depends on data or on the schedule."""
 
-  trips: float = 1
-  taken: tuple[float, ...] = ()
-  full_rows: float = 1
-  sent_rows: float = 1
+  trip_count: float = 1  # of loops without a constant trip count
+  branch_fractions: tuple[
+    float, ...
+  ] = ()  # how often the larger branch of each `cond` runs, in program order; () is always
+  grouped_matmul_fill: float = 1  # share of the rows of grouped matmuls that hold tokens
+  ragged_fill: float = 1  # share of the rows of a ragged all-to-all's buffer that are sent
 
 
 class Value:
-  """An array on a device. `sources`: the arrays in memory that it is made from; empty: it is in memory itself."""
+  """An array on a device, of `size` bytes. `fused_inputs`: the arrays in HBM that it is computed from; () if it is in HBM."""
 
-  def __init__(self, size, sources=()):
-    self.size, self.sources = size, tuple(sources)
+  def __init__(self, size: float, fused_inputs: Iterable["Value"] = ()):
+    self.size, self.fused_inputs = size, tuple(fused_inputs)
 
-  def roots(self):
-    return self.sources or (self,)
+  def arrays_in_hbm(self) -> tuple["Value", ...]:
+    """The arrays in HBM that a fusion reads to use this one."""
+    return self.fused_inputs or (self,)
 
 
-def counted(jaxpr, sizes, loops=Loops()) -> list[Operation]:
-  """Operations of a closed jaxpr, that of a jitted step: arguments and results are read and written once, in their layouts.
+def count_operations(
+  jaxpr: core.ClosedJaxpr, mesh_sizes: Mapping[str, int], assumptions: RuntimeAssumptions = RuntimeAssumptions()
+) -> list[Operation]:
+  """Operations of a jitted step's jaxpr. Its arguments and results are read and written once, sharded as they are.
 
   Args:
-    sizes: {mesh axis: devices}.
+    mesh_sizes: {mesh axis: devices}, in the mesh's order.
   """
-  counter = _Counter(sizes, loops)
-  inputs = [counter.value(v) for v in jaxpr.jaxpr.invars]
-  counter.stored(counter.walk(jaxpr.jaxpr, inputs, 1), 1)
-  return counter.found
+  counter = _Counter(mesh_sizes, assumptions)
+  inputs = [counter.in_hbm(v) for v in jaxpr.jaxpr.invars]
+  counter.write_to_hbm(counter.count_jaxpr(jaxpr.jaxpr, inputs, 1), 1)
+  return counter.operations
 
 
-def held(aval) -> float:
-  """Bytes that a device holds of an array of this type."""
+def bytes_per_device(aval: Any) -> float:
+  """Bytes of a device's shard of an array with this abstract value. 0 for PRNG keys and tokens of effects."""
   if not hasattr(aval, "dtype") or jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
     return 0
-  sharding = getattr(aval, "sharding", None)
-  whole = sharding is not None and not sharding.mesh.empty and not sharding.mesh.manual_axes
-  shape = sharding.shard_shape(aval.shape) if whole else aval.shape  # in manual programs it is a device's own
+  sharding: Any = getattr(aval, "sharding", None)
+  is_global = sharding is not None and not sharding.mesh.empty and not sharding.mesh.manual_axes
+  shape = sharding.shard_shape(aval.shape) if is_global else aval.shape  # inside shard_map shapes are local
   return math.prod(shape) * aval.dtype.itemsize
 
 
 class _Counter:
-  def __init__(self, sizes, loops):
-    self.sizes, self.loops, self.found, self.branches = sizes, loops, [], 0
+  def __init__(self, mesh_sizes: Mapping[str, int], assumptions: RuntimeAssumptions):
+    self.mesh_sizes, self.assumptions = mesh_sizes, assumptions
+    self.operations: list[Operation] = []
+    self.num_conditionals = 0
 
-  def value(self, variable):
-    return Value(held(variable.aval))
+  def in_hbm(self, variable: core.Var) -> Value:
+    return Value(bytes_per_device(variable.aval))
 
-  def add(self, kind, times, **amounts):
+  def add(self, kind: str, count: float, **amounts: Any) -> None:
     if any(amounts.values()):
-      self.found.append(Operation(kind, times, **amounts))
+      self.operations.append(Operation(kind, count, **amounts))
 
-  def walk(self, jaxpr, inputs, times):
-    """Values of the results of `jaxpr`; what it does is added, `times` times."""
+  def count_jaxpr(self, jaxpr: core.Jaxpr, inputs: list[Value], count: float) -> list[Value]:
+    """Adds the operations of `jaxpr`, which runs `count` times. Returns its results."""
     values = dict(zip(jaxpr.invars, inputs, strict=True))
-    values |= {v: self.value(v) for v in jaxpr.constvars}
-    read = lambda v: values[v] if not hasattr(v, "val") else Value(0)
-    for eqn in jaxpr.eqns:
-      outputs = self.instruction(eqn, [read(v) for v in eqn.invars], times)
-      values.update(zip(eqn.outvars, outputs, strict=True))
-    return [read(v) for v in jaxpr.outvars]
+    values |= {v: self.in_hbm(v) for v in jaxpr.constvars}
 
-  def instruction(self, eqn, inputs, times):
+    def lookup(atom):
+      is_literal = hasattr(atom, "val")
+      return Value(0) if is_literal else values[atom]
+
+    for eqn in jaxpr.eqns:
+      outputs = self.count_equation(eqn, [lookup(v) for v in eqn.invars], count)
+      values.update(zip(eqn.outvars, outputs, strict=True))
+    return [lookup(v) for v in jaxpr.outvars]
+
+  def count_equation(self, eqn: core.JaxprEqn, inputs: list[Value], count: float) -> list[Value]:
     name, params = eqn.primitive.name, eqn.params
-    fresh = [self.value(v) for v in eqn.outvars]
+    outputs = [self.in_hbm(v) for v in eqn.outvars]
+    output_bytes = sum(v.size for v in outputs)
     if name in COLLECTIVES:
-      self.message(eqn, inputs, fresh, times)
-    elif name in PRODUCTS:
-      flops, grouped = product(eqn)
-      self.product(
-        "grouped product" if grouped else "product", times, flops, self.taken(inputs) + sum(v.size for v in fresh)
-      )
-    elif name == "pallas_call":  # its estimate has the reads of its operands, which are in memory
-      made, cost = self.taken(inputs) - sum(v.size for v in inputs), params["cost_estimate"]
-      kind, fp8 = kind_of_kernel(params["name"]), params["name"].startswith("fp8")
-      self.product(kind, times, cost.flops, made + cost.bytes_accessed, fp8)
+      self.add_collective(eqn, inputs, outputs, count)
+    elif name in MATMULS:
+      flops, is_grouped = dot_flops(eqn)
+      kind = "grouped matmul" if is_grouped else "matmul"
+      self.add_matmul(kind, count, flops, self.read_from_hbm(inputs) + output_bytes)
+    elif name == "pallas_call":
+      # The kernel's estimate has the reads of its operands: only the bytes to put them in HBM are added.
+      operand_bytes, cost = self.read_from_hbm(inputs) - sum(v.size for v in inputs), params["cost_estimate"]
+      is_fp8 = params["name"].startswith("fp8")
+      self.add_matmul(kernel_kind(params["name"]), count, cost.flops, operand_bytes + cost.bytes_accessed, is_fp8)
     elif name in SLICES:
       pass
     elif name in UPDATES:
-      self.add("memory", times, bytes=2 * self.taken(inputs[1:]))
+      self.add("memory", count, hbm_bytes=2 * self.read_from_hbm(inputs[1:]))
     elif name in MOVES:
-      self.add("memory", times, bytes=self.taken(inputs) + sum(v.size for v in fresh))
-    elif name in REDUCTIONS:  # fused with what makes the operands
-      reads = sum(root.size for root in _union(inputs))
-      self.add("memory", times, bytes=reads + sum(v.size for v in fresh))
+      self.add("memory", count, hbm_bytes=self.read_from_hbm(inputs) + output_bytes)
+    elif name in REDUCTIONS:  # fused with what computes the operands
+      read_bytes = sum(array.size for array in _arrays_in_hbm(inputs))
+      self.add("memory", count, hbm_bytes=read_bytes + output_bytes)
     elif name == "scan":
-      self.stored(inputs, times)
-      self.loop(params["jaxpr"].jaxpr, times * params["length"])
+      self.write_to_hbm(inputs, count)
+      self.count_loop_body(params["jaxpr"].jaxpr, count * params["length"])
     elif name == "while":
-      self.stored(inputs, times)
-      self.loop(params["body_jaxpr"].jaxpr, times * self.loops.trips)
+      self.write_to_hbm(inputs, count)
+      self.count_loop_body(params["body_jaxpr"].jaxpr, count * self.assumptions.trip_count)
     elif name == "cond":
-      return self.conditional(params, inputs, fresh, times)
-    elif (inner := _inner(params)) is not None:
-      return self.walk(inner, inputs[len(inputs) - len(inner.invars) :], times)
-    else:
-      sources = _union(inputs)  # none: constants, and counting
-      return [Value(v.size if sources else 0, sources) for v in fresh]
-    return fresh
+      self.count_conditional(params, inputs, count)
+    elif (called := _called_jaxpr(params)) is not None:
+      return self.count_jaxpr(called, inputs[len(inputs) - len(called.invars) :], count)
+    else:  # elementwise
+      fused_inputs = _arrays_in_hbm(inputs)  # none for constants and iota, which cost nothing
+      return [Value(v.size if fused_inputs else 0, fused_inputs) for v in outputs]
+    return outputs
 
-  def product(self, kind, times, flops, moved, fp8=False):
-    flops *= self.loops.full_rows if kind == "grouped product" else 1
-    self.add(kind, times, flops=flops, bytes=moved, fp8=fp8)
+  def add_matmul(self, kind: str, count: float, flops: float, hbm_bytes: float, fp8: bool = False) -> None:
+    flops *= self.assumptions.grouped_matmul_fill if kind == "grouped matmul" else 1
+    self.add(kind, count, flops=flops, hbm_bytes=hbm_bytes, fp8=fp8)
 
-  def loop(self, body, times):
-    """The body of a loop, whose arguments and results are in memory."""
-    self.stored(self.walk(body, [self.value(v) for v in body.invars], times), times)
+  def count_loop_body(self, body: core.Jaxpr, count: float) -> None:
+    """Adds the body of a loop, whose arguments and results are in HBM."""
+    results = self.count_jaxpr(body, [self.in_hbm(v) for v in body.invars], count)
+    self.write_to_hbm(results, count)
 
-  def conditional(self, params, inputs, fresh, times):
-    """The branch that does most, as often as `loops.taken` says."""
-    share = self.loops.taken[self.branches % len(self.loops.taken)] if self.loops.taken else 1
-    self.branches += 1
-    kept, best = self.found, []
+  def count_conditional(self, params: Mapping[str, Any], inputs: list[Value], count: float) -> None:
+    """Adds the most expensive branch, as often as `branch_fractions` says."""
+    fractions = self.assumptions.branch_fractions
+    fraction = fractions[self.num_conditionals % len(fractions)] if fractions else 1
+    self.num_conditionals += 1
+    before = self.operations
+    largest: list[Operation] = []
     for branch in params["branches"]:
-      self.found = []
-      self.stored(self.walk(branch.jaxpr, inputs[1:], times * share), times * share)
-      best = max(best, self.found, key=lambda found: sum(o.flops + o.bytes + o.sent for o in found))
-    self.found = kept + best
-    return fresh
+      self.operations = []
+      self.write_to_hbm(self.count_jaxpr(branch.jaxpr, inputs[1:], count * fraction), count * fraction)
+      largest = max(largest, self.operations, key=_total_amount)
+    self.operations = before + largest
 
-  def message(self, eqn, inputs, fresh, times):
+  def add_collective(self, eqn: core.JaxprEqn, inputs: list[Value], outputs: list[Value], count: float) -> None:
     kind, params = COLLECTIVES[eqn.primitive.name], eqn.params
     axes = params.get("axes") or params.get("axis_name")
     axes = axes if isinstance(axes, tuple) else (axes,)
-    axes = tuple(sorted(axes, key=list(self.sizes).index))
-    n = math.prod(self.sizes[axis] for axis in axes)
-    whole = sum(v.size for v in inputs)
-    if kind == "ragged-all-to-all":  # rows from one buffer to another, of which the smaller has few that are empty
-      whole = min(held(v.aval) for v in eqn.invars[:2])
-    others = (n - 1) / n
-    sent = {
-      "all-reduce": 2 * others * whole, "all-gather": others * sum(v.size for v in fresh), "reduce-scatter": others * whole,
-      "all-to-all": others * whole, "collective-permute": whole, "ragged-all-to-all": others * whole * self.loops.sent_rows,
+    axes = tuple(sorted(axes, key=list(self.mesh_sizes).index))
+    group_size = math.prod(self.mesh_sizes[axis] for axis in axes)
+    input_bytes, output_bytes = sum(v.size for v in inputs), sum(v.size for v in outputs)
+    if kind == "ragged-all-to-all":  # from one buffer to another: the smaller one has fewer unused rows
+      input_bytes = min(bytes_per_device(v.aval) for v in eqn.invars[:2])
+    to_others = (group_size - 1) / group_size
+    collective_bytes = {
+      "all-reduce": 2 * to_others * input_bytes, "all-gather": to_others * output_bytes,
+      "reduce-scatter": to_others * input_bytes, "all-to-all": to_others * input_bytes, "collective-permute": input_bytes,
+      "ragged-all-to-all": to_others * input_bytes * self.assumptions.ragged_fill,
     }[kind]  # fmt: skip
-    self.add(kind, times, bytes=self.taken(inputs) + sum(v.size for v in fresh), axes=axes, sent=sent)
+    hbm_bytes = self.read_from_hbm(inputs) + output_bytes
+    self.add(kind, count, hbm_bytes=hbm_bytes, axes=axes, collective_bytes=collective_bytes)
 
-  def taken(self, values):
-    """Bytes moved to have `values` in memory and to read them."""
-    total = 0
+  def read_from_hbm(self, values: Iterable[Value]) -> float:
+    """Bytes to read `values` from HBM, and first to write those that were fused so far. They are in HBM afterwards."""
+    total: float = 0
     for v in values:
-      total += v.size + (v.size + sum(root.size for root in v.sources) if v.sources else 0)
-      v.sources = ()
+      total += v.size + _write_bytes(v)
+      v.fused_inputs = ()
     return total
 
-  def stored(self, values, times):
-    """`values` leave a program or a loop: those that are not in memory are put there."""
-    unique = {id(v): v for v in values if v.sources}.values()
-    self.add("memory", times, bytes=sum(v.size + sum(root.size for root in v.sources) for v in unique))
-    for v in unique:
-      v.sources = ()
+  def write_to_hbm(self, values: Iterable[Value], count: float) -> None:
+    """Writes those of `values` that were fused so far: they leave a program or a loop. They are in HBM afterwards."""
+    fused = {id(v): v for v in values if v.fused_inputs}.values()
+    self.add("memory", count, hbm_bytes=sum(_write_bytes(v) for v in fused))
+    for v in fused:
+      v.fused_inputs = ()
 
 
-def kind_of_kernel(name):
-  return next((kind for start, kind in KERNELS.items() if name.startswith(start)), "product")
+def _write_bytes(value: Value) -> float:
+  """Bytes to compute and write a fused value: itself and its inputs. 0 if it is in HBM."""
+  return value.size + sum(array.size for array in value.fused_inputs) if value.fused_inputs else 0
 
 
-def product(eqn):
-  """(FLOPs of a product, whether it is one by groups)."""
-  left, out = eqn.invars[0].aval.shape, math.prod(eqn.outvars[0].aval.shape)
+def _total_amount(operations: list[Operation]) -> float:
+  return sum(o.flops + o.hbm_bytes + o.collective_bytes for o in operations)
+
+
+def kernel_kind(name: str) -> str:
+  """The `Operation.kind` of a Pallas kernel, by its name."""
+  return next((kind for prefix, kind in KERNEL_KINDS.items() if name.startswith(prefix)), "matmul")
+
+
+def dot_flops(eqn: core.JaxprEqn) -> tuple[float, bool]:
+  """(FLOPs of a dot_general or ragged_dot, whether it is a grouped matmul)."""
+  lhs_aval: Any = eqn.invars[0].aval
+  output_aval: Any = eqn.outvars[0].aval
+  lhs, output_size = lhs_aval.shape, math.prod(output_aval.shape)
   if eqn.primitive.name == "dot_general":
-    (contracted, _), _ = eqn.params["dimension_numbers"]
-    return 2 * out * math.prod(left[i] for i in contracted), False
+    (contracting_dims, _), _ = eqn.params["dimension_numbers"]
+    return 2 * output_size * math.prod(lhs[i] for i in contracting_dims), False
   numbers = eqn.params["ragged_dot_dimension_numbers"]
-  (contracted, _), _ = numbers.dot_dimension_numbers
-  # One that contracts the rows has a result for each group, of its rows alone.
-  groups = eqn.outvars[0].aval.shape[0] if set(numbers.lhs_ragged_dimensions) <= set(contracted) else 1
-  return 2 * out * math.prod(left[i] for i in contracted) / groups, True
+  (contracting_dims, _), _ = numbers.dot_dimension_numbers
+  # Where the rows are contracted, each group has a result of its own, from its own rows.
+  contracts_rows = set(numbers.lhs_ragged_dimensions) <= set(contracting_dims)
+  num_groups = output_aval.shape[0] if contracts_rows else 1
+  return 2 * output_size * math.prod(lhs[i] for i in contracting_dims) / num_groups, True
 
 
-def _union(values):
-  return tuple({id(root): root for v in values for root in v.roots() if root.size}.values())
+def _arrays_in_hbm(values: Iterable[Value]) -> tuple[Value, ...]:
+  """The distinct arrays in HBM that a fusion with these inputs reads."""
+  return tuple({id(a): a for v in values for a in v.arrays_in_hbm() if a.size}.values())
 
 
-def _inner(params):
-  """The jaxpr of a call, or None."""
+def _called_jaxpr(params: Mapping[str, Any]) -> core.Jaxpr | None:
+  """The jaxpr of a call such as jit or remat, or None."""
   for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
     if name in params:
       return getattr(params[name], "jaxpr", params[name])

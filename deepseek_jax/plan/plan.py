@@ -1,7 +1,9 @@
-"""A plan: what a step of a config needs and how fast it is on a topology that need not be here."""
+"""A plan: the HBM that a step of a config needs on a topology, and its expected step time. No accelerator is used."""
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from jax.sharding import AbstractDevice
@@ -13,198 +15,244 @@ from deepseek_jax.mesh import AXES, abstract_mesh, check_slices, make_mesh, reso
 from deepseek_jax.model.expert_parallel import has_ragged_all_to_all
 from deepseek_jax.model.transformer import check_kernels
 from deepseek_jax.parallel.pipeline import num_ticks
-from deepseek_jax.plan import roofline
-from deepseek_jax.plan.child import ADVICE, in_child
-from deepseek_jax.plan.compiled import OutOfMemory, compiled, devices
-from deepseek_jax.plan.count import Loops, Operation, counted
-from deepseek_jax.plan.flops import DEVICE, training_flops
-from deepseek_jax.plan.hlo import Program
-from deepseek_jax.plan.memory import estimate_memory, fused_attention
+from deepseek_jax.plan.compile import CompiledProgram, OutOfMemory, compile_for_tpu, topology_devices
+from deepseek_jax.plan.count import Operation, RuntimeAssumptions, count_operations
+from deepseek_jax.plan.flops import TRACE_DEVICE, training_flops
+from deepseek_jax.plan.hlo import HloProgram
+from deepseek_jax.plan.memory import estimate_memory, uses_fused_attention
+from deepseek_jax.plan.roofline import StepTime, calibrated_step_time, ideal_step_time
+from deepseek_jax.plan.subprocess_call import ADVICE, call_in_subprocess
 from deepseek_jax.plan.topology import GIB, Topology
+
+# (config, mesh) -> (the training step, its abstract arguments), called with that mesh set. A function of a module, since the
+# process that compiles imports it.
+MakeStep = Callable[[Config, Any], tuple[Callable, tuple]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """`memory`: bytes on a device by part. `collectives`: {kind: {axes: bytes that a device sends in a step}}. FLOPs are of all
-  devices: `model_flops` 6 x active parameters and causal attention, `compiled_flops` what the program does (of grouped products as traced, but on
-  v5p). `source`:
-  "compiled" by XLA, or "analytic"; `compile_seconds` of CPU time, when it was first compiled."""
+  """What a training step needs and how long it takes. FLOPs are of all devices."""
 
   config: Config
   topology: Topology
-  memory: dict
-  model_flops: float
-  compiled_flops: float
-  collectives: dict
-  ideal: roofline.Estimate
-  calibrated: roofline.Estimate
-  source: str
-  compile_seconds: float
+  memory: dict[str, int]  # bytes on a device, by the fields of MemoryEstimate
+  model_flops: float  # 6 x active parameters and causal attention
+  compiled_flops: float  # what the program executes; its grouped matmuls as traced, but as compiled on v5p
+  collectives: dict[str, dict[str, float]]  # {kind: {mesh axes: bytes that a device sends in a step}}
+  ideal: StepTime
+  calibrated: StepTime
+  source: str  # "compiled" by XLA, or "analytic"
+  compile_seconds: float  # CPU time, when the step was first compiled
 
   @property
-  def total(self):
+  def memory_bytes(self) -> int:
+    """Bytes of HBM on a device."""
     return sum(self.memory.values())
 
   @property
-  def fits(self):
-    return self.total <= self.topology.chip.hbm
+  def fits(self) -> bool:
+    return self.memory_bytes <= self.topology.chip.hbm_capacity
 
   @property
-  def tokens(self):
+  def tokens_per_step(self) -> int:
     return self.config.train.global_batch * self.config.data.seq
 
-  def mfu(self, estimate):
-    """Of bfloat16's peak, also of FP8 GEMMs."""
-    return self.model_flops / (self.topology.devices * self.topology.chip.flops * estimate.seconds)
+  def mfu(self, time: StepTime) -> float:
+    """Model FLOPs over what the devices do at bfloat16's peak in that time, with FP8 GEMMs too."""
+    return self.model_flops / (self.topology.num_devices * self.topology.chip.peak_flops * time.seconds)
 
-  def json(self) -> dict:
-    c = self.calibrated
-    parts = lambda e: {f"{name}_seconds": getattr(e, name) for name in ("compute", "hbm", "interconnect")}
+  def to_json(self) -> dict[str, Any]:
+    """The content of --json."""
     return {
-      "fits": self.fits, "topology": self.topology.text, "devices": self.topology.devices,
+      "fits": self.fits, "topology": self.topology.text, "devices": self.topology.num_devices,
       "mesh": {axis: getattr(self.config.mesh, axis) for axis in AXES},
-      "hbm_bytes_per_device": {**self.memory, "total": self.total, "limit": int(self.topology.chip.hbm)},
-      "step_seconds": c.seconds, "tokens_per_second": self.tokens / c.seconds, "mfu": self.mfu(c), "bound": c.bound,
-      "calibrated": {"seconds": c.seconds, "mfu": self.mfu(c), "bound": c.bound, **parts(c)},
-      "ideal": {"seconds": self.ideal.seconds, "mfu": self.mfu(self.ideal), "bound": self.ideal.bound, **parts(self.ideal)},
+      "hbm_bytes_per_device": {
+        **self.memory, "total": self.memory_bytes, "limit": int(self.topology.chip.hbm_capacity)
+      },
+      "step_seconds": self.calibrated.seconds, "tokens_per_second": self.tokens_per_step / self.calibrated.seconds,
+      "mfu": self.mfu(self.calibrated), "bound": self.calibrated.bound,
+      "calibrated": self._time_to_json(self.calibrated), "ideal": self._time_to_json(self.ideal),
       "model_flops": self.model_flops, "compiled_flops": self.compiled_flops, "collective_bytes": self.collectives,
       "source": self.source, "compile_seconds": self.compile_seconds,
     }  # fmt: skip
 
+  def _time_to_json(self, time: StepTime) -> dict[str, Any]:
+    return {
+      "seconds": time.seconds, "mfu": self.mfu(time), "bound": time.bound, "compute_seconds": time.compute_seconds,
+      "hbm_seconds": time.hbm_seconds, "interconnect_seconds": time.interconnect_seconds,
+    }  # fmt: skip
 
-def make_plan(config: Config, topology: Topology, program, compile=False) -> Plan:
-  """The Plan of `config`, whose mesh may be open, on `topology`.
+
+def make_plan(config: Config, topology: Topology, make_step: MakeStep, compile: bool = False) -> Plan:
+  """The Plan of a config on a topology.
 
   Args:
-    program: (config, mesh) -> (the step, its abstract arguments), of a mesh that is set; a module's own function, since
-      another process compiles.
-    compile: for a TPU topology, with libtpu: memory and messages are those of the compiled program.
+    config: its mesh sizes need not be resolved.
+    make_step: see MakeStep.
+    compile: compile the step with libtpu, for a TPU topology: memory and collectives are those of the compiled program.
 
   Raises:
-    ConfigError: a mesh that cannot work, or kernels that the chip does not have.
+    ConfigError: the mesh does not fit the devices, the chip lacks a kernel, or XLA cannot compile the step.
   """
-  config = resolve_mesh(config, topology.devices)
+  config = resolve_mesh(config, topology.num_devices)
   device = AbstractDevice(topology.chip.kind, 1, "tpu" if topology.is_tpu else "gpu")
   with jax.sharding.use_abstract_mesh(abstract_mesh(config.mesh, device)):
     check_kernels(config.model)
-  sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
-  check_slices(tuple(sizes.values()), topology.slices)
-  loops = expected_loops(config, topology.chip.kind)
-  kernels = topology.is_tpu or fused_attention(config, topology.chip)
-  operations = traced(config if kernels else without_kernels(config), program, sizes, loops)
+  mesh_sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
+  check_slices(tuple(mesh_sizes.values()), topology.num_slices)
+  assumptions = runtime_assumptions(config, topology.chip.kind)
+  is_fused = topology.is_tpu or uses_fused_attention(config, topology.chip)
+  operations = trace_operations(config if is_fused else with_xla_attention(config), make_step, mesh_sizes, assumptions)
   if not has_ragged_all_to_all(topology.chip.kind):
     operations = [dataclasses.replace(o, kind=o.kind.removeprefix("ragged-")) for o in operations]
-  flops, seconds = sum(o.times * o.flops for o in operations), 0.0
+  flops, compile_seconds = sum(o.count * o.flops for o in operations), 0.0
   memory = dataclasses.asdict(estimate_memory(config, topology.chip))
   if compile:
-    built, total = in_child(compiled_step, config, topology, program)
-    # The parts are the estimate's, but for those that are exact in proportion to what XLA allocates.
-    exact = memory["params"] + memory["optimizer"]
-    share = (total - exact) / (sum(memory.values()) - exact)
-    memory = {name: size if name in ("params", "optimizer") else int(size * share) for name, size in memory.items()}
-    if built:
-      hlo, seconds = Program(built.hlo, sizes, loops.trips, loops.taken), built.seconds
-      flops = hlo.product_flops(loops.full_rows)
-      messages = [Operation(c.kind, c.times, axes=c.axes, sent=c.sent) for c in hlo.collectives(loops.sent_rows)]
-      messages += [
-        Operation("all-reduce", hlo.times[name], axes=AXES[:1], sent=size) for name, size in hlo.between_slices()
-      ]
-      # Their memory traffic stays with the traced ones.
-      operations = [dataclasses.replace(o, axes=(), sent=0) for o in operations] + messages
-  sent = defaultdict(lambda: defaultdict(float))
-  for o in operations:
-    if o.sent:
-      sent[o.kind]["x".join(o.axes)] += o.times * o.sent
-  useful = training_flops(config.model, config.data.seq).causal * config.train.global_batch * config.data.seq
+    program, memory_bytes = call_in_subprocess(compile_step, config, topology, make_step)
+    memory = _scale_to(memory, memory_bytes)
+    if program:
+      hlo = HloProgram(program.hlo, mesh_sizes, assumptions.trip_count, assumptions.branch_fractions)
+      flops, compile_seconds = hlo.matmul_flops(assumptions.grouped_matmul_fill), program.compile_seconds
+      # HBM traffic of the traced collectives stays, since HLO does not tell it.
+      operations = [dataclasses.replace(o, axes=(), collective_bytes=0) for o in operations]
+      operations += _compiled_collectives(hlo, assumptions)
   block = config.model.fp8.block
-  estimates = (estimate(operations, topology, sizes, block) for estimate in (roofline.ideal, roofline.calibrated))
-  sent = {kind: dict(by_axes) for kind, by_axes in sent.items()}
-  source = "compiled" if compile else "analytic"
-  return Plan(config, topology, memory, useful, flops * topology.devices, sent, *estimates, source, seconds)
+  return Plan(
+    config, topology, memory,
+    model_flops=training_flops(config.model, config.data.seq).causal * config.train.global_batch * config.data.seq,
+    compiled_flops=flops * topology.num_devices,
+    collectives=_collective_bytes(operations),
+    ideal=ideal_step_time(operations, topology, mesh_sizes, block),
+    calibrated=calibrated_step_time(operations, topology, mesh_sizes, block),
+    source="compiled" if compile else "analytic",
+    compile_seconds=compile_seconds,
+  )  # fmt: skip
 
 
-def without_kernels(config: Config) -> Config:
-  """`config` with XLA's attention."""
+def _scale_to(memory: Mapping[str, int], memory_bytes: int) -> dict[str, int]:
+  """The estimate, scaled to what XLA allocates in all. Parameters and optimizer state are exact and stay."""
+  exact = ("params", "optimizer")
+  exact_bytes = sum(memory[name] for name in exact)
+  scale = (memory_bytes - exact_bytes) / (sum(memory.values()) - exact_bytes)
+  return {name: size if name in exact else int(size * scale) for name, size in memory.items()}
+
+
+def _compiled_collectives(hlo: HloProgram, assumptions: RuntimeAssumptions) -> list[Operation]:
+  operations = [
+    Operation(c.kind, c.count, axes=c.axes, collective_bytes=c.collective_bytes)
+    for c in hlo.collectives(assumptions.ragged_fill)
+  ]
+  for computation, size in hlo.cross_slice_sends():
+    operations.append(Operation("all-reduce", hlo.counts[computation], axes=AXES[:1], collective_bytes=size))
+  return operations
+
+
+def _collective_bytes(operations: list[Operation]) -> dict[str, dict[str, float]]:
+  """{kind: {mesh axes, joined with x: bytes that a device sends in a step}}."""
+  total: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+  for o in operations:
+    if o.collective_bytes:
+      total[o.kind]["x".join(o.axes)] += o.count * o.collective_bytes
+  return {kind: dict(by_axes) for kind, by_axes in total.items()}
+
+
+def with_xla_attention(config: Config) -> Config:
+  """`config` with XLA's attention instead of a kernel."""
   attention = dataclasses.replace(config.model.attention, implementation="xla")
   return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
 
 
-def traced(config, program, sizes, loops) -> list[Operation]:
-  """Operations of a step; as for a v5p, whatever the chip: grouped products and messages are then one operation each."""
-  mesh = abstract_mesh(config.mesh, DEVICE)
+def trace_operations(
+  config: Config, make_step: MakeStep, mesh_sizes: Mapping[str, int], assumptions: RuntimeAssumptions
+) -> list[Operation]:
+  """Operations of a step. Traced for a v5p whatever the chip, where a grouped matmul or collective is one operation."""
+  mesh = abstract_mesh(config.mesh, TRACE_DEVICE)
   with jax.sharding.use_abstract_mesh(mesh):
-    step, arguments = program(config, mesh)
-    return counted(jax.jit(step, donate_argnums=0).trace(*arguments).jaxpr, sizes, loops)
+    step, arguments = make_step(config, mesh)
+    return count_operations(jax.jit(step, donate_argnums=0).trace(*arguments).jaxpr, mesh_sizes, assumptions)
 
 
-def compiled_step(config, topology, program, log=None):
-  """(Compiled or None where it does not fit, bytes on a device); `log` as in `compiled`."""
-  mesh = make_mesh(config.mesh, devices(topology))
+def compile_step(
+  config: Config, topology: Topology, make_step: MakeStep, log: str | None = None
+) -> tuple[CompiledProgram | None, int]:
+  """(The compiled step, or None if it does not fit; bytes of HBM on a device). `log`: see `compile_for_tpu`.
+
+  Raises:
+    ConfigError: XLA cannot compile the step.
+  """
+  mesh = make_mesh(config.mesh, topology_devices(topology))
   with jax.set_mesh(mesh):
-    step, arguments = program(config, mesh)
+    step, arguments = make_step(config, mesh)
     try:
-      found = compiled(step, *arguments, log=log, donate_argnums=0)
+      program = compile_for_tpu(step, *arguments, log=log, donate_argnums=0)
     except OutOfMemory as error:
-      return None, error.args[0]
+      return None, error.required_bytes
     except jax.errors.JaxRuntimeError as error:
       reason = str(error).strip().splitlines()[0]
-      raise ConfigError(f"XLA cannot compile this for {topology.text} ({reason:.200}): {ADVICE}") from None
-  return found, found.device
+      raise ConfigError(f"XLA cannot compile this step for {topology.text} ({reason:.200}): {ADVICE}") from None
+  return program, program.peak_bytes
 
 
-def expected_loops(config: Config, device_kind) -> Loops:
-  """What tokens that choose experts evenly and a schedule of stages make of a step."""
+def runtime_assumptions(config: Config, device_kind: str) -> RuntimeAssumptions:
+  """Assumes that tokens choose experts evenly. Counts ticks of the pipeline schedule exactly."""
   moe, mesh, train = config.model.moe, config.mesh, config.train
   microbatch = train.microbatch or train.global_batch
-  found = Loops()
+  assumptions = RuntimeAssumptions()
   if mesh.stage > 1:
-    ticks, layers, groups = num_ticks(mesh.stage, config.parallel.virtual_stages, train.global_batch // microbatch)
-    # In the order of Work.tick in parallel/pipeline.py.
-    taken = tuple(n / ticks for n in (groups, groups, layers, groups, layers))
-    found = dataclasses.replace(found, trips=ticks, taken=taken)
+    num_microbatches = train.global_batch // microbatch
+    ticks, layer_ticks, groups = num_ticks(mesh.stage, config.parallel.virtual_stages, num_microbatches)
+    # In the order of the conditionals of a tick in parallel/pipeline.py.
+    fractions = tuple(n / ticks for n in (groups, groups, layer_ticks, groups, layer_ticks))
+    assumptions = dataclasses.replace(assumptions, trip_count=ticks, branch_fractions=fractions)
   if not moe.num_routed_experts:
-    return found
+    return assumptions
   tokens = microbatch // (mesh.data * mesh.fsdp * mesh.expert) * config.data.seq // mesh.context
-  load, each = tokens * moe.num_experts_per_token, moe.num_routed_experts // mesh.expert
-  most = mesh.expert * tokens * min(moe.num_experts_per_token, each)
-  most = min(most, int(moe.buffer_factor * load)) if moe.buffer_factor and mesh.expert > 1 else most
-  block = block_rows(load, each)
-  full = (load + each * block / 2) / (-(-most // block) * block + each * block)
-  # Distinct devices among the choices of a token, within the groups that it may choose from.
+  local_experts = moe.num_routed_experts // mesh.expert
+  expected_assignments = tokens * moe.num_experts_per_token
+  capacity = mesh.expert * tokens * min(moe.num_experts_per_token, local_experts)  # the worst case
+  if moe.buffer_factor and mesh.expert > 1:
+    capacity = min(capacity, int(moe.buffer_factor * expected_assignments))
+  block = block_rows(expected_assignments, local_experts)
+  # Each expert's rows fill whole blocks. The last block of each is half full on average.
+  used_rows = expected_assignments + local_experts * block / 2
+  fill = used_rows / (-(-capacity // block) * block + local_experts * block)
+  # Distinct devices among the experts of a token, within the groups that it may choose from.
   reachable = max(mesh.expert * moe.topk_groups / moe.num_expert_groups, 1)
-  distinct = reachable * (1 - (1 - 1 / reachable) ** moe.num_experts_per_token)
-  sent = min(distinct / min(moe.num_experts_per_token, mesh.expert), 1)
-  if not has_ragged_all_to_all(device_kind):  # as many rows to every device
-    sent = mesh.expert / min(moe.num_experts_per_token, mesh.expert)
-  return dataclasses.replace(found, full_rows=min(full, 1), sent_rows=sent)
+  distinct_devices = reachable * (1 - (1 - 1 / reachable) ** moe.num_experts_per_token)
+  most_devices = min(moe.num_experts_per_token, mesh.expert)
+  if has_ragged_all_to_all(device_kind):
+    ragged_fill = min(distinct_devices / most_devices, 1)
+  else:  # a padded all-to-all sends a row per token to every device
+    ragged_fill = mesh.expert / most_devices
+  return dataclasses.replace(assumptions, grouped_matmul_fill=min(fill, 1), ragged_fill=ragged_fill)
 
 
-def table(plan: Plan) -> str:
-  """A plan for people."""
-  t, config, memory = plan.topology, plan.config, plan.memory
+def format_plan(plan: Plan) -> str:
+  """The lines that the command prints."""
+  topology, config, memory = plan.topology, plan.config, plan.memory
+  train, chip = config.train, topology.chip
   mesh = " x ".join(f"{axis}={getattr(config.mesh, axis)}" for axis in AXES if getattr(config.mesh, axis) > 1)
-  train = config.train
+  by_part = ", ".join(f"{name} {size / GIB:.1f}" for name, size in memory.items())
+  num_microbatches = train.global_batch // (train.microbatch or train.global_batch)
   lines = [
-    f"plan       {config.name} on {t.text}: {t.devices} x {t.chip.kind}, {plan.source}"
+    f"plan        {config.name} on {topology.text}: {topology.num_devices} x {chip.kind}, {plan.source}"
     + (f" in {plan.compile_seconds:.0f} s of CPU time" if plan.compile_seconds else ""),
-    f"mesh       {mesh or 'one device'}",
-    f"batch      {train.global_batch:,} sequences of {config.data.seq:,} in "
-    f"{train.global_batch // (train.microbatch or train.global_batch)} microbatches, remat {config.model.remat}",
-    f"memory     {plan.total / GIB:.1f} of {t.chip.hbm / GIB:.1f} GiB a device: {'fits' if plan.fits else 'DOES NOT FIT'} ("
-    + ", ".join(f"{name} {size / GIB:.1f}" for name, size in memory.items())
-    + ")",
-    f"FLOPs      {plan.model_flops:.3g} of the model, {plan.compiled_flops:.3g} of the program",
+    f"mesh        {mesh or 'one device'}",
+    f"batch       {train.global_batch:,} sequences of {config.data.seq:,} tokens in {num_microbatches} microbatches, remat "
+    f"{config.model.remat}",
+    f"HBM         {plan.memory_bytes / GIB:.1f} of {chip.hbm_capacity / GIB:.1f} GiB per device: "
+    f"{'fits' if plan.fits else 'DOES NOT FIT'} ({by_part})",
+    f"FLOPs       {plan.model_flops:.3g} model, {plan.compiled_flops:.3g} executed, per step on all devices",
   ]
   for kind, by_axes in plan.collectives.items():
-    sent = ", ".join(
-      f"{axes} {size / GIB:.2f}" for axes, size in sorted(by_axes.items(), key=lambda i: -i[1]) if size > 1e6
-    )
-    if sent:
-      lines.append(f"sends      {kind}: GiB a device and step over {sent}")
-  for name in ("ideal", "calibrated"):
-    e = getattr(plan, name)
+    largest_first = sorted(by_axes.items(), key=lambda item: -item[1])
+    sizes = ", ".join(f"{axes} {size / GIB:.2f}" for axes, size in largest_first if size > 1e6)
+    if sizes:
+      lines.append(f"collectives {kind}, GiB sent per device and step: {sizes}")
+  for name, time in (("ideal", plan.ideal), ("calibrated", plan.calibrated)):
     lines.append(
-      f"{name:10} {e.seconds:.4g} s a step, {plan.tokens / e.seconds:,.0f} tokens/s, MFU {plan.mfu(e):.1%}, bound by {e.bound} "
-      f"(compute {e.compute:.3g}, hbm {e.hbm:.3g}, interconnect {e.interconnect:.3g})"
+      f"{name:11} {time.seconds:.4g} s/step, {plan.tokens_per_step / time.seconds:,.0f} tokens/s, MFU {plan.mfu(time):.1%}, "
+      f"{time.bound}-bound (compute {time.compute_seconds:.3g} s, HBM {time.hbm_seconds:.3g} s, interconnect "
+      f"{time.interconnect_seconds:.3g} s)"
     )
   return "\n".join(lines)

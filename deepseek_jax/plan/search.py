@@ -1,161 +1,196 @@
-"""The best mesh for a config on a topology: the best found is changed in one respect at a time, without a compiler; then the
-best few are compiled."""
+"""Searches the fastest mesh, microbatch and remat policy of a config on a topology.
+
+A best-first search over analytic plans changes one choice at a time. Then the best few plans are compiled.
+"""
 
 import dataclasses
 import functools
 import heapq
+from collections.abc import Callable, Iterator, Sequence
 
 from deepseek_jax.config import Config, MeshConfig
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.mesh import AXES, resolve_mesh
 from deepseek_jax.plan.memory import estimate_memory
-from deepseek_jax.plan.plan import Plan, make_plan
+from deepseek_jax.plan.plan import MakeStep, Plan, make_plan
 from deepseek_jax.plan.topology import GIB, Topology
 
-PLANNED, COMPILED = 40, 3  # how many are planned, and of the best how many are compiled
-TRIED = tuple(
-  axis for axis in AXES if axis not in (AXES[0], AXES[2])
-)  # data has the slices, fsdp the devices that are left
+MAX_PLANS, NUM_COMPILED = 40, 3  # analytic plans of a search, and how many of the best are compiled
+# The other two follow: data has one shard per slice, fsdp has the devices that remain.
+SEARCHED_AXES = tuple(axis for axis in AXES if axis not in (AXES[0], AXES[2]))
 REMAT = ("full", "none", "dots", "offload")
-BUFFERS = (2.0, 1.5)  # even loads
-SLACK = 1.1  # estimated memory of a candidate may be that much over the limit: the estimate is no better
+BUFFER_FACTORS = (2.0, 1.5)
+# A candidate's estimated memory may be this much over the limit, since the estimate is off by up to 10%.
+MEMORY_TOLERANCE = 1.1
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
-  """What is tried: sizes of TRIED, sequences of a microbatch on a device, remat, room for what a device receives."""
+class Candidate:
+  """What a search chooses: sizes of SEARCHED_AXES, and how a microbatch runs."""
 
   expert: int
   tensor: int
   stage: int
   context: int
-  rows: int
+  sequences_per_device: int  # of a microbatch
   remat: str
-  buffer: float
+  buffer_factor: float  # of the expert buffer; 0 for the worst case
 
-  def neighbours(self):
-    changed = functools.partial(dataclasses.replace, self)
-    yield from (changed(rows=rows) for rows in (2 * self.rows, self.rows // 2) if rows)
-    for axis in TRIED:
-      now = getattr(self, axis)
-      for size, rows in ((2 * now, 2 * self.rows), (now // 2, self.rows // 2)):
-        # Also with as many sequences in a microbatch as before, where the axis does not share them out.
-        yield from (changed(**{axis: size, "rows": n}) for n in (self.rows, rows) if size and n)
-    yield from (changed(remat=remat) for remat in REMAT)
-    yield from (changed(buffer=buffer) for buffer in BUFFERS if self.buffer and self.expert > 1)
+  def neighbours(self) -> Iterator["Candidate"]:
+    """Candidates that differ in one respect."""
+    replace, sequences = functools.partial(dataclasses.replace, self), self.sequences_per_device
+    for n in (2 * sequences, sequences // 2):
+      if n:
+        yield replace(sequences_per_device=n)
+    for axis in SEARCHED_AXES:
+      size = getattr(self, axis)
+      for new_size, scaled_sequences in ((2 * size, 2 * sequences), (size // 2, sequences // 2)):
+        # The second keeps the size of the microbatch, where the axis does not shard it.
+        for n in (sequences, scaled_sequences):
+          if new_size and n:
+            yield replace(**{axis: new_size, "sequences_per_device": n})
+    for remat in REMAT:
+      yield replace(remat=remat)
+    if self.buffer_factor and self.expert > 1:
+      for buffer_factor in BUFFER_FACTORS:
+        yield replace(buffer_factor=buffer_factor)
 
 
-def search(config: Config, topology: Topology, program, compile=False, progress=print, most=PLANNED) -> list[Plan]:
-  """Plans of other meshes, microbatches, buffer factors and remat policies than `config` has, the fastest that fits first.
+def search(
+  config: Config,
+  topology: Topology,
+  make_step: MakeStep,
+  compile: bool = False,
+  progress: Callable[[str], object] = print,
+  max_plans: int = MAX_PLANS,
+) -> list[Plan]:
+  """Plans for other meshes, microbatches, buffer factors and remat policies than the config's, the fastest that fits first.
 
-  Begins with the mesh of the config and with one for every number of expert shards, and changes the best of what it knows
-  in one respect, until `most` are planned or none is left. What does not fit is not planned, only changed: that of the
-  least memory first.
+  Starts with the config's mesh and with one for each number of expert shards. Then it plans the neighbours of the best plan
+  so far, until there are `max_plans` or no candidate is left. A candidate that does not fit by the estimate is not planned.
+  Its neighbours are tried after those of the plans, least memory first.
 
-  Raises ConfigError where no mesh works at all. Arguments as in `make_plan`; `progress` is told what happens.
+  Args:
+    make_step, compile: as in `make_plan`.
+    progress: is called with a line per plan.
+
+  Raises:
+    ConfigError: no mesh fits.
   """
-  seen, heap, plans = set(), [], []
-  waiting = starts(config, topology)
-  while len(plans) < most:
-    for choice in waiting:
-      candidate = None if choice in seen else applied(choice, config, topology)
-      seen.add(choice)
-      if candidate is None:
+  seen: set[Candidate] = set()
+  heap: list[tuple] = []
+  plans: list[Plan] = []
+  queue = iter(initial_candidates(config, topology))
+  while len(plans) < max_plans:
+    for candidate in queue:
+      candidate_config = None if candidate in seen else apply_candidate(candidate, config, topology)
+      seen.add(candidate)
+      if candidate_config is None:
         continue
-      worth = (True, estimate_memory(candidate, topology.chip).total)
-      if worth[1] <= SLACK * topology.chip.hbm and len(plans) < most:
-        progress(f"{len(plans) + 1} of at most {most}: {named(candidate)}")
-        plans.append(make_plan(candidate, topology, program))
-        worth = rank(plans[-1])
-      heapq.heappush(heap, (*worth, len(seen), choice))
+      memory_bytes = estimate_memory(candidate_config, topology.chip).total_bytes
+      priority: tuple[bool, float] = (True, memory_bytes)
+      if memory_bytes <= MEMORY_TOLERANCE * topology.chip.hbm_capacity and len(plans) < max_plans:
+        progress(f"plan {len(plans) + 1} of at most {max_plans}: {describe_mesh(candidate_config)}")
+        plans.append(make_plan(candidate_config, topology, make_step))
+        priority = rank_key(plans[-1])
+      heapq.heappush(heap, (*priority, len(seen), candidate))
     if not heap:
       break
-    waiting = heapq.heappop(heap)[-1].neighbours()
+    queue = heapq.heappop(heap)[-1].neighbours()
   if not plans:
     raise ConfigError(
       f"{config.name} fits on {topology.text} with no mesh that was tried: take more devices, or optimizer.offload=true, or "
       "a train.global_batch that more powers of two divide"
     )
-  plans.sort(key=rank)
-  return best_compiled(plans, topology, program, progress) if compile else plans
+  plans.sort(key=rank_key)
+  return compile_best(plans, topology, make_step, progress) if compile else plans
 
 
-def best_compiled(plans, topology, program, progress):
-  """`plans`, of which the first are compiled until COMPILED of them fit, or twice as many were tried: those that fit first,
-  and the compiled ones before the others. One that does not compile is left out."""
-  found, untried = [], list(plans)
-  while untried and len(plans) - len(untried) < 2 * COMPILED and sum(plan.fits for plan in found) < COMPILED:
+def compile_best(
+  plans: Sequence[Plan], topology: Topology, make_step: MakeStep, progress: Callable[[str], object]
+) -> list[Plan]:
+  """Compiles the first of `plans` until NUM_COMPILED fit, or until twice as many were tried.
+
+  Returns all plans: those that fit first, compiled before analytic ones. Those that do not compile are left out.
+
+  Raises:
+    ConfigError: none compiles.
+  """
+  compiled: list[Plan] = []
+  untried = list(plans)
+  while untried and len(plans) - len(untried) < 2 * NUM_COMPILED and sum(p.fits for p in compiled) < NUM_COMPILED:
     plan = untried.pop(0)
-    progress(f"compiling {named(plan.config)}")
+    progress(f"compiling {describe_mesh(plan.config)}")
     try:
-      found.append(make_plan(plan.config, topology, program, compile=True))
+      compiled.append(make_plan(plan.config, topology, make_step, compile=True))
     except ConfigError as error:
-      progress(f"not this one: {error}")
-  if not found:
-    raise ConfigError(f"XLA compiles none of the best meshes on {topology.text}: see --analytic")
-  return sorted(found + untried, key=lambda plan: (not plan.fits, plan.source == "analytic", plan.calibrated.seconds))
+      progress(f"left out: {error}")
+  if not compiled:
+    raise ConfigError(f"XLA cannot compile the best plans for {topology.text}: search with --analytic")
+  return sorted(
+    compiled + untried, key=lambda plan: (not plan.fits, plan.source == "analytic", plan.calibrated.seconds)
+  )
 
 
-def rank(plan: Plan):
+def rank_key(plan: Plan) -> tuple[bool, float]:
+  """Sort key: plans that fit first, then by step time."""
   return not plan.fits, plan.calibrated.seconds
 
 
-def starts(config: Config, topology: Topology) -> list[Choice]:
-  moe, found = config.model.moe, []
-  plain = Choice(1, 1, 1, 1, 1, "full", moe.buffer_factor or BUFFERS[0] * bool(moe.num_routed_experts))
+def initial_candidates(config: Config, topology: Topology) -> list[Candidate]:
+  """The config's own mesh, if it fits the topology, and for an MoE one candidate for each number of expert shards."""
+  moe, candidates = config.model.moe, []
+  buffer_factor = moe.buffer_factor or BUFFER_FACTORS[0] * bool(moe.num_routed_experts)
+  base = Candidate(1, 1, 1, 1, sequences_per_device=1, remat="full", buffer_factor=buffer_factor)
   try:
-    config = resolve_mesh(config, topology.devices)
+    config = resolve_mesh(config, topology.num_devices)
   except ConfigError:
-    pass  # it is for other machines
+    pass  # the config is for other topologies
   else:
-    m = config.mesh
-    rows = (config.train.microbatch or config.train.global_batch) // (
-      topology.devices // (m.tensor * m.stage * m.context)
-    )
-    found = [Choice(m.expert, m.tensor, m.stage, m.context, max(rows, 1), config.model.remat, plain.buffer)]
-  experts = (2**i for i in range(moe.num_routed_experts.bit_length()) if moe.num_routed_experts % 2**i == 0)
-  return found + [dataclasses.replace(plain, expert=expert) for expert in experts or [1]]
+    m, train = config.mesh, config.train
+    batch_shards = topology.num_devices // (m.tensor * m.stage * m.context)
+    sequences = max((train.microbatch or train.global_batch) // batch_shards, 1)
+    candidates = [Candidate(m.expert, m.tensor, m.stage, m.context, sequences, config.model.remat, buffer_factor)]
+  num_experts = moe.num_routed_experts
+  expert_shards = [2**i for i in range(num_experts.bit_length()) if num_experts % 2**i == 0]
+  return candidates + [dataclasses.replace(base, expert=expert) for expert in expert_shards]
 
 
-def applied(choice: Choice, config: Config, topology: Topology) -> Config | None:
-  """`config` with what was chosen, or None where that does not divide the devices, the batch or the model."""
-  axes = {axis: getattr(choice, axis) for axis in TRIED}
-  others = choice.tensor * choice.stage * choice.context
-  microbatch = topology.devices // others * choice.rows
+def apply_candidate(candidate: Candidate, config: Config, topology: Topology) -> Config | None:
+  """`config` with a candidate's choices, or None where they do not divide the devices, the batch or the model."""
   train, moe = config.train, config.model.moe
-  fsdp, left = divmod(topology.devices, others * choice.expert * topology.slices)
-  shared_out = choice.expert == 1 or moe.num_routed_experts
-  if (
-    left
-    or not fsdp
-    or not shared_out
-    or train.global_batch % microbatch
-    or (train.batch_ramp_from or microbatch) % microbatch
-  ):
+  unsharded_batch = candidate.tensor * candidate.stage * candidate.context  # axes that do not shard the batch
+  microbatch = topology.num_devices // unsharded_batch * candidate.sequences_per_device
+  fsdp, remainder = divmod(topology.num_devices, unsharded_batch * candidate.expert * topology.num_slices)
+  if remainder or not fsdp or (candidate.expert > 1 and not moe.num_routed_experts):
     return None
-  mesh = MeshConfig(data=topology.slices, fsdp=fsdp, **axes)
-  moe = dataclasses.replace(moe, buffer_factor=choice.buffer if choice.expert > 1 else moe.buffer_factor)
-  model = dataclasses.replace(config.model, remat=choice.remat, moe=moe)
+  if train.global_batch % microbatch or (train.batch_ramp_from or microbatch) % microbatch:
+    return None
+  mesh = MeshConfig(data=topology.num_slices, fsdp=fsdp, **{axis: getattr(candidate, axis) for axis in SEARCHED_AXES})
+  if candidate.expert > 1:
+    moe = dataclasses.replace(moe, buffer_factor=candidate.buffer_factor)
+  model = dataclasses.replace(config.model, remat=candidate.remat, moe=moe)
   train = dataclasses.replace(train, microbatch=microbatch)
   try:
-    return resolve_mesh(dataclasses.replace(config, model=model, mesh=mesh, train=train), topology.devices)
+    return resolve_mesh(dataclasses.replace(config, model=model, mesh=mesh, train=train), topology.num_devices)
   except ConfigError:
     return None
 
 
-def named(config: Config) -> str:
+def describe_mesh(config: Config) -> str:
+  """Mesh, microbatch and remat policy in one phrase."""
   mesh = " ".join(f"{axis}={getattr(config.mesh, axis)}" for axis in AXES if getattr(config.mesh, axis) > 1)
-  room = f", buffer {config.model.moe.buffer_factor:g}" if config.mesh.expert > 1 else ""
-  return f"{mesh or 'one device'}, microbatch {config.train.microbatch}, remat {config.model.remat}{room}"
+  buffer = f", buffer factor {config.model.moe.buffer_factor:g}" if config.mesh.expert > 1 else ""
+  return f"{mesh or 'one device'}, microbatch {config.train.microbatch}, remat {config.model.remat}{buffer}"
 
 
-def ranking(plans) -> str:
-  """Plans in their order, a line each."""
+def format_ranking(plans: Sequence[Plan]) -> str:
+  """A table of plans in their order."""
   lines = ["  step s    MFU  GiB  fits  bound         source    mesh"]
   for plan in plans:
-    c = plan.calibrated
+    time = plan.calibrated
     lines.append(
-      f"{c.seconds:8.2f}  {plan.mfu(c):5.1%} {plan.total / GIB:4.0f}  {'yes ' if plan.fits else 'NO  '}  {c.bound:12}  "
-      f"{plan.source:8}  {named(plan.config)}"
+      f"{time.seconds:8.2f}  {plan.mfu(time):5.1%} {plan.memory_bytes / GIB:4.0f}  {'yes ' if plan.fits else 'NO  '}  "
+      f"{time.bound:12}  {plan.source:8}  {describe_mesh(plan.config)}"
     )
   return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""Machines that need not be here: what a chip can do, and how many of them are joined by which network.
+"""TPU and GPU topologies: peak FLOP/s, HBM and interconnect bandwidth of a chip, and how chips are connected.
 
-Rates of chips are from the vendors' data sheets and Google's TPU pages, one way where a link has two; of GPUs across nodes,
-one 400 Gbit/s network card a GPU.
+Numbers are from the vendors' data sheets and Google's TPU pages. Bandwidths count one direction. GPUs have one 400 Gbit/s
+network card each.
 """
 
 import dataclasses
@@ -13,14 +13,14 @@ from deepseek_jax.errors import ConfigError
 
 GIB = 2**30
 
-# To be set before jax is imported, so that libtpu compiles where there is no TPU.
+# Set these before jax is imported, so that libtpu compiles on a machine without a TPU.
 COMPILER_ENVIRONMENT = {
-  "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
-  "TPU_WORKER_HOSTNAMES": "localhost",  # or it says an error
+  "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server
+  "TPU_WORKER_HOSTNAMES": "localhost",  # libtpu reports an error without it
   "TPU_ACCELERATOR_TYPE": "v5p-8",
-  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # by several processes
-  "TPU_STDERR_LOG_LEVEL": "1",  # its warnings go to a file otherwise
-  # What is compiled without a TPU can be written to JAX's cache and not be read back: each hit is a warning and a compile.
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may compile at once
+  "TPU_STDERR_LOG_LEVEL": "1",  # warnings to stderr and not to a file
+  # JAX's compilation cache cannot read back what was compiled without a TPU: each hit is a warning and a new compilation.
   "JAX_ENABLE_COMPILATION_CACHE": "false",
 }
 
@@ -32,110 +32,130 @@ def can_compile() -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One device as jax counts them. `link`: bytes/s one way of a link in a TPU torus, or of NVLink; `network`: of a device's
-  share of the data-centre network. `torus`: dimensions of the torus; 0 for GPUs, of which `node` share NVLink.
+  """One device as jax counts them.
 
-  fp8: rate of FP8 GEMMs beside bfloat16's, with scales every 128, 256 and 512 terms. Of TPUs by the
-  length of the kernels' steps (tests/kernels/bundles.json; v5e is taken for a v5p), of Hopper what DeepGEMM reaches
-  (1410e12 on an H800) beside bfloat16 (788e12 on an H200); no kernel of ours was timed. Elsewhere XLA
-  multiplies bfloat16; bytes are counted as for kernels all the same.
+  FP8 speedups are the rate of FP8 GEMMs over the rate of bfloat16 GEMMs, with scales every 128, 256 and 512 terms:
+  - TPUs: from the length of the kernels' steps (tests/kernels/bundles.json; v5e is taken for a v5p).
+  - Hopper: what DeepGEMM reaches (1410e12 on an H800) over bfloat16 (788e12 on an H200). No kernel of ours was timed.
+  - Others: 1, since XLA multiplies in bfloat16. HBM bytes are counted as for FP8 kernels all the same.
   """
 
-  kind: str
-  flops: float  # dense bfloat16, FLOP/s
-  hbm: float  # bytes that a program can have
-  bandwidth: float  # of HBM, bytes/s
-  link: float
-  network: float
-  torus: int = 0
-  node: int = 8
-  devices: int = 1  # of a package that the topology counts
-  fp8: tuple[float, float, float] = (1.0, 1.0, 1.0)
+  kind: str  # jax's `device_kind`
+  peak_flops: float  # dense bfloat16, FLOP/s
+  hbm_capacity: float  # bytes that a program can have
+  hbm_bandwidth: float  # bytes/s
+  link_bandwidth: float  # bytes/s, one way, of one link of a TPU torus (ICI), or of NVLink
+  network_bandwidth: float  # bytes/s, one way, of a device's share of the data-center network
+  torus_dims: int = 0  # 0 for GPUs
+  gpus_per_node: int = 8  # GPUs that share NVLink
+  devices_per_package: int = 1  # a topology counts packages
+  fp8_speedups: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
-  def fp8_speedup(self, block):
-    return dict(zip((128, 256, 512), self.fp8, strict=True))[block]
+  def fp8_speedup(self, block: int) -> float:
+    """FP8 over bfloat16 GEMM rate with a scale every `block` terms: 128, 256 or 512."""
+    return dict(zip((128, 256, 512), self.fp8_speedups, strict=True))[block]
 
 
 CHIPS = {
-  "v4": Chip("TPU v4", 275e12, 31.75 * GIB, 1.23e12, 45e9, 6.25e9, torus=3),
-  "v5e": Chip("TPU v5 lite", 197e12, 15.75 * GIB, 0.82e12, 45e9, 3.1e9, torus=2, fp8=(0.93, 0.94, 1.05)),
-  "v5p": Chip("TPU v5p", 459e12, 95.74 * GIB, 2.77e12, 90e9, 6.25e9, torus=3, fp8=(0.93, 0.94, 1.05)),
-  "v6e": Chip("TPU v6e", 918e12, 31.25 * GIB, 1.64e12, 90e9, 12.5e9, torus=2, fp8=(0.61, 0.99, 1.08)),
-  "tpu7x": Chip("TPU7x", 1153.5e12, 94.75 * GIB, 3.69e12, 90e9, 12.5e9, torus=3, devices=2, fp8=(0.47, 0.79, 1.0)),
+  "v4": Chip("TPU v4", 275e12, 31.75 * GIB, 1.23e12, 45e9, 6.25e9, torus_dims=3),
+  "v5e": Chip("TPU v5 lite", 197e12, 15.75 * GIB, 0.82e12, 45e9, 3.1e9, torus_dims=2, fp8_speedups=(0.93, 0.94, 1.05)),
+  "v5p": Chip("TPU v5p", 459e12, 95.74 * GIB, 2.77e12, 90e9, 6.25e9, torus_dims=3, fp8_speedups=(0.93, 0.94, 1.05)),
+  "v6e": Chip("TPU v6e", 918e12, 31.25 * GIB, 1.64e12, 90e9, 12.5e9, torus_dims=2, fp8_speedups=(0.61, 0.99, 1.08)),
+  "tpu7x": Chip(
+    "TPU7x",
+    1153.5e12,
+    94.75 * GIB,
+    3.69e12,
+    90e9,
+    12.5e9,
+    torus_dims=3,
+    devices_per_package=2,
+    fp8_speedups=(0.47, 0.79, 1.0),
+  ),
   "a100": Chip("A100", 312e12, 79 * GIB, 2.04e12, 300e9, 25e9),
-  "h100": Chip("H100", 989e12, 79 * GIB, 3.35e12, 450e9, 50e9, fp8=(1.79, 1.0, 1.0)),
-  "h800": Chip("H800", 989e12, 79 * GIB, 3.35e12, 200e9, 50e9, fp8=(1.79, 1.0, 1.0)),
-  "h200": Chip("H200", 989e12, 140 * GIB, 4.8e12, 450e9, 50e9, fp8=(1.79, 1.0, 1.0)),
+  "h100": Chip("H100", 989e12, 79 * GIB, 3.35e12, 450e9, 50e9, fp8_speedups=(1.79, 1.0, 1.0)),
+  "h800": Chip("H800", 989e12, 79 * GIB, 3.35e12, 200e9, 50e9, fp8_speedups=(1.79, 1.0, 1.0)),
+  "h200": Chip("H200", 989e12, 140 * GIB, 4.8e12, 450e9, 50e9, fp8_speedups=(1.79, 1.0, 1.0)),
   "b200": Chip("B200", 2250e12, 178 * GIB, 8e12, 900e9, 50e9),
 }
-_FORM = re.compile(r"(?:(\d+)\*)?([a-z]\w*)(?::(\d+(?:x\d+)*))?")
+_TOPOLOGY_PATTERN = re.compile(r"(?:(\d+)\*)?([a-z]\w*)(?::(\d+(?:x\d+)*))?")
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """`slices` equal slices of `shape` packages of `chip`; of GPUs, `shape` is (nodes, GPUs of a node) and there is one slice."""
+  """`num_slices` equal slices of `shape` packages of `chip`. On GPUs, `shape` is (nodes, GPUs per node), with one slice."""
 
-  text: str
-  name: str
+  text: str  # as the user wrote it
+  chip_name: str  # a key of CHIPS
   chip: Chip
-  slices: int
+  num_slices: int
   shape: tuple[int, ...]
 
   @property
-  def devices(self) -> int:
-    return self.slices * math.prod(self.shape) * self.chip.devices
+  def num_devices(self) -> int:
+    return self.num_slices * math.prod(self.shape) * self.chip.devices_per_package
 
   @property
   def is_tpu(self) -> bool:
-    return self.chip.torus > 0
+    return self.chip.torus_dims > 0
 
-  def bandwidth(self, size, stride, to_all=False):
-    """Bytes/s that a device sends in a collective of `size` devices that are `stride` apart, within a slice.
+  def collective_bandwidth(self, group_size: int, stride: int, all_to_all: bool = False) -> float:
+    """Bytes/s that a device sends in a collective within a slice.
 
-    `to_all`: each device has something else for each other one, which on a torus passes a quarter of a ring on the way, and
-    between nodes takes a GPU's own card.
+    On a torus, the group has two links in each dimension that it spans, or one where it does not wrap around. GPUs of a node
+    use NVLink. Between nodes, the network cards of the group's GPUs in a node share the work.
 
-    On a torus the group has two links of each dimension that it spans, or one where it does not go all the way round. GPUs of
-    a node have NVLink; between nodes the network cards of those of a node that are in the group share the work.
+    Args:
+      group_size: devices of the collective.
+      stride: distance between them, in devices.
+      all_to_all: each device sends different data to every other one. On a torus a message then crosses a quarter of the
+        ring on average. Between nodes each GPU uses its own network card.
     """
     if not self.is_tpu:
-      of_node = max(min(size, self.shape[-1] // stride), 1)
-      if of_node >= size:
-        return self.chip.link
-      return self.chip.network if to_all else min(self.chip.link, of_node * self.chip.network)
-    left, links, hops = size, 0, 1.0
+      in_node = max(min(group_size, self.shape[-1] // stride), 1)
+      if in_node >= group_size:
+        return self.chip.link_bandwidth
+      network = self.chip.network_bandwidth
+      return network if all_to_all else min(self.chip.link_bandwidth, in_node * network)
+    remaining, links, hops = group_size, 0, 1.0
     for side in sorted(self.shape, reverse=True):
-      if left > 1:
-        links += 2 if left >= side > 2 else 1
-        hops = max(hops, min(left, side) / 4)
-        left = -(-left // side)
-    return links * self.chip.link / self.chip.devices / (hops if to_all else 1)
+      if remaining > 1:
+        links += 2 if remaining >= side > 2 else 1
+        hops = max(hops, min(remaining, side) / 4)
+        remaining = -(-remaining // side)
+    return links * self.chip.link_bandwidth / self.chip.devices_per_package / (hops if all_to_all else 1)
 
 
-def parse(text) -> Topology:
-  """`v5p:8x8x8` (chips), `2*v5p:8x8x8` (slices), `h100:64x8` (nodes x GPUs), `h200` (one). Raises ConfigError otherwise."""
-  match = _FORM.fullmatch(text.lower())
+def parse_topology(text: str) -> Topology:
+  """Parses `v5p:8x8x8` (chips), `2*v5p:8x8x8` (slices), `h100:64x8` (nodes x GPUs) or `h200` (one GPU).
+
+  Raises:
+    ConfigError: the text has another form, the chip is not known, or the shape does not exist.
+  """
+  match = _TOPOLOGY_PATTERN.fullmatch(text.lower())
   if not match or match[2] not in CHIPS:
     raise ConfigError(
-      f"--topology={text}: write KIND:SHAPE, such as v5p:8x8x8, 2*v5p:8x8x8 (slices) or h100:64x8 (nodes x GPUs), with one "
-      f"of the kinds {', '.join(CHIPS)}"
+      f"--topology={text}: expected KIND:SHAPE, such as v5p:8x8x8, 2*v5p:8x8x8 (slices) or h100:64x8 (nodes x GPUs), with "
+      f"one of the kinds {', '.join(CHIPS)}"
     )
-  slices, name, chip = int(match[1] or 1), match[2], CHIPS[match[2]]
-  shape = tuple(map(int, match[3].split("x"))) if match[3] else (1,) * max(chip.torus, 1)
-  if chip.torus and match[3] and len(shape) != chip.torus:
+  num_slices, name, chip = int(match[1] or 1), match[2], CHIPS[match[2]]
+  dims = chip.torus_dims
+  shape = tuple(map(int, match[3].split("x"))) if match[3] else (1,) * max(dims, 1)
+  if dims and match[3] and len(shape) != dims:
     raise ConfigError(
-      f"--topology={text}: {name} chips are joined in {chip.torus} dimensions, such as {name}:{'x'.join(['4'] * chip.torus)}"
+      f"--topology={text}: a {name} torus has {dims} dimensions; write, for example, {name}:{'x'.join(['4'] * dims)}"
     )
-  if not chip.torus and (slices > 1 or len(shape) > 2 or shape[-1] > chip.node):
+  if not dims and (num_slices > 1 or len(shape) > 2 or shape[-1] > chip.gpus_per_node):
     raise ConfigError(
-      f"--topology={text}: write nodes x GPUs of a node, at most {chip.node}, such as {name}:64x{chip.node}, or {name} for one"
+      f"--topology={text}: expected nodes x GPUs per node, at most {chip.gpus_per_node}, such as "
+      f"{name}:64x{chip.gpus_per_node}, or {name} for one GPU"
     )
-  if 0 in (slices, *shape):
-    raise ConfigError(f"--topology={text}: sizes are 1 or more")
-  return Topology(text, name, chip, slices, shape)
+  if 0 in (num_slices, *shape):
+    raise ConfigError(f"--topology={text}: sizes must be 1 or more")
+  return Topology(text, name, chip, num_slices, shape)
 
 
 def peak_flops(device_kind: str) -> float | None:
-  """bfloat16 peak of a device in FLOP/s by its `device_kind`, or None where it is not known (CPUs)."""
+  """Peak bfloat16 FLOP/s of a device by jax's `device_kind`, or None where it is not known (CPUs)."""
   kind = {"TPU v5": "TPU v5p", "TPU v5e": "TPU v5 lite", "TPU v6 lite": "TPU v6e"}.get(device_kind, device_kind)
-  return next((chip.flops for chip in CHIPS.values() if chip.kind in kind), None)
+  return next((chip.peak_flops for chip in CHIPS.values() if chip.kind in kind), None)

@@ -12,12 +12,12 @@ from deepseek_jax.kernels.fp8_matmul.api import fp8_matmul
 from deepseek_jax.kernels.quantize.api import quantize
 from deepseek_jax.mesh import AXES, make_mesh
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
-from deepseek_jax.plan.count import Loops, counted
+from deepseek_jax.plan.count import RuntimeAssumptions, count_operations
 from deepseek_jax.plan.flops import training_flops
-from deepseek_jax.plan.hlo import Program
-from deepseek_jax.plan.plan import expected_loops, traced, without_kernels
-from deepseek_jax.plan.roofline import product_seconds
-from deepseek_jax.plan.topology import parse
+from deepseek_jax.plan.hlo import HloProgram
+from deepseek_jax.plan.plan import runtime_assumptions, trace_operations, with_xla_attention
+from deepseek_jax.plan.roofline import matmul_seconds
+from deepseek_jax.plan.topology import parse_topology
 from deepseek_jax.training.step import abstract_step
 
 DENSE = Config(
@@ -39,13 +39,13 @@ def on(config, **sizes):
   return dataclasses.replace(config, mesh=MeshConfig(**({"data": 1} | sizes)))
 
 
-def operations(config, loops=None):
+def operations(config, assumptions=None):
   sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
-  return traced(config, abstract_step, sizes, loops or expected_loops(config, "TPU v5p"))
+  return trace_operations(config, abstract_step, sizes, assumptions or runtime_assumptions(config, "TPU v5p"))
 
 
 def total(found, of, kind=""):
-  return sum(o.times * getattr(o, of) for o in found if kind in o.kind)
+  return sum(o.count * getattr(o, of) for o in found if kind in o.kind)
 
 
 def test_products_of_a_step_are_those_of_the_model():
@@ -67,9 +67,9 @@ def test_a_pipeline_does_the_work_of_its_ticks():
     config, train=TrainConfig(global_batch=16, microbatch=4), parallel=ParallelConfig(zero=1)
   )
   whole = dataclasses.replace(config, mesh=MeshConfig(data=1), parallel=ParallelConfig())
-  attention = [o for o in operations(config) if o.kind == "product"]
+  attention = [o for o in operations(config) if o.kind == "matmul"]
   of_layers = 2 * 4 * 64 * (64 * 96)  # one product of the SwiGLU, of a microbatch
-  ticks = [o.times for o in attention if o.flops == of_layers]
+  ticks = [o.count for o in attention if o.flops == of_layers]
   assert ticks and all(times == pytest.approx(5) for times in ticks)
   assert total(operations(whole), "flops") / 2 < total(operations(config), "flops") < total(operations(whole), "flops")
 
@@ -87,14 +87,14 @@ def test_messages_are_those_that_XLA_compiles(sizes):
     step, arguments = abstract_step(config, mesh)
     text = jax.jit(step, donate_argnums=0).lower(*arguments).compile().as_text()
   expected, found = {}, {}
-  for c in Program(text, dict(mesh.shape)).collectives():
-    expected[frozenset(c.axes)] = expected.get(frozenset(c.axes), 0) + c.times * c.sent
+  for c in HloProgram(text, dict(mesh.shape)).collectives():
+    expected[frozenset(c.axes)] = expected.get(frozenset(c.axes), 0) + c.count * c.collective_bytes
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     step, arguments = abstract_step(config, mesh.abstract_mesh)
-    ours = counted(jax.jit(step, donate_argnums=0).trace(*arguments).jaxpr, dict(mesh.shape))
+    ours = count_operations(jax.jit(step, donate_argnums=0).trace(*arguments).jaxpr, dict(mesh.shape))
   for o in ours:
-    if o.sent:
-      found[frozenset(o.axes)] = found.get(frozenset(o.axes), 0) + o.times * o.sent
+    if o.collective_bytes:
+      found[frozenset(o.axes)] = found.get(frozenset(o.axes), 0) + o.count * o.collective_bytes
   # XLA leaves out gathers of what it finds to be gathered already.
   assert set(found) == set(expected)
   assert all(0.8 * found[axes] <= expected[axes] <= 1.001 * found[axes] for axes in found), (found, expected)
@@ -107,13 +107,13 @@ def test_memory_of_a_product_and_what_is_fused():
     return jnp.tanh(jnp.exp(x) * 2 @ w)
 
   a = jax.ShapeDtypeStruct((64, 64), jnp.float32)
-  found = counted(jax.jit(function).trace(a, a).jaxpr, {})
+  found = count_operations(jax.jit(function).trace(a, a).jaxpr, {})
   one = 64 * 64 * 4
-  (product,) = [o for o in found if o.kind == "product"]
+  (product,) = [o for o in found if o.kind == "matmul"]
   # exp is written once and read by the product, for which x is read; w is read; the product is written ..
-  assert product.bytes == 5 * one and product.flops == 2 * 64**3
+  assert product.hbm_bytes == 5 * one and product.flops == 2 * 64**3
   # .. read again, and tanh of it is written.
-  assert total(found, "bytes") == 7 * one
+  assert total(found, "hbm_bytes") == 7 * one
 
 
 def test_kernels_do_what_they_say_and_by_groups_as_much_as_there_are_rows():
@@ -128,20 +128,20 @@ def test_kernels_do_what_they_say_and_by_groups_as_much_as_there_are_rows():
   def dense(x, w):
     return fp8_matmul(x, w[0], implementation="pallas_tpu")
 
-  (product,) = [o for o in counted(jax.jit(dense).trace(x, w).jaxpr, {}) if o.kind == "product"]
+  (product,) = [o for o in count_operations(jax.jit(dense).trace(x, w).jaxpr, {}) if o.kind == "matmul"]
   assert product.flops == 2 * m * n * k and product.fp8
-  assert product_seconds(product, parse("tpu7x").chip, 256) == product.flops / 1153.5e12 / 0.79
+  assert matmul_seconds(product, parse_topology("tpu7x").chip, 256) == product.flops / 1153.5e12 / 0.79
   # The matrix that is taken out of two is read and written; scales are a thirty-second of values or less, and written anew.
   least = (m * k + n * k + 4 * m * n) + 2 * n * k
-  assert least < product.bytes < 1.1 * least
-  found = counted(jax.jit(grouped).trace(x, w, sizes).jaxpr, {}, Loops(full_rows=0.5))
-  assert total(found, "flops", "grouped product") == total(found, "flops") == m * n * k
+  assert least < product.hbm_bytes < 1.1 * least
+  found = count_operations(jax.jit(grouped).trace(x, w, sizes).jaxpr, {}, RuntimeAssumptions(grouped_matmul_fill=0.5))
+  assert total(found, "flops", "grouped matmul") == total(found, "flops") == m * n * k
 
 
 def test_fused_attention_leaves_no_scores_and_does_the_blocks_that_are_seen():
   """Two of the products forward and seven backward, where XLA's are two and four, of 3 of 4 blocks."""
   config = dataclasses.replace(DENSE, data=DataConfig(seq=1024))
-  plain, fused = operations(without_kernels(config)), operations(config)
+  plain, fused = operations(with_xla_attention(config)), operations(config)
   full = training_flops(config.model, 1024).attention_full * 16 * 1024
   assert total(fused, "flops", "fused attention") == pytest.approx(full * 9 / 6 * 3 / 4, rel=1e-9)
   rows = (
@@ -149,25 +149,25 @@ def test_fused_attention_leaves_no_scores_and_does_the_blocks_that_are_seen():
   )  # backward, each result times its gradient, outside of the kernels
   assert total(fused, "flops") - total(plain, "flops") == pytest.approx(full * (9 / 6 * 3 / 4 - 1) + rows, rel=1e-9)
   scores = 16 * 4 * 1024 * 1024 * 4 * config.model.layers  # float32, written at least once
-  assert total(plain, "bytes") - total(fused, "bytes") > 3 * scores
+  assert total(plain, "hbm_bytes") - total(fused, "hbm_bytes") > 3 * scores
 
 
 def test_ragged_messages_carry_rows_and_facts_there_and_back():
   """2 MoE layers of 2 microbatches, with nothing recomputed: a dispatch and a combine, forward and backward."""
   found = [o for o in operations(on(MOE, expert=4)) if o.kind == "ragged-all-to-all"]
   rows = 2 * 64 * 1.75 * 3 / 4  # of 2 sequences, each for 1.75 devices of 4, of which one is its own
-  assert {(o.sent, o.times) for o in found} == {(rows * 64 * 2, 2 * 2), (rows * 4 * 4, 2 * 2)}
-  assert sum(o.sent == rows * 64 * 2 for o in found) == 4 and len(found) == 6
+  assert {(o.collective_bytes, o.count) for o in found} == {(rows * 64 * 2, 2 * 2), (rows * 4 * 4, 2 * 2)}
+  assert sum(o.collective_bytes == rows * 64 * 2 for o in found) == 4 and len(found) == 6
 
 
 def test_shares_of_rows_that_are_full():
   """Four devices with two experts each and room for twice an even load."""
   moe = dataclasses.replace(MOE.model.moe, buffer_factor=2.0)
   config = dataclasses.replace(on(MOE, expert=4), model=dataclasses.replace(MOE.model, moe=moe))
-  loops = expected_loops(config, "TPU v5p")
+  assumptions = runtime_assumptions(config, "TPU v5p")
   load, block = 2 * 64 * 2, 64  # 2 sequences a device and microbatch; a block is half a mean group
-  assert loops.full_rows == pytest.approx((load + block) / (2 * load + 2 * block))
+  assert assumptions.grouped_matmul_fill == pytest.approx((load + block) / (2 * load + 2 * block))
   # Two choices among four devices fall on 1.75 of them.
-  assert loops.sent_rows == pytest.approx(1.75 / 2)
+  assert assumptions.ragged_fill == pytest.approx(1.75 / 2)
   # Where there are no ragged messages each of four devices is sent as many rows as there are tokens, of two sorted choices.
-  assert expected_loops(config, "TPU v5 lite").sent_rows == pytest.approx(4 / 2)
+  assert runtime_assumptions(config, "TPU v5 lite").ragged_fill == pytest.approx(4 / 2)

@@ -14,7 +14,7 @@ from deepseek_jax.flags import load_config
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import graphdef, init_params
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
-from deepseek_jax.plan.flops import Parameters, count_parameters, training_flops
+from deepseek_jax.plan.flops import ParameterCounts, count_parameters, training_flops
 from deepseek_jax.plan.memory import estimate_memory
 from deepseek_jax.plan.summary import planned_tokens
 from deepseek_jax.training.loss import cross_entropy
@@ -54,7 +54,7 @@ V3 = dataclasses.replace(
 )
 def test_parameters_of_the_paper(name, total, active, mtp):
   model = load_config(f"configs/{name}.py").model
-  assert count_parameters(model) == Parameters(total, active, active - model.vocab * model.embed, mtp)
+  assert count_parameters(model) == ParameterCounts(total, active, active - model.vocab * model.embed, mtp)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def loss_and_gradient(config):
   return jax.grad(loss), (params, buffers, jax.ShapeDtypeStruct((BATCH, SEQ + 1), jnp.int32))
 
 
-def product_flops(jaxpr, times=1):
+def dot_general_flops(jaxpr, times=1):
   """2mkn over every dot_general in a jaxpr, loops times their length."""
   total = 0
   for eqn in jaxpr.eqns:
@@ -108,7 +108,7 @@ def product_flops(jaxpr, times=1):
       total += times * 2 * math.prod(eqn.outvars[0].aval.shape) * depth
     for value in eqn.params.values():
       if hasattr(value, "jaxpr") or hasattr(value, "eqns"):
-        total += product_flops(getattr(value, "jaxpr", value), inner)
+        total += dot_general_flops(getattr(value, "jaxpr", value), inner)
   return total
 
 
@@ -116,7 +116,7 @@ def product_flops(jaxpr, times=1):
 def test_equal_to_every_product_in_the_program(config):
   with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
     function, arguments = loss_and_gradient(config)
-    counted = product_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+    counted = dot_general_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
   expected = BATCH * SEQ * training_flops(config, SEQ).full
   if config.attention.kind == "mla":  # its scores are made once more in the backward pass
     expected += 2 * BATCH * config.attention.heads * (24 + 8) * (config.layers + config.num_mtp_layers) * SEQ**2
@@ -172,5 +172,5 @@ def test_memory_estimate_is_near_what_xla_allocates(model):
     )
   ours = estimate_memory(config)
   assert ours.params + ours.optimizer == pytest.approx(xla.argument_size_in_bytes, rel=0.01)
-  assert 0.5 < (ours.total - ours.params - ours.optimizer) / xla.temp_size_in_bytes < 2
-  assert np.isfinite(ours.total)
+  assert 0.5 < (ours.total_bytes - ours.params - ours.optimizer) / xla.temp_size_in_bytes < 2
+  assert np.isfinite(ours.total_bytes)

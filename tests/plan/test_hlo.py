@@ -6,7 +6,7 @@ import pytest
 
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.mesh import AXES, make_mesh
-from deepseek_jax.plan.hlo import Program
+from deepseek_jax.plan.hlo import HloProgram
 from deepseek_jax.sharding import spmd
 
 SIZES = dict.fromkeys(AXES, 1) | {"fsdp": 4, "expert": 16}
@@ -41,12 +41,12 @@ ENTRY %main (p: bf16[8,16]) -> bf16[8,16] {{
 )
 def test_axes_of_a_group(groups, axes):
   text = module(f"ROOT %r = f32[64,2]{{1,0}} all-reduce(%p), replica_groups={groups}, to_apply=%add")
-  (found,) = Program(text, SIZES).collectives()
+  (found,) = HloProgram(text, SIZES).collectives()
   n = 1
   for axis in axes:
     n *= SIZES[axis]
-  assert (found.kind, found.axes, found.size, found.times) == ("all-reduce", axes, 512, 1)
-  assert found.sent == pytest.approx(2 * (n - 1) / n * 512)
+  assert (found.kind, found.axes, found.largest_array_bytes, found.count) == ("all-reduce", axes, 512, 1)
+  assert found.collective_bytes == pytest.approx(2 * (n - 1) / n * 512)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_axes_of_a_group(groups, axes):
   ],
 )
 def test_products(instruction, flops):
-  assert Program(module(instruction), SIZES).product_flops() == flops
+  assert HloProgram(module(instruction), SIZES).matmul_flops() == flops
 
 
 @pytest.mark.parametrize(("name", "counted"), [("fp8_matmul.1", 1), ("fp8_grouped_matmul.1", 0.5), ("gmm.1", 0.5)])
@@ -73,7 +73,7 @@ def test_kernels_say_what_they_do(cost, name, counted):
     f'{{"custom_call_config":{{"body":"TUzv", "cost_estimate": {cost}}}}}\n'
     "  ROOT %r = f32[8,32]{1,0} dot(%p, %k), lhs_contracting_dims={1}"
   )
-  assert Program(text, SIZES).product_flops(full_rows=0.5) == 8192 * (1 + counted)
+  assert HloProgram(text, SIZES).matmul_flops(grouped_matmul_fill=0.5) == 8192 * (1 + counted)
 
 
 def test_a_message_of_a_sparse_core_counts():
@@ -81,8 +81,8 @@ def test_a_message_of_a_sparse_core_counts():
   text = module('%start = ((), (), (s32[1]{0})) call-start(), async_execution_thread="sparsecore", to_apply=%sent')
   message = "ROOT %r = f32[64,2]{1,0} all-reduce(%q), replica_groups={}, to_apply=%add"
   sent = f"%sent (q: f32[64,2]) -> f32[64,2] {{\n  %q = f32[64,2]{{1,0}} parameter(0)\n  {message}\n}}\n"
-  (found,) = Program(text.replace("ENTRY", f"{sent}\nENTRY"), SIZES).collectives()
-  assert (found.kind, found.times, found.size) == ("all-reduce", 1, 512)
+  (found,) = HloProgram(text.replace("ENTRY", f"{sent}\nENTRY"), SIZES).collectives()
+  assert (found.kind, found.count, found.largest_array_bytes) == ("all-reduce", 1, 512)
 
 
 @pytest.mark.parametrize(("name", "flops"), [("splash_mha_dq", 1000), ("tgmm.3", 500)])
@@ -93,7 +93,7 @@ def test_a_kernel_says_what_it_costs(name, flops):
   text = module(
     f'%{name} = f32[8,32] custom-call(%p, %k), custom_call_target="tpu_custom_call", frontend_attributes={config}'
   )
-  assert Program(text, SIZES).product_flops(full_rows=0.5) == flops
+  assert HloProgram(text, SIZES).matmul_flops(grouped_matmul_fill=0.5) == flops
 
 
 def convolution(left, right, out, labels, window):
@@ -101,7 +101,7 @@ def convolution(left, right, out, labels, window):
   text = text.replace("bf16[8,16]{1,0:T(8,128)(2,1)} parameter(0)", f"bf16[{left}] parameter(0)")
   text = text.replace("bf16[16,32]{1,0} parameter(1)", f"bf16[{right}] parameter(1)")
   line = f"ROOT %r = f32[{out}] convolution(%p, %k), window={{{window}}}, dim_labels={labels}"
-  return Program(text.replace("  \n}\n", f"  {line}\n}}\n"), SIZES).product_flops()
+  return HloProgram(text.replace("  \n}\n", f"  {line}\n}}\n"), SIZES).matmul_flops()
 
 
 def test_convolutions_that_are_products_by_batch():
@@ -131,8 +131,8 @@ def test_a_compiled_loop_counts_as_often_as_it_runs():
     x = jax.ShapeDtypeStruct((4 * rows, width), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P("fsdp")))
     w = jax.ShapeDtypeStruct((layers, width, width), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P(None, "fsdp")))
     text = jax.jit(function).lower(x, w).compile().as_text()
-  program = Program(text, dict(mesh.shape))
+  program = HloProgram(text, dict(mesh.shape))
   gathers = [c for c in program.collectives() if c.kind == "all-gather"]
-  assert [(c.axes, c.times, c.sent) for c in gathers] == [(("fsdp",), layers, 3 / 4 * 4 * width**2)]
-  assert [c.times for c in program.collectives() if c.kind == "all-reduce"] == [1]
-  assert program.product_flops() == layers * 2 * rows * width**2
+  assert [(c.axes, c.count, c.collective_bytes) for c in gathers] == [(("fsdp",), layers, 3 / 4 * 4 * width**2)]
+  assert [c.count for c in program.collectives() if c.kind == "all-reduce"] == [1]
+  assert program.matmul_flops() == layers * 2 * rows * width**2

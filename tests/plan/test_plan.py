@@ -12,8 +12,8 @@ from deepseek_jax.plan import search as search_module
 from deepseek_jax.plan.__main__ import main
 from deepseek_jax.plan.flops import abstract_params, training_flops
 from deepseek_jax.plan.plan import make_plan
-from deepseek_jax.plan.search import Choice, applied, rank, search
-from deepseek_jax.plan.topology import parse
+from deepseek_jax.plan.search import Candidate, apply_candidate, rank_key, search
+from deepseek_jax.plan.topology import parse_topology
 from deepseek_jax.sharding import elements_per_device
 from deepseek_jax.training.step import abstract_step
 
@@ -43,11 +43,11 @@ def test_a_plan_as_json(capsys, topology):
   assert plan["fits"] and plan["devices"] == 4 and plan["mesh"]["expert"] == 2 and plan["source"] == "analytic"
   flops = training_flops(config.model, config.data.seq).causal * config.train.global_batch * config.data.seq
   assert plan["model_flops"] == pytest.approx(flops) and plan["compiled_flops"] > flops
-  chip = parse(topology).chip
-  assert plan["mfu"] == pytest.approx(flops / plan["step_seconds"] / (4 * chip.flops))
+  chip = parse_topology(topology).chip
+  assert plan["mfu"] == pytest.approx(flops / plan["step_seconds"] / (4 * chip.peak_flops))
   assert plan["tokens_per_second"] == pytest.approx(config.train.global_batch * config.data.seq / plan["step_seconds"])
-  exchange = "all-to-all" if topology.startswith("v5e") else "ragged-all-to-all"
-  assert plan["collective_bytes"][exchange].keys() == {"expert"}
+  kind = "all-to-all" if topology.startswith("v5e") else "ragged-all-to-all"
+  assert plan["collective_bytes"][kind].keys() == {"expert"}
   assert plan["bound"] in ("compute", "hbm", "interconnect")
   assert plan["ideal"]["seconds"] < plan["step_seconds"]
 
@@ -128,7 +128,7 @@ def test_near_what_maxtext_publishes_for_v3_on_512_chips():
     "train.batch_ramp_from": 0, "train.batch_ramp_tokens": 0, "model.remat": "offload", "model.moe.buffer_factor": 0,
   }  # fmt: skip
   config = load_config("configs/v3.py", {path: str(value) for path, value in fields.items()})
-  plan = make_plan(config, parse("v5p:8x8x8"), abstract_step)
+  plan = make_plan(config, parse_topology("v5p:8x8x8"), abstract_step)
   assert plan.mfu(plan.calibrated) == pytest.approx(0.332, rel=0.2)
 
 
@@ -137,22 +137,24 @@ def test_search_finds_the_best_of_all_and_ranks_what_does_not_fit_last(monkeypat
   config = load_config(
     "configs/7b.py", {"train.global_batch": "2", "train.microbatch": "0", "mesh.context": "1", "model.layers": "2"}
   )
-  topology, told = parse("v5p:2x1x1"), []
-  plans = search(config, topology, abstract_step, progress=told.append, most=9)
-  assert len(plans) == len(told) == 9 and plans == sorted(plans, key=rank)
-  plain = Choice(1, 1, 1, 1, rows=1, remat="full", buffer=0.0)
-  meshes = [plain, *(replace(plain, **{axis: 2}) for axis in ("tensor", "stage", "context"))]  # of two devices
-  choices = (replace(mesh, rows=rows, remat=remat) for mesh in meshes for rows in (1, 2) for remat in ("full", "dots"))
-  every = [c for c in (applied(choice, config, topology) for choice in choices) if c]
+  topology, told = parse_topology("v5p:2x1x1"), []
+  plans = search(config, topology, abstract_step, progress=told.append, max_plans=9)
+  assert len(plans) == len(told) == 9 and plans == sorted(plans, key=rank_key)
+  base = Candidate(1, 1, 1, 1, sequences_per_device=1, remat="full", buffer_factor=0.0)
+  meshes = [base, *(replace(base, **{axis: 2}) for axis in ("tensor", "stage", "context"))]  # of two devices
+  candidates = (
+    replace(mesh, sequences_per_device=n, remat=remat) for mesh in meshes for n in (1, 2) for remat in ("full", "dots")
+  )
+  every = [c for c in (apply_candidate(c, config, topology) for c in candidates) if c]
   assert len(every) > 12  # a whole batch of two sequences on a pipeline and a row on both devices are among them
-  best = min((make_plan(c, topology, abstract_step) for c in every), key=rank)
+  best = min((make_plan(c, topology, abstract_step) for c in every), key=rank_key)
   assert plans[0].fits and plans[0].config == best.config
 
 
 def test_search_compiles_until_three_fit(monkeypatch):
   """What XLA refuses is left out, what does not fit after all comes last, and compiled plans come first."""
   config = load_config("configs/7b.py", {"train.global_batch": "8", "train.microbatch": "8", "model.layers": "2"})
-  plan = make_plan(config, parse("v5p:2x2x1"), abstract_step)
+  plan = make_plan(config, parse_topology("v5p:2x2x1"), abstract_step)
   plans = [
     replace(plan, calibrated=replace(plan.calibrated, seconds=seconds)) for seconds in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
   ]
@@ -169,13 +171,13 @@ def test_search_compiles_until_three_fit(monkeypatch):
 
   monkeypatch.setattr(search_module, "make_plan", compile_next)
   told = []
-  found = search_module.best_compiled(plans, parse("v5p:2x2x1"), abstract_step, told.append)
+  found = search_module.compile_best(plans, parse_topology("v5p:2x2x1"), abstract_step, told.append)
   order = [(p.fits, p.source, p.calibrated.seconds) for p in found]
   assert order[:3] == [(True, "compiled", 7.0), (True, "compiled", 8.0), (True, "compiled", 9.0)]
   assert order[3] == (True, "analytic", 6.0) and order[4][:2] == (False, "compiled") and len(found) == 5
-  assert "not this one: libtpu ended" in told
+  assert "left out: libtpu ended" in told
 
 
 def test_search_says_where_nothing_fits():
   with pytest.raises(ConfigError, match="more devices"):
-    search(load_config("configs/67b.py"), parse("v5e:2x2"), abstract_step)
+    search(load_config("configs/67b.py"), parse_topology("v5e:2x2"), abstract_step)

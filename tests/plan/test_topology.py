@@ -3,7 +3,7 @@
 import pytest
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.plan.topology import parse, peak_flops
+from deepseek_jax.plan.topology import parse_topology, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -14,8 +14,8 @@ from deepseek_jax.plan.topology import parse, peak_flops
   ],
 )  # fmt: skip
 def test_sizes(text, devices, slices):
-  topology = parse(text)
-  assert (topology.devices, topology.slices) == (devices, slices)
+  topology = parse_topology(text)
+  assert (topology.num_devices, topology.num_slices) == (devices, slices)
 
 
 @pytest.mark.parametrize(
@@ -27,16 +27,16 @@ def test_sizes(text, devices, slices):
 )  # fmt: skip
 def test_what_is_no_machine_says_what_to_write(text, word):
   with pytest.raises(ConfigError, match=word):
-    parse(text)
+    parse_topology(text)
 
 
 def test_bandwidth_of_a_group():
   """All three dimensions of a torus have six links; of GPUs the network is slower, and eight cards are shared."""
-  pod, gpus = parse("v5p:8x8x8"), parse("h100:64x8")
-  link = pod.chip.link
-  assert [pod.bandwidth(n, 1) for n in (4, 8, 64, 512)] == [link, 2 * link, 4 * link, 6 * link]
-  assert gpus.bandwidth(8, 1) == 450e9 and gpus.bandwidth(16, 1) == 8 * 50e9
-  assert gpus.bandwidth(64, 8) == 50e9  # one GPU of each node
+  pod, gpus = parse_topology("v5p:8x8x8"), parse_topology("h100:64x8")
+  link = pod.chip.link_bandwidth
+  assert [pod.collective_bandwidth(n, 1) for n in (4, 8, 64, 512)] == [link, 2 * link, 4 * link, 6 * link]
+  assert gpus.collective_bandwidth(8, 1) == 450e9 and gpus.collective_bandwidth(16, 1) == 8 * 50e9
+  assert gpus.collective_bandwidth(64, 8) == 50e9  # one GPU of each node
 
 
 def test_peaks_by_the_kind_that_jax_says():

@@ -8,9 +8,9 @@ import jax
 
 from deepseek_jax.config import Config, MeshConfig
 from deepseek_jax.mesh import make_mesh
-from deepseek_jax.plan.compiled import Compiled, compiled, devices
-from deepseek_jax.plan.hlo import Program
-from deepseek_jax.plan.topology import parse
+from deepseek_jax.plan.compile import CompiledProgram, compile_for_tpu, topology_devices
+from deepseek_jax.plan.hlo import HloProgram
+from deepseek_jax.plan.topology import parse_topology
 from deepseek_jax.sharding import elements_per_device
 from deepseek_jax.training.step import abstract_step
 
@@ -20,7 +20,7 @@ _STABLEHLO = re.compile(r"stablehlo\.(all_gather|all_reduce|reduce_scatter|all_t
 
 def pod(topology, **sizes):
   """The mesh of `sizes` on the chips of `topology`. Nothing can run on it, not even jax.random.key(0)."""
-  return make_mesh(MeshConfig(**({"data": 1} | sizes)), devices(parse(topology)))
+  return make_mesh(MeshConfig(**({"data": 1} | sizes)), topology_devices(parse_topology(topology)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Step:
   sizes: dict
   held: int
   parameters: int
-  compiled: Compiled
-  program: Program
+  compiled: CompiledProgram
+  program: HloProgram
 
 
 def step_for(topology, sizes, config) -> Step:
@@ -41,14 +41,14 @@ def step_for(topology, sizes, config) -> Step:
     step, arguments = abstract_step(config, mesh)
     held = sum(elements_per_device(a) * a.dtype.itemsize for a in jax.tree.leaves(arguments[0]))
     parameters = sum(a.size for a in jax.tree.leaves(arguments[0].params))
-    found = compiled(step, *arguments, donate_argnums=0)
-  return Step(config, sizes, held, parameters, found, Program(found.hlo, dict(mesh.shape)))
+    program = compile_for_tpu(step, *arguments, donate_argnums=0)
+  return Step(config, sizes, held, parameters, program, HloProgram(program.hlo, dict(mesh.shape)))
 
 
 def check_collectives(step: Step):
   """The messages are those that the program says, and none carries more than one layer's weights, or the tokens' rows."""
   found = Counter(c.kind for c in step.program.collectives())
-  written = Counter(name.replace("_", "-") for name in _STABLEHLO.findall(step.compiled.lowered))
+  written = Counter(name.replace("_", "-") for name in _STABLEHLO.findall(step.compiled.stablehlo))
   # Where a group of devices fills all three dimensions of a torus, libtpu makes gathers and scatters of all-reduces.
   sums = ("all-gather", "all-reduce", "reduce-scatter")
   assert 0 < sum(found[kind] for kind in sums) <= sum(written[kind] for kind in sums)
@@ -60,13 +60,15 @@ def check_collectives(step: Step):
   # XLA shifts small pieces of what it gathers; whole streams go from stage to stage alone.
   stages, model = step.sizes.get("stage", 1) > 1, step.config.model
   stream = step.config.data.seq // step.sizes.get("tensor", 1) // step.sizes.get("context", 1) * model.embed * 2
-  permuted = {c.axes for c in step.program.collectives() if c.kind == "collective-permute" and c.size >= stream}
+  permuted = {
+    c.axes for c in step.program.collectives() if c.kind == "collective-permute" and c.largest_array_bytes >= stream
+  }
   assert permuted == ({("stage",)} if stages else set()) and ("collective-permute" in written) == stages
   # In loops over layers and microbatches nothing is larger than the weights of a layer or the head, whole on a device.
   experts = model.moe.num_routed_experts // step.sizes.get("expert", 1)
   weights = max(model.vocab, experts * model.moe.mlp, model.mlp) * model.embed * 2
   rows = 2 * step.config.data.seq * model.moe.num_experts_per_token * model.embed * 2
-  largest = max(c.size for c in step.program.collectives() if c.times > 1)
+  largest = max(c.largest_array_bytes for c in step.program.collectives() if c.count > 1)
   assert largest <= max(weights, rows * step.config.train.microbatch // _rows(step.sizes)), (largest, weights, rows)
 
 

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 
 from deepseek_jax.kernels.grouped_matmul.api import grouped_matmul
 from deepseek_jax.kernels.grouped_matmul.xla import ragged_dot
-from deepseek_jax.plan.compiled import compiled
+from deepseek_jax.plan.compile import compile_for_tpu
 from deepseek_jax.sharding import pvary, spmd
 from tests.tpu.pods import REMATERIALIZED, pod
 
@@ -22,8 +22,8 @@ def test_a_relayout_through_whole_arrays_is_reported():
   """So that other tests may look for the words that are not there."""
   with jax.set_mesh(pod("v5p:2x2x2", data=2, fsdp=2, expert=2)):
     x = abstract((24, 40, 56), jnp.float32, "data", "fsdp", None)
-    good = compiled(lambda x: jnp.cos(x), x)
-    bad = compiled(lambda x: jnp.sin(jax.sharding.reshard(jnp.cos(x), jax.P(("expert", "fsdp", "data")))), x)
+    good = compile_for_tpu(lambda x: jnp.cos(x), x)
+    bad = compile_for_tpu(lambda x: jnp.sin(jax.sharding.reshard(jnp.cos(x), jax.P(("expert", "fsdp", "data")))), x)
   assert REMATERIALIZED not in good.log and REMATERIALIZED in bad.log
 
 
@@ -48,7 +48,7 @@ def test_moments_on_host():
     device, host = (abstract(shape, jnp.float32, "fsdp", None, kind=kind) for kind in ("device", "pinned_host"))
     ours = (device,) * arrays, (host,) * arrays, (device,) * arrays
     out = jax.tree.map(lambda a: a.sharding, ours[:2])
-    program = compiled(step, *ours, donate_argnums=(0, 1), out_shardings=out)
+    program = compile_for_tpu(step, *ours, donate_argnums=(0, 1), out_shardings=out)
   one = 64 * 2**20
   assert program.host_argument == program.host_aliased == arrays * one
   assert program.argument == 2 * arrays * one
@@ -71,7 +71,7 @@ def test_activations_on_host():
   with jax.set_mesh(pod("v5p:2x2x1", fsdp=4)):
     stack = abstract((layers, embed, embed), jnp.bfloat16, None, None, None)
     x = abstract((4 * tokens, embed), jnp.bfloat16, "fsdp", None)
-    program = compiled(spmd(gradients, (jax.P(), jax.P("fsdp")), jax.P()), stack, x)
+    program = compile_for_tpu(spmd(gradients, (jax.P(), jax.P("fsdp")), jax.P()), stack, x)
   residual = tokens * embed * 2
   # XLA peels an iteration off the loop, and may keep a spare buffer.
   assert layers * residual <= program.host_temporary <= (layers + 1) * residual
@@ -97,7 +97,7 @@ def test_grouped_products_do_the_useful_work(topology, implementation):
     x = abstract((rows * mesh.size, k), jnp.bfloat16, "expert", None)
     w = abstract((groups * mesh.size, k, n), jnp.bfloat16, "expert", None, None)
     sizes = abstract((groups * mesh.size,), jnp.int32, "expert")
-    program = compiled(spmd(gradients, (shared,) * 3, (shared,) * 2), x, w, sizes)
+    program = compile_for_tpu(spmd(gradients, (shared,) * 3, (shared,) * 2), x, w, sizes)
   # libtpu 0.0.42, of jax 0.10, multiplies every row by every group for the gradient of the weights of a ragged_dot.
   kernel = '"tpu_custom_call"' in program.hlo and "%tgmm" in program.hlo
   assert kernel == (implementation == "auto" and "v5p" not in topology)

@@ -6,8 +6,8 @@ import signal
 import pytest
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.plan.child import in_child
-from deepseek_jax.plan.compiled import out_of_memory
+from deepseek_jax.plan.compile import parse_required_bytes
+from deepseek_jax.plan.subprocess_call import call_in_subprocess
 
 GIB = 2**30
 
@@ -35,25 +35,25 @@ def is_wrong(log):
 
 
 def test_a_child_answers():
-  value, had_log, process = in_child(works, 3)
+  value, had_log, process = call_in_subprocess(works, 3)
   assert value == 3 and had_log and process != os.getpid()
 
 
 def test_its_errors_are_ours():
   with pytest.raises(ConfigError, match="^no such topology$"):
-    in_child(refuses)
+    call_in_subprocess(refuses)
 
 
 def test_its_end_is_an_error_with_its_last_words():
   with pytest.raises(ConfigError, match=r"SIGABRT .*Check failed: a == b.*--analytic"):
-    in_child(ends)
+    call_in_subprocess(ends)
   with pytest.raises(ConfigError, match="SIGKILL.*memory"):
-    in_child(is_killed)
+    call_in_subprocess(is_killed)
 
 
 def test_a_mistake_is_no_ones_but_ours():
   with pytest.raises(RuntimeError, match="is_wrong(.|\n)*TypeError: a mistake of ours"):
-    in_child(is_wrong)
+    call_in_subprocess(is_wrong)
 
 
 @pytest.mark.parametrize(
@@ -69,4 +69,4 @@ def test_a_mistake_is_no_ones_but_ours():
   ],
 )
 def test_what_is_said_of_too_little_memory(message, needed):
-  assert out_of_memory(message) == (needed and int(needed))
+  assert parse_required_bytes(message) == (needed and int(needed))
