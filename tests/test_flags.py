@@ -64,7 +64,7 @@ def test_dry_run_of_67b_needs_none_of_its_devices(capsys):
     "fsdp=256",
     "model.layers = 95",
     "2,000,003,530,752 in 105,964 steps",
-    "GiB a device",
+    "GiB per device",
   ):
     assert words in out
 
