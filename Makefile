@@ -27,7 +27,7 @@ help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
 train: environment
-	$(IN_VENV) -m deepseek_jax.train --config=configs/tiny.py $(ARGS)
+	$(IN_VENV) -m deepseek_jax.train --config=tiny $(ARGS)
 
 test: lint
 	$(IN_VENV) -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)

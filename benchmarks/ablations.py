@@ -17,7 +17,7 @@ from absl import flags
 from benchmarks.curve import write_picture
 from deepseek_jax.checkpoint.compatibility import check_compatible
 from deepseek_jax.errors import ConfigError, UserError
-from deepseek_jax.flags import load_config, parse, run_program
+from deepseek_jax.flags import define_config_flags, load_config, parse, run_program
 from deepseek_jax.plan.flops import count_parameters, training_flops
 from deepseek_jax.training import metrics
 from deepseek_jax.training.plot import Series
@@ -48,7 +48,7 @@ HARMLESS = ("data.cache", "data.verify", "checkpoint.", "log.tensorboard", "samp
 
 def main(argv) -> int:
   values = flags.FlagValues()
-  flags.DEFINE_string("config", "configs/tiny.py", "the config that is varied", flag_values=values)
+  define_config_flags(values, "tiny")
   flags.DEFINE_string("workdir", "runs/ablations", "folder of the runs", flag_values=values)
   flags.DEFINE_string("out", None, "the SVG file to write", flag_values=values)
   flags.DEFINE_integer("steps", 700, "steps of the first variant", lower_bound=1, flag_values=values)

@@ -1,6 +1,6 @@
 """Bits per byte that need no neural network, on the held-out split that `make train` evaluates on.
 
-  python -m benchmarks.byte_models --config=configs/tiny.py
+  python -m benchmarks.byte_models --config=tiny
 
 gzip -9 and xz -9 compress the held-out text alone. The order-k models are byte n-grams fitted on the train split and
 interpolated down to the uniform distribution over ids with Witten-Bell smoothing: with n(c) occurrences of the context c
@@ -15,14 +15,12 @@ import numpy as np
 from absl import flags
 
 from deepseek_jax.data import pipeline
-from deepseek_jax.flags import load_config, parse, run_program
+from deepseek_jax.flags import define_config_flags, load_config, parse, run_program
 
 
 def main(argv):
   values = flags.FlagValues()
-  flags.DEFINE_string(
-    "config", "configs/tiny.py", "the config whose data is used; its tokenizer must be byte", flag_values=values
-  )
+  define_config_flags(values, "tiny")  # whose data is used; its tokenizer must be byte
   overrides = parse(argv, values, __doc__)
   data = pipeline.open_data(load_config(values.config, overrides).data, vocab=257, seed=0)
   train, heldout = stream(data.train), stream(data.heldout)

@@ -11,14 +11,14 @@ import statistics
 from absl import flags
 
 from benchmarks.train_step import time_steps
-from deepseek_jax.flags import load_config, parse, run_program
+from deepseek_jax.flags import define_config_flags, load_config, parse, run_program
 
 LIMITS = (1.6, 1.6, 1.3)  # times the wall time, the CPU time and the compiled FLOPs with 8 experts
 
 
 def main(argv) -> int:
   values = flags.FlagValues()
-  flags.DEFINE_string("config", "benchmarks/v3_24m.py", "a config file", flag_values=values)
+  define_config_flags(values, "benchmarks/v3_24m.py")
   flags.DEFINE_integer("steps", 5, "steps to time, after one that compiles", lower_bound=1, flag_values=values)
   overrides = parse(argv, values, __doc__)
   config = load_config(values.config, overrides)

@@ -14,7 +14,7 @@ import functools
 from absl import flags
 
 from deepseek_jax import train
-from deepseek_jax.flags import load_config, parse, run_program
+from deepseek_jax.flags import define_config_flags, load_config, parse, run_program
 
 OUTLIERS, EXPONENT = 2, 16  # e4m3fn has 18 powers of two: fewer than 2^13 would cost nothing, as `outlier_errors` shows
 INSTRUCTION = 32  # terms of e4m3fn that Hopper's tensor cores add in one go
@@ -22,7 +22,7 @@ INSTRUCTION = 32  # terms of e4m3fn that Hopper's tensor cores add in one go
 
 def main(argv) -> int:
   values = flags.FlagValues()
-  flags.DEFINE_string("config", None, "as of deepseek_jax.train", flag_values=values)
+  define_config_flags(values)
   flags.DEFINE_string("workdir", None, "as of deepseek_jax.train", flag_values=values)
   flags.DEFINE_boolean("outliers", False, "channels of great magnitude", flag_values=values)
   flags.DEFINE_boolean("per_tensor", False, "one scale a matrix", flag_values=values)

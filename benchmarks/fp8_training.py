@@ -27,7 +27,7 @@ from benchmarks.ablations import check_settings
 from benchmarks.curve import write_picture
 from deepseek_jax.checkpoint.parts import layout
 from deepseek_jax.errors import UserError
-from deepseek_jax.flags import load_config, parse, run_program
+from deepseek_jax.flags import define_config_flags, load_config, parse, run_program
 from deepseek_jax.training import metrics
 from deepseek_jax.training.plot import Series
 
@@ -84,7 +84,7 @@ def get_config():
 
 def main(argv) -> int:
   values = flags.FlagValues()
-  flags.DEFINE_string("config", "benchmarks/fp8_training.py", "the config that is trained", flag_values=values)
+  define_config_flags(values, "benchmarks/fp8_training.py")
   flags.DEFINE_string("workdir", "runs/fp8_training", "folder of the runs", flag_values=values)
   flags.DEFINE_string("out", None, "the SVG file to write", flag_values=values)
   flags.DEFINE_integer("seeds", 3, "runs of bf16 and fp8", lower_bound=1, flag_values=values)

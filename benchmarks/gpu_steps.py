@@ -72,9 +72,9 @@ def training(config, precision):
 
 
 STEPS = (
-  selftest("selftest_v3_fp8", 90, "--config=configs/v3.py", "--config.model.precision=fp8"),
-  selftest("selftest_v3_bf16", 30, "--config=configs/v3.py"),  # its grouped products
-  selftest("selftest_67b_fp8", 45, "--config=configs/67b.py", "--config.model.precision=fp8"),
+  selftest("selftest_v3_fp8", 90, "--config=v3", "--config.model.precision=fp8"),
+  selftest("selftest_v3_bf16", 30, "--config=v3"),  # its grouped products
+  selftest("selftest_67b_fp8", 45, "--config=67b", "--config.model.precision=fp8"),
   table("fp8_matmul", 1, 80, "--row_seconds=40"),
   table("attention", 1, 35, "--row_seconds=30"),
   table("tune_kernels", 2, 60, "--table={out}/tiles.json"),

@@ -1,4 +1,4 @@
-"""How long the self-test compiles on an H200 that is not here:  python -m benchmarks.selftest_compilation --config=configs/v3.py
+"""How long the self-test compiles on an H200 that is not here:  python -m benchmarks.selftest_compilation --config=v3
 
 Traces the config's step for an H200, makes the cases of the self-test, and compiles kernels and XLA's forms with jax's CUDA
 plugin, one after the other, without a GPU (in the environment of `make kernels`). What a device adds: XLA's autotuning of its
@@ -14,12 +14,12 @@ import time
 
 from absl import flags
 
-from deepseek_jax.flags import load_config, parse, run_program
+from deepseek_jax.flags import define_config_flags, load_config, parse, run_program
 
 
 def main(argv) -> int:
   values = flags.FlagValues()
-  flags.DEFINE_string("config", "configs/v3.py", "a config file", flag_values=values)
+  define_config_flags(values, "v3")
   flags.DEFINE_string("json", None, "also write each case's seconds to this file", flag_values=values)
   overrides = parse(argv, values, __doc__)
   config = load_config(values.config, overrides)

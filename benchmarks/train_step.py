@@ -1,4 +1,4 @@
-"""Times the training step of a config on random tokens:  python -m benchmarks.train_step --config=configs/tiny.py
+"""Times the training step of a config on random tokens:  python -m benchmarks.train_step --config=tiny
 
 Any field can be set as in training, e.g. --config.model.remat=none. The roof is the rate of a large square matrix product
 in the compute dtype, measured in the same process just before: on shared machines compare ratios, not seconds. --json=FILE
@@ -12,12 +12,12 @@ import time
 from absl import flags
 
 from benchmarks.results import write_json
-from deepseek_jax.flags import load_config, parse, run_program
+from deepseek_jax.flags import define_config_flags, load_config, parse, run_program
 
 
 def main(argv) -> int:
   values = flags.FlagValues()
-  flags.DEFINE_string("config", "configs/tiny.py", "a config file", flag_values=values)
+  define_config_flags(values, "tiny")
   flags.DEFINE_integer("steps", 5, "steps to time, after one that compiles", lower_bound=1, flag_values=values)
   flags.DEFINE_string("json", None, "file of the results", flag_values=values)
   overrides = parse(argv, values, __doc__)

@@ -1,8 +1,10 @@
-"""The command line: `--config=FILE --config.any.field=value` into a checked Config, and errors in one line.
+"""The command line: `--config=NAME --config.any.field=value` into a checked Config, and errors in one line.
 
 Plain config_flags rejects `1e3` for integers, hides its suggestion under a traceback and shows no fields in --help.
 """
 
+import ast
+import difflib
 import importlib.util
 import json
 import os
@@ -46,12 +48,53 @@ def file_exists(path):
   return read_file(path) is not None if is_url(path) else os.path.isfile(path)
 
 
+def shipped_configs() -> dict[str, pathlib.Path]:
+  """The shipped configs: name -> file. An installed package has them inside; a checkout has them beside the package."""
+  package = pathlib.Path(__file__).parent
+  installed = package / "configs"
+  folder = installed if installed.is_dir() else package.parent / "configs"
+  return {path.stem: path for path in sorted(folder.glob("*.py"))}
+
+
+def find_config(name: str) -> str:
+  """The path of the config that --config names: a .py or .json file, a .json object in a bucket, or a shipped config.
+
+  Names of shipped configs have no suffix, so a file is never mistaken for one. Raises ConfigError where there is none.
+  """
+  if name.endswith((".py", ".json")) and file_exists(name):
+    return name
+  shipped = shipped_configs()
+  if name in shipped:
+    return str(shipped[name])
+  if not name.endswith((".py", ".json")) and file_exists(name):
+    raise ConfigError(f"config file {name!r} must end in .py or .json")
+  near = difflib.get_close_matches(pathlib.PurePath(name).stem, shipped, 1, 0.4)
+  suggestion = f"; did you mean --config={near[0]}?" if near else ""
+  raise ConfigError(f"no config file {name!r}, and no shipped config of that name: {', '.join(shipped)}{suggestion}")
+
+
+def list_configs() -> str:
+  """The shipped configs, one a line: name, and the first line of the file's docstring."""
+  shipped = shipped_configs()
+  width = max(map(len, shipped), default=0)
+  lines = []
+  for name, path in shipped.items():
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    lines.append(f"  {name:{width}}  {docstring.partition(chr(10))[0]}")
+  return "\n".join(lines)
+
+
+def define_config_flags(flag_values, default: str | None = None):
+  """Defines --config and --list_configs, which `parse` and `load_config` read."""
+  flags.DEFINE_string(
+    "config", default, "a shipped config (see --list_configs), or a .py or .json file", flag_values=flag_values
+  )
+  flags.DEFINE_boolean("list_configs", False, "list the shipped configs, and stop", flag_values=flag_values)
+
+
 def read_config_file(path):
   """The nested dicts that a config file gives: `get_config()` of a .py (run as code: trust it), or a .json object, which
   may be in a bucket."""
-  if not file_exists(path):
-    here = sorted(f for f in os.listdir("configs") if f.endswith(".py")) if os.path.isdir("configs") else []
-    raise ConfigError(f"no config file {path!r}" + (f"; configs/ has {', '.join(here)}" if here else ""))
   try:
     if path.endswith(".json"):
       content = read_file(path) if is_url(path) else pathlib.Path(path).read_bytes()
@@ -81,11 +124,11 @@ def check_mapping(tree, path):
 
 
 def load_config(path="", overrides=None, saved=False) -> Config:
-  """The Config of a file (none: the defaults) with `overrides` ({dotted path: value or text}) on top.
+  """The Config of a shipped name or a file (none: the defaults) with `overrides` ({dotted path: value or text}) on top.
 
   saved: a run wrote the file, perhaps with names that fields had in an older version.
   """
-  tree = read_config_file(path) if path else {}
+  tree = read_config_file(find_config(path)) if path else {}
   if saved:
     tree = with_current_names(tree)
   for dotted, value in (overrides or {}).items():
@@ -110,7 +153,8 @@ def config_help(config: Config) -> str:
 
 
 def parse(argv, flag_values, usage):
-  """Parses `argv` into `flag_values` and returns the config overrides {path: text}. On --help prints help and exits 0.
+  """Parses `argv` into `flag_values` and returns the config overrides {path: text}. On --help and --list_configs prints
+  what they ask for and exits 0.
 
   A program has its own absl FlagValues, so that several can live in one process (tests, notebooks).
   """
@@ -131,6 +175,9 @@ def parse(argv, flag_values, usage):
     if "config" in flag_values:
       print(f"\nConfig fields, with the values of {flag_values.config or 'the defaults'}:")
       print(config_help(load_config(flag_values.config, overrides)))
+    sys.exit(0)
+  if "list_configs" in flag_values and flag_values.list_configs:
+    print(list_configs())
     sys.exit(0)
   return overrides
 

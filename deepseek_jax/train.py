@@ -1,6 +1,8 @@
-"""Trains the model of a config:  python -m deepseek_jax.train --config=configs/tiny.py --workdir=runs/tiny
+"""Trains the model of a config:  python -m deepseek_jax.train --config=tiny --workdir=runs/tiny
 
 Any field of the config can be set on the command line: --config.train.steps=10 --config.model.attention.heads=8
+--list_configs lists the shipped configs; --config also takes a .py or .json file. --print_config prints every field of the
+config, --dry_run what the config amounts to; both stop before anything is trained.
 Running the same command again resumes from the newest checkpoint; --workdir alone takes the config saved there.
 Several processes train as one by --coordinator, --processes and --process, or as their scheduler says.
 Exit codes: 0 finished, 2 config, data or checkpoint, 130 / 143 saved after Ctrl-C / SIGTERM, 1 anything else.
@@ -11,25 +13,33 @@ import os
 from absl import flags
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.flags import file_exists, load_config, parse, run_program
+from deepseek_jax.flags import define_config_flags, file_exists, load_config, parse, run_program
 from deepseek_jax.processes import define_flags, find_place
 
 
 def main(argv) -> int:
-  """The exit code of a training run, or of --dry_run. Raises UserError for what the user can mend."""
+  """The exit code of a training run, --dry_run or --print_config. Raises UserError for what the user can mend."""
   values = flags.FlagValues()
-  flags.DEFINE_string("config", None, "a config file: configs/NAME.py, or a JSON", flag_values=values)
+  define_config_flags(values)
   flags.DEFINE_string(
     "workdir",
     None,
     "folder of the run, or gs://BUCKET/PATH or s3://BUCKET/PATH (default runs/NAME, NAME from the config)",
     flag_values=values,
   )
-  flags.DEFINE_boolean("dry_run", False, "print the config and what it amounts to, and stop", flag_values=values)
+  flags.DEFINE_boolean(
+    "dry_run",
+    False,
+    "print the fields that differ from the defaults, parameters, FLOPs, mesh and memory, and stop",
+    flag_values=values,
+  )
+  flags.DEFINE_boolean(
+    "print_config", False, "print every field with its value, mesh sizes resolved, and stop", flag_values=values
+  )
   flags.DEFINE_integer(
     "devices",
     None,
-    "devices that --dry_run plans for (default: as few as the mesh allows)",
+    "devices that --dry_run and --print_config plan for (default: as few as the mesh allows)",
     lower_bound=1,
     flag_values=values,
   )
@@ -47,18 +57,23 @@ def main(argv) -> int:
   overrides = parse(argv, values, __doc__)
   saved = os.path.join(values.workdir or "", "config.json")
   if not values.config and not (values.workdir and file_exists(saved)):
-    raise ConfigError("--config=FILE says what to train, e.g. --config=configs/tiny.py (see --help)")
-  if values.devices and not values.dry_run:
-    raise ConfigError(f"--devices={values.devices} is for --dry_run; a run takes the devices that are here")
+    raise ConfigError("--config=NAME says what to train, e.g. --config=tiny (see --list_configs and --help)")
+  plan_only = values.dry_run or values.print_config
+  if values.devices and not plan_only:
+    raise ConfigError(
+      f"--devices={values.devices} is for --dry_run and --print_config; a run takes the devices that are here"
+    )
   config = load_config(values.config or saved, overrides, saved=not values.config)
 
   # Imported late: --help and config errors need no jax.
   from deepseek_jax.mesh import least_devices, resolve_mesh
-  from deepseek_jax.plan.summary import config_summary, format_config
+  from deepseek_jax.plan.summary import config_summary, format_changed_fields, format_config
 
-  if values.dry_run:
-    config = resolve_mesh(config, values.devices or least_devices(config.mesh))
-    print(f"{format_config(config)}\n{config_summary(config)}")
+  if plan_only:
+    on_mesh = resolve_mesh(config, values.devices or least_devices(config.mesh))
+    print(format_config(on_mesh) if values.print_config else format_changed_fields(config))
+    if values.dry_run:
+      print(config_summary(on_mesh))
     return 0
 
   place = find_place(values.coordinator, values.processes, values.process)

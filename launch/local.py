@@ -1,6 +1,6 @@
 """Runs one command as several processes of this machine, which live and end together:
 
-  python launch/local.py --processes=2 -- python -m deepseek_jax.train --config=configs/tiny.py --config.mesh.fsdp=2
+  python launch/local.py --processes=2 -- python -m deepseek_jax.train --config=tiny --config.mesh.fsdp=2
 
 Each process is told its place by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and has --devices devices:
 virtual ones on a CPU, GPUs of its own on a machine with GPUs. What process 0 prints comes as it is, what the others

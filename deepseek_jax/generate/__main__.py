@@ -34,7 +34,7 @@ def main(argv) -> int:
   step = reader.latest()
   if step is None:
     raise CheckpointError(
-      f"no checkpoint in {values.workdir}; train one: python -m deepseek_jax.train --config=FILE --workdir={values.workdir}"
+      f"no checkpoint in {values.workdir}; train one: python -m deepseek_jax.train --config=NAME --workdir={values.workdir}"
     )
   meta = reader.meta(step)
   config = from_dict(Config, meta["config"])

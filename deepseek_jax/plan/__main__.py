@@ -1,4 +1,4 @@
-"""Memory and step time of a run, without its accelerators:  python -m deepseek_jax.plan --config=configs/v3.py --topology=v5p:8x8x16
+"""Memory and step time of a run, without its accelerators:  python -m deepseek_jax.plan --config=v3 --topology=v5p:8x8x16
 
 With libtpu (pip install 'jax[tpu]') the step is compiled for a TPU topology, which takes minutes; --analytic does not compile.
 Any field of the config can be set: --config.mesh.fsdp=64. Exit codes: 0, also if the step does not fit; 2 for a user error,
@@ -12,13 +12,13 @@ import sys
 from absl import flags
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.flags import load_config, parse, run_program, write_output
+from deepseek_jax.flags import define_config_flags, load_config, parse, run_program, write_output
 from deepseek_jax.plan.topology import COMPILER_ENVIRONMENT, can_compile, parse_topology
 
 
 def main(argv: list[str]) -> int:
   values = flags.FlagValues()
-  flags.DEFINE_string("config", None, "a config file: configs/NAME.py, or a JSON", flag_values=values)
+  define_config_flags(values)
   flags.DEFINE_string(
     "topology",
     None,
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     "search", False, "try meshes, microbatches and remat policies, and rank them", flag_values=values
   )
   overrides = parse(argv, values, __doc__)
-  for name, example in (("config", "configs/v3.py"), ("topology", "v5p:8x8x16")):
+  for name, example in (("config", "v3"), ("topology", "v5p:8x8x16")):
     if not values[name].value:
       raise ConfigError(f"--{name} is required, for example --{name}={example} (see --help)")
   topology, config = parse_topology(values.topology), load_config(values.config, overrides)

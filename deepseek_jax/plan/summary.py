@@ -54,3 +54,11 @@ def _pipeline_lines(config: Config) -> list[str]:
 def format_config(config: Config) -> str:
   """Every field of the config, one per line."""
   return "\n".join(f"  {path} = {value!r}" for path, value in flatten(config).items())
+
+
+def format_changed_fields(config: Config) -> str:
+  """The fields of `config` that differ from the defaults, one per line below their number."""
+  defaults = flatten(Config())
+  changed = {path: value for path, value in flatten(config).items() if value != defaults[path]}
+  lines = [f"config           {len(changed)} of {len(defaults)} fields differ from the defaults (all: --print_config)"]
+  return "\n".join([*lines, *(f"  {path} = {value!r}" for path, value in changed.items())])

@@ -1,4 +1,4 @@
-"""Tests each kernel that a config takes on the accelerator at hand:  python -m deepseek_jax.selftest --config=configs/v3.py
+"""Tests each kernel that a config takes on the accelerator at hand:  python -m deepseek_jax.selftest --config=v3
 
 Kernels and shapes are those of the config's own training step, cut to a slice where they are large. Each is compared with
 XLA's form of it, forward and backward, and timed beside it. One that crashes or hangs is found too: kernels run in a process
@@ -12,14 +12,14 @@ import json
 from absl import flags
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.flags import load_config, parse, run_program, write_output
+from deepseek_jax.flags import define_config_flags, load_config, parse, run_program, write_output
 
 UNFINISHED = 3
 
 
 def main(argv) -> int:
   values = flags.FlagValues()
-  flags.DEFINE_string("config", "configs/v3.py", "a config file: configs/NAME.py, or a JSON", flag_values=values)
+  define_config_flags(values, "v3")
   flags.DEFINE_integer(
     "devices",
     None,

@@ -27,7 +27,7 @@ from deepseek_jax.kernels.implementations import Replacements, import_libraries,
 from deepseek_jax.mesh import check_x64, make_mesh, make_vote, resolve_mesh
 from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.plan.flops import training_flops
-from deepseek_jax.plan.summary import config_summary, format_config
+from deepseek_jax.plan.summary import config_summary, format_changed_fields
 from deepseek_jax.plan.topology import peak_flops
 from deepseek_jax.sharding import spec
 from deepseek_jax.storage import RunFolder, is_url
@@ -79,7 +79,7 @@ def run(config: Config, workdir: str, evaluate, sample, select_kernels, accept_d
   processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
   device = f"{mesh.size} x {mesh.devices.flat[0].device_kind} ({jax.default_backend()})"
   print(f"devices  {device}, jax {jax.__version__}{processes}")
-  print(f"{config_summary(on_mesh)}\nconfig\n{format_config(on_mesh)}", flush=True)
+  print(f"{config_summary(on_mesh)}\n{format_changed_fields(config)}", flush=True)
   flops = training_flops(config.model, config.data.seq).causal
   with (
     jax.set_mesh(mesh),
@@ -378,7 +378,7 @@ class Run:
       "next\n"
       f"  {python} -m deepseek_jax.train {folder} --config.train.steps={2 * self.config.train.steps}    # train on\n"
       f"  {python} -m deepseek_jax.generate {folder} {shlex.quote(f'--prompt={prompt}')}    # sample\n"
-      f"  {python} -m deepseek_jax.train --config=configs/small.py    # a bigger config"
+      f"  {python} -m deepseek_jax.train --config=small    # a bigger config"
     )
 
   def place(self, ids):
