@@ -1,31 +1,38 @@
 """The command line of `deepseek_jax.train`, as a user meets it: real processes."""
 
+import importlib
 import os
+import pathlib
 import subprocess
 import sys
 
 import pytest
 
 from deepseek_jax import train
+from deepseek_jax.config import Config
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.flags import enough_threads, load_config, split_overrides
+from deepseek_jax.flags import enough_threads, load_config, shipped_configs, split_overrides
+from deepseek_jax.schema import leaf_paths
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
-def command(*arguments, module="deepseek_jax.train"):
-  result = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, env=os.environ)
+def command(*arguments, module="deepseek_jax.train", cwd=None, env=os.environ):
+  argv = [sys.executable, "-m", module, *arguments]
+  result = subprocess.run(argv, capture_output=True, text=True, cwd=cwd, env=env)
   return result.returncode, result.stdout, result.stderr
 
 
 @pytest.mark.parametrize(
   ("arguments", "words"),
   [
-    (["--config=configs/tiny.py", "--config.train.stepz=3"], ["train.stepz", "did you mean 'train.steps'"]),
-    (["--config=configs/tiny.py", "--config.train.steps=few"], ["train.steps must be int", "few"]),
-    (["--config=configs/tiny.py", "--config.train.steps"], ["needs a value"]),
-    (["--config=configs/none.py"], ["no config file 'configs/none.py'", "tiny.py"]),
+    (["--config=tiny", "--config.train.stepz=3"], ["train.stepz", "did you mean 'train.steps'"]),
+    (["--config=tiny", "--config.train.steps=few"], ["train.steps must be int", "few"]),
+    (["--config=tiny", "--config.train.steps"], ["needs a value"]),
+    (["--config=configs/tinny.py"], ["no config file 'configs/tinny.py'", "did you mean --config=tiny?"]),
     (["--confg=configs/tiny.py"], ["confg", "config"]),
-    (["--config=configs/tiny.py", "stray"], ["unexpected argument 'stray'"]),
-    ([], ["--config=FILE"]),
+    (["--config=tiny", "stray"], ["unexpected argument 'stray'"]),
+    ([], ["--config=NAME", "--config=tiny"]),
   ],
 )
 def test_user_errors_are_one_line_and_exit_2(arguments, words, capsys):
@@ -37,7 +44,7 @@ def test_user_errors_are_one_line_and_exit_2(arguments, words, capsys):
 
 
 def test_error_has_no_traceback():
-  code, out, err = command("--config=configs/tiny.py", "--config.model.layrs=3")
+  code, out, err = command("--config=tiny", "--config.model.layrs=3")
   assert code == 2 and out == ""
   assert err == "error: unknown config field 'model.layrs'; did you mean 'model.layers'? (--help lists all)\n"
 
@@ -51,27 +58,72 @@ def test_help_lists_every_field_without_importing_jax():
 
 def test_help_shows_the_values_of_the_given_config(capsys):
   with pytest.raises(SystemExit) as stop:
-    train.main(["train", "--config=configs/67b.py", "--help"])
+    train.main(["train", "--config=67b", "--help"])
   assert stop.value.code == 0
   assert "--config.model.layers=95" in capsys.readouterr().out
 
 
 def test_dry_run_of_67b_needs_none_of_its_devices(capsys):
-  assert train.main(["train", "--config=configs/67b.py", "--dry_run", "--devices=512"]) == 0
+  assert train.main(["train", "--config=67b", "--dry_run", "--devices=512"]) == 0
   out = capsys.readouterr().out
   for words in (
     "67,425,001,472",
     "fsdp=256",
     "model.layers = 95",
+    "fields differ from the defaults",
     "2,000,003,530,752 in 105,964 steps",
     "GiB per device",
   ):
     assert words in out
 
 
+def test_print_config_prints_every_field_and_stops(capsys, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert train.main(["train", "--config=67b", "--print_config", "--devices=512", "--config.seed=3"]) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert [line.split(" = ")[0].strip() for line in lines] == list(leaf_paths(Config))
+  assert {"  seed = 3", "  mesh.fsdp = 256", "  model.norm_eps = 1e-06"} <= set(lines)
+  assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_prints_the_fields_that_differ(capsys, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  arguments = ["train", "--config=tiny", "--config.seed=3", "--config.train.steps=9", "--dry_run"]
+  assert train.main(arguments) == 0
+  out = capsys.readouterr().out
+  assert "  train.steps = 9\n" in out and "  seed = 3\n" in out and "\nparameters " in out
+  assert "model.norm_eps" not in out and "mesh.data =" not in out
+  assert train.main([*arguments, "--print_config"]) == 0
+  out = capsys.readouterr().out
+  assert "  model.norm_eps = 1e-06\n" in out and "\nparameters " in out
+
+
+def test_list_configs_in_another_folder(tmp_path):
+  """A process, as everything that an installed package has to find by itself; no jax is imported."""
+  code = "import sys; from deepseek_jax import train\ntry: train.main(['train', '--list_configs'])\nexcept SystemExit as e: print(e.code, 'jax' in sys.modules)"
+  env = {**os.environ, "PYTHONPATH": str(ROOT)}
+  result = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=env
+  )
+  *lines, last = result.stdout.splitlines()
+  assert last == "0 False"
+  assert [line.split()[0] for line in lines] == list(shipped_configs())
+  assert all("parameters" in line for line in lines)
+
+
+@pytest.mark.parametrize("program", ["plan", "selftest"])
+def test_other_programs_list_the_configs(program, capsys):
+  main = importlib.import_module(f"deepseek_jax.{program}.__main__").main
+  with pytest.raises(SystemExit) as stop:
+    main([program, "--list_configs"])
+  assert stop.value.code == 0 and "  v3 " in capsys.readouterr().out
+  with pytest.raises(ConfigError, match="did you mean --config=v3"):
+    main([program, "--config=vv3", *(["--topology=v5e:2x2"] if program == "plan" else [])])
+
+
 def test_dry_run_checks_the_target_mesh():
   with pytest.raises(ConfigError, match=r"train\.microbatch=512 does not divide .*=1024"):
-    train.main(["train", "--config=configs/67b.py", "--dry_run", "--devices=2048"])
+    train.main(["train", "--config=67b", "--dry_run", "--devices=2048"])
 
 
 def test_virtual_devices_get_threads_enough_for_their_collectives():
@@ -111,7 +163,7 @@ def test_a_config_that_is_no_mapping_of_sections(tmp_path, content):
 
 def test_devices_are_for_dry_runs_only():
   with pytest.raises(ConfigError, match="--devices=4 is for --dry_run"):
-    train.main(["train", "--config=configs/tiny.py", "--devices=4"])
+    train.main(["train", "--config=tiny", "--devices=4"])
 
 
 def test_json_config_is_data(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from flax import nnx
 
 from deepseek_jax.config import Config, MeshConfig, TrainConfig
-from deepseek_jax.flags import load_config
+from deepseek_jax.flags import list_configs, load_config
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import graphdef, init_params
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
@@ -44,6 +45,10 @@ V3 = dataclasses.replace(
 @pytest.mark.parametrize(
   ("name", "total", "active", "mtp"),
   [
+    ("tiny", 3_765_080, 1_774_424, 1_164_904),
+    ("tiny_dense", 1_875_648, 1_875_648, 0),
+    ("small", 4_959_488, 4_959_488, 0),
+    ("1b", 1_392_576_512, 1_392_576_512, 0),
     ("7b", 6_910_365_696, 6_910_365_696, 0),
     ("67b", 67_425_001_472, 67_425_001_472, 0),
     ("moe_16b", 16_375_728_128, 2_828_650_496, 0),
@@ -52,9 +57,12 @@ V3 = dataclasses.replace(
     ("v3", 671_026_419_200, 37_552_297_472, 11_610_068_224),
   ],
 )
-def test_parameters_of_the_paper(name, total, active, mtp):
-  model = load_config(f"configs/{name}.py").model
+def test_parameters_of_a_config(name, total, active, mtp):
+  model = load_config(name).model
   assert count_parameters(model) == ParameterCounts(total, active, active - model.vocab * model.embed, mtp)
+  (description,) = (line for line in list_configs().splitlines() if line.split()[0] == name)
+  number, unit = re.search(r" ([\d.]+)([MB]) parameters", description).groups()
+  assert f"{total / {'M': 1e6, 'B': 1e9}[unit]:.1f}" == number
 
 
 @pytest.mark.parametrize(
@@ -69,7 +77,7 @@ def test_parameters_of_the_paper(name, total, active, mtp):
     ),  # DeepSeekMoE 145B
   ],
 )  # fmt: skip
-def test_parameters_of_the_papers_other_models(total, active, changes, moe):
+def test_parameters_of_a_configs_other_models(total, active, changes, moe):
   heads = changes["embed"] // 128
   names = ("num_routed_experts", "num_shared_experts", "num_experts_per_token", "mlp")
   model = ModelConfig(

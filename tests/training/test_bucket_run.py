@@ -133,5 +133,5 @@ def test_errors_of_buckets_exit_2_before_devices_are_touched(buckets, config, mo
 
 
 def test_a_workdir_without_a_config_asks_for_one(buckets):
-  with pytest.raises(ConfigError, match="--config=FILE says what to train"):
+  with pytest.raises(ConfigError, match="--config=NAME says what to train"):
     run("--workdir=gs://bucket-a/run")
