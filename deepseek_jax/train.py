@@ -17,8 +17,8 @@ from deepseek_jax.flags import define_config_flags, file_exists, load_config, pa
 from deepseek_jax.processes import define_flags, find_place
 
 
-def main(argv) -> int:
-  """The exit code of a training run, --dry_run or --print_config. Raises UserError for what the user can mend."""
+def program_flags() -> flags.FlagValues:
+  """The flags of this program; fields of the config are not among them."""
   values = flags.FlagValues()
   define_config_flags(values)
   flags.DEFINE_string(
@@ -54,6 +54,12 @@ def main(argv) -> int:
     flag_values=values,
   )
   define_flags(values)
+  return values
+
+
+def main(argv) -> int:
+  """The exit code of a training run, --dry_run or --print_config. Raises UserError for what the user can mend."""
+  values = program_flags()
   overrides = parse(argv, values, __doc__)
   saved = os.path.join(values.workdir or "", "config.json")
   if not values.config and not (values.workdir and file_exists(saved)):
