@@ -28,7 +28,7 @@ def main(argv):
   train = TrainConfig(global_batch=batch)
   for steps in (len(data.train) // batch + 1, values.steps):  # the first pass warms the page cache
     wall, cpu = time.perf_counter(), time.process_time()
-    for rows, _ in pipeline.batches(data, train, 0, steps, data.train.tokens):
+    for rows, _ in pipeline.iterate_batches(data, train, 0, steps, data.train.tokens):
       assert rows.shape == (batch, seq + 1)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
   tokens = values.steps * batch * seq

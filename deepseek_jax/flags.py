@@ -20,7 +20,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.errors import ConfigError, UserError
 from deepseek_jax.renamed_fields import with_current_names
 from deepseek_jax.schema import flatten, from_dict, leaf_paths, unknown_key
-from deepseek_jax.storage import is_url, read_file
+from deepseek_jax.storage import is_url, read_object
 
 
 def split_overrides(argv):
@@ -45,7 +45,7 @@ def split_overrides(argv):
 
 def file_exists(path):
   """Whether there is a file, or an object of a bucket, at `path`. Raises StorageError where the bucket refuses."""
-  return read_file(path) is not None if is_url(path) else os.path.isfile(path)
+  return read_object(path) is not None if is_url(path) else os.path.isfile(path)
 
 
 def shipped_configs() -> dict[str, pathlib.Path]:
@@ -97,7 +97,7 @@ def read_config_file(path):
   may be in a bucket."""
   try:
     if path.endswith(".json"):
-      content = read_file(path) if is_url(path) else pathlib.Path(path).read_bytes()
+      content = read_object(path) if is_url(path) else pathlib.Path(path).read_bytes()
       return check_mapping(json.loads(content), path)
     spec = importlib.util.spec_from_file_location("deepseek_jax_config_file", path)
     module = importlib.util.module_from_spec(spec)

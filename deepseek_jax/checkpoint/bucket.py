@@ -22,7 +22,7 @@ from deepseek_jax.checkpoint.manager import CHUNK_BYTES, Checkpointer, Checkpoin
 from deepseek_jax.checkpoint.tree import check_fits, flatten
 from deepseek_jax.distributed import barrier, broadcast_from_process0
 from deepseek_jax.errors import CheckpointError, StorageError
-from deepseek_jax.storage import Store, explain, in_parallel, is_url
+from deepseek_jax.storage import ObjectStore, describe_error, is_url, map_parallel
 
 _REJECTED = f"{manifest.NAME}.rejected"
 _END = "~"  # an object that every list of the checkpoints of a run ends with, for a list may be cut short in silence
@@ -49,14 +49,14 @@ class BucketReader(CheckpointReader):
   """As CheckpointReader, of a URL. A bucket that cannot be reached is a StorageError, never a reason to reject a step."""
 
   def __init__(self, workdir):
-    self._run = Store(workdir)
-    self._store = Store(f"{self._run.url}/checkpoints")
+    self._run = ObjectStore(workdir)
+    self._store = ObjectStore(f"{self._run.url}/checkpoints")
     self._directory = self._store.url
 
   def restore(self, step, abstract):
     """As CheckpointReader's; each process reads only what its devices hold, one array after another."""
     where, wanted = f"{self._directory}/{step}/state", flatten(abstract)
-    base, context = self._store.arrays(f"{step}/state")
+    base, context = self._store.kvstore(f"{step}/state")
     try:
       arrays = open_below(base, self._read(step, "state/_METADATA"), context)
       stored = {path: jax.ShapeDtypeStruct(a.shape, a.dtype.numpy_dtype) for path, a in arrays.items()}
@@ -65,7 +65,7 @@ class BucketReader(CheckpointReader):
     except (KeyError, TypeError) as error:
       raise CheckpointError(f"{where} does not hold the arrays of a checkpoint: {error!s:.300}") from None
     except (ValueError, RuntimeError) as error:
-      raise StorageError(f"{where} cannot be read: {explain(error)}") from None
+      raise StorageError(f"{where} cannot be read: {describe_error(error)}") from None
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
   def state(self, step):
@@ -82,7 +82,7 @@ class BucketReader(CheckpointReader):
     return [f.removesuffix(e) + mark for f in self._objects() for e, mark in endings.items() if f.endswith(e)]
 
   def _objects(self):
-    names = self._store.names()
+    names = self._store.list_names()
     if not names and self._run.read("config.json") is not None:
       raise self._unlisted()
     return names
@@ -110,7 +110,7 @@ class BucketReader(CheckpointReader):
       content = self._store.read(f"{step}/{name}") or b""
       return len(content), f"{zlib.crc32(content):08x}"
 
-    return in_parallel(read, list(names))
+    return map_parallel(read, list(names))
 
 
 class BucketCheckpointer(BucketReader):
@@ -153,7 +153,7 @@ class BucketCheckpointer(BucketReader):
       raise  # another process is gone: it has said why
     except (StorageError, ValueError, RuntimeError) as error:
       where = f"{self._directory}/{self._saving}"
-      reason = error if isinstance(error, StorageError) else explain(error)
+      reason = error if isinstance(error, StorageError) else describe_error(error)
       raise CheckpointError(f"checkpoint {where} could not be saved: {reason}; older ones are unharmed") from None
 
   def check(self):
@@ -174,28 +174,28 @@ class BucketCheckpointer(BucketReader):
     return super().latest()
 
   def _objects(self):
-    names = self._store.names()
+    names = self._store.list_names()
     if _END not in names:
       raise self._unlisted()
     return names
 
   def _set_aside(self, step):
     self._store.write(f"{step}/{_REJECTED}", self._read(step, manifest.NAME))
-    self._store.remove(f"{step}/{manifest.NAME}")
+    self._store.delete(f"{step}/{manifest.NAME}")
     return f"; its manifest is now {_REJECTED}"
 
   def _make_room(self, step):
     """Removes what an unfinished save of `step` has left."""
     if self._store.read(f"{step}/{manifest.NAME}") is not None:
       raise CheckpointError(f"checkpoint {self._directory}/{step} exists: restore it, or use another --workdir")
-    self._store.delete(f"{step}/")
-    self._store.delete(f"{step}.parts/")
+    self._store.delete_prefix(f"{step}/")
+    self._store.delete_prefix(f"{step}.parts/")
 
   def _write(self, step, layouts, pieces, meta):
     """In the thread: no collectives here, for the main thread has its own under way."""
     process = jax.process_index()
     mine = f"state/ocdbt.process_{process}"
-    base, context = self._store.arrays(f"{step}/{mine}")
+    base, context = self._store.kvstore(f"{step}/{mine}")
     _write_arrays(base, context, layouts, pieces)
     files = self._checksums(step, self._below(step, f"{mine}/", f"{mine}/manifest.ocdbt"))
     if process:
@@ -217,20 +217,20 @@ class BucketCheckpointer(BucketReader):
     last = f"state/ocdbt.process_{max(map(str, range(count)))}/manifest.ocdbt"  # of all names
     rest = [name for name in self._below(step, "", last) if name not in files]
     files = {name: tuple(entry) for name, entry in files.items()} | self._checksums(step, rest)
-    self._store.write_new(f"{step}/{manifest.NAME}", manifest.dumps(files).encode())
-    self._store.delete(f"{step}.parts/")
+    self._store.write_if_absent(f"{step}/{manifest.NAME}", manifest.dumps(files).encode())
+    self._store.delete_prefix(f"{step}.parts/")
     self._drop_old()
 
   def _below(self, step, prefix, expected):
     """Names below `step` that start with `prefix`. `expected` is one that was written: a list without it is cut short."""
-    names = [name.removeprefix(f"{step}/") for name in self._store.names(f"{step}/{prefix}")]
+    names = [name.removeprefix(f"{step}/") for name in self._store.list_names(f"{step}/{prefix}")]
     if expected not in names:
       raise self._unlisted()
     return names
 
   def _merge(self, step, count):
     """One database from those of the processes, whose files it refers to."""
-    base, context = self._store.arrays(f"{step}/state")
+    base, context = self._store.kvstore(f"{step}/state")
     parts = [base | {"path": f"{base['path']}ocdbt.process_{process}/"} for process in range(count)]
     opened = [ts.KvStore.open({"driver": "ocdbt", "base": part}, context=context).result() for part in parts]
     merged = ts.KvStore.open({"driver": "ocdbt", "base": base, **_OCDBT}, context=context).result()
@@ -243,8 +243,8 @@ class BucketCheckpointer(BucketReader):
     every = self._config.keep_every
     for step in self.steps()[: -self._config.keep]:
       if not every or step % every:
-        self._store.remove(f"{step}/{manifest.NAME}")
-        self._store.delete(f"{step}/")
+        self._store.delete(f"{step}/{manifest.NAME}")
+        self._store.delete_prefix(f"{step}/")
 
 
 def _pieces(array):

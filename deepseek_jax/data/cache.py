@@ -1,4 +1,4 @@
-"""The cache folder, which processes share: one at a time fills a part of it, and nothing there looks whole before it is."""
+"""The cache folder that processes share: one process at a time writes an entry, which gets its name when it is complete."""
 
 import contextlib
 import fcntl
@@ -8,26 +8,30 @@ import pathlib
 import shutil
 import sys
 import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from deepseek_jax.config import DataConfig
 
 
-def root(config):
-  """Folder of all that is packed and copied: in data.cache, else in the user's cache folder."""
+def cache_root(config: DataConfig) -> pathlib.Path:
+  """Folder of everything that is cached: below data.cache, or else below the user's cache folder."""
   parent = config.cache or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
   return pathlib.Path(parent).expanduser() / "deepseek_jax"
 
 
 @contextlib.contextmanager
-def turn(path, does):
-  """Lets one process at a time into the block, by a lock on the file `path`; gives whether the file system knows locks.
+def exclusive_lock(path: str | os.PathLike, activity: str) -> Iterator[bool]:
+  """Holds a lock on the file `path` during the block; yields whether the file system supports locks.
 
-  Those that wait say that another one `does`, as in "packs text".
+  A process that has to wait prints that another one `activity`, as in "packs text".
   """
-  with open(path, "ab") as file:  # to write, since NFS locks no other
+  with open(path, "ab") as file:  # opened to write: NFS locks no other files
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
       locked = True
     except BlockingIOError:
-      print(f"data: waiting for another process, which {does}", file=sys.stderr, flush=True)
+      print(f"data: waiting for another process, which {activity}", file=sys.stderr, flush=True)
       fcntl.flock(file, fcntl.LOCK_EX)
       locked = True
     except OSError:
@@ -36,29 +40,33 @@ def turn(path, does):
 
 
 @contextlib.contextmanager
-def temporary(folder, alone):
-  """Gives a new folder beside `folder` for what is not whole yet. Those that others left go, if this process is `alone`."""
-  for left in folder.parent.glob(f"{folder.name}.tmp-*") if alone else ():
-    shutil.rmtree(left, ignore_errors=True)  # what is another user's stays
-  made = folder.parent / f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}"
-  made.mkdir()
+def temporary_folder(target: pathlib.Path, remove_stale: bool) -> Iterator[pathlib.Path]:
+  """Yields a new folder beside `target`, to be renamed to it when complete, and removes it afterwards if it is still there.
+
+  remove_stale: first remove temporary folders that killed processes left. Only safe while the lock of `target` is held.
+  """
+  if remove_stale:
+    for stale in target.parent.glob(f"{target.name}.tmp-*"):
+      shutil.rmtree(stale, ignore_errors=True)  # another user's folder cannot be removed
+  folder = target.parent / f"{target.name}.tmp-{uuid.uuid4().hex[:8]}"
+  folder.mkdir()
   try:
-    yield made
+    yield folder
   finally:
-    shutil.rmtree(made, ignore_errors=True)  # gone already where it was whole and renamed
+    shutil.rmtree(folder, ignore_errors=True)  # not there any more if it was renamed
 
 
-def write_atomically(path, text):
+def write_atomically(path: pathlib.Path, text: str) -> None:
   """Replaces the file at `path` by one that holds `text`, in one step."""
-  temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-  temporary.write_text(text)
-  os.replace(temporary, path)
+  partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+  partial.write_text(text)
+  os.replace(partial, path)
 
 
-def read_memo(path):
-  """What the JSON file `path` remembers by name: nothing where it is missing or damaged."""
+def read_json_dict(path: pathlib.Path) -> dict[str, Any]:
+  """The JSON object in the file `path`; an empty dict where the file is missing or damaged."""
   try:
-    memory = json.loads(path.read_bytes())
+    content = json.loads(path.read_bytes())
   except (OSError, ValueError):
     return {}
-  return memory if isinstance(memory, dict) else {}
+  return content if isinstance(content, dict) else {}

@@ -5,40 +5,49 @@ import contextlib
 import hashlib
 import json
 import os
+import pathlib
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import rich.console
 import rich.progress
 
-from deepseek_jax.data import cache, packed, readers
+from deepseek_jax.config import DataConfig
+from deepseek_jax.data import cache, packed_dataset, readers
+from deepseek_jax.data.sources import Source
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import DataError
 
-BATCH = 1 << 22  # characters tokenised at once: enough for every thread, little enough for memory
+BATCH_CHARACTERS = 1 << 22  # tokenised at once: enough for every thread, little enough for memory
 
 
-def pack(source, tokenizer, config):
-  """(folder, fingerprint, reused): where `source` lies packed by `tokenizer` as `config` (a DataConfig) says.
+def pack_source(source: Source, tokenizer: Tokenizer, config: DataConfig) -> tuple[pathlib.Path, str, bool]:
+  """Packs `source` into the cache, unless it is there already. Returns (folder, fingerprint in hex, was it there).
 
-  Built if the cache does not have it, while others that want it wait. In a temporary folder that is renamed when whole, so
-  that on file systems without locks two builders at once do no harm. What a killed build leaves is never read, and the
-  next build of the same data removes it, given locks. Raises DataError for text that cannot be packed.
+  - Processes that want the same data wait for the one that packs it.
+  - The data is written to a temporary folder, which is renamed when complete. So two processes that pack the same data do
+    no harm on a file system without locks.
+  - What a killed process leaves is never read. The next one to pack the same data removes it, given locks.
+
+  Raises DataError for text that cannot be packed.
   """
-  root = cache.root(config)
+  root = cache.cache_root(config)
   try:
     root.mkdir(parents=True, exist_ok=True)
-    memo = hashlib.sha256(os.path.abspath(os.path.expanduser(source.name)).encode()).hexdigest()[:16]
-    content = source.fingerprint(root / f"hashes-{memo}.json")
-    fingerprint = _fingerprint(content, tokenizer, config)
+    source_hash = hashlib.sha256(os.path.abspath(os.path.expanduser(source.name)).encode()).hexdigest()[:16]
+    content_hash = source.fingerprint(root / f"hashes-{source_hash}.json")
+    fingerprint = _data_fingerprint(content_hash, tokenizer, config)
     folder = root / fingerprint[:24]
     if folder.is_dir():
       return folder, fingerprint, True
-    with cache.turn(root / f"{folder.name}.lock", f"packs {source.name}") as alone:
+    with cache.exclusive_lock(root / f"{folder.name}.lock", f"packs {source.name}") as locked:
       if folder.is_dir():
         return folder, fingerprint, True
-      with cache.temporary(folder, alone) as temporary:
-        _build(temporary, fingerprint, source, tokenizer, config)
-        _rename(temporary, folder)
+      with cache.temporary_folder(folder, remove_stale=locked) as temporary:
+        _write_packed(temporary, fingerprint, source, tokenizer, config)
+        _rename_unless_exists(temporary, folder)
   except OSError as error:
     raise DataError(
       f"cannot write packed data under {root}: {error.strerror or error}. Make room, or set data.cache to another folder"
@@ -46,71 +55,73 @@ def pack(source, tokenizer, config):
   return folder, fingerprint, False
 
 
-def is_heldout(text, fraction):
-  """Whether a document is kept for evaluation: by its content, so that a copy never lands in the other split."""
+def is_heldout(text: str, fraction: float) -> bool:
+  """Whether a document is in the held-out split: by a hash of its content, so that a copy is in the same split."""
   digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
   return int.from_bytes(digest, "little") < fraction * 2**64
 
 
-def _settings(config):
-  """What of `config` changes the packed streams."""
+def _packing_settings(config: DataConfig) -> dict[str, Any]:
+  """The fields of `config` that change the packed streams."""
   return {"seq": config.seq, "heldout_fraction": config.heldout_fraction, "text_field": config.text_field}
 
 
-def _fingerprint(content, tokenizer, config):
-  facts = [packed.FORMAT, content, tokenizer.fingerprint, _settings(config)]
-  return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+def _data_fingerprint(content_hash: str, tokenizer: Tokenizer, config: DataConfig) -> str:
+  content = [packed_dataset.FORMAT, content_hash, tokenizer.fingerprint, _packing_settings(config)]
+  return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _build(folder, fingerprint, source, tokenizer, config):
+def _write_packed(
+  folder: pathlib.Path, fingerprint: str, source: Source, tokenizer: Tokenizer, config: DataConfig
+) -> None:
   """Fills `folder` with the packed files of `source`; the index is written last."""
-  writers = {split: packed.Writer(folder, split, config.seq) for split in packed.SPLITS}
+  writers = {split: packed_dataset.PackedSplitWriter(folder, split, config.seq) for split in packed_dataset.SPLITS}
   text_bytes = 0
-  with _progress(f"packing {source.name}", source.size) as update:
-    for batch, position in _read_ahead(_batches(source, config.text_field)):
-      for text, (ids, byte_counts) in zip(batch, tokenizer.encode_batch(batch), strict=True):
+  with _progress_bar(f"packing {source.name}", source.size) as update:
+    for texts, bytes_read in _prefetch_one(_text_batches(source, config.text_field)):
+      for text, (ids, byte_counts) in zip(texts, tokenizer.encode_batch(texts), strict=True):
         split = "heldout" if is_heldout(text, config.heldout_fraction) else "train"
-        writers[split].add(*_document(ids, byte_counts, tokenizer))
+        writers[split].add(*_add_bos_eos(ids, byte_counts, tokenizer))
         text_bytes += int(byte_counts.sum())
-      update(position)
-  files = {name: sizes for writer in writers.values() for name, sizes in writer.close().items()}
+      update(bytes_read)
+  files = {name: checksums for writer in writers.values() for name, checksums in writer.close().items()}
   source.check_unchanged()
-  facts = {
+  metadata = {
     "source": source.name,
     "tokenizer": {"name": config.tokenizer, "fingerprint": tokenizer.fingerprint, "vocab": tokenizer.vocab},
-    "settings": _settings(config),
-    "documents": {split: writer.documents for split, writer in writers.items()},
+    "settings": _packing_settings(config),
+    "documents": {split: writer.num_documents for split, writer in writers.items()},
     "text_bytes": text_bytes,
     "files": files,
   }
-  packed.write_index(folder, fingerprint, facts)
+  packed_dataset.write_index(folder, fingerprint, metadata)
 
 
-def _document(ids, byte_counts, tokenizer):
-  """(ids, byte_counts) of a document as it lies in the stream: between bos and eos, or after the one separator."""
+def _add_bos_eos(ids: np.ndarray, byte_counts: np.ndarray, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+  """(ids uint32, byte_counts) of a document in the stream: between bos and eos, or after bos alone where the two are one."""
   if len(ids) and ids.max() >= tokenizer.vocab:
     raise DataError(f"data.tokenizer gave the id {ids.max()}, beyond its vocabulary of {tokenizer.vocab}")
-  ends = [] if tokenizer.eos == tokenizer.bos else [tokenizer.eos]
-  around = (1, len(ends))
-  return np.concatenate([[tokenizer.bos], ids, ends]).astype(np.uint32), np.pad(byte_counts, around)
+  eos = [] if tokenizer.eos == tokenizer.bos else [tokenizer.eos]
+  padding = (1, len(eos))
+  return np.concatenate([[tokenizer.bos], ids, eos]).astype(np.uint32), np.pad(byte_counts, padding)
 
 
-def _batches(source, text_field):
-  """Yields (texts of about BATCH characters, bytes of the source's files read so far)."""
-  texts, size, before = [], 0, 0
+def _text_batches(source: Source, text_field: str) -> Iterator[tuple[list[str], int]]:
+  """Yields (texts of about BATCH_CHARACTERS together, bytes of the source's files read so far)."""
+  texts, num_characters, previous_files = [], 0, 0
   for file in source.files:
-    for document in readers.documents(file.path, text_field):
+    for document in readers.read_documents(file.path, text_field):
       texts.append(document.text)
-      size += len(document.text)
-      if size >= BATCH:
-        yield texts, before + document.position
-        texts, size = [], 0
-    before += file.size
-  yield texts, before
+      num_characters += len(document.text)
+      if num_characters >= BATCH_CHARACTERS:
+        yield texts, previous_files + document.bytes_read
+        texts, num_characters = [], 0
+    previous_files += file.size
+  yield texts, previous_files
 
 
-def _read_ahead(batches):
-  """Yields from `batches`, the next of which is read by a thread while one is used."""
+def _prefetch_one(batches: Iterator[tuple[list[str], int]]) -> Iterator[tuple[list[str], int]]:
+  """Yields from `batches`; a thread reads the next one while the caller works on one."""
   with concurrent.futures.ThreadPoolExecutor(1) as reader:
     pending = reader.submit(next, batches, None)
     while (batch := pending.result()) is not None:
@@ -119,22 +130,22 @@ def _read_ahead(batches):
 
 
 @contextlib.contextmanager
-def _progress(what, total):
-  """Gives a function of the bytes done: a bar on a terminal; elsewhere one line at the start, and no more."""
+def _progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
+  """Yields a function of the bytes done. It moves a bar on a terminal; elsewhere one line is printed at the start."""
   if not sys.stderr.isatty():
-    print(f"data: {what} ({total / 1e6:.1f} MB)", file=sys.stderr, flush=True)
+    print(f"data: {description} ({total / 1e6:.1f} MB)", file=sys.stderr, flush=True)
     yield lambda done: None
     return
   columns = (rich.progress.TextColumn("data: {task.description}"), rich.progress.BarColumn(),
              rich.progress.DownloadColumn(), rich.progress.TimeRemainingColumn())  # fmt: skip
   with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bar:
-    task = bar.add_task(what, total=total)
+    task = bar.add_task(description, total=total)
     yield lambda done: bar.update(task, completed=done)
 
 
-def _rename(temporary, folder):
+def _rename_unless_exists(temporary: pathlib.Path, folder: pathlib.Path) -> None:
   try:
     temporary.rename(folder)
   except OSError:
-    if not folder.is_dir():  # else another process was first: its folder has the same content
+    if not folder.is_dir():  # else another process was first, and its folder has the same content
       raise

@@ -7,43 +7,48 @@ hide that a whole corpus was saved in another encoding.
 import gzip
 import itertools
 import json
-import typing
+import pathlib
 import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, BinaryIO, NamedTuple
 
 from deepseek_jax.errors import DataError
 
-MAX_DOCUMENT = 1 << 28  # bytes; a document is held in memory whole, and a compressed one can unfold to any size
-CHUNK = 1 << 16  # bytes read at once
+MAX_DOCUMENT_BYTES = 1 << 28  # a document is in memory at once, and a compressed file can expand to any size
+CHUNK_BYTES = 1 << 16  # read at once
 
 
-class Document(typing.NamedTuple):
-  """A text, the file (and line) it came from, and how many bytes of that file were read by then."""
+class Document(NamedTuple):
+  """A text, its file (and line), and how many bytes of that file had been read when it was complete."""
 
-  name: str
+  location: str
   text: str
-  position: int
+  bytes_read: int
 
 
-def suffix(path):
-  """The suffix of `path` that names its reader, or None."""
+Reader = Callable[[pathlib.Path, str], Iterator[Document]]  # (path, text_field) -> documents
+
+
+def reader_suffix(path: pathlib.PurePath) -> str | None:
+  """The suffix of `path` that names its reader; None where there is no reader."""
   return next((s for s in READERS if path.name.lower().endswith(s)), None)
 
 
-def documents(path, text_field):
-  """Yields the Documents of the file at `path` that are not empty. Raises DataError for what cannot be read."""
+def read_documents(path: pathlib.Path, text_field: str) -> Iterator[Document]:
+  """Yields the documents of the file at `path` that are not empty. Raises DataError for what cannot be read."""
   try:
-    for document in READERS[suffix(path)](path, text_field):
+    for document in READERS[str(reader_suffix(path))](path, text_field):
       if document.text:
         yield document
   except OSError as error:
     raise DataError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def _read_text(path, text_field):
+def _read_text(path: pathlib.Path, text_field: str) -> Iterator[Document]:
   size = path.stat().st_size
-  if size > MAX_DOCUMENT:
+  if size > MAX_DOCUMENT_BYTES:
     raise DataError(
-      f"{path} is one document of {size:,} bytes, above the limit of {MAX_DOCUMENT:,}: "
+      f"{path} is one document of {size:,} bytes, above the limit of {MAX_DOCUMENT_BYTES:,}: "
       "split it, or put its documents into a .jsonl file"
     )
   content = path.read_bytes()
@@ -57,74 +62,80 @@ def _read_text(path, text_field):
   yield Document(str(path), text, len(content))
 
 
-def _read_lines(unpack):
-  """A reader of one JSON object per line, from the chunks of bytes that `unpack(file)` yields."""
+def _jsonl_reader(decompress: Callable[[BinaryIO], Iterator[bytes]]) -> Reader:
+  """A reader of one JSON object per line, from the chunks of bytes that `decompress(file)` yields."""
 
-  def read(path, text_field):
+  def read(path: pathlib.Path, text_field: str) -> Iterator[Document]:
     with open(path, "rb") as file:
       try:
-        for number, line in enumerate(_lines(unpack(file), path), 1):
+        for number, line in enumerate(_split_lines(decompress(file), path), 1):
           if line.strip():
-            yield Document(f"{path}:{number}", _text(line, text_field, f"{path}:{number}"), file.tell())
+            location = f"{path}:{number}"
+            yield Document(location, _text_of_record(line, text_field, location), file.tell())
       except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path} is cut short or damaged ({error}): fetch or compress it again") from None
+        raise DataError(f"{path} is truncated or damaged ({error}): fetch or compress it again") from None
 
   return read
 
 
-def _lines(chunks, path):
+def _split_lines(chunks: Iterable[bytes], path: pathlib.Path) -> Iterator[bytes]:
   """Yields the lines in `chunks` of bytes, without their line breaks."""
-  parts, size = [], 0
+  fragments, size = [], 0  # of the line that the chunks so far have not ended
   for chunk in chunks:
     first, *rest = chunk.split(b"\n")
-    parts.append(first)
+    fragments.append(first)
     size += len(first)
     if rest:
-      yield b"".join(parts)
+      yield b"".join(fragments)
       yield from rest[:-1]
-      parts, size = [rest[-1]], len(rest[-1])
-    elif size > MAX_DOCUMENT:
-      raise DataError(f"{path} has a line of more than {MAX_DOCUMENT:,} bytes: one JSON object per line is expected")
-  yield b"".join(parts)
+      fragments, size = [rest[-1]], len(rest[-1])
+    elif size > MAX_DOCUMENT_BYTES:
+      raise DataError(
+        f"{path} has a line of more than {MAX_DOCUMENT_BYTES:,} bytes: one JSON object per line is expected"
+      )
+  yield b"".join(fragments)
 
 
-def _text(line, text_field, name):
+def _text_of_record(line: bytes, text_field: str, location: str) -> str:
   try:
     record = json.loads(line)
   except (ValueError, RecursionError) as error:
-    raise DataError(f"{name} is not a JSON object: {error}") from None
+    raise DataError(f"{location} is not a JSON object: {error}") from None
   if not isinstance(record, dict) or text_field not in record:
-    found = f"the fields {', '.join(record)}" if isinstance(record, dict) else type(record).__name__
-    raise DataError(f"{name} has no field {text_field!r}, only {found}: set data.text_field to the one that holds text")
-  return _checked(record[text_field], text_field, name)
+    fields = f"the fields {', '.join(record)}" if isinstance(record, dict) else type(record).__name__
+    raise DataError(
+      f"{location} has no field {text_field!r}, only {fields}: set data.text_field to the one that holds text"
+    )
+  return _check_text(record[text_field], text_field, location)
 
 
-def _checked(text, text_field, name):
+def _check_text(text: Any, text_field: str, location: str) -> str:
+  """`text`. Raises DataError unless it is a string of valid Unicode."""
   if not isinstance(text, str):
-    raise DataError(f"{name}: the field {text_field!r} should be text, but is {type(text).__name__}")
+    raise DataError(f"{location}: the field {text_field!r} should be text, but is {type(text).__name__}")
   try:
     text.encode()
   except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-    raise DataError(f"{name}: the field {text_field!r} is not valid Unicode at character {error.start}") from None
+    raise DataError(f"{location}: the field {text_field!r} is not valid Unicode at character {error.start}") from None
   return text
 
 
-def _plain(file):
-  return iter(lambda: file.read(CHUNK), b"")
+def _read_chunks(file: BinaryIO) -> Iterator[bytes]:
+  return iter(lambda: file.read(CHUNK_BYTES), b"")
 
 
-def _gunzip(file):
-  return _plain(gzip.GzipFile(fileobj=file))
+def _decompress_gzip(file: BinaryIO) -> Iterator[bytes]:
+  return _read_chunks(gzip.GzipFile(fileobj=file))  # type: ignore[arg-type]  # has `read`, which is all that is used
 
 
-def _unzstd(file):
+def _decompress_zstd(file: BinaryIO) -> Iterator[bytes]:
   try:
     import zstandard
   except ImportError:
     raise DataError(f"{file.name} needs the zstandard package: pip install 'zstandard'") from None
-  frame = None  # the library's stream reader takes a cut file for a whole one; a frame knows whether it has ended
+  frame = None  # the library's stream reader accepts a truncated file; a frame knows whether it has ended
   try:
-    for chunk in iter(lambda: file.read(1024), b""):  # small, for each byte can unfold to 32 KiB
+    for chunk in iter(lambda: file.read(1024), b""):  # small, for each byte can expand to 32 KiB
       while chunk:
         frame = frame or zstandard.ZstdDecompressor().decompressobj()
         yield frame.decompress(chunk)
@@ -135,7 +146,7 @@ def _unzstd(file):
     raise EOFError("the last zstd frame has no end")
 
 
-def _read_parquet(path, text_field):
+def _read_parquet(path: pathlib.Path, text_field: str) -> Iterator[Document]:
   try:
     import pyarrow
     import pyarrow.parquet
@@ -148,21 +159,22 @@ def _read_parquet(path, text_field):
         raise DataError(
           f"{path} has no column {text_field!r}, only {', '.join(names)}: set data.text_field to the one that holds text"
         )
-      row, size, rows = itertools.count(), path.stat().st_size, max(1, table.metadata.num_rows)
+      rows, size, num_rows = itertools.count(), path.stat().st_size, max(1, table.metadata.num_rows)
       for batch in table.iter_batches(batch_size=64, columns=[text_field]):
         for value in batch.column(0).to_pylist():
-          name = f"{path}, row {(number := next(row))}"
-          yield Document(name, _checked(value, text_field, name), size * (number + 1) // rows)
+          row = next(rows)
+          location = f"{path}, row {row}"
+          yield Document(location, _check_text(value, text_field, location), size * (row + 1) // num_rows)
   except pyarrow.ArrowException as error:
     raise DataError(f"{path} cannot be read as parquet: {error}") from None
 
 
-READERS = {
+READERS: dict[str, Reader] = {
   ".txt": _read_text,
   ".md": _read_text,
   ".py": _read_text,
-  ".jsonl": _read_lines(_plain),
-  ".jsonl.gz": _read_lines(_gunzip),
-  ".jsonl.zst": _read_lines(_unzstd),
+  ".jsonl": _jsonl_reader(_read_chunks),
+  ".jsonl.gz": _jsonl_reader(_decompress_gzip),
+  ".jsonl.zst": _jsonl_reader(_decompress_zstd),
   ".parquet": _read_parquet,
 }

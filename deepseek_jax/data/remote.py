@@ -1,4 +1,4 @@
-"""Sources in buckets: objects copied whole into a local cache, and again when they have changed."""
+"""Sources in buckets: objects are downloaded into a local cache, and again when they have changed."""
 
 import fnmatch
 import glob
@@ -10,30 +10,33 @@ import uuid
 
 from deepseek_jax.data import cache, readers
 from deepseek_jax.errors import DataError
-from deepseek_jax.storage import Store, in_parallel, safe_name
+from deepseek_jax.storage import ObjectStore, is_safe_name, map_parallel
 
 
-def fetch(url, copies):
+def download_source(url: str, object_cache: pathlib.Path) -> tuple[pathlib.Path, list[pathlib.Path]]:
   """(folder, paths) of local copies of the objects at `url`: an object, a folder (with its subfolders) or a glob.
 
-  `copies`: the folder for those of all sources. Whether one is still good, the bucket tells by the object's generation.
-  Raises DataError where nothing with a known suffix is found, StorageError where the bucket refuses.
+  object_cache: the folder with the copies of all sources. The object's generation in the bucket says whether a copy is
+  still current. Raises DataError where nothing with a known suffix is found, StorageError where the bucket refuses.
   """
-  fixed = url[: min((url.find(c) for c in "*?[" if c in url), default=len(url))]
-  above = fixed.rpartition("/")[0] if fixed.count("/") > 2 else fixed
-  store, pattern = Store(above), url[len(above) + 1 :].rstrip("/")
-  names = [name for name in _find(store, pattern) if not any(part.startswith(".") for part in name.split("/"))]
-  folder = copies / hashlib.sha256(store.url.encode()).hexdigest()[:16]
-  names = [name for name in names if readers.suffix(folder / name)]
+  before_glob = url[: min((url.find(c) for c in "*?[" if c in url), default=len(url))]
+  parent = before_glob.rpartition("/")[0] if before_glob.count("/") > 2 else before_glob
+  store, pattern = ObjectStore(parent), url[len(parent) + 1 :].rstrip("/")
+  listed = _list_objects(store, pattern)
+  visible = [name for name in listed if not any(component.startswith(".") for component in name.split("/"))]
+  folder = object_cache / hashlib.sha256(store.url.encode()).hexdigest()[:16]
+  names = [name for name in visible if readers.reader_suffix(folder / name)]
   if not names:
     raise DataError(
       f"data.sources: nothing at {url} ends in {' '.join(readers.READERS)}; name a file that does, and see that the "
       "bucket exists and may be listed"
     )
-  if wrong := [name for name in names if not safe_name(name)]:
-    raise DataError(f"data.sources: {store.url} has {wrong[0]!r}, which is no path inside a folder: rename that object")
+  if unsafe := [name for name in names if not is_safe_name(name)]:
+    raise DataError(
+      f"data.sources: {store.url} has {unsafe[0]!r}, which is no path inside a folder: rename that object"
+    )
   try:
-    _update(store, names, folder)
+    _download_changed(store, names, folder)
   except OSError as error:
     raise DataError(
       f"cannot copy {url} to {folder}: {error.strerror}; make room, or set data.cache to another folder"
@@ -41,44 +44,49 @@ def fetch(url, copies):
   return folder, [folder / name for name in names]
 
 
-def _find(store, pattern):
-  """Names of the objects that `pattern` means; others are listed only where a glob begins as they do.
+def _list_objects(store: ObjectStore, pattern: str) -> list[str]:
+  """Names of the objects that `pattern` matches. A glob lists only names that begin with its part before a wildcard.
 
   TensorStore lists all levels below a prefix: a glob of one level costs the list of those below it, too.
   """
   if glob.has_magic(pattern):
-    below = store.names(re.match(r"[^*?[]*", pattern)[0])
-    return [name for name in below if _matches(name.split("/"), pattern.split("/"))]
-  names = store.names(f"{pattern}/" if pattern else "")
-  if readers.suffix(pathlib.PurePosixPath(pattern)) and store.has(pattern):
+    prefix = re.split(r"[*?[]", pattern, maxsplit=1)[0]
+    names = store.list_names(prefix)
+    return [name for name in names if _matches_glob(name.split("/"), pattern.split("/"))]
+  names = store.list_names(f"{pattern}/" if pattern else "")
+  if readers.reader_suffix(pathlib.PurePosixPath(pattern)) and store.exists(pattern):
     names.append(pattern)
   return names
 
 
-def _matches(parts, patterns):
-  """Whether the names `parts` of a path fit `patterns`, of which ** stands for any number of names."""
-  if not patterns or not parts:
-    return not parts and set(patterns) <= {"**"}
+def _matches_glob(components: list[str], patterns: list[str]) -> bool:
+  """Whether the `components` of a path match `patterns`, of which ** stands for any number of components."""
+  if not patterns or not components:
+    return not components and set(patterns) <= {"**"}
   if patterns[0] == "**":
-    return _matches(parts, patterns[1:]) or _matches(parts[1:], patterns)
-  return fnmatch.fnmatchcase(parts[0], patterns[0]) and _matches(parts[1:], patterns[1:])
+    return _matches_glob(components, patterns[1:]) or _matches_glob(components[1:], patterns)
+  return fnmatch.fnmatchcase(components[0], patterns[0]) and _matches_glob(components[1:], patterns[1:])
 
 
-def _update(store, names, folder):
-  """Fetches the objects of which `folder` has no copy, or one of another generation; for the rest a request will do.
+def _download_changed(store: ObjectStore, names: list[str], folder: pathlib.Path) -> None:
+  """Downloads the objects of which `folder` has no copy, or one of another generation. The others cost one request each.
 
-  One process at a time does, and the others find its copies. After an error the next call goes on from there, after a
-  kill it begins anew.
+  One process at a time does, and the others find its copies. After an error the next call continues; after a kill it
+  starts over.
   """
   folder.mkdir(parents=True, exist_ok=True)
-  lock, memo = folder.with_name(f"{folder.name}.lock"), folder / ".copies.json"
-  with cache.turn(lock, f"copies {store.url}") as alone, cache.temporary(folder, alone) as temporary:
-    known = cache.read_memo(memo)  # {name: [generation, size, mtime_ns]}
+  lock, record_file = folder.with_name(f"{folder.name}.lock"), folder / ".copies.json"
+  with (
+    cache.exclusive_lock(lock, f"copies {store.url}") as locked,
+    cache.temporary_folder(folder, remove_stale=locked) as temporary,
+  ):
+    record = cache.read_json_dict(record_file)  # {name: [generation, size, mtime_ns]}
 
-    def update(name):
+    def download(name: str) -> None:
       path = folder / name
-      generation, *copied = known.get(name, [None])
-      content, generation = store.read_newer(name, generation if copied == _facts(path) else None)
+      generation, *size_and_mtime = record.get(name, [None])
+      unchanged = size_and_mtime == _size_and_mtime(path)
+      content, generation = store.read_if_changed(name, generation if unchanged else None)
       if generation is None:
         raise DataError(f"{store.url}/{name} is gone since it was listed: run again when nothing writes to the bucket")
       if content is not None:
@@ -86,16 +94,16 @@ def _update(store, names, folder):
         partial.write_bytes(content)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.replace(path)
-        known[name] = [generation, *_facts(path)]
+        record[name] = [generation, *(_size_and_mtime(path) or ())]
 
     try:
-      in_parallel(update, names)
+      map_parallel(download, names)
     finally:
-      cache.write_atomically(memo, json.dumps(known))
+      cache.write_atomically(record_file, json.dumps(record))
 
 
-def _facts(path):
-  """[size, modification time in ns] of a file; None where there is none."""
+def _size_and_mtime(path: pathlib.Path) -> list[int] | None:
+  """[bytes, modification time in ns] of a file; None where there is none."""
   try:
     status = path.stat()
   except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Where training text is: files found for one entry of data.sources, and a fingerprint of what they hold."""
+"""Where training text is: the files of one entry of data.sources, and a fingerprint of their content."""
 
 import concurrent.futures
 import dataclasses
@@ -9,20 +9,22 @@ import os
 import pathlib
 import sysconfig
 import time
+from collections.abc import Collection
 
 from deepseek_jax.data import cache, readers, remote
 from deepseek_jax.errors import DataError
 from deepseek_jax.storage import is_url
 
 # Tests are two thirds of the standard library and unlike the rest; site-packages is what happens to be installed.
-NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
+STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 
-# A file whose modification time is this fresh could be written again within the clock's tick: not remembered.
-SETTLED_SECONDS = 2.0
+# A file that was modified this recently could be written again without a change of its modification time: its hash is not
+# cached.
+MTIME_SETTLE_SECONDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
-class File:
+class SourceFile:
   """A file of a source: `name` is its path within the source, with forward slashes."""
 
   name: str
@@ -36,54 +38,56 @@ class Source:
   """The files of one entry of data.sources, sorted by name."""
 
   name: str
-  files: tuple[File, ...]
+  files: tuple[SourceFile, ...]
 
   @property
-  def size(self):
+  def size(self) -> int:
     """Bytes on disk."""
     return sum(file.size for file in self.files)
 
-  def fingerprint(self, memo):
+  def fingerprint(self, hash_cache: pathlib.Path) -> str:
     """Hex hash of the names and contents of the files.
 
-    Hashes are remembered in the JSON file `memo` by (path, size, modification time), so that an unchanged corpus is
-    not read at every start.
+    The JSON file `hash_cache` has hashes by (path, size, modification time), so that an unchanged corpus is not read at
+    every start.
     """
-    known = cache.read_memo(memo)
+    cached = cache.read_json_dict(hash_cache)
     keys = [f"{file.path.resolve()} {file.size} {file.mtime_ns}" for file in self.files]
-    unknown = {key: file.path for key, file in zip(keys, self.files, strict=True) if key not in known}
+    not_cached = {key: file.path for key, file in zip(keys, self.files, strict=True) if key not in cached}
     with concurrent.futures.ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
-      fresh = dict(zip(unknown, pool.map(_sha256, unknown.values()), strict=True))
-    hashes = {key: fresh.get(key) or known[key] for key in keys}
-    settled = time.time_ns() - SETTLED_SECONDS * 1e9
-    memory = {key: hashes[key] for key, file in zip(keys, self.files, strict=True) if file.mtime_ns < settled}
-    if memory != known:
-      cache.write_atomically(memo, json.dumps(memory))
-    listing = [[file.name, hashes[key]] for key, file in zip(keys, self.files, strict=True)]
-    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+      computed = dict(zip(not_cached, pool.map(_sha256, not_cached.values()), strict=True))
+    hashes = {key: computed.get(key) or cached[key] for key in keys}
+    settled = time.time_ns() - MTIME_SETTLE_SECONDS * 1e9
+    to_cache = {key: hashes[key] for key, file in zip(keys, self.files, strict=True) if file.mtime_ns < settled}
+    if to_cache != cached:
+      cache.write_atomically(hash_cache, json.dumps(to_cache))
+    names_and_hashes = [[file.name, hashes[key]] for key, file in zip(keys, self.files, strict=True)]
+    return hashlib.sha256(json.dumps(names_and_hashes).encode()).hexdigest()
 
-  def check_unchanged(self):
-    """Raises DataError if a file is not the one that was found."""
+  def check_unchanged(self) -> None:
+    """Raises DataError if a file has changed since the source was made."""
     for file in self.files:
-      if stat(file.name, file.path) != file:
+      if stat_file(file.name, file.path) != file:
         raise DataError(f"{file.path} changed while data was packed: run again when nothing writes to it")
 
 
-def find(name, copies=None):
-  """The Source for `name`: python-stdlib, a file, a folder (searched with its subfolders) or a glob; the last three also
-  in a bucket (gs://, s3://), whose objects are copied below the folder `copies`.
+def find_source(name: str, object_cache: pathlib.Path | None = None) -> Source:
+  """The Source for `name`: python-stdlib, a file, a folder (with its subfolders) or a glob.
 
+  The last three may be in a bucket (gs://, s3://). Their objects are downloaded below the folder `object_cache`.
   Raises DataError when there is no such path, or nothing under it has a known suffix.
   """
+  root: pathlib.Path | str
   if name == "python-stdlib":
     root = pathlib.Path(sysconfig.get_path("stdlib"))
-    paths = [path for path in _walk(root, NOT_LIBRARY) if path.suffix == ".py"]
+    paths = [path for path in _list_files(root, STDLIB_EXCLUDED) if path.suffix == ".py"]
   elif is_url(name):
-    root, paths = remote.fetch(name, copies)
+    assert object_cache is not None, "a source in a bucket needs a folder for its objects"
+    root, paths = remote.download_source(name, object_cache)
   else:
     root = pathlib.Path(name).expanduser()
     if root.is_dir():
-      paths = _walk(root, {"__pycache__"})
+      paths = _list_files(root, {"__pycache__"})
     elif root.is_file():
       root, paths = root.parent, [root]
     else:
@@ -91,32 +95,32 @@ def find(name, copies=None):
       if not paths and not glob.has_magic(str(root)):
         raise DataError(f"data.sources: expected python-stdlib, a file, a folder or a glob; there is no {name}")
       root = os.path.commonpath([path.parent for path in paths]) if paths else root
-  paths = [path for path in paths if readers.suffix(path)]
+  paths = [path for path in paths if readers.reader_suffix(path)]
   if not paths:
     raise DataError(f"data.sources: nothing at {name} ends in {' '.join(readers.READERS)}: name a file that does")
-  files = (stat(path.relative_to(root).as_posix(), path) for path in paths)
+  files = (stat_file(path.relative_to(root).as_posix(), path) for path in paths)
   return Source(name, tuple(sorted(files, key=lambda file: file.name)))
 
 
-def stat(name, path):
-  """The File at `path` as it is now."""
+def stat_file(name: str, path: pathlib.Path) -> SourceFile:
+  """The SourceFile `name` at `path` as it is now. Raises DataError where it cannot be read."""
   try:
     status = path.stat()
   except OSError as error:
     raise DataError(f"cannot read {path}: {error.strerror}") from None
-  return File(name, path, status.st_size, status.st_mtime_ns)
+  return SourceFile(name, path, status.st_size, status.st_mtime_ns)
 
 
-def _walk(root, skipped):
-  """Paths of the files under `root`, without hidden folders, those named in `skipped`, and links to folders."""
+def _list_files(root: pathlib.Path, excluded: Collection[str]) -> list[pathlib.Path]:
+  """Paths of the files under `root`, without hidden files and folders, folders named in `excluded`, and links to folders."""
   paths = []
   for folder, folders, names in os.walk(root):
-    folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
+    folders[:] = [name for name in folders if name not in excluded and not name.startswith(".")]
     paths += [pathlib.Path(folder, name) for name in names if not name.startswith(".")]
   return paths
 
 
-def _sha256(path):
+def _sha256(path: pathlib.Path) -> str:
   try:
     with open(path, "rb") as file:
       return hashlib.file_digest(file, "sha256").hexdigest()

@@ -29,5 +29,5 @@ def evaluate(row_nats, place, heldout, rows, sequences):
     batch = place(padded)
     nats += float(np.sum(to_host(row_nats(batch)).astype(np.float64)[: len(part)]))
     tokens += len(part) * (batch.shape[1] - 1)
-  bits_per_byte = nats / math.log(2) / int(heldout.bytes(ids).sum())
+  bits_per_byte = nats / math.log(2) / int(heldout.target_bytes(ids).sum())
   return {"loss": nats / tokens, "bits_per_byte": bits_per_byte, "sequences": count}

@@ -28,7 +28,7 @@ def main(argv) -> int:
 
   # Imported late: --help and flag errors need no jax.
   from deepseek_jax.checkpoint.bucket import open_reader
-  from deepseek_jax.data.tokenizer import load
+  from deepseek_jax.data.tokenizer import load_tokenizer
 
   reader = open_reader(values.workdir)
   step = reader.latest()
@@ -38,7 +38,7 @@ def main(argv) -> int:
     )
   meta = reader.meta(step)
   config = from_dict(Config, meta["config"])
-  tokenizer = load(config.data.tokenizer)
+  tokenizer = load_tokenizer(config.data.tokenizer)
   if meta["tokenizer_fingerprint"] not in (None, tokenizer.fingerprint):  # None: converted weights saw no text of ours
     raise DataError(f"data.tokenizer={config.data.tokenizer} is not the one of the checkpoint: put that one back")
   given = {name: values[name].value for name in vars(config.sample) if values[name].value is not None}

@@ -16,7 +16,7 @@ import sys
 import time
 
 from deepseek_jax.config import Config
-from deepseek_jax.data.cache import read_memo
+from deepseek_jax.data.cache import read_json_dict
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.schema import from_dict
 
@@ -152,7 +152,9 @@ def results_path(folder: str, key: str) -> pathlib.Path:
 
 def read_results(folder: str, key: str) -> dict[str, dict]:
   """{key of a case: fields of its Result} that were kept for such a machine; none where the file is missing or damaged."""
-  return {name: result for name, result in read_memo(results_path(folder, key)).items() if isinstance(result, dict)}
+  return {
+    name: result for name, result in read_json_dict(results_path(folder, key)).items() if isinstance(result, dict)
+  }
 
 
 def die_with(parent: int):

@@ -10,7 +10,7 @@ import pathlib
 from collections import Counter
 
 from deepseek_jax.config import Config
-from deepseek_jax.data.cache import read_memo, root, write_atomically
+from deepseek_jax.data.cache import cache_root, read_json_dict, write_atomically
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.model.transformer import implementation_fields
 from deepseek_jax.selftest.check import BROKEN, SLOW, Result
@@ -43,7 +43,7 @@ class Choice:
 
 def results_folder(config: Config) -> pathlib.Path:
   """Where results are kept for all runs: in the cache folder."""
-  return root(config.data) / "selftest"
+  return cache_root(config.data) / "selftest"
 
 
 def select_kernels(
@@ -87,7 +87,7 @@ def _takes_kernels(config: Config) -> bool:
 def _tested(config, key, processes) -> Report:
   """What is known of the kernels of a run: from tests before, or from one that is made now."""
   folder = results_folder(config)
-  kept = read_memo(folder / f"run-{key}.json")
+  kept = read_json_dict(folder / f"run-{key}.json")
   if kept.get("format") == 1:
     results = read_results(str(folder), results_key(kept["machine"]))
     wanted = {name: fields for name, fields in results.items() if name in kept["cases"] and fields.keys() == FIELDS}

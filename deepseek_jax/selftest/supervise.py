@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from deepseek_jax.config import Config
-from deepseek_jax.data.cache import turn, write_atomically
+from deepseek_jax.data.cache import exclusive_lock, write_atomically
 from deepseek_jax.selftest.check import CRASHED, HUNG, UNCOMPARED, Result, new_result
 from deepseek_jax.selftest.child import Request, read_results, results_path
 from deepseek_jax.selftest.machine import accelerators, child_environment, cuda_devices, results_key
@@ -241,7 +241,7 @@ def _keep(report, folder):
   path = results_path(str(folder), results_key(report.machine))
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    with turn(folder / "lock", "keeps results of kernels"):
+    with exclusive_lock(folder / "lock", "keeps results of kernels"):
       write_atomically(path, json.dumps(read_results(str(folder), results_key(report.machine)) | lasting, indent=1))
   except OSError as error:  # a run does not depend on it
     _log.warning("self-test: results are not kept: cannot write %s: %s", error.filename, error.strerror)

@@ -20,7 +20,7 @@ from deepseek_jax.checkpoint.compatibility import check_compatible, check_fits
 from deepseek_jax.checkpoint.manager import FORMAT_VERSION
 from deepseek_jax.checkpoint.weights import WorkdirWeights, open_weights
 from deepseek_jax.config import Config
-from deepseek_jax.data.pipeline import batches, load_tokenizer, open_data
+from deepseek_jax.data.pipeline import iterate_batches, load_model_tokenizer, open_data
 from deepseek_jax.distributed import barrier, broadcast_from_process0
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.kernels.implementations import Replacements, import_libraries, replace_kernels
@@ -63,9 +63,9 @@ def run(config: Config, workdir: str, evaluate, sample, select_kernels, accept_d
     UserError: the config, the data or a checkpoint cannot be used. Diverged: `train.max_skipped` updates in a row.
   """
   check_x64(config.model)
-  load_tokenizer(config.data, config.model.vocab)  # an unfit one is an error before any device is touched
+  load_model_tokenizer(config.data, config.model.vocab)  # an unfit one is an error before any device is touched
   files = RunFolder(workdir)
-  broadcast_from_process0(lambda: files.fetch(metrics.RESUMED))  # and so is a bucket that cannot be written
+  broadcast_from_process0(lambda: files.download(metrics.RESUMED))  # and so is a bucket that cannot be written
   weights = None
   if config.init_from and not broadcast_from_process0(
     open_reader(workdir).steps
@@ -233,7 +233,7 @@ class Run:
   def train(self, request):
     """Updates until the last step or a stop request."""
     train = self.config.train
-    stream = batches(self.data, train, self.samples, train.steps - self.step, self.place)
+    stream = iterate_batches(self.data, train, self.samples, train.steps - self.step, self.place)
     pending = None
     self.compiled = False
     with StepProgress(self.step, train.steps) as self.progress:
@@ -360,7 +360,7 @@ class Run:
   def publish(self):
     """Copies the small files of the run to its bucket, if it has one."""
     if jax.process_index() == 0:
-      self.files.publish()
+      self.files.upload()
 
   def finish(self):
     """What a finished run shows: a held-out evaluation, a sample, and what to do next."""
@@ -388,7 +388,7 @@ class Run:
     missing = self.config.train.global_batch // self.microbatch - microbatches
     padded = np.concatenate([rows, np.repeat(rows[:1], missing, 0)])
     tokens = place_rows(self.data.train, padded, self.data.seq + 1, self.batch_sharding)
-    return Batch(tokens, microbatches, len(ids) * self.config.data.seq, int(self.data.train.bytes(ids).sum()))
+    return Batch(tokens, microbatches, len(ids) * self.config.data.seq, int(self.data.train.target_bytes(ids).sum()))
 
   @contextlib.contextmanager
   def clock(self, name):

@@ -68,22 +68,22 @@ def test_bytes_count_the_targets(config):
   data = open_data(config())
   for split in (data.train, data.heldout):
     ids = np.arange(len(split))
-    np.testing.assert_array_equal(split.bytes(ids), (split.tokens(ids)[:, 1:] < 256).sum(1))
-    assert split.bytes(ids).dtype == np.int64
+    np.testing.assert_array_equal(split.target_bytes(ids), (split.tokens(ids)[:, 1:] < 256).sum(1))
+    assert split.target_bytes(ids).dtype == np.int64
 
 
 def test_a_tokenizer_with_two_ends(config, monkeypatch):
   class Ended(tokenizer.ByteTokenizer):
     vocab, eos, fingerprint = 258, 257, "ended"
 
-  monkeypatch.setattr(tokenizer, "load", lambda name: Ended())
+  monkeypatch.setattr(pipeline, "load_tokenizer", lambda name: Ended())
   data = open_data(config(), vocab=258)
   train = stream(data.train)
   ends, starts = np.flatnonzero(train == 257), np.flatnonzero(train == 256)
   assert train[0] == 256
   np.testing.assert_array_equal(ends[: len(starts) - 1] + 1, starts[1:])
   ids = np.arange(len(data.train))
-  np.testing.assert_array_equal(data.train.bytes(ids), (data.train.tokens(ids)[:, 1:] < 256).sum(1))
+  np.testing.assert_array_equal(data.train.target_bytes(ids), (data.train.tokens(ids)[:, 1:] < 256).sum(1))
 
 
 def test_ids_beyond_the_tokenizer_are_refused_when_packing(config, monkeypatch):
@@ -159,7 +159,7 @@ def test_damage_names_the_file_and_the_way_out(config, name, how):
 def test_what_is_no_index_is_refused(config, text):
   open_data(config())
   (folder(config()) / "index.json").write_text(text, errors="surrogateescape")
-  with pytest.raises(DataError, match=r"index\.json: not a whole index"):
+  with pytest.raises(DataError, match=r"index\.json: not a complete index"):
     open_data(config())
 
 
@@ -181,14 +181,14 @@ def test_checksums_can_be_left_out_but_sizes_not(config):
 
 
 def test_of_two_builders_at_once_one_waits_for_the_other(config, monkeypatch, capfd):
-  build, built = packing._build, []
+  build, built = packing._write_packed, []
 
   def slow_build(*arguments):
     built.append(arguments)
     time.sleep(0.5)
     build(*arguments)
 
-  monkeypatch.setattr(packing, "_build", slow_build)
+  monkeypatch.setattr(packing, "_write_packed", slow_build)
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
     first, second = pool.map(open_data, [config(), config()])
   np.testing.assert_array_equal(stream(first.train), stream(second.train))
@@ -199,9 +199,9 @@ def test_of_two_builders_at_once_one_waits_for_the_other(config, monkeypatch, ca
 def test_what_a_killed_build_left_goes_with_the_next_one(config, corpus):
   program = f"""
 import os, signal
-from deepseek_jax.data import packed, pipeline
+from deepseek_jax.data import packed_dataset, pipeline
 from deepseek_jax.config import DataConfig
-packed.write_index = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+packed_dataset.write_index = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 pipeline.open_data({config()!r}, 257, 0)
 """
   killed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
@@ -215,7 +215,7 @@ def test_without_locks_two_builders_do_no_harm(config, monkeypatch):
   def flock(descriptor, operation):
     raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
-  write_index, building = packing.packed.write_index, []
+  write_index, building = packing.packed_dataset.write_index, []
 
   def second_build_meanwhile(path, *arguments):
     if not building:
@@ -225,7 +225,7 @@ def test_without_locks_two_builders_do_no_harm(config, monkeypatch):
     write_index(path, *arguments)
 
   monkeypatch.setattr(fcntl, "flock", flock)
-  monkeypatch.setattr(packing.packed, "write_index", second_build_meanwhile)
+  monkeypatch.setattr(packing.packed_dataset, "write_index", second_build_meanwhile)
   open_data(config())
   assert not building[0].exists()
   assert ".tmp-" not in folder(config()).name
@@ -239,10 +239,10 @@ def test_a_failed_build_leaves_nothing(config, corpus):
 
 
 def test_a_source_that_changes_while_it_is_packed(config, corpus):
-  source = sources.find(str(corpus))
+  source = sources.find_source(str(corpus))
   corpus.write_text(corpus.read_text() + '\n{"text": "more"}')
   with pytest.raises(DataError, match=r"corpus\.jsonl changed while data was packed"):
-    packing.pack(source, tokenizer.load("byte"), config())
+    packing.pack_source(source, tokenizer.load_tokenizer("byte"), config())
 
 
 def test_a_cache_that_cannot_be_written(config, tmp_path):
@@ -257,7 +257,7 @@ def test_the_cache_follows_the_user(config, monkeypatch, tmp_path):
   assert (tmp_path / "xdg" / "deepseek_jax").is_dir()
   monkeypatch.delenv("XDG_CACHE_HOME")
   monkeypatch.setenv("HOME", str(tmp_path / "home"))
-  assert cache.root(config(cache="")) == tmp_path / "home" / ".cache" / "deepseek_jax"
+  assert cache.cache_root(config(cache="")) == tmp_path / "home" / ".cache" / "deepseek_jax"
 
 
 def test_too_little_text(config, tmp_path):

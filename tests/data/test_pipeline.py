@@ -33,7 +33,7 @@ def test_windows_of_several_sources_have_one_numbering(config):
   one_by_one = np.concatenate([data.train.tokens(ids[i : i + 1]) for i in ids])
   shuffled = np.random.default_rng(0).permutation(ids)
   np.testing.assert_array_equal(data.train.tokens(shuffled), one_by_one[shuffled])
-  np.testing.assert_array_equal(data.train.bytes(shuffled), data.train.bytes(ids)[shuffled])
+  np.testing.assert_array_equal(data.train.target_bytes(shuffled), data.train.target_bytes(ids)[shuffled])
   assert (one_by_one.dtype, one_by_one.shape[1]) == (np.uint32, 65)
   assert share_of_a(data, ids[:10]) == 1
   assert share_of_a(data, ids[-10:]) == 0
@@ -48,24 +48,24 @@ def test_ids_that_are_no_window(config, ids):
 
 def test_the_order_is_a_function_of_seed_and_sample(config):
   data = pipeline.open_data(config(), 257, 7)
-  whole = data.order(0, 1000)
-  np.testing.assert_array_equal(pipeline.open_data(config(), 257, 7).order(600, 10), whole[600:610])
-  assert (pipeline.open_data(config(), 257, 8).order(0, 100) != whole[:100]).mean() > 0.9
-  assert data.order(0, 0).shape == (0,)
+  whole = data.window_ids(0, 1000)
+  np.testing.assert_array_equal(pipeline.open_data(config(), 257, 7).window_ids(600, 10), whole[600:610])
+  assert (pipeline.open_data(config(), 257, 8).window_ids(0, 100) != whole[:100]).mean() > 0.9
+  assert data.window_ids(0, 0).shape == (0,)
 
 
 def test_the_order_is_the_one_that_checkpoints_were_made_with():
   # Another order would make every running experiment see other data after a resume: grain must not change it.
-  order = pipeline.sample_order([1000], [1000], seed=0)
+  order = pipeline.shuffle_and_mix([1000], [1000], seed=0)
   assert [order[i] for i in (0, 1, 2, 999, 1000, 123_456)] == [747, 666, 83, 893, 261, 607]
-  order = pipeline.sample_order([1000, 500], [0.7, 0.3], seed=2**32 - 1)
+  order = pipeline.shuffle_and_mix([1000, 500], [0.7, 0.3], seed=2**32 - 1)
   assert [order[i] for i in (0, 1, 2, 999, 1000, 123_456)] == [189, 708, 456, 274, 890, 1058]
 
 
 def test_an_epoch_has_every_window_once_and_the_next_another_order(config):
   data = pipeline.open_data(config(sources=config().sources[:1]), 257, 0)
   n = len(data.train)
-  first, second = data.order(0, n), data.order(n, n)
+  first, second = data.window_ids(0, n), data.window_ids(n, n)
   for epoch in (first, second):
     assert sorted(epoch) == list(range(n))
   assert (first != second).mean() > 0.9
@@ -75,7 +75,7 @@ def test_an_epoch_has_every_window_once_and_the_next_another_order(config):
 def test_sources_are_mixed_by_weight_or_size(config, weights, share):
   data = pipeline.open_data(config(weights=weights), 257, 0)
   for first in (0, 12_345):
-    assert share_of_a(data, data.order(first, 400)) == pytest.approx(share, abs=0.04)
+    assert share_of_a(data, data.window_ids(first, 400)) == pytest.approx(share, abs=0.04)
 
 
 def test_a_ramp_rises_in_steps_of_the_microbatch():
@@ -88,11 +88,11 @@ def test_a_ramp_rises_in_steps_of_the_microbatch():
 def test_batches_can_start_anywhere(config):
   data = pipeline.open_data(config(), 257, 0)
   train = TrainConfig(global_batch=16, microbatch=4, batch_ramp_from=4, batch_ramp_tokens=64 * 100)
-  whole = list(pipeline.batches(data, train, 0, 20, lambda ids: ids))
-  np.testing.assert_array_equal(np.concatenate([ids for ids, _ in whole]), data.order(0, whole[-1][1]))
+  whole = list(pipeline.iterate_batches(data, train, 0, 20, lambda ids: ids))
+  np.testing.assert_array_equal(np.concatenate([ids for ids, _ in whole]), data.window_ids(0, whole[-1][1]))
   assert (len(whole[0][0]), len(whole[-1][0])) == (4, 16)
   for (ids, end), (expected, expected_end) in zip(
-    pipeline.batches(data, train, whole[6][1], 13, lambda ids: ids), whole[7:], strict=True
+    pipeline.iterate_batches(data, train, whole[6][1], 13, lambda ids: ids), whole[7:], strict=True
   ):
     np.testing.assert_array_equal(ids, expected)
     assert end == expected_end
@@ -107,14 +107,14 @@ def test_batches_of_a_ramp_follow_batch_size_one_by_one(config):
         ends = [samples]
         for _ in range(steps):
           ends.append(ends[-1] + pipeline.batch_size(train, data.seq, ends[-1]))
-        assert [end for _, end in pipeline.batches(data, train, samples, steps, len)] == ends[1:]
+        assert [end for _, end in pipeline.iterate_batches(data, train, samples, steps, len)] == ends[1:]
 
 
 def test_a_long_run_costs_nothing_before_its_first_batch(config):
   data = pipeline.open_data(config(), 257, 0)
   train = TrainConfig(global_batch=16, microbatch=4, batch_ramp_from=4, batch_ramp_tokens=64 * 100)
   tracemalloc.start()
-  next(pipeline.batches(data, train, 0, 10**12, len))
+  next(pipeline.iterate_batches(data, train, 0, 10**12, len))
   assert tracemalloc.get_traced_memory()[1] < 1 << 20
   tracemalloc.stop()
 
@@ -128,7 +128,7 @@ def test_two_batches_are_read_ahead_by_another_thread(config):
     if len(placed) == 3:
       third.set()
 
-  stream = pipeline.batches(data, TrainConfig(), 0, 50, lambda ids: place(ids) or ids)
+  stream = pipeline.iterate_batches(data, TrainConfig(), 0, 50, lambda ids: place(ids) or ids)
   next(stream)
   assert third.wait(10)
   assert len(placed) <= 4
@@ -142,4 +142,4 @@ def test_what_place_raises_arrives(config):
     raise OSError("no room on the device")
 
   with pytest.raises(OSError, match="no room on the device"):
-    next(pipeline.batches(data, TrainConfig(), 0, 5, place))
+    next(pipeline.iterate_batches(data, TrainConfig(), 0, 5, place))

@@ -22,16 +22,16 @@ def write(path, lines=LINES):
 
 
 def read(path, text_field="text"):
-  return [document.text for document in readers.documents(path, text_field)]
+  return [document.text for document in readers.read_documents(path, text_field)]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "A.JSONL.GZ"])
 def test_records_line_by_line(tmp_path, name):
   path = write(tmp_path / name, LINES + b"\n\n" + b'{"text": ""}\n')
-  documents = list(readers.documents(path, "text"))
+  documents = list(readers.read_documents(path, "text"))
   assert [d.text for d in documents] == TEXTS
-  assert [d.name for d in documents] == [f"{path}:{n}" for n in (1, 2, 3)]
-  assert 0 < documents[0].position <= documents[-1].position <= path.stat().st_size
+  assert [d.location for d in documents] == [f"{path}:{n}" for n in (1, 2, 3)]
+  assert 0 < documents[0].bytes_read <= documents[-1].bytes_read <= path.stat().st_size
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
@@ -46,7 +46,7 @@ def test_a_cut_or_damaged_stream(tmp_path, name):
   path = write(tmp_path / name)
   whole = path.read_bytes()
   path.write_bytes(whole[:-1])
-  with pytest.raises(DataError, match=rf"{name} is cut short"):
+  with pytest.raises(DataError, match=rf"{name} is truncated"):
     read(path)
   path.write_bytes(b"not" + whole)
   with pytest.raises(DataError, match=rf"{name} is .*damaged"):
@@ -85,7 +85,7 @@ def test_text_that_is_not_utf8_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
 def test_a_document_has_a_largest_size(tmp_path, monkeypatch, name):
-  monkeypatch.setattr(readers, "MAX_DOCUMENT", 50_000)
+  monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 50_000)
   with pytest.raises(DataError, match=rf"{name} .*50,000"):
     read(write(tmp_path / name, b"[" + b" " * 500_000))
 

@@ -24,13 +24,19 @@ def names(source):
 
 
 def test_a_folder_is_searched_and_sorted(corpus):
-  assert names(sources.find(str(corpus))) == ["a/y.jsonl.gz", "a/z.md", "b.txt", "c.PY"]
+  assert names(sources.find_source(str(corpus))) == ["a/y.jsonl.gz", "a/z.md", "b.txt", "c.PY"]
 
 
 def test_a_file_and_a_glob(corpus):
-  assert names(sources.find(str(corpus / "b.txt"))) == ["b.txt"]
-  assert names(sources.find(str(corpus / "**/*.*"))) == ["__pycache__/x.py", "a/y.jsonl.gz", "a/z.md", "b.txt", "c.PY"]
-  assert names(sources.find(str(corpus / "a" / "*.md"))) == ["z.md"]
+  assert names(sources.find_source(str(corpus / "b.txt"))) == ["b.txt"]
+  assert names(sources.find_source(str(corpus / "**/*.*"))) == [
+    "__pycache__/x.py",
+    "a/y.jsonl.gz",
+    "a/z.md",
+    "b.txt",
+    "c.PY",
+  ]
+  assert names(sources.find_source(str(corpus / "a" / "*.md"))) == ["z.md"]
 
 
 @pytest.mark.parametrize(
@@ -45,11 +51,11 @@ def test_a_file_and_a_glob(corpus):
 def test_nothing_to_read(corpus, name, message):
   (corpus.parent / "empty").mkdir()
   with pytest.raises(DataError, match=message):
-    sources.find(str(corpus.parent / name))
+    sources.find_source(str(corpus.parent / name))
 
 
 def test_the_standard_library_is_without_tests_and_packages():
-  found = names(sources.find("python-stdlib"))
+  found = names(sources.find_source("python-stdlib"))
   assert {"json/decoder.py", "argparse.py"} <= set(found)
   assert found == sorted(found)
   folders = {part for name in found for part in pathlib.PurePosixPath(name).parts[:-1]}
@@ -57,14 +63,14 @@ def test_the_standard_library_is_without_tests_and_packages():
 
 
 def test_the_fingerprint_follows_names_and_contents_alone(corpus, tmp_path):
-  memo = tmp_path / "memo.json"
-  first = sources.find(str(corpus)).fingerprint(memo)
+  hash_cache = tmp_path / "hash_cache.json"
+  first = sources.find_source(str(corpus)).fingerprint(hash_cache)
   moved = corpus.rename(tmp_path / "moved")
-  assert sources.find(str(moved)).fingerprint(memo) == first
+  assert sources.find_source(str(moved)).fingerprint(hash_cache) == first
   (moved / "b.txt").rename(moved / "bb.txt")
-  renamed = sources.find(str(moved)).fingerprint(memo)
+  renamed = sources.find_source(str(moved)).fingerprint(hash_cache)
   (moved / "bb.txt").write_text("other text")
-  assert len({first, renamed, sources.find(str(moved)).fingerprint(memo)}) == 3
+  assert len({first, renamed, sources.find_source(str(moved)).fingerprint(hash_cache)}) == 3
 
 
 def rewrite(path, text):
@@ -76,31 +82,31 @@ def rewrite(path, text):
 
 
 def test_unchanged_files_are_not_read_again(corpus, tmp_path):
-  first = sources.find(str(corpus)).fingerprint(tmp_path / "memo.json")
+  first = sources.find_source(str(corpus)).fingerprint(tmp_path / "hash_cache.json")
   rewrite(corpus / "b.txt", "The text of b.txt")
-  assert sources.find(str(corpus)).fingerprint(tmp_path / "memo.json") == first
-  assert sources.find(str(corpus)).fingerprint(tmp_path / "new memo.json") != first
+  assert sources.find_source(str(corpus)).fingerprint(tmp_path / "hash_cache.json") == first
+  assert sources.find_source(str(corpus)).fingerprint(tmp_path / "new hash_cache.json") != first
 
 
 def test_a_file_just_written_is_read_again(corpus, tmp_path):
   os.utime(corpus / "b.txt")
-  first = sources.find(str(corpus)).fingerprint(tmp_path / "memo.json")
+  first = sources.find_source(str(corpus)).fingerprint(tmp_path / "hash_cache.json")
   rewrite(corpus / "b.txt", "The text of b.txt")
-  assert sources.find(str(corpus)).fingerprint(tmp_path / "memo.json") != first
+  assert sources.find_source(str(corpus)).fingerprint(tmp_path / "hash_cache.json") != first
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"a": '])
 def test_a_damaged_memo_is_made_again(corpus, tmp_path, content):
-  memo = tmp_path / "memo.json"
-  first = sources.find(str(corpus)).fingerprint(memo)
-  good = memo.read_text()
-  memo.write_text(content)
-  assert sources.find(str(corpus)).fingerprint(memo) == first
-  assert memo.read_text() == good
+  hash_cache = tmp_path / "hash_cache.json"
+  first = sources.find_source(str(corpus)).fingerprint(hash_cache)
+  good = hash_cache.read_text()
+  hash_cache.write_text(content)
+  assert sources.find_source(str(corpus)).fingerprint(hash_cache) == first
+  assert hash_cache.read_text() == good
 
 
 def test_a_file_that_changes_meanwhile(corpus):
-  source = sources.find(str(corpus))
+  source = sources.find_source(str(corpus))
   source.check_unchanged()
   (corpus / "b.txt").write_text("longer than it was before")
   with pytest.raises(DataError, match=r"b\.txt changed while"):

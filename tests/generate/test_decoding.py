@@ -18,7 +18,7 @@ MODEL = ModelConfig(
   attention=AttentionConfig(heads=4, kv_heads=2, head_dim=8),
 )  # fmt: skip
 GREEDY = SampleConfig(prompt="ab", max_tokens=9, temperature=0.0)
-BYTES = tokenizer.load("byte")
+BYTES = tokenizer.load_tokenizer("byte")
 
 
 def generate(mesh_config, settings, seq=64, seed=0):
