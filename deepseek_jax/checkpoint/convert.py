@@ -24,7 +24,7 @@ from deepseek_jax.checkpoint.model_args import TOKENIZERS
 from deepseek_jax.checkpoint.parts import layout, parts, tree_path
 from deepseek_jax.checkpoint.weights import is_hugging_face, saved_config
 from deepseek_jax.config import TOKENIZER_SIZES, Config, DataConfig
-from deepseek_jax.data.tokenizer import load
+from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import CheckpointError, DataError
 from deepseek_jax.storage import is_url
 
@@ -135,7 +135,7 @@ def copy_files(source, folder, names):
 def special_ids(tokenizer):
   """What a config.json says of `tokenizer`: transformers would take 1 and 2 where it says nothing."""
   try:
-    found = load(tokenizer)
+    found = load_tokenizer(tokenizer)
   except DataError as error:
     print(f"note     config.json has no bos_token_id and no eos_token_id: {error}")
     return {}
