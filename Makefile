@@ -9,6 +9,7 @@
 ## make gpu     on a machine with a Hopper GPU: self-tests, rates of the kernels and training steps, in an environment of its
 ##              own, .venv-gpu; two calls of 5 minutes, which PART=1 and PART=2 make singly; again: goes on where it was.
 ##              Needs a Python 3.12, which PYTHON names. Where there is no package index: launch/gpu.sh
+## make docs    build the documentation into build/docs, warnings are errors: open build/docs/index.html
 ## make lint    ruff check and ruff format --check
 ## make clean   remove the environments and caches; runs/ stays
 ##
@@ -21,7 +22,7 @@ ARGS ?=
 PART ?= 1 2
 IN_VENV = $(VENV)/bin/python
 
-.PHONY: help train test chaos parity meshes tpu kernels gpu lint clean environment test-environment
+.PHONY: help train test chaos parity meshes tpu kernels gpu docs lint clean environment test-environment
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -56,6 +57,11 @@ gpu:
 	  $(VENV)-gpu/bin/python -m benchmarks.gpu --part=$$part $(ARGS) || status=$$?; \
 	  [ $$status -lt 128 ] || break; \
 	done; exit $$status
+
+# With the test requirements, so that `make test` finds the environment as it left it.
+docs:
+	@$(PYTHON) .ci/environment.py $(VENV) test docs
+	$(IN_VENV) -m sphinx -W --keep-going -n -q docs build/docs $(ARGS)
 
 lint: test-environment
 	$(IN_VENV) -m ruff check .

@@ -6,7 +6,7 @@ them what `deepseek_jax.plan` predicts. Fields of these two configs can be set: 
 
 Each step is a program with a time limit (benchmarks/gpu_steps.py). All results are in --out: gpu.json, gpu.log, tiles.json.
 The same command goes on: steps that are done are skipped, the others go on with the rows that are missing, and those that
-failed come last. That holds after any end, also kill -9. `python -m benchmarks.gpu_report` puts the figures into the README.
+failed come last. That holds after any end, also kill -9. `python -m benchmarks.gpu_report` puts the figures into the docs.
 
 Exit codes: 0 all steps are done; 1 a step failed, and none is left; 2 a bad flag; 3 steps are left; 130 or 143 interrupted.
 """

@@ -1,6 +1,6 @@
-"""Puts what `python -m benchmarks.gpu` measured into the README and into tiles.json:  python -m benchmarks.gpu_report
+"""Puts what `python -m benchmarks.gpu` measured into the docs and into tiles.json:  python -m benchmarks.gpu_report
 
-Between the two comments of the README that hold the figures everything is replaced; the rest of the file stays. Steps that
+Between the two comments of docs/results/kernels.md that hold the figures everything is replaced; the rest of the file stays. Steps that
 have not run, or failed, are said. The tiles of --out are added to the table that the kernels read. --print shows the figures
 and writes nothing.
 """
@@ -24,7 +24,7 @@ GIB = 2**30
 def main(argv) -> int:
   values = flags.FlagValues()
   flags.DEFINE_string("out", "runs/gpu", "folder of the results", flag_values=values)
-  flags.DEFINE_string("readme", "README.md", "file whose figures are replaced", flag_values=values)
+  flags.DEFINE_string("page", "docs/results/kernels.md", "file whose figures are replaced", flag_values=values)
   flags.DEFINE_string("table", str(TABLE), "tiles that are extended", flag_values=values)
   flags.DEFINE_bool("print", False, "write nothing", flag_values=values)
   parse(argv, values, __doc__)
@@ -36,9 +36,9 @@ def main(argv) -> int:
   if values.print:
     print(text)
     return 0
-  replace(pathlib.Path(values.readme), text)
+  replace(pathlib.Path(values.page), text)
   merge_tiles(path.with_name("tiles.json"), pathlib.Path(values.table))
-  print(f"figures of {record['machine']['chip']}: {values.readme}; tiles: {values.table}")
+  print(f"figures of {record['machine']['chip']}: {values.page}; tiles: {values.table}")
   return 0
 
 

@@ -101,18 +101,18 @@ def test_a_rehearsal_that_is_killed_goes_on_and_is_reported(tmp_path):
   assert len(list((tmp_path / "gpu").iterdir())) == 3 - OLD, "few files come back from a machine"
   assert "== attention: done" in (tmp_path / "gpu" / "gpu.log").read_text()
 
-  readme, table = tmp_path / "README.md", tmp_path / "tiles.json"
-  shutil.copy(ROOT / "README.md", readme)
+  page, table = tmp_path / "kernels.md", tmp_path / "tiles.json"
+  shutil.copy(ROOT / "docs" / "results" / "kernels.md", page)
   table.write_text('{"fp8_matmul": {"TPU": {"a": {}}}}')
-  report = ("--readme=" + str(readme), f"--table={table}", out)
+  report = ("--page=" + str(page), f"--table={table}", out)
   call(*report, program=("-m", "benchmarks.gpu_report"))
-  written = readme.read_text()
+  written = page.read_text()
   assert "Not measured yet" not in written and "A rehearsal at sizes of a test" in written
   for words in ("forward or dgrad 128 x 128 x 128", "V3 forward and backward", "| `v3_3b` | fp8 | "):
     assert words in written, words
   assert set(read_json(table)["fp8_matmul"]) == {"TPU"} | ({"cpu"} if not OLD else set())
   call(*report, program=("-m", "benchmarks.gpu_report"))
-  assert readme.read_text() == written
+  assert page.read_text() == written
 
 
 STEPS_FILE = """
@@ -249,16 +249,16 @@ def _interrupt(name):
   raise KeyboardInterrupt
 
 
-def test_a_readme_without_the_markers_is_refused(tmp_path):
+def test_a_page_without_the_markers_is_refused(tmp_path):
   record = {"machine": machine() | {"chip": "NVIDIA H200"}, "toy": False, "steps": {}}
   record["steps"]["attention"] = {
     "status": "failed", "exit_code": 1, "date": "2026-01-02T03:04:05+00:00", "commit": "abc",
     "result": {"rows": [{"name": "V3 forward", "failure": "failed: no room", "begun": 1}]},
   }  # fmt: skip
   write_json(tmp_path / "gpu.json", record)
-  (tmp_path / "README.md").write_text(gpu_report.END + gpu_report.BEGIN)
+  (tmp_path / "kernels.md").write_text(gpu_report.END + gpu_report.BEGIN)
   with pytest.raises(ConfigError, match="must have the line"):
-    gpu_report.main(["gpu_report", f"--out={tmp_path}", f"--readme={tmp_path}/README.md", f"--table={tmp_path}/t.json"])
+    gpu_report.main(["gpu_report", f"--out={tmp_path}", f"--page={tmp_path}/kernels.md", f"--table={tmp_path}/t.json"])
   with pytest.raises(ConfigError, match="there is no"):
     gpu_report.main(["gpu_report", f"--out={tmp_path}/none"])
   text = gpu_report.report(record)
