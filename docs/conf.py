@@ -28,6 +28,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 add_module_names = False
+toc_object_entries = False  # hundreds of functions in the sidebar of each page cost a third of the build
 python_use_unqualified_type_names = True
 
 nitpicky = True
