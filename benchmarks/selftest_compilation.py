@@ -34,7 +34,7 @@ def main(argv) -> int:
   import jax
   from jax.experimental import topologies
 
-  from deepseek_jax.mesh import least_devices, resolve_mesh
+  from deepseek_jax.mesh import min_devices, resolve_mesh
   from deepseek_jax.model.linear import matmul_precision
   from deepseek_jax.selftest.cases import make_cases, program_calls
   from deepseek_jax.selftest.check import traceable_forms
@@ -42,7 +42,7 @@ def main(argv) -> int:
   target = {"platform": "cuda", "topology_name": "h200", "topology": "1x1x1"}
   topology = topologies.get_topology_desc(target_config=gpu_without_one.H200, **target)
   sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
-  config = resolve_mesh(config, least_devices(config.mesh))
+  config = resolve_mesh(config, min_devices(config.mesh))
   clock = Clock()
   cases = make_cases(program_calls(config, jax.sharding.AbstractDevice("NVIDIA H200", 132, "gpu")))
   found = {"step traced": clock.lap()}

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,21 +21,23 @@ from deepseek_jax.model.transformer import graphdef, init_params
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.sharding import with_concrete_shardings
 from deepseek_jax.training.objective import Objective
+from deepseek_jax.typing import Params, PyTree
 
 # dtype of load_pretrained -> (parameters, computation)
 PRECISIONS = {"float32": ("float32", "float32"), "float64": ("float64",) * 2, "bfloat16": ("float32", "bfloat16")}
 SAVED_DTYPES = {str(dtype): dtype for code, dtype in DTYPES.items() if code != "F8_E4M3"}
 
 
-def load_pretrained(directory, dtype="float32"):
+def load_pretrained(directory: str | Path, dtype: str = "float32") -> "Model":
   """The model of a Hugging Face folder (config.json and safetensors files) of any DeepSeek generation up to V3 and R1.
 
   Args:
     directory: the folder.
     dtype: of the computation: float32, bfloat16 (with parameters in float32), or float64, which needs JAX's x64 mode.
 
-  Raises ConfigError for another dtype, or float64 without x64 mode; CheckpointError for a folder that is not whole, or
-  holds another kind of model, listing everything that is wrong.
+  Raises:
+    ConfigError: another dtype, or float64 without x64 mode.
+    CheckpointError: a folder that is incomplete, or holds another kind of model. Lists everything that is wrong.
   """
   if dtype not in PRECISIONS:
     raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(PRECISIONS)}")
@@ -47,7 +52,7 @@ def load_pretrained(directory, dtype="float32"):
     arrays = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), abstract)
     for entry in table:
       if not entry.copy:
-        below(arrays[entry.buffer], entry.path)[entry.index] = entry.to_ours(reader.read(entry.name))
+        get_at_path(arrays[entry.buffer], entry.path)[entry.index] = entry.to_ours(reader.read(entry.name))
     reader.check_finite()
     params, buffers = jax.tree.map(lambda array, a: jax.device_put(array, a.sharding), arrays, abstract)
   names = set(reader.names)
@@ -55,7 +60,7 @@ def load_pretrained(directory, dtype="float32"):
   return Model(config, params, buffers, mesh, dtypes, read_json(directory))
 
 
-def below(tree, path):
+def get_at_path(tree: Mapping[str, Any], path: Sequence[str]) -> Any:
   """The array at the keys `path` of nested dicts."""
   return functools.reduce(lambda node, key: node[key], path, tree)
 
@@ -64,38 +69,51 @@ class Model:
   """A loaded model.
 
   Attributes:
-    config: its ModelConfig. params: nested dict of arrays; may be assigned, from any tree of its structure and shapes.
-    buffers: nested dict with the bias of each router, empty without; no gradient trains it.
+    config: its ModelConfig.
+    params: nested dict of arrays. A tree of the same structure and shapes may be assigned to it.
+    buffers: nested dict with the bias of each router, empty in a model without; it has no gradient.
 
-  Tokens are integers [batch, seq] below the vocabulary, of NumPy, JAX or lists. A new shape of them compiles once. Methods
-  that take them raise ConfigError for others, as does all but saving for a float64 model without x64 mode.
+  Tokens are integers [batch, seq] below the vocabulary size: NumPy, JAX or lists. Each new shape of them compiles once.
+  Methods that take tokens raise ConfigError for others. All methods but `save_pretrained` raise it for a float64 model
+  without x64 mode.
   """
 
-  def __init__(self, config: ModelConfig, params, buffers, mesh, dtypes, hf_config):
+  def __init__(
+    self,
+    config: ModelConfig,
+    params: Params,
+    buffers: Params,
+    mesh: jax.sharding.Mesh,
+    dtypes: dict[str, np.dtype],
+    hf_config: dict[str, Any],
+  ):
     self.config, self.buffers = config, buffers
     self._params, self._mesh, self._dtypes, self._hf_config = params, mesh, dtypes, hf_config
     with jax.set_mesh(mesh):
       self._graphdef = graphdef(config)
 
   @property
-  def params(self):
+  def params(self) -> Params:
+    """Nested dict of arrays."""
     return self._params
 
   @params.setter
-  def params(self, tree):
+  def params(self, tree: PyTree) -> None:
     check_x64(self.config)
-    self._params = fitted(tree, self._params)
+    self._params = validate_params(tree, self._params)
 
-  def logits(self, tokens):
-    """[batch, seq, vocab] in float32, in float64 when loaded so: the scores of the token after each position."""
-    return self._run(self._logits, self._checked(tokens))
+  def logits(self, tokens: Any) -> jax.Array:
+    """Logits [batch, seq, vocab] of the token after each position, in float32, or float64 when loaded so."""
+    return self._run(self._logits, self._check_tokens(tokens))
 
-  def loss_and_grads(self, tokens, mtp_weight=0.0):
-    """(loss, grads): mean cross entropy of the next token, and its gradients as a tree like `params`.
+  def loss_and_grads(self, tokens: Any, mtp_weight: float = 0.0) -> tuple[jax.Array, Params]:
+    """Mean cross entropy [] of the next token in nats, and its gradients, a tree like `params`.
 
-    `mtp_weight` adds that much of the loss of multi-token prediction: at each depth the mean over the targets that there
-    are, averaged over depths. No term for balance is added. Raises ConfigError for a model without it, and for fewer tokens
-    than 2, or than 2 and the depths with a weight.
+    Args:
+      tokens: [batch, seq], with seq at least 2; at least 2 + depths with a weight.
+      mtp_weight: weight of the multi-token prediction loss: the mean over the targets of each depth, averaged over depths.
+
+    Balance losses are not part of it. Raises ConfigError for a weight in a model without multi-token prediction.
     """
     depths = self.config.num_mtp_layers
     if mtp_weight and not depths:
@@ -103,67 +121,70 @@ class Model:
         f"mtp_weight={mtp_weight}, but this model has no layers for multi-token prediction: leave it at 0"
       )
     depths = depths if mtp_weight else 0
-    return self._run(self._loss_and_grads, self._checked(tokens, at_least=depths + 2), mtp_weight, depths)
+    return self._run(self._loss_and_grads, self._check_tokens(tokens, min_seq=depths + 2), mtp_weight, depths)
 
-  def routing(self, tokens):
-    """(indices, weights), each [moe_layers, batch, seq, experts per token]: who is chosen, and how much it counts.
+  def routing(self, tokens: Any) -> tuple[jax.Array, jax.Array]:
+    """Chosen experts, int32, and their weights, each [moe_layers, batch, seq, experts per token].
 
     Raises ConfigError for a model without experts.
     """
     if not self.config.num_moe_layers:
       raise ConfigError("routing() needs experts, and this model is dense: there is nothing to route")
-    return self._run(self._routing, self._checked(tokens))
+    return self._run(self._routing, self._check_tokens(tokens))
 
-  def save_pretrained(self, directory, dtype=None):
+  def save_pretrained(self, directory: str | Path, dtype: str | None = None) -> None:
     """Writes a Hugging Face folder that transformers loads: `params` as they are now, the buffers as they were loaded.
 
-    Each tensor has the dtype that it was loaded with (FP8 comes out as float32), or `dtype`: float64, float32, float16 or
-    bfloat16. Buffers keep theirs. The copies that multi-token prediction has of embedding and head are the main ones'.
+    - Each tensor has the dtype that it was loaded with (FP8 becomes float32), or `dtype`: float64, float32, float16 or
+      bfloat16. Buffers keep theirs.
+    - The embedding and head that multi-token prediction repeats are copies of the main model's.
+    - An earlier save in the folder is replaced only when the new files are complete.
 
-    Raises ConfigError for another dtype; CheckpointError for values that are not finite in theirs, listing the tensors, for
-    a config that no config.json describes, and where the disk refuses. An earlier save in the folder is replaced only when
-    the new files are complete.
+    Raises:
+      ConfigError: another dtype.
+      CheckpointError: values that are not finite in their dtype (lists the tensors), a config that no config.json describes,
+        or a disk that cannot be written.
     """
     if dtype is not None and dtype not in SAVED_DTYPES:
       raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(SAVED_DTYPES)}, nor None for each tensor's own")
     table = {entry.name: entry for entry in entries(self.config)}
-    own = {entry.path: self._dtypes[entry.name] for entry in table.values() if not entry.copy}
+    loaded_dtypes = {entry.path: self._dtypes[entry.name] for entry in table.values() if not entry.copy}
 
     def saved_dtype(entry):
-      kept = self._dtypes.get(entry.name, own[entry.path])
-      return kept if dtype is None or entry.buffer else SAVED_DTYPES[dtype]
+      loaded_dtype = self._dtypes.get(entry.name, loaded_dtypes[entry.path])
+      return loaded_dtype if dtype is None or entry.buffer else SAVED_DTYPES[dtype]
 
     arrays = jax.device_get((self.params, self.buffers))
 
     def read(name):
       entry = table[name]
-      return entry.to_hf(below(arrays[entry.buffer], entry.path)[entry.index])
+      return entry.to_hf(get_at_path(arrays[entry.buffer], entry.path)[entry.index])
 
-    main_dtype = dtype or str(own["embed",])
+    main_dtype = dtype or str(loaded_dtypes["embed",])
     config = to_json(self.config, main_dtype, self._hf_config)
     tensors = [(name, entry.shape, saved_dtype(entry)) for name, entry in table.items()]
     write_tensors(directory, tensors, read, config=config)
 
-  def _run(self, function, *arguments):
+  def _run(self, function: Callable, *arguments: Any) -> Any:
     check_x64(self.config)
     with jax.set_mesh(self._mesh):
       return function(self.params, self.buffers, *arguments)
 
-  def _checked(self, tokens, at_least=1):
-    """`tokens` as int32: JAX would clamp what is out of range without a word."""
+  def _check_tokens(self, tokens: Any, min_seq: int = 1) -> np.ndarray:
+    """`tokens` as int32 [batch, seq]. They are checked here, because JAX clamps an index that is out of range."""
     tokens, vocab = np.asarray(tokens), self.config.vocab
     if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
       raise ConfigError(f"tokens are integers [batch, seq], got {tokens.dtype} {list(tokens.shape)}")
-    if not tokens.shape[0] or tokens.shape[1] < at_least:
+    if not tokens.shape[0] or tokens.shape[1] < min_seq:
       raise ConfigError(
-        f"tokens {list(tokens.shape)} are too few: this takes a sequence or more of at least {at_least}"
+        f"tokens {list(tokens.shape)} are too few: expected at least one sequence of at least {min_seq} tokens"
       )
     if tokens.min() < 0 or tokens.max() >= vocab:
       raise ConfigError(f"tokens from {tokens.min()} to {tokens.max()} are outside the vocabulary, 0 to {vocab - 1}")
     return tokens.astype(np.int32)
 
   @functools.cached_property
-  def _logits(self):
+  def _logits(self) -> Callable:
     def logits(params, buffers, tokens):
       model = nnx.merge(self._graphdef, params, buffers)
       hidden, _ = model(tokens)
@@ -172,18 +193,18 @@ class Model:
     return jax.jit(logits)
 
   @functools.cached_property
-  def _routing(self):
-    def observe(routing, kept):
+  def _routing(self) -> Callable:
+    def chosen_experts(routing, cache):
       return None if routing is None else (routing.indices, routing.weights)
 
     def routing(params, buffers, tokens):
-      _, observed = nnx.merge(self._graphdef, params, buffers)(tokens, observe=observe)
-      return observed["moe_layers"]
+      _, aux = nnx.merge(self._graphdef, params, buffers)(tokens, aux_fn=chosen_experts)
+      return aux["moe_layers"]
 
     return jax.jit(routing)
 
   @functools.cached_property
-  def _loss_and_grads(self):
+  def _loss_and_grads(self) -> Callable:
     def loss(params, buffers, tokens, mtp_weight, depths):
       config = Config(
         model=dataclasses.replace(self.config, num_mtp_layers=depths),
@@ -200,28 +221,31 @@ class Model:
     return jax.jit(jax.value_and_grad(loss), static_argnums=4)
 
 
-def fitted(tree, old):
-  """`tree` with the dtypes and layouts of `old`. Raises ConfigError, listing all that differs, unless it has its shapes."""
+def validate_params(tree: PyTree, expected: Params) -> Params:
+  """`tree` with the dtypes and shardings of `expected`.
 
-  def flat(tree):
+  Raises ConfigError, listing all that differs, unless it has the structure and shapes of `expected`.
+  """
+
+  def by_path(tree):
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree.leaves_with_path(tree)}
 
-  given, wanted = flat(tree), flat(old)
-  problems = [f"{path} is missing" for path in wanted if path not in given]
-  problems += [f"{path} is not a parameter" for path in given if path not in wanted]
+  got, want = by_path(tree), by_path(expected)
+  problems = [f"{path} is missing" for path in want if path not in got]
+  problems += [f"{path} is not a parameter" for path in got if path not in want]
   problems += [
-    f"{path} is {np.shape(given[path])} where {x.shape} is expected"
-    for path, x in wanted.items()
-    if path in given and np.shape(given[path]) != x.shape
+    f"{path} is {np.shape(got[path])} where {x.shape} is expected"
+    for path, x in want.items()
+    if path in got and np.shape(got[path]) != x.shape
   ]
   if problems:
     raise ConfigError("params must keep their structure and shapes: " + "; ".join(problems))
-  leaves = [placed(given[path], x) for path, x in wanted.items()]
-  return jax.tree.unflatten(jax.tree.structure(old), leaves)
+  leaves = [place_like(got[path], x) for path, x in want.items()]
+  return jax.tree.unflatten(jax.tree.structure(expected), leaves)
 
 
-def placed(leaf, like):
-  """`leaf` with the dtype and layout of `like`; a copy unless it has them, so that no NumPy array of the caller is shared."""
+def place_like(leaf: Any, like: jax.Array) -> jax.Array:
+  """`leaf` with the dtype and sharding of `like`. It is copied unless it has them, so that no NumPy array is shared."""
   if isinstance(leaf, jax.Array) and (leaf.dtype, leaf.sharding) == (like.dtype, like.sharding):
     return leaf
   return jax.device_put(np.array(leaf, like.dtype), like.sharding)

@@ -1,7 +1,7 @@
 """Every setting of a run and its default: frozen dataclasses, checked when they are made (`model_config.py`: the model's).
 
-A config file (`configs/*.py`) names only what differs from these defaults; its ConfigDict becomes a `Config` once, and
-each module is handed only its own section. Nothing here touches a device.
+A config file (`configs/*.py`) names only what differs from these defaults. Its ConfigDict becomes a `Config` once, and each
+module gets only its own section. Nothing here touches a device.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from deepseek_jax.errors import ConfigError
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.schema import Section, field
 
-# Ids that a tokenizer may emit, known without installing it (specs: 100,015 and 128,815 used ids; byte: 256 + separator).
+# Number of ids that a tokenizer may emit, known without installing it. byte: 256 bytes and the separator.
 TOKENIZER_SIZES = {"byte": 257, "deepseek-llm": 100_015, "deepseek-v3": 128_815}
 
 
@@ -22,17 +22,17 @@ class DataConfig(Section, path="data"):
     "what to train on: python-stdlib, or files, folders and globs, also at gs:// or s3://, of .txt .py .md .jsonl[.gz|.zst] .parquet",
   )
   weights: tuple[float, ...] = field(
-    (), "share of samples from each source; empty: in proportion to their size", above=0
+    (), "fraction of samples from each source; empty: in proportion to their size", above=0
   )
   tokenizer: str = field("byte", "byte, deepseek-llm, deepseek-v3, or the path of a tokenizer.json")
   seq: int = field(256, "tokens a sequence predicts", at_least=2)
-  heldout_fraction: float = field(0.02, "share of documents kept for evaluation", above=0, below=1)
+  heldout_fraction: float = field(0.02, "fraction of documents held out for evaluation", above=0, below=1)
   mask_documents: bool = field(False, "attend within documents only; off in the DeepSeek recipes up to V3")
   text_field: str = field("text", "key of the text in .jsonl and .parquet records")
-  cache: str = field("", "folder below which packed data is kept; empty: the user's cache folder")
+  cache: str = field("", "folder of packed data; empty: the user's cache folder")
   verify: bool = field(True, "check the checksums of packed data at start")
 
-  def check(self):
+  def check(self) -> None:
     if not self.sources:
       raise ConfigError('data.sources is empty: name at least one, e.g. "python-stdlib"')
     if self.weights and len(self.weights) != len(self.sources):
@@ -47,9 +47,9 @@ class OptimizerConfig(Section, path="optimizer"):
   beta1: float = field(0.9, "AdamW's decay of the first moment", at_least=0, below=1)
   beta2: float = field(0.95, "AdamW's decay of the second moment", at_least=0, below=1)
   eps: float = field(1e-8, "AdamW's epsilon; DeepSeek publishes none before V4", above=0)
-  weight_decay: float = field(0.1, "decoupled decay of matrices; norm scales have none", at_least=0)
+  weight_decay: float = field(0.1, "decoupled weight decay of matrices; norm scales have none", at_least=0)
   moments_dtype: str = field(
-    "float32", "dtype in which both moments are kept", choices=("bfloat16", "float32", "float64")
+    "float32", "dtype of both moments between updates", choices=("bfloat16", "float32", "float64")
   )
   offload: bool = field(False, "keep both moments in the host's memory between updates")
 
@@ -68,16 +68,16 @@ class ScheduleConfig(Section, path="schedule"):
   tokens: int = field(0, "length in tokens; replaces steps when above 0", at_least=0)
   milestones: tuple[float, ...] = field(
     (),
-    "fractions of the length: where multi_step drops; where wsd's cosine starts and ends, then where it drops",
+    "fractions of the length: drops of multi_step; start and end of wsd's cosine, then its drops",
     at_least=0,
     at_most=1,
   )
   factors: tuple[float, ...] = field(
-    (), "shares of peak: after each milestone (multi_step), after the cosine and each drop (wsd), at the end (warmup_cosine)",
+    (), "fractions of peak: after each milestone (multi_step), after the cosine and each drop (wsd), at the end (warmup_cosine)",
     at_least=0, at_most=1,
   )  # fmt: skip
 
-  def check(self):
+  def check(self) -> None:
     given = len(self.milestones)
     milestones, factors = {
       "constant": (0, 0),
@@ -102,16 +102,25 @@ class ScheduleConfig(Section, path="schedule"):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Section, path="mesh"):
-  data: int = field(-1, "devices that hold copies of the model and share the batch; -1: the rest", at_least=-1)
-  fsdp: int = field(1, "devices that share the batch and shard parameters and moments; -1: the rest", at_least=-1)
-  expert: int = field(1, "devices that share experts (and the batch); -1: the rest", at_least=-1)
-  tensor: int = field(
-    1, "devices that share heads, inner widths, the vocabulary, and positions between blocks; -1: the rest", at_least=-1
+  data: int = field(
+    -1, "data parallelism: devices that replicate the model and share the batch; -1: the rest", at_least=-1
   )
-  stage: int = field(1, "devices that share layers, which microbatches pass in turn; -1: the rest", at_least=-1)
-  context: int = field(1, "devices that share the positions of each sequence; -1: the rest", at_least=-1)
+  fsdp: int = field(
+    1, "FSDP: devices that share the batch and shard parameters and optimizer state; -1: the rest", at_least=-1
+  )
+  expert: int = field(1, "expert parallelism: devices that share the experts, and the batch; -1: the rest", at_least=-1)
+  tensor: int = field(
+    1,
+    "tensor and sequence parallelism: devices that share heads, inner widths, the vocabulary, and positions between blocks; "
+    "-1: the rest",
+    at_least=-1,
+  )
+  stage: int = field(1, "pipeline parallelism: devices that share the layers; -1: the rest", at_least=-1)
+  context: int = field(
+    1, "context parallelism: devices that share the positions of each sequence; -1: the rest", at_least=-1
+  )
 
-  def check(self):
+  def check(self) -> None:
     sizes = dataclasses.asdict(self)
     if 0 in sizes.values():
       raise ConfigError(f"mesh sizes are 1 or more, or -1 for the rest, got {sizes}")
@@ -122,18 +131,20 @@ class MeshConfig(Section, path="mesh"):
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig(Section, path="parallel"):
   zero: int = field(
-    3, "what stays in shards through a step: 1 moments and masters, 2 gradients as well, 3 the weights in use as well",
+    3, "what stays sharded through a step: 1 optimizer state and master weights, 2 gradients as well, 3 the weights in use as well",
     at_least=1, at_most=3,
   )  # fmt: skip
   mla_latent: str = field(
-    "replicated", "MLA on a tensor mesh: each device makes all latents, or those of its own positions (sharded)",
+    "replicated", "MLA on a tensor mesh: each device computes all latents, or those of its own positions (sharded)",
     choices=("replicated", "sharded"),
   )  # fmt: skip
   virtual_stages: int = field(
-    1, "times that a microbatch goes round the stages, a part of each stage's layers at a time", at_least=1
+    1, "virtual stages of each stage (interleaved 1F1B): how often a microbatch passes through all stages", at_least=1
   )
   stage_layers: tuple[int, ...] = field(
-    (), "layers of each of the stage x virtual_stages parts, in order; empty: as even as it goes", at_least=0
+    (),
+    "number of layers of each of the stage x virtual_stages chunks, in order; empty: as even as possible",
+    at_least=0,
   )
 
 
@@ -149,13 +160,13 @@ class TrainConfig(Section, path="train"):
   )
   batch_ramp_tokens: int = field(0, "tokens over which the ramp runs", at_least=0)
   loss_chunk: int = field(512, "positions per sequence whose logits exist at once in the loss", at_least=1)
-  label_smoothing: float = field(0.0, "share of the target spread over the vocabulary", at_least=0, below=1)
-  z_loss: float = field(0.0, "weight of the squared log of the softmax normaliser", at_least=0)
+  label_smoothing: float = field(0.0, "fraction of the target spread over the vocabulary", at_least=0, below=1)
+  z_loss: float = field(0.0, "weight of the squared log of the softmax normalizer", at_least=0)
   max_skipped: int = field(
-    10, "skipped updates in a row (gradients not finite, experts without room) after which the run stops", at_least=1
+    10, "skipped updates in a row (gradients not finite, expert buffer overflow) after which the run stops", at_least=1
   )
 
-  def check(self):
+  def check(self) -> None:
     micro, micro_name = (self.microbatch, "microbatch") if self.microbatch else (self.global_batch, "global_batch")
     for name, batch in (("global_batch", self.global_batch), ("batch_ramp_from", self.batch_ramp_from)):
       if batch % micro:
@@ -179,21 +190,25 @@ class BalanceConfig(Section, path="balance"):
   device_loss: float = field(0.0, "weight of the device-level loss (MoE eq. 15, V2 eq. 26)", at_least=0)
   communication_loss: float = field(0.0, "weight of the communication-level loss (V2 eq. 29)", at_least=0)
   device_groups: int = field(
-    0, "groups of experts that the last two see as devices; 0: model.moe.num_expert_groups", at_least=0
+    0, "groups of experts that the last two losses count as devices; 0: model.moe.num_expert_groups", at_least=0
   )
-  router_z_loss: float = field(0.0, "weight of the squared log of the router's normaliser", at_least=0)
-  bias_update_rate: float = field(0.0, "how far a step moves the bias of each expert (V3: 0.001)", at_least=0)
-  bias_update_tokens: int = field(0, "tokens after which the bias stays (V3: 14.3T); 0: never", at_least=0)
+  router_z_loss: float = field(0.0, "weight of the squared log of the router's normalizer", at_least=0)
+  bias_update_rate: float = field(
+    0.0, "update rate of the router bias of each expert: its change in a step (V3: bias update speed 0.001)", at_least=0
+  )
+  bias_update_tokens: int = field(0, "tokens after which the router bias is frozen (V3: 14.3T); 0: never", at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class MTPConfig(Section, path="mtp"):
   weights: tuple[float, ...] = field(
-    (0.3,), "weight of the multi-token prediction loss: at first, then after each of `tokens`", at_least=0
+    (0.3,), "weights of the multi-token prediction loss: the initial one, then one after each of `tokens`", at_least=0
   )
-  tokens: tuple[int, ...] = field((), "tokens after which the next weight holds (V3: 0.3 to 10T, then 0.1)", at_least=0)
+  tokens: tuple[int, ...] = field(
+    (), "tokens after which the next weight applies (V3: 0.3 to 10T, then 0.1)", at_least=0
+  )
 
-  def check(self):
+  def check(self) -> None:
     if len(self.weights) != len(self.tokens) + 1 or list(self.tokens) != sorted(self.tokens):
       raise ConfigError(
         f"mtp.weights={self.weights} with mtp.tokens={self.tokens}: give one weight more than tokens, which must rise"
@@ -203,8 +218,8 @@ class MTPConfig(Section, path="mtp"):
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig(Section, path="checkpoint"):
   every: int = field(1000, "steps between checkpoints", at_least=1)
-  keep: int = field(2, "newest checkpoints kept", at_least=1)
-  keep_every: int = field(0, "checkpoints at multiples of this step are kept for good; 0: none", at_least=0)
+  keep: int = field(2, "number of newest checkpoints that are kept", at_least=1)
+  keep_every: int = field(0, "checkpoints at multiples of this step are never deleted; 0: none", at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,13 +237,18 @@ class LogConfig(Section, path="log"):
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig(Section, path="sample"):
-  prompt: str = field("def ", "text that the sample at the end of a run continues")
+  prompt: str = field("def ", "prompt of the sample at the end of a run")
   max_tokens: int = field(200, "tokens to generate", at_least=1)
-  temperature: float = field(0.7, "softness of sampling; 0 takes the likeliest token", at_least=0)
-  top_k: int = field(0, "sample among the k likeliest tokens; 0: all", at_least=0)
-  top_p: float = field(0.95, "sample among the likeliest tokens that hold this probability", above=0, at_most=1)
+  temperature: float = field(0.7, "temperature of sampling; 0: greedy decoding", at_least=0)
+  top_k: int = field(0, "sample from the k most likely tokens; 0: all", at_least=0)
+  top_p: float = field(
+    0.95,
+    "sample from the most likely tokens that together have this probability (nucleus sampling)",
+    above=0,
+    at_most=1,
+  )
   repetition_penalty: float = field(
-    1.0, "divide positive and multiply negative logits of tokens already there", above=0
+    1.0, "divides positive and multiplies negative logits of tokens that the text already has", above=0
   )
 
 
@@ -239,7 +259,7 @@ class Config(Section):
     0, "seed of the initial parameters, of dropout and of the data order", at_least=0, at_most=2**32 - 1
   )
   init_from: str = field(
-    "", "whose weights start a new run: the folder of a Hugging Face checkpoint, or a workdir of ours"
+    "", "initial weights of a new run: the folder of a Hugging Face checkpoint, or the workdir of another run"
   )
   model: ModelConfig = ModelConfig()
   data: DataConfig = DataConfig()
@@ -255,7 +275,7 @@ class Config(Section):
   log: LogConfig = LogConfig()
   sample: SampleConfig = SampleConfig()
 
-  def check(self):
+  def check(self) -> None:
     if (self.model.param_dtype == "float64") != (self.optimizer.moments_dtype == "float64"):
       raise ConfigError(
         f"optimizer.moments_dtype={self.optimizer.moments_dtype} with model.param_dtype={self.model.param_dtype}: "
@@ -268,14 +288,14 @@ class Config(Section):
       )
     if self.data.seq <= self.model.num_mtp_layers:
       raise ConfigError(
-        f"data.seq={self.data.seq} leaves no position to depth {self.model.num_mtp_layers} of multi-token prediction: "
+        f"data.seq={self.data.seq} leaves no targets for depth {self.model.num_mtp_layers} of multi-token prediction: "
         "raise data.seq above model.num_mtp_layers, or lower that"
       )
     self.check_balance()
     self.check_mesh()
 
-  def check_balance(self):
-    """What balances experts fits the experts that there are."""
+  def check_balance(self) -> None:
+    """Raises ConfigError where balance losses and biases do not fit the experts."""
     moe, balance = self.model.moe, self.balance
     if balance.bias_update_rate and not moe.router_bias:
       raise ConfigError(
@@ -293,8 +313,8 @@ class Config(Section):
         f"{moe.num_expert_groups}, but balance.device_groups={groups}: set that to 0, or the loss"
       )
 
-  def check_mesh(self):
-    """Every sharded dimension divides over its mesh axes."""
+  def check_mesh(self) -> None:
+    """Raises ConfigError unless every sharded dimension divides over its mesh axes."""
     mesh, attention, moe = self.mesh, self.model.attention, self.model.moe
     replicated = attention.kind == "mla" or attention.kv_heads == 1
     for path, size in (
@@ -308,61 +328,61 @@ class Config(Section):
     if moe.num_routed_experts:
       check_divides("model.moe.num_routed_experts", moe.num_routed_experts, "mesh.expert", mesh.expert)
     check_weights(self.model, mesh)
-    check_divides("data.seq", self.data.seq, *product(mesh, "context", "tensor"))
+    check_divides("data.seq", self.data.seq, *axis_product(mesh, "context", "tensor"))
     if mesh.context > 1:
       check_divides("data.seq", self.data.seq, "2 x mesh.context", 2 * mesh.context)  # each device has two chunks
       if attention.dropout:
         raise ConfigError(
-          f"model.attention.dropout={attention.dropout} with mesh.context={mesh.context}: attention over a shared "
-          "sequence has no dropout; set one of them to 0 and 1"
+          f"model.attention.dropout={attention.dropout} with mesh.context={mesh.context}: context parallelism "
+          "has no attention dropout; set model.attention.dropout to 0, or mesh.context to 1"
         )
     check_divides(
       "train.microbatch" if self.train.microbatch else "train.global_batch",
       self.train.microbatch or self.train.global_batch,
-      *product(mesh, "data", "fsdp", "expert"),
+      *axis_product(mesh, "data", "fsdp", "expert"),
     )
     self.check_stages()
 
-  def check_stages(self):
-    """Layers and stages fit each other."""
-    stages, virtual_stages, given = self.mesh.stage, self.parallel.virtual_stages, self.parallel.stage_layers
+  def check_stages(self) -> None:
+    """Raises ConfigError unless layers and stages fit each other."""
+    stages, virtual_stages, stage_layers = self.mesh.stage, self.parallel.virtual_stages, self.parallel.stage_layers
     layers = self.model.num_moe_layers or self.model.num_dense_layers
-    if stages == 1 and (virtual_stages > 1 or given):
+    if stages == 1 and (virtual_stages > 1 or stage_layers):
       raise ConfigError("parallel.virtual_stages and parallel.stage_layers are for a pipeline: set mesh.stage above 1")
     if stages > 1 and self.parallel.zero == 2:
       raise ConfigError(
-        "parallel.zero=2 with mesh.stage above 1: stages add up gradients of whole weights (1) or of shards (3); set 1 or 3"
+        "parallel.zero=2 with mesh.stage above 1: the pipeline sums gradients of unsharded weights (1) or of shards (3); set 1 or 3"
       )
     if stages > 1 and layers < stages * virtual_stages:
       raise ConfigError(
-        f"mesh.stage={stages} x parallel.virtual_stages={virtual_stages} makes {stages * virtual_stages} parts of {layers} layers "
+        f"mesh.stage={stages} x parallel.virtual_stages={virtual_stages} makes {stages * virtual_stages} chunks of {layers} layers "
         "(of an MoE model: of its MoE layers): lower one of them"
       )
-    if stages > 1 and given and (len(given), sum(given)) != (stages * virtual_stages, layers):
+    if stages > 1 and stage_layers and (len(stage_layers), sum(stage_layers)) != (stages * virtual_stages, layers):
       raise ConfigError(
-        f"parallel.stage_layers={given} has {len(given)} parts and {sum(given)} layers: give the layers of each of the "
-        f"{stages * virtual_stages} parts (mesh.stage={stages} x parallel.virtual_stages={virtual_stages}), {layers} in all"
+        f"parallel.stage_layers={stage_layers} has {len(stage_layers)} chunks and {sum(stage_layers)} layers: give the layers of "
+        f"each of the {stages * virtual_stages} chunks (mesh.stage={stages} x parallel.virtual_stages={virtual_stages}), {layers} in all"
       )
 
 
-def product(mesh: MeshConfig, *names):
-  """(what to call it, the product of the sizes of these axes); those of 1 or not yet known are left out."""
+def axis_product(mesh: MeshConfig, *names: str) -> tuple[str, int]:
+  """(name for errors, product of the sizes) of these mesh axes. Those of size 1, or not yet known, are left out."""
   sizes = {f"mesh.{name}": size for name in names if (size := getattr(mesh, name)) > 1}
   return " x ".join(sizes) or f"mesh.{names[0]}", math.prod(sizes.values())
 
 
-def check_weights(model: ModelConfig, mesh: MeshConfig):
-  """Raises ConfigError unless what shards the weights, whatever the batch, divides them evenly."""
-  check_divides("model.embed", model.embed, *product(mesh, "fsdp", "expert", "context", "stage"))
+def check_weights(model: ModelConfig, mesh: MeshConfig) -> None:
+  """Raises ConfigError unless the mesh axes that shard the weights divide them evenly."""
+  check_divides("model.embed", model.embed, *axis_product(mesh, "fsdp", "expert", "context", "stage"))
   if model.attention.kind == "mla":
     for name in ("q_lora_rank", "kv_lora_rank"):
-      check_divides(f"model.attention.{name}", getattr(model.attention, name), *product(mesh, "fsdp", "stage"))
+      check_divides(f"model.attention.{name}", getattr(model.attention, name), *axis_product(mesh, "fsdp", "stage"))
 
 
-def check_divides(path, size, axis, parts):
-  """Raises ConfigError unless `size` splits evenly over `parts` devices (-1: not yet known)."""
-  if parts > 0 and size % parts:
+def check_divides(path: str, size: int, axis: str, devices: int) -> None:
+  """Raises ConfigError unless `size` of the field `path` divides over `devices` of `axis` (-1: not yet known)."""
+  if devices > 0 and size % devices:
     options = [n for n in range(1, min(size, 256) + 1) if size % n == 0]
     raise ConfigError(
-      f"{path}={size} does not divide over {axis}={parts}: use one of {', '.join(map(str, options))}, or change {path}"
+      f"{path}={size} does not divide over {axis}={devices}: use one of {', '.join(map(str, options))}, or change {path}"
     )

@@ -1,21 +1,21 @@
-"""User errors: the command line prints one line of them and exits with code 2."""
+"""User errors: the command line prints one line, without a traceback, and exits with code 2."""
 
 
 class UserError(Exception):
-  """Says what was expected, what came, and what to do. Shown without a traceback."""
+  """Base of all user errors. The message says what was expected, what came, and what to do."""
 
 
 class ConfigError(UserError):
-  """A field, file or combination of fields that cannot be run."""
+  """A config field, file or combination of fields that cannot run."""
 
 
 class DataError(UserError):
-  """A source, tokenizer or packed file that cannot be trained on."""
+  """A data source, tokenizer or packed file that cannot be used."""
 
 
 class CheckpointError(UserError):
-  """A checkpoint that cannot be restored, or not under this config."""
+  """A checkpoint that cannot be saved or restored, or not with this config."""
 
 
 class StorageError(UserError):
-  """A bucket that cannot be reached, or refuses."""
+  """A bucket that cannot be reached, or that denies access."""

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from deepseek_jax.config import Config
 from deepseek_jax.errors import ConfigError, UserError
 from deepseek_jax.renamed_fields import with_current_names
-from deepseek_jax.schema import flatten, from_dict, leaf_paths, unknown_key
+from deepseek_jax.schema import flatten_config, from_dict, leaf_paths, unknown_key
 from deepseek_jax.storage import is_url, read_object
 
 
@@ -145,7 +145,7 @@ def load_config(path="", overrides=None, saved=False) -> Config:
 def config_help(config: Config) -> str:
   """Every field with its value in `config` and its line of doc."""
   leaves, lines = leaf_paths(Config), []
-  for path, value in flatten(config).items():
+  for path, value in flatten_config(config).items():
     metadata = leaves[path].metadata
     choices = f" [{', '.join(map(str, metadata['choices']))}]" if "choices" in metadata else ""
     lines.append(f"  --config.{path}={value!r}\n      {metadata['doc']}{choices}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -16,29 +17,30 @@ from deepseek_jax.model_config import ModelConfig
 AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
 
 
-def least_devices(config: MeshConfig) -> int:
-  """The fewest devices that the mesh fits on: the product of its sizes, -1 counted as 1."""
+def min_devices(config: MeshConfig) -> int:
+  """The smallest number of devices that the mesh fits on: the product of its sizes, with -1 as 1."""
   return math.prod(getattr(config, axis) for axis in AXES if getattr(config, axis) > 0)
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
   """Sizes of AXES on `devices` devices, -1 resolved. Raises ConfigError when the product cannot be `devices`."""
-  wanted, fixed = [getattr(config, axis) for axis in AXES], least_devices(config)
-  sizes = tuple(max(devices // fixed, 1) if size == -1 else size for size in wanted)
+  requested, fixed = [getattr(config, axis) for axis in AXES], min_devices(config)
+  sizes = tuple(max(devices // fixed, 1) if size == -1 else size for size in requested)
   if math.prod(sizes) != devices:
-    shape = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, wanted, strict=True))
+    shape = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, requested, strict=True))
     raise ConfigError(
-      f"mesh {shape} needs {fixed} devices{' or a multiple' if -1 in wanted else ''}, {devices} are here: change the mesh "
+      f"mesh {shape} needs {fixed} devices{' or a multiple' if -1 in requested else ''}, {devices} are here: change the mesh "
       "fields, or set one of them to -1 to take the rest"
     )
   return sizes
 
 
-def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
-  """An all-Explicit mesh over `devices` (default: all). One device is a mesh too, of sizes 1.
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """An all-Explicit mesh over `devices`, default `jax.devices()`. One device is a mesh too, of sizes 1.
 
-  Devices of several slices (TPU pods joined by a data-centre network) share them out over `data`, so that the other axes
-  stay within a slice. Raises ConfigError when `data` is not a multiple of the number of slices.
+  Slices (TPU pods connected by a data-centre network) are divided over `data`, so that the other axes stay within a slice.
+
+  Raises ConfigError when `data` is not a multiple of the number of slices.
   """
   devices = devices if devices is not None else jax.devices()
   sizes, types = mesh_sizes(config, len(devices)), (AxisType.Explicit,) * len(AXES)
@@ -46,13 +48,13 @@ def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
   if slices == 1:
     return Mesh(create_device_mesh(sizes, devices, allow_split_physical_axes=True), AXES, axis_types=types)
   check_slices(sizes, slices)
-  inside, across = (sizes[0] // slices, *sizes[1:]), (slices, *(1,) * (len(AXES) - 1))
-  grid = create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+  ici_shape, dcn_shape = (sizes[0] // slices, *sizes[1:]), (slices, *(1,) * (len(AXES) - 1))
+  grid = create_hybrid_device_mesh(ici_shape, dcn_shape, devices, allow_split_physical_axes=True)
   return Mesh(grid, AXES, axis_types=types)
 
 
-def check_slices(sizes, slices):
-  """Raises ConfigError unless a mesh of these sizes of AXES can be on that many slices."""
+def check_slices(sizes: tuple[int, ...], slices: int) -> None:
+  """Raises ConfigError unless a mesh of `sizes` of AXES fits on that many slices."""
   if sizes[0] % slices:
     raise ConfigError(
       f"mesh.data={sizes[0]} on {slices} slices: the network between slices carries `data` alone, so make it a multiple "
@@ -61,32 +63,38 @@ def check_slices(sizes, slices):
 
 
 def abstract_mesh(config: MeshConfig, device: AbstractDevice | None = None) -> AbstractMesh:
-  """The mesh of resolved sizes without its devices: layouts can be traced on it, nothing can run.
+  """The mesh of `min_devices` without its devices: programs can be traced on it, nothing can run.
 
-  `device`: what the program is to be for, where it matters.
+  device: the kind of device that programs are traced for, where that matters.
   """
-  sizes = mesh_sizes(config, least_devices(config))
+  sizes = mesh_sizes(config, min_devices(config))
   return AbstractMesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), abstract_device=device)
 
 
-def make_vote(mesh):
-  """A function of an int that gives the greatest of what the processes gave, as an array: nothing waits for it here."""
-  by_device, whole = NamedSharding(mesh, jax.P(AXES)), NamedSharding(mesh, jax.P())
-  greatest = jax.jit(lambda votes: votes.max(), out_shardings=whole)
-  return lambda vote: greatest(
-    jax.make_array_from_callback((mesh.size,), by_device, lambda index: np.full(1, vote, np.int32))
-  )
+def make_process_max(mesh: Mesh) -> Callable[[int], jax.Array]:
+  """A function that all processes call with an int32: it gives the maximum over processes, a replicated array [].
+
+  It does not block: only reading the array waits for the other processes.
+  """
+  sharded, replicated = NamedSharding(mesh, jax.P(AXES)), NamedSharding(mesh, jax.P())
+  maximum = jax.jit(lambda values: values.max(), out_shardings=replicated)
+
+  def process_max(value: int) -> jax.Array:
+    values = jax.make_array_from_callback((mesh.size,), sharded, lambda index: np.full(1, value, np.int32))
+    return maximum(values)
+
+  return process_max
 
 
-def check_x64(model: ModelConfig):
+def check_x64(model: ModelConfig) -> None:
   """Raises ConfigError where a float64 model would run in float32, as JAX does without its x64 mode."""
-  if model.param_dtype == "float64" and not jax.config.jax_enable_x64:
+  if model.param_dtype == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
     raise ConfigError(
       'model.param_dtype=float64 needs JAX_ENABLE_X64=1 in the environment, or jax.config.update("jax_enable_x64", True)'
     )
 
 
 def resolve_mesh(config: Config, devices: int) -> Config:
-  """`config` with its mesh sizes resolved for `devices`, and so checked against the model and the batch."""
+  """`config` with its mesh sizes resolved for `devices`. Making it checks them against the model and the batch."""
   sizes = mesh_sizes(config.mesh, devices)
   return dataclasses.replace(config, mesh=MeshConfig(**dict(zip(AXES, sizes, strict=True))))

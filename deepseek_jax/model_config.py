@@ -1,4 +1,4 @@
-"""Every setting of a model and its default: what fixes the shapes of its parameters and the function that they make."""
+"""Every setting of a model and its default: what decides the shapes of its parameters, and the function that it computes."""
 
 import dataclasses
 
@@ -8,20 +8,20 @@ from deepseek_jax.schema import Section, field
 
 @dataclasses.dataclass(frozen=True)
 class YarnConfig(Section, path="model.attention.yarn"):
-  factor: float = field(1.0, "how many times the context was extended; 1: off, as in 4K pre-training", at_least=1)
-  original_seq: int = field(4096, "context before the extension", at_least=1)
-  beta_fast: float = field(32.0, "turns over original_seq above which a frequency stays", above=0)
+  factor: float = field(1.0, "factor by which the context is extended; 1: off, as in 4K pre-training", at_least=1)
+  original_seq: int = field(4096, "context length before the extension", at_least=1)
+  beta_fast: float = field(32.0, "turns over original_seq above which a frequency is unchanged", above=0)
   beta_slow: float = field(1.0, "turns below which a frequency is divided by factor", above=0)
   mscale: float = field(1.0, "weight of 0.1 ln(factor) in the scale of cos and sin; 0: unset", at_least=0)
   mscale_all_dim: float = field(
-    1.0, "the same, to be divided by; MLA's softmax scale grows with its square. 0: unset", at_least=0
+    1.0, "the same, of the divisor of that scale; MLA's softmax scale grows with its square. 0: unset", at_least=0
   )
 
-  def check(self):
+  def check(self) -> None:
     if self.beta_fast <= self.beta_slow:
       raise ConfigError(
         f"model.attention.yarn.beta_fast={self.beta_fast} must be above beta_slow={self.beta_slow}: frequencies between "
-        "the two numbers of turns are blended"
+        "the two are interpolated"
       )
 
 
@@ -31,27 +31,27 @@ class AttentionConfig(Section, path="model.attention"):
   heads: int = field(4, "query heads", at_least=1)
   kv_heads: int = field(4, "gqa: key and value heads; as many as heads is multi-head attention", at_least=1)
   head_dim: int = field(32, "gqa: width of one head", at_least=2)
-  q_lora_rank: int = field(0, "mla: width of the query latent; 0: queries straight from the stream", at_least=0)
-  kv_lora_rank: int = field(0, "mla: width of the key and value latent, which is what the cache holds", at_least=0)
-  qk_nope_head_dim: int = field(0, "mla: part of a query or key head without position", at_least=0)
-  qk_rope_head_dim: int = field(0, "mla: part with rotary position, whose key all heads share", at_least=0)
+  q_lora_rank: int = field(0, "mla: width of the query latent; 0: queries without a latent", at_least=0)
+  kv_lora_rank: int = field(0, "mla: width of the key and value latent, which is what is cached", at_least=0)
+  qk_nope_head_dim: int = field(0, "mla: width of the part of a query or key head without RoPE", at_least=0)
+  qk_rope_head_dim: int = field(0, "mla: width of the part with RoPE, whose key all heads share", at_least=0)
   v_head_dim: int = field(0, "mla: width of a value head", at_least=0)
   latent_norm_eps: float = field(
-    1e-6, "mla: epsilon of the norms of both latents; every release hard-wires 1e-6", above=0
+    1e-6, "mla: epsilon of the norms of both latents; every release hard-codes 1e-6", above=0
   )
   rope_theta: float = field(10_000.0, "base of the rotary frequencies", above=1)
   dropout: float = field(0.0, "dropout of attention probabilities", at_least=0, below=1)
   kv_comm: str = field(
-    "gather", "on a context mesh: keys are gathered (of MLA the latents), or travel around a ring, which no kernel does",
+    "gather", "context parallelism: all-gather or ring of keys and values (of MLA: the latents); no kernel does the ring",
     choices=("gather", "ring"),
   )  # fmt: skip
   implementation: str = field(
-    "auto", "xla, pallas (this platform's fused kernel; an error where it has none for a shape), or auto: pallas where it can",
+    "auto", "xla, pallas (this platform's fused kernel; an error where it has none for a shape), or auto: pallas where possible",
     choices=("auto", "xla", "pallas"),
   )  # fmt: skip
   yarn: YarnConfig = YarnConfig()
 
-  def check(self):
+  def check(self) -> None:
     if self.kind == "mla":
       for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
         if not getattr(self, name):
@@ -59,7 +59,7 @@ class AttentionConfig(Section, path="model.attention"):
     elif self.heads % self.kv_heads:
       raise ConfigError(
         f"model.attention.heads={self.heads} is not a multiple of model.attention.kv_heads={self.kv_heads}: "
-        "every key head serves the same number of query heads; change one of them"
+        "each key head belongs to the same number of query heads; change one of them"
       )
     if self.dropout and self.implementation == "pallas":
       raise ConfigError(
@@ -74,52 +74,55 @@ class AttentionConfig(Section, path="model.attention"):
       )
 
   @property
-  def rope_dim(self):
-    """Width that is rotated."""
+  def rope_dim(self) -> int:
+    """Width of the part of a head with RoPE."""
     return self.qk_rope_head_dim if self.kind == "mla" else self.head_dim
 
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig(Section, path="model.moe"):
-  num_routed_experts: int = field(0, "experts to choose from in each MoE layer; 0: a dense model", at_least=0)
-  num_shared_experts: int = field(0, "experts that every token passes, fused into one SwiGLU", at_least=0)
-  num_experts_per_token: int = field(0, "routed experts a token passes", at_least=0)
+  num_routed_experts: int = field(0, "routed experts of each MoE layer; 0: a dense model", at_least=0)
+  num_shared_experts: int = field(
+    0, "shared experts, which every token goes through, fused into one SwiGLU", at_least=0
+  )
+  num_experts_per_token: int = field(0, "routed experts of each token (top-k)", at_least=0)
   mlp: int = field(0, "inner width of one expert", at_least=0)
   score: str = field(
     "softmax", "affinity from the router's logits: softmax (MoE, V2) or sigmoid (V3)", choices=("softmax", "sigmoid")
   )
-  num_expert_groups: int = field(1, "groups of experts (one a device in V2, a node in V3)", at_least=1)
-  topk_groups: int = field(1, "groups a token may choose its experts from", at_least=1)
+  num_expert_groups: int = field(1, "groups of experts (a group is a device in V2, a node in V3)", at_least=1)
+  topk_groups: int = field(1, "groups that a token's experts may come from", at_least=1)
   group_score: str = field(
     "max", "score of a group: its best expert (V2), or the sum of its best two (V3)", choices=("max", "top2_sum")
   )
   router_bias: bool = field(
-    False, "a bias per expert, added for the selection only and moved by load (V3 eq. 16); see balance.bias_update_rate"
+    False, "a bias of each expert, for the selection only, updated by load (V3 eq. 16); see balance.bias_update_rate"
   )
-  norm_topk_prob: bool = field(False, "divide a token's chosen weights by their sum (V3)")
-  route_scale: float = field(1.0, "factor of the weights", above=0)
+  norm_topk_prob: bool = field(False, "divide the weights of a token's experts by their sum (V3)")
+  route_scale: float = field(1.0, "factor of the experts' weights", above=0)
   dispatch: str = field(
-    "ragged", "how tokens meet experts: ragged (sorted, dropless), dense (all on all: the reference), capacity (V2's drops)",
+    "ragged", "ragged (tokens sorted by expert, dropless), dense (all experts on all tokens: the reference), capacity (V2's token "
+    "dropping)",
     choices=("ragged", "dense", "capacity"),
   )  # fmt: skip
   implementation: str = field(
-    "auto", "grouped matmuls in compute_dtype: xla, pallas (this platform's own; an error where it has none for a shape), or auto: "
-    "pallas where it can",
+    "auto", "grouped matmuls in compute_dtype: xla, pallas (this platform's kernel; an error where it has none for a shape), or auto: "
+    "pallas where possible",
     choices=("auto", "xla", "pallas"),
   )  # fmt: skip
   buffer_factor: float = field(
     0.0,
-    "on an expert mesh: room for what a device receives, as a multiple of an even load; 0: for the worst case",
+    "expert parallelism: size of the expert buffer as a multiple of an even load; 0: the worst case, without overflow",
     at_least=0,
   )
   capacity_factor: float = field(
-    1.0, "capacity: what a group of experts takes in training, as a multiple of its even share", above=0
+    1.0, "dispatch=capacity: budget of a group of experts in training, as a multiple of an even load", above=0
   )
   no_drop_fraction: float = field(
-    0.1, "capacity: share of sequences of which nothing is dropped (V2: about 10%)", at_least=0, at_most=1
+    0.1, "dispatch=capacity: fraction of sequences of which no token is dropped (V2: about 10%)", at_least=0, at_most=1
   )
 
-  def check(self):
+  def check(self) -> None:
     experts, groups = self.num_routed_experts, self.num_expert_groups
     if not experts:
       return
@@ -133,12 +136,12 @@ class MoEConfig(Section, path="model.moe"):
       )
     if 0 < self.buffer_factor < 1:
       raise ConfigError(
-        f"model.moe.buffer_factor={self.buffer_factor} has no room for an even load: set it to 1 or more, or 0 for the worst case"
+        f"model.moe.buffer_factor={self.buffer_factor} overflows under an even load: set it to 1 or more, or 0 for the worst case"
       )
     if self.dispatch == "capacity" and groups < 2:
       raise ConfigError(
-        "model.moe.dispatch=capacity limits what each group of experts takes, and there is one group, which takes all: "
-        "set model.moe.num_expert_groups (topk_groups equal to it leaves the choice free), or dispatch=ragged"
+        "model.moe.dispatch=capacity limits the load of each group of experts, and there is one group, which has all: "
+        "set model.moe.num_expert_groups (with topk_groups equal to it, routing is not limited to groups), or dispatch=ragged"
       )
     if self.topk_groups > groups:
       raise ConfigError(f"model.moe.topk_groups={self.topk_groups} is above model.moe.num_expert_groups={groups}")
@@ -153,14 +156,16 @@ class MoEConfig(Section, path="model.moe"):
 @dataclasses.dataclass(frozen=True)
 class Fp8Config(Section, path="model.fp8"):
   forward: bool = field(True, "precision=fp8: GEMMs of the forward pass are in FP8")
-  dgrad: bool = field(True, "precision=fp8: so are those of gradients of activations")
-  wgrad: bool = field(True, "precision=fp8: so are those of gradients of weights")
-  pow2_scales: bool = field(False, "scales are powers of two (UE8M0)")
+  dgrad: bool = field(True, "precision=fp8: GEMMs of activation gradients (dgrad) are in FP8")
+  wgrad: bool = field(True, "precision=fp8: GEMMs of weight gradients (wgrad) are in FP8")
+  pow2_scales: bool = field(False, "FP8 scales are powers of two (UE8M0)")
   block: int = field(
-    128, "size of tiles, and terms of a product between promotions to float32; V3: 128", choices=(128, 256, 512)
+    128,
+    "size of quantization tiles, and of the contraction between promotions to float32; V3: 128",
+    choices=(128, 256, 512),
   )
   implementation: str = field(
-    "auto", "kernels: xla, pallas (this platform's own; an error where it has none for a shape), or auto: pallas where it can",
+    "auto", "xla, pallas (this platform's kernels; an error where it has none for a shape), or auto: pallas where possible",
     choices=("auto", "xla", "pallas"),
   )  # fmt: skip
 
@@ -169,34 +174,36 @@ class Fp8Config(Section, path="model.fp8"):
 class ModelConfig(Section, path="model"):
   vocab: int = field(272, "rows of the embedding and of the output head", at_least=2)
   embed: int = field(128, "width of the residual stream", at_least=1)
-  layers: int = field(4, "transformer blocks, without those of multi-token prediction", at_least=1)
-  first_dense_layers: int = field(0, "of an MoE model: first layers that have a dense SwiGLU", at_least=0)
+  layers: int = field(4, "transformer blocks, not counting those of multi-token prediction", at_least=1)
+  first_dense_layers: int = field(0, "of an MoE model: number of first layers with a dense SwiGLU", at_least=0)
   num_mtp_layers: int = field(0, "depth of multi-token prediction (V3 section 2.2); 0: none", at_least=0)
   mlp: int = field(384, "inner width of the SwiGLU of dense layers", at_least=1)
   norm_eps: float = field(1e-6, "epsilon of RMSNorm", above=0)
   init_std: float = field(0.006, "standard deviation of every initial matrix (all DeepSeek papers: 0.006)", above=0)
   tied_embeddings: bool = field(False, "the output head is the embedding; no DeepSeek model does this")
-  dropout: float = field(0.0, "dropout of each block's two outputs into the residual stream", at_least=0, below=1)
+  dropout: float = field(
+    0.0, "dropout of the two outputs of each block, before the residual additions", at_least=0, below=1
+  )
   param_dtype: str = field("float32", "dtype of the master parameters", choices=("float32", "float64"))
   compute_dtype: str = field(
-    "bfloat16", "dtype of activations and matrix products; float32 means full float32 products on every chip",
+    "bfloat16", "dtype of activations and matrix products; float32 is full float32 on every chip",
     choices=("bfloat16", "float32", "float64"),
   )  # fmt: skip
   precision: str = field(
-    "bf16", "operands of linear and expert products: bf16 (what compute_dtype says) or fp8 (V3 section 3.3); embedding, head, "
-    "router, norms and attention proper stay in compute_dtype or float32",
+    "bf16", "GEMMs of linear layers and experts: bf16 (in compute_dtype) or fp8 (V3 section 3.3); embedding, head, router, norms "
+    "and the attention core stay in compute_dtype or float32",
     choices=("bf16", "fp8"),
   )  # fmt: skip
   remat: str = field(
-    "full", "what the backward pass recomputes: none (but scores of MLA, dropout or float64), dots (all but matrix products), "
-    "full (each block), offload (each block, whose input waits in the host's memory)",
+    "full", "what the backward pass recomputes: none (but attention scores with MLA, dropout or float64), dots (all but matrix "
+    "products), full (each block), offload (each block, whose input is offloaded to host memory)",
     choices=("none", "full", "dots", "offload"),
   )  # fmt: skip
   fp8: Fp8Config = Fp8Config()
   attention: AttentionConfig = AttentionConfig()
   moe: MoEConfig = MoEConfig()
 
-  def check(self):
+  def check(self) -> None:
     if (self.param_dtype == "float64") != (self.compute_dtype == "float64"):
       raise ConfigError(
         f"model.param_dtype={self.param_dtype} with model.compute_dtype={self.compute_dtype}: "
@@ -204,7 +211,7 @@ class ModelConfig(Section, path="model"):
       )
     if self.precision == "fp8" and self.compute_dtype == "float64":
       raise ConfigError(
-        "model.precision=fp8 with model.compute_dtype=float64: FP8 has nothing left of float64; "
+        "model.precision=fp8 with model.compute_dtype=float64: FP8 GEMMs do not give float64 precision; "
         "set compute_dtype to bfloat16 or float32"
       )
     if self.precision == "fp8" and self.moe.num_routed_experts and self.moe.dispatch == "dense":
@@ -219,18 +226,20 @@ class ModelConfig(Section, path="model"):
       )
 
   def for_sampling(self) -> "ModelConfig":
-    """This model as it reads a prompt and goes on token by token.
+    """This model for prefill and decoding: without an expert buffer limit, without kernels, without FP8.
 
-    A few tokens are no even load of experts and gain nothing by FP8. Kernels have not been tested at a prompt's shapes.
+    A few tokens are no even load of experts, and gain nothing by FP8. Kernels are not tested at a prompt's shapes.
     """
     moe = dataclasses.replace(self.moe, buffer_factor=0.0, implementation="xla")
     attention = dataclasses.replace(self.attention, implementation="xla")
     return dataclasses.replace(self, moe=moe, attention=attention, precision="bf16")
 
   @property
-  def num_dense_layers(self):
+  def num_dense_layers(self) -> int:
+    """Number of blocks with a dense SwiGLU."""
     return self.first_dense_layers if self.moe.num_routed_experts else self.layers
 
   @property
-  def num_moe_layers(self):
+  def num_moe_layers(self) -> int:
+    """Number of blocks with a mixture of experts, not counting those of multi-token prediction."""
     return self.layers - self.num_dense_layers

@@ -5,27 +5,35 @@ import dataclasses
 import difflib
 import math
 import typing
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.renamed_fields import RENAMED_FIELDS
 
+SectionT = TypeVar("SectionT", bound="Section")
 
-def field(default, doc, **limits):
+
+def field(default: Any, doc: str, **limits: Any) -> Any:
   """A dataclass field with one line of `doc` and `limits`: choices, at_least, at_most, above, below."""
   return dataclasses.field(default=default, metadata={"doc": doc, **limits})
 
 
-_LIMITS = {
-  "at_least": (lambda v, b: v >= b, "at least"),
-  "at_most": (lambda v, b: v <= b, "at most"),
-  "above": (lambda v, b: v > b, "above"),
-  "below": (lambda v, b: v < b, "below"),
-  "choices": (lambda v, b: v in b, "one of"),
+# Name of a limit -> (whether a value is within it, how an error says so).
+_LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+  "at_least": (lambda value, limit: value >= limit, "at least"),
+  "at_most": (lambda value, limit: value <= limit, "at most"),
+  "above": (lambda value, limit: value > limit, "above"),
+  "below": (lambda value, limit: value < limit, "below"),
+  "choices": (lambda value, limit: value in limit, "one of"),
 }
 
 
-def coerce(value, kind):
-  """`value` as `kind`; text is read as the command line gives it (`1e3` is an integer, `a,b` a tuple)."""
+def coerce(value: Any, kind: Any) -> Any:
+  """`value` as the type `kind`. Text is parsed as on the command line: `1e3` is an integer, `a,b` a tuple.
+
+  Raises TypeError, ValueError, SyntaxError or OverflowError for a value that is not of that type.
+  """
   if typing.get_origin(kind) is tuple:
     if isinstance(value, str):
       text = value.strip()
@@ -51,8 +59,9 @@ class Section:
   """Base of the config sections: types and ranges are checked at construction, with the field's full path in errors."""
 
   path = ""
+  __dataclass_fields__: typing.ClassVar[dict[str, dataclasses.Field[Any]]]  # subclasses are dataclasses
 
-  def __init_subclass__(cls, path="", **kwargs):
+  def __init_subclass__(cls, path: str = "", **kwargs: Any):
     super().__init_subclass__(**kwargs)
     cls.path = path
 
@@ -61,7 +70,7 @@ class Section:
     for f in dataclasses.fields(self):
       value, path = getattr(self, f.name), f"{self.path}.{f.name}".lstrip(".")
       kind = kinds[f.name]
-      if dataclasses.is_dataclass(kind):
+      if _is_section(kind):
         if not isinstance(value, kind):
           raise ConfigError(f"{path} must be a {kind.__name__}, got {value!r}")
         continue
@@ -79,22 +88,27 @@ class Section:
       object.__setattr__(self, f.name, value)
     self.check()
 
-  def check(self):
-    """Checks that need several fields of this section."""
+  def check(self) -> None:
+    """Raises ConfigError for values that do not fit each other. For checks that need several fields of this section."""
 
 
-def from_dict(cls, tree, root=None):
+def _is_section(kind: Any) -> bool:
+  return isinstance(kind, type) and issubclass(kind, Section)
+
+
+def from_dict(cls: type[SectionT], tree: Mapping[str, Any], root: type[Section] | None = None) -> SectionT:
   """A nested mapping (a ConfigDict, or JSON) as `cls`, a section of `root` (default: `cls` is the root itself).
 
   Raises ConfigError for a value that does not fit its field, and for an unknown key, naming the nearest field.
   """
-  kinds, kwargs = typing.get_type_hints(cls), {}
+  kinds = typing.get_type_hints(cls)
+  kwargs: dict[str, Any] = {}
   names = [f.name for f in dataclasses.fields(cls)]
   for key, value in tree.items():
     path = f"{cls.path}.{key}".lstrip(".")
     if key not in names:
       raise ConfigError(unknown_key(root or cls, path))
-    if dataclasses.is_dataclass(kinds[key]):
+    if _is_section(kinds[key]):
       if not hasattr(value, "items"):
         raise ConfigError(f"{path} is a section with the fields {', '.join(leaf_paths(kinds[key]))}; got {value!r}")
       value = from_dict(kinds[key], value, root or cls)
@@ -102,19 +116,20 @@ def from_dict(cls, tree, root=None):
   return cls(**kwargs)
 
 
-def leaf_paths(cls):
-  """Dotted path -> dataclass field of every leaf under `cls`, in order."""
-  kinds, leaves = typing.get_type_hints(cls), {}
+def leaf_paths(cls: type[Section]) -> dict[str, dataclasses.Field[Any]]:
+  """{dotted path: dataclass field} of every leaf under `cls`, in order."""
+  kinds = typing.get_type_hints(cls)
+  leaves: dict[str, dataclasses.Field[Any]] = {}
   for f in dataclasses.fields(cls):
-    if dataclasses.is_dataclass(kinds[f.name]):
+    if _is_section(kinds[f.name]):
       leaves.update(leaf_paths(kinds[f.name]))
     else:
       leaves[f"{cls.path}.{f.name}".lstrip(".")] = f
   return leaves
 
 
-def unknown_key(root, path):
-  """One line for a field that does not exist below `root`: its new name if it was renamed, or else the nearest field."""
+def unknown_key(root: type[Section], path: str) -> str:
+  """The error for a field that does not exist below `root`: its new name if it was renamed, or else the nearest field."""
   if path in RENAMED_FIELDS:
     return f"config field {path!r} is now {RENAMED_FIELDS[path]!r}: use the new name"
   paths = list(leaf_paths(root))
@@ -123,11 +138,11 @@ def unknown_key(root, path):
   return f"unknown config field {path!r}; did you mean {(same_leaf or near)[0]!r}? (--help lists all)"
 
 
-def flatten(config):
-  """Dotted path -> value of every leaf."""
-  tree, flat = config, {}
+def flatten_config(config: Section) -> dict[str, Any]:
+  """{dotted path: value} of every leaf."""
+  flat = {}
   for path in leaf_paths(type(config)):
-    value = tree
+    value: Any = config
     for part in path.split("."):
       value = getattr(value, part)
     flat[path] = value

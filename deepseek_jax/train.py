@@ -72,11 +72,11 @@ def main(argv) -> int:
   config = load_config(values.config or saved, overrides, saved=not values.config)
 
   # Imported late: --help and config errors need no jax.
-  from deepseek_jax.mesh import least_devices, resolve_mesh
+  from deepseek_jax.mesh import min_devices, resolve_mesh
   from deepseek_jax.plan.summary import config_summary, format_changed_fields, format_config
 
   if plan_only:
-    on_mesh = resolve_mesh(config, values.devices or least_devices(config.mesh))
+    on_mesh = resolve_mesh(config, values.devices or min_devices(config.mesh))
     print(format_config(on_mesh) if values.print_config else format_changed_fields(config))
     if values.dry_run:
       print(config_summary(on_mesh))

@@ -15,7 +15,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import find_config, load_config, shipped_configs
 from deepseek_jax.plan.flops import count_parameters
-from deepseek_jax.schema import flatten
+from deepseek_jax.schema import flatten_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -26,7 +26,7 @@ each_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.ste
 def test_golden_dump(path):
   """Every leaf of every shipped config, reviewed as a diff: `python tests/golden_configs.py` rewrites them."""
   golden = json.loads((ROOT / "tests" / "golden" / f"{path.stem}.json").read_text())
-  assert json.loads(json.dumps(flatten(load_config(path.stem)))) == golden
+  assert json.loads(json.dumps(flatten_config(load_config(path.stem)))) == golden
 
 
 def fields_without_source(source, changed):
@@ -76,8 +76,8 @@ def is_reason(comment):
 
 
 def changed_fields(config):
-  defaults = flatten(Config())
-  return [path for path, value in flatten(config).items() if value != defaults[path]]
+  defaults = flatten_config(Config())
+  return [path for path, value in flatten_config(config).items() if value != defaults[path]]
 
 
 @each_config

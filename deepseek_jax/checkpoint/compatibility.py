@@ -5,7 +5,7 @@ import dataclasses
 from deepseek_jax.checkpoint.parts import layout
 from deepseek_jax.config import Config
 from deepseek_jax.errors import CheckpointError
-from deepseek_jax.schema import flatten
+from deepseek_jax.schema import flatten_config
 
 # These change how a step is computed, not what the saved arrays mean.
 _FREE = {
@@ -82,7 +82,7 @@ def _listing(differences):
 
 def _differences(saved_config, config):
   saved = dict(_leaves(saved_config))
-  now, default = (_as_json(flatten(c)) for c in (config, Config()))
+  now, default = (_as_json(flatten_config(c)) for c in (config, Config()))
   known = [(path, saved.get(path, default[path]), now[path]) for path in now]
   unknown = [(path, old, None) for path, old in saved.items() if path not in now]
   return [d for d in known if d[1] != d[2]] + unknown

@@ -4,25 +4,28 @@ import jax
 from flax import nnx
 
 from deepseek_jax.model.attention import Attention
-from deepseek_jax.model.dropout import dropout, keys_at
+from deepseek_jax.model.batch_context import BatchContext
+from deepseek_jax.model.dropout import dropout, fold_in_grid
 from deepseek_jax.model.mla import MLA
 from deepseek_jax.model.mlp import SwiGLU
 from deepseek_jax.model.moe import MoE
 from deepseek_jax.model.norm import RMSNorm
+from deepseek_jax.model.router import Routing
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.sharding import all_gather_sequence, reduce_scatter_sequence
+from deepseek_jax.typing import PyTree
 
-ATTENTION = {"gqa": Attention, "mla": MLA}
+ATTENTION: dict[str, type[Attention] | type[MLA]] = {"gqa": Attention, "mla": MLA}
 
 
 class Block(nnx.Module):
-  """x + attn(norm(x)), then x + mlp(norm(x)); the feed-forward is a dense SwiGLU, `mlp`, or a mixture of experts, `moe`.
+  """x + attn(norm(x)), then x + mlp(norm(x)). The feed-forward is a dense SwiGLU, `mlp`, or a mixture of experts, `moe`.
 
-  On a tensor mesh the stream x is sharded over positions between the two, and whole inside them, where heads and inner
-  widths are sharded: each half all-gathers what it takes and reduce-scatters what it gives (Korthikanti et al. 2022).
+  On a tensor mesh, the residual stream x is sharded over positions. Heads and inner widths are sharded inside the two
+  halves: each all-gathers its input and reduce-scatters its output over the sequence (Korthikanti et al. 2022).
   """
 
-  def __init__(self, config: ModelConfig, rngs, experts=False):
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs, experts: bool = False):
     self.attn_norm = RMSNorm(config.embed, config)
     self.attn = ATTENTION[config.attention.kind](config, rngs)
     self.mlp_norm = RMSNorm(config.embed, config)
@@ -32,25 +35,32 @@ class Block(nnx.Module):
       self.mlp = SwiGLU(config.mlp, config, rngs)
     self.dropout, self.experts = config.dropout, experts
 
-  def feed_forward(self, x, tokens=None):
-    """(terms of the sum [batch, seq, embed], Routing, or None in a dense block); x is [batch, stream, embed]."""
+  def __call__(
+    self, x: jax.Array, batch_context: BatchContext, dropout_key: jax.Array | None = None
+  ) -> tuple[jax.Array, Routing | None, PyTree]:
+    """(x, Routing or None in a dense block, cache of the attention); x is [batch, stream, embed]."""
+    keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
+    y, cache = self.attn(self.attn_norm(x), batch_context, keys[0])
+    x = x + self.residual_dropout(reduce_scatter_sequence(y), batch_context, keys[1])
+    y, routing = self.feed_forward(self.mlp_norm(x), batch_context)
+    return x + self.residual_dropout(reduce_scatter_sequence(y), batch_context, keys[2]), routing, cache
+
+  def feed_forward(self, x: jax.Array, batch_context: BatchContext | None = None) -> tuple[jax.Array, Routing | None]:
+    """(partial sums [batch, seq, embed], Routing or None in a dense block); x is [batch, stream, embed]."""
     x = all_gather_sequence(x)
-    return self.moe(x, tokens) if self.experts else (self.mlp(x), None)
+    return self.moe(x, batch_context) if self.experts else (self.mlp(x), None)
 
-  def __call__(self, x, tokens, key=None):
-    """(x, Routing or None, what a cache keeps); x is [batch, stream, embed], `tokens` a BatchContext."""
-    keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-    y, kept = self.attn(self.attn_norm(x), tokens, keys[0])
-    x = x + self.dropped(reduce_scatter_sequence(y), tokens, keys[1])
-    y, routing = self.feed_forward(self.mlp_norm(x), tokens)
-    return x + self.dropped(reduce_scatter_sequence(y), tokens, keys[2]), routing, kept
+  def residual_dropout(self, y: jax.Array, batch_context: BatchContext, key: jax.Array | None) -> jax.Array:
+    """`y` [batch, stream, embed] after dropout."""
+    if not self.dropout:
+      return y
+    return dropout(y, self.dropout, fold_in_grid(key, batch_context.sequence_ids, batch_context.position_ids))
 
-  def dropped(self, y, tokens, key):
-    """`y` after dropout, where there is any."""
-    return dropout(y, self.dropout, keys_at(key, tokens.sequence_ids, tokens.position_ids)) if self.dropout else y
-
-  def decode(self, x, rotation, cache, position):
-    """(x, cache) after the token at `position`; x is [batch, 1, embed]."""
+  def decode(
+    self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], cache: PyTree, position: jax.Array
+  ) -> tuple[jax.Array, PyTree]:
+    """(x, cache) after the token `x` [batch, 1, embed] at `position`."""
     y, cache = self.attn.decode(self.attn_norm(x), rotation, cache, position)
     x = x + reduce_scatter_sequence(y)
-    return x + reduce_scatter_sequence(self.feed_forward(self.mlp_norm(x))[0]), cache
+    y, _ = self.feed_forward(self.mlp_norm(x))
+    return x + reduce_scatter_sequence(y), cache

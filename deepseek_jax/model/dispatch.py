@@ -1,69 +1,115 @@
-"""How the experts of one device compute what tokens chose them for.
+"""How the experts of one device compute the tokens assigned to them.
 
-A form takes (x [rows, embed], indices [rows, experts per token], weights likewise, gate and up [experts, embed, mlp],
-down [experts, mlp, embed], load, most, for FP8 a recipe, the implementation of grouped matmuls) and returns (y [rows, embed], choices over `most`, which it left out); `load` choices
-are expected. An index equal to the number of experts is a choice that does not count. The forms are one function where
-nothing is left out.
+Each form of dispatch is a function with one signature, and all give the same result where nothing overflows.
+
+  Args:
+    x: [rows, embed].
+    indices: int [rows, experts per token], experts of this device. The number of experts is an assignment that does not count.
+    weights: [rows, experts per token].
+    gate, up: [experts, embed, mlp]. down: [experts, mlp, embed].
+    expected_assignments: number of assignments under an even load.
+    capacity: number of assignments that the expert buffer holds.
+    recipe: of FP8, or None. implementation: of the grouped matmuls.
+
+  Returns:
+    y [rows, embed], and overflow [] int32: assignments over `capacity`, which are left out of y.
 """
 
+import jax
 import jax.numpy as jnp
 
+from deepseek_jax.kernels.fp8_linear import Recipe
 from deepseek_jax.kernels.grouped_matmul.api import block_rows
 from deepseek_jax.kernels.rows import rows_at, sums_at
 from deepseek_jax.model.linear import grouped_linear, swiglu
+from deepseek_jax.model_config import MoEConfig
 
 
-def dense(x, indices, weights, gate, up, down, load, most, recipe=None, implementation="auto"):
-  """Every expert on every row, weighted with zero where it was not chosen: the reference. Nothing is over `most`."""
+def dense(
+  x: jax.Array,
+  indices: jax.Array,
+  weights: jax.Array,
+  gate: jax.Array,
+  up: jax.Array,
+  down: jax.Array,
+  expected_assignments: int,
+  capacity: int,
+  recipe: Recipe | None = None,
+  implementation: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+  """Every expert on every row, weighted with zero where it was not chosen: the reference. Nothing overflows."""
   h = swiglu((jnp.einsum("td,edf->tef", x, gate), jnp.einsum("td,edf->tef", x, up)))  # [rows, experts, mlp]
   y = jnp.einsum("tef,efd->ted", h, down)  # [rows, experts, embed]
   chosen = indices[..., None] == jnp.arange(gate.shape[0])  # [rows, experts per token, experts]
-  share = jnp.where(chosen, weights[..., None], 0).sum(1)  # [rows, experts]
-  return (y * share[..., None]).sum(1).astype(x.dtype), jnp.zeros((), jnp.int32)
+  expert_weights = jnp.where(chosen, weights[..., None], 0).sum(1)  # [rows, experts]
+  return (y * expert_weights[..., None]).sum(1).astype(x.dtype), jnp.zeros((), jnp.int32)
 
 
-def ragged(x, indices, weights, gate, up, down, load, most, recipe=None, implementation="auto"):
-  """Choices sorted by expert, each expert's rows multiplied by its own matrices."""
-  experts = gate.shape[0]
-  block = block_rows(load, experts)
-  slots, sizes, counted = assign_slots(indices.reshape(-1), experts, block)
-  rows = -(-most // block) * block + experts * block
-  # Row r of the sorted layout is for choice number choice[r]; `indices.size` stands for none, which reads as zeros.
-  choice = jnp.full((rows,), indices.size).at[slots].set(jnp.arange(indices.size), mode="drop")
-  places = choice // indices.shape[1], slots.reshape(indices.shape)  # the token of each row, the rows of each token
-  sorted_x = rows_at(x, *places)  # [rows, embed]
-  gate, up = grouped_linear(recipe, sorted_x, (gate, up), sizes, block, implementation)  # [rows, mlp]
-  (y,) = grouped_linear(recipe, (gate, up), (down,), sizes, block, implementation)  # [rows, embed]
-  # The weight multiplies after down (the released models do so), and sums in at least float32.
-  y = y * rows_at(weights.reshape(-1, 1), choice, slots[:, None])
-  return sums_at(y, *places).astype(x.dtype), jnp.maximum(counted - most, 0)
+def ragged(
+  x: jax.Array,
+  indices: jax.Array,
+  weights: jax.Array,
+  gate: jax.Array,
+  up: jax.Array,
+  down: jax.Array,
+  expected_assignments: int,
+  capacity: int,
+  recipe: Recipe | None = None,
+  implementation: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+  """Assignments sorted by expert, then one grouped matmul of each expert's rows with its own matrices."""
+  num_experts = gate.shape[0]
+  block = block_rows(expected_assignments, num_experts)
+  slots, group_sizes, num_assignments = assign_slots(indices.reshape(-1), num_experts, block)
+  sorted_rows = -(-capacity // block) * block + num_experts * block
+  # The assignment of each sorted row; `indices.size` stands for none, which reads as zeros.
+  assignment = jnp.full((sorted_rows,), indices.size).at[slots].set(jnp.arange(indices.size), mode="drop")
+  row = assignment // indices.shape[1]  # [sorted_rows], the row of x of each sorted row
+  row_slots = slots.reshape(indices.shape)  # [rows, experts per token], the sorted rows of each row of x
+  sorted_x = rows_at(x, row, row_slots)  # [sorted_rows, embed]
+  gate, up = grouped_linear(recipe, sorted_x, (gate, up), group_sizes, block, implementation)  # [sorted_rows, mlp]
+  (y,) = grouped_linear(recipe, (gate, up), (down,), group_sizes, block, implementation)  # [sorted_rows, embed]
+  # The weight multiplies after down, as in the released models; the sum is in at least float32.
+  y = y * rows_at(weights.reshape(-1, 1), assignment, slots[:, None])
+  return sums_at(y, row, row_slots).astype(x.dtype), jnp.maximum(num_assignments - capacity, 0)
 
 
-def assign_slots(choices, experts, block):
-  """Where each of `choices` [n] goes when they are sorted by expert and each expert's rows padded to a multiple of `block`.
+def assign_slots(indices: jax.Array, num_experts: int, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The sorted row of each assignment, where each expert's rows are padded to a multiple of `block`.
+
+  Args:
+    indices: int [n], the expert of each assignment; `num_experts` does not count.
 
   Returns:
-    (slots [n] int32, out of every range for choices that do not count; padded sizes [experts] int32; choices that count).
+    slots [n] int32, out of range for assignments that do not count; padded group sizes [experts] int32; number of
+    assignments that count [] int32.
   """
-  # Counted, not sorted: a sort of many rows takes TPUs' compiler seconds, and there is one in every pass of every layer.
-  chosen = choices[:, None] == jnp.arange(experts)  # [n, experts]; no expert for those that do not count
+  # A cumulative sum, no sort: a sort of many rows takes the TPU compiler seconds, in every pass of every layer.
+  chosen = indices[:, None] == jnp.arange(num_experts)  # [n, experts]; no expert for those that do not count
   ranks = jnp.cumsum(chosen, 0, dtype=jnp.int32)
   counts = ranks[-1]
-  sizes = -(-counts // block) * block
-  slots = jnp.where(chosen, jnp.cumsum(sizes) - sizes + ranks - 1, 0).sum(1)
-  slots = jnp.where(choices < experts, slots, jnp.iinfo(jnp.int32).max)
-  return slots, sizes.astype(jnp.int32), counts.sum(dtype=jnp.int32)
+  group_sizes = -(-counts // block) * block
+  group_starts = jnp.cumsum(group_sizes) - group_sizes
+  slots = jnp.where(chosen, group_starts + ranks - 1, 0).sum(1)
+  slots = jnp.where(indices < num_experts, slots, jnp.iinfo(jnp.int32).max)
+  return slots, group_sizes.astype(jnp.int32), counts.sum(dtype=jnp.int32)
 
 
-def within_capacity(config, indices, weights, no_drop):
-  """Which choices V2's token dropping leaves (section 2.2.4): of each group of experts those of highest affinity.
+def within_capacity(config: MoEConfig, indices: jax.Array, weights: jax.Array, no_drop: jax.Array) -> jax.Array:
+  """Which assignments V2's token dropping keeps (section 2.2.4): of each group of experts, those of highest affinity.
 
-  V2 gives each device, which holds a group of experts, `capacity_factor` times the even share of the choices of its
-  batch, and never drops those of sequences with `no_drop` [tokens]. The batch is what one device of our mesh holds.
+  A group of experts, a device in V2, has a budget: `capacity_factor` times the even share of its batch's assignments. The
+  batch is here what one device of our mesh holds.
+
+  Args:
+    indices, weights: [tokens, experts per token]. no_drop: bool [tokens], of sequences that keep all.
+
+  Returns:
+    bool [tokens, experts per token].
   """
   groups = config.num_expert_groups
   budget = config.capacity_factor * indices.size / groups
-  group = (indices // (config.num_routed_experts // groups)).reshape(-1)  # [choices]
+  group = (indices // (config.num_routed_experts // groups)).reshape(-1)  # [assignments]
   affinity = jnp.where(no_drop[:, None], jnp.inf, weights).reshape(-1)
   order = jnp.lexsort((-affinity, group))  # by group, then from the highest affinity down
   counts = jnp.bincount(group, length=groups)

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 
 
-def dropout(x, rate, keys):
-  """`x` with a share `rate` of its values zeroed and the rest scaled up. No keys, or rate 0, is no dropout.
+def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
+  """`x` with a fraction `rate` of its values set to zero and the others scaled by 1 / (1 - rate).
 
-  `keys` has the leading dimensions of `x`: each key draws for the dimensions that are left.
+  keys: PRNG keys in the shape of the leading dimensions of `x`; each draws for the other dimensions. None: no dropout.
   """
   if keys is None or rate == 0:
     return x
@@ -15,9 +15,11 @@ def dropout(x, rate, keys):
   return jnp.where(draw(keys.reshape(-1)).reshape(x.shape), x / (1 - rate), 0)
 
 
-def keys_at(key, *indices):
-  """Keys [n, m, ...] for all combinations of `indices`, arrays of int [n], [m], ...; None for no key."""
-  for index in indices if key is not None else ():
-    fold = jax.vmap(lambda key, index=index: jax.vmap(lambda i: jax.random.fold_in(key, i))(index))
-    key = fold(key.reshape(-1)).reshape(*key.shape, -1)
+def fold_in_grid(key: jax.Array | None, *indices: jax.Array) -> jax.Array | None:
+  """Keys [n, m, ...], one for each combination of `indices`, which are int [n], [m], ... None for no key."""
+  if key is None:
+    return None
+  for index in indices:
+    fold_in = jax.vmap(lambda key, index=index: jax.vmap(lambda i: jax.random.fold_in(key, i))(index))
+    key = fold_in(key.reshape(-1)).reshape(*key.shape, -1)
   return key

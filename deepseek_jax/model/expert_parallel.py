@@ -1,194 +1,199 @@
-"""Expert parallelism: each device holds some of the experts, and tokens travel to the devices that hold their choices.
+"""Expert parallelism: each device holds some of the experts, and tokens are sent to the devices that hold their choices.
 
-A token goes to a device once, however many of the device's experts it chose, with its choices and weights; what comes back
-is the weighted sum of those experts' outputs. Buffers have one size for every step; what finds no room is counted.
+- A token goes to a device once, however many of that device's experts it chose, with its choices and weights.
+- What comes back is the weighted sum of those experts' outputs.
+- Buffers have one size for every step. Assignments that overflow the expert buffer are counted.
 """
 
-import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.kernels.implementations import device_kind, vary
+from deepseek_jax.kernels.fp8_linear import Recipe
+from deepseek_jax.kernels.implementations import device_kind
 from deepseek_jax.kernels.rows import rows_at, sums_at
+from deepseek_jax.model.all_to_all import (
+  AllToAllPlan,
+  has_ragged_all_to_all,
+  make_all_to_all_plan,
+  padded_all_to_all,
+  ragged_all_to_all,
+)
 from deepseek_jax.model.linear import dequantize, fwd_and_dgrad_recipes, quantize_for_dispatch
-from deepseek_jax.sharding import axis_index, axis_size, mesh_axes
+from deepseek_jax.sharding import axis_size
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class AllToAllPlan:
-  """Who sends how many rows to whom, and where they lie; [source, destination] int32 each, and known to all devices.
-
-  Rows are sorted by destination where they start, and by source in the `recv_rows` rows of where they arrive.
-  """
-
-  send_sizes: jax.Array  # rows, all of which find room
-  send_offsets: jax.Array  # first of them at the source
-  recv_offsets: jax.Array  # first of them at the destination
-  device: jax.Array
-  recv_rows: int = dataclasses.field(metadata={"static": True})
-  axis: str = dataclasses.field(metadata={"static": True})
-
-
-def expert_parallel(x, indices, weights, experts, compute, buffer_factor=0.0, recipe=None):
-  """Output of the routed experts, wherever they are: (y [tokens, embed], assignments that overflowed this device's expert buffer).
+def expert_parallel(
+  x: jax.Array,
+  indices: jax.Array,
+  weights: jax.Array,
+  num_experts: int,
+  compute: Callable[..., tuple[jax.Array, jax.Array]],
+  buffer_factor: float = 0.0,
+  recipe: Recipe | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Weighted sum of each token's routed experts, wherever those are.
 
   Args:
-    x: [tokens, embed], this device's. indices, weights: [tokens, experts per token]; an index of `experts`, the number
-      of all of them, is a choice that does not count.
-    compute: (x [rows, embed], indices and weights [rows, n], load, most) -> (y, lost) of this device's experts alone,
-      numbered from 0: `load` choices when it is even, at most `most`; `lost` are those over it.
-    buffer_factor: rows and choices that a device has room for, as a multiple of what it has under an even load; 0: the
-      worst case, every token of every device.
-    recipe: of FP8, in which tokens are then dispatched, and gradients backward; what is combined stays in the compute dtype.
+    x: [tokens, embed], this device's tokens.
+    indices: int [tokens, experts per token], global expert numbers. `num_experts` is an assignment that does not count.
+    weights: [tokens, experts per token].
+    compute: this device's experts, numbered from 0: (x [rows, embed], indices [rows, n], weights [rows, n],
+      expected_assignments, capacity) -> (y [rows, embed], overflow). An even load is `expected_assignments`. `overflow`
+      counts the assignments over `capacity`, which are left out.
+    buffer_factor: size of the expert buffer, of rows and of assignments, as a multiple of an even load. 0: the worst case,
+      every token of every device.
+    recipe: of FP8. Tokens are then dispatched in FP8, and so are gradients. What is combined stays in the compute dtype.
+
+  Returns:
+    y [tokens, embed], and overflow [] int32: assignments and rows that overflowed this device's expert buffer.
   """
-  devices, (tokens, per_token) = axis_size("experts"), indices.shape
-  load, most = tokens * per_token, devices * tokens * min(per_token, experts // devices)
+  devices, (num_tokens, per_token) = axis_size("experts"), indices.shape
+  experts_per_device = num_experts // devices
+  expected_assignments = num_tokens * per_token
+  capacity = devices * num_tokens * min(per_token, experts_per_device)
   if buffer_factor:
-    most = min(most, int(buffer_factor * load))
+    capacity = min(capacity, int(buffer_factor * expected_assignments))
   if devices == 1:
-    return compute(x, indices, weights, load, most)
-  each = experts // devices
-  holders = destination_devices(indices // each, devices)  # [tokens, n]
-  hit = holders[..., None] == jnp.arange(devices)  # [tokens, n, devices]
-  ranks = jnp.cumsum(hit.any(1), 0, dtype=jnp.int32)  # [tokens, devices]
-  room = min(devices * tokens, most)
-  routes, lost_rows = make_all_to_all_plan(ranks[-1], room)
-  # Row of each token among those sent, sorted by destination; `rows` is none.
-  rows = holders.size
-  slots = jnp.where(hit, (routes.send_offsets[routes.device] + ranks - 1)[:, None], 0).sum(-1)
-  slots = jnp.where(holders < devices, slots, rows)  # [tokens, n]
-  # And what each row is: the number of a pair of a token and a holder; `rows` is none.
-  pair = jnp.full((rows,), rows).at[slots].set(jnp.arange(rows).reshape(slots.shape), mode="drop")
-  source, to = pair // slots.shape[1], holders.reshape(rows).at[pair].get(mode="fill", fill_value=devices)
-  chosen = indices.at[source].get(mode="fill", fill_value=experts)  # [rows, experts per token]
-  local = jnp.where(chosen // each == to[:, None], chosen - to[:, None] * each, each)
-  local, weights = compact_local_assignments(local, rows_at(weights, source, slots), each)  # [rows, n]
-  # Whole numbers are exact in a float of this size.
-  facts = jnp.concatenate([weights, local.astype(weights.dtype)], -1)
-  move = functools.partial(
-    ragged_all_to_all if has_ragged_all_to_all(device_kind()) else padded_all_to_all, most=tokens
-  )
-  of_tokens, of_gradients = fwd_and_dgrad_recipes(recipe)
-  received, facts = dispatch((move, of_tokens), (x, facts), routes, source, slots)  # [room, embed], [room, 2 n]
-  weights, local = jnp.split(facts, 2, -1)
-  full = jnp.arange(room) < routes.send_sizes[:, routes.device].sum()
-  y, lost = compute(received, jnp.where(full[:, None], local.astype(jnp.int32), each), weights, load, most)
-  return combine((move, of_gradients), y, routes, source, slots), lost + lost_rows
+    return compute(x, indices, weights, expected_assignments, capacity)
+
+  # Where tokens go.
+  destinations = destination_devices(indices // experts_per_device, devices)  # [tokens, n]
+  one_hot = destinations[..., None] == jnp.arange(devices)  # [tokens, n, devices]
+  ranks = jnp.cumsum(one_hot.any(1), 0, dtype=jnp.int32)  # [tokens, devices]; a token's rank at its destination, from 1
+  recv_rows = min(devices * num_tokens, capacity)
+  plan, overflow_rows = make_all_to_all_plan(ranks[-1], recv_rows)
+
+  # Send slot of each (token, destination): rows are sorted by destination. `send_rows` stands for none.
+  send_rows = destinations.size
+  slots = jnp.where(one_hot, (plan.send_offsets[plan.device] + ranks - 1)[:, None], 0).sum(-1)
+  slots = jnp.where(destinations < devices, slots, send_rows)  # [tokens, n]
+  # And back, for each send slot: its (token, destination) as one number, its token, its destination.
+  pair = jnp.full((send_rows,), send_rows).at[slots].set(jnp.arange(send_rows).reshape(slots.shape), mode="drop")
+  source = pair // slots.shape[1]
+  destination = destinations.reshape(send_rows).at[pair].get(mode="fill", fill_value=devices)[:, None]
+
+  # Each row's routing: experts as the destination numbers them, and their weights.
+  chosen = indices.at[source].get(mode="fill", fill_value=num_experts)  # [send_rows, experts per token]
+  is_local = chosen // experts_per_device == destination
+  local = jnp.where(is_local, chosen - destination * experts_per_device, experts_per_device)
+  local, weights = compact_local_assignments(local, rows_at(weights, source, slots), experts_per_device)
+  routing = jnp.concatenate([weights, local.astype(weights.dtype)], -1)  # integers are exact in a float of this size
+
+  collective = ragged_all_to_all if has_ragged_all_to_all(device_kind()) else padded_all_to_all
+  all_to_all = functools.partial(collective, max_rows=num_tokens)
+  fwd_recipe, dgrad_recipe = fwd_and_dgrad_recipes(recipe)
+  x, routing = dispatch((all_to_all, fwd_recipe), (x, routing), plan, source, slots)  # [recv_rows, ...]
+  weights, local = jnp.split(routing, 2, -1)
+  is_filled = jnp.arange(recv_rows) < plan.send_sizes[:, plan.device].sum()
+  local = jnp.where(is_filled[:, None], local.astype(jnp.int32), experts_per_device)
+  y, overflow = compute(x, local, weights, expected_assignments, capacity)
+  return combine((all_to_all, dgrad_recipe), y, plan, source, slots), overflow + overflow_rows
+
+
+# (`ragged_all_to_all` or `padded_all_to_all` with its max_rows, recipe of FP8 or None). Static.
+Transport = tuple[Callable[..., jax.Array], Recipe | None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def dispatch(how, rows, routes, source, slots):
-  """(rows of x where their choices are [room, embed], the facts of each [room, n]) of `rows`: (x [tokens, embed], facts [rows, n]).
+def dispatch(
+  transport: Transport,
+  token_values: tuple[jax.Array, jax.Array],
+  plan: AllToAllPlan,
+  source: jax.Array,
+  slots: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Sends tokens to the devices that hold their experts. Its gradient is `combine`.
 
-  Two messages: scales of FP8 are sent with the facts, in lanes that TPUs send anyway. Backward it is `combine`.
+  There are two messages. FP8 scales go with the routing, in lanes that TPUs send anyway.
 
-  how: (`ragged_all_to_all` or `padded_all_to_all`, recipe). source, slots: as in `rows_at`, of the rows that are sent.
+  Args:
+    token_values: (x [tokens, embed], routing [send_rows, n]).
+    source: int [send_rows], the token of each row. slots: int [tokens, n], the rows of each token. As in `rows_at`.
+
+  Returns:
+    (x [recv_rows, embed], routing [recv_rows, n]) of the rows that arrived.
   """
-  (move, recipe), (x, facts) = how, rows
+  (all_to_all, recipe), (x, routing) = transport, token_values
   values, scales = quantize_for_dispatch(recipe, x)
-  values = move(rows_at(values, source, slots), routes)
-  count, facts = facts.shape[1], jnp.concatenate([facts, rows_at(scales, source, slots).astype(facts.dtype)], 1)
-  facts = move(facts, routes) if facts.shape[1] else facts
-  return dequantize(recipe, values, facts[:, count:], x.dtype), facts[:, :count]
+  values = all_to_all(rows_at(values, source, slots), plan)
+  width = routing.shape[1]
+  routing = jnp.concatenate([routing, rows_at(scales, source, slots).astype(routing.dtype)], 1)
+  routing = all_to_all(routing, plan) if routing.shape[1] else routing
+  return dequantize(recipe, values, routing[:, width:], x.dtype), routing[:, :width]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def combine(how, y, routes, source, slots):
-  """For each token the sum of its rows of `y` [room, embed]: [tokens, embed]. Backward it is `dispatch` with `how`."""
-  rows = how[0](y, routes, back=source.size)  # [rows, embed]
+def combine(transport: Transport, y: jax.Array, plan: AllToAllPlan, source: jax.Array, slots: jax.Array) -> jax.Array:
+  """Sends `y` [recv_rows, embed] back and sums each token's rows: [tokens, embed]. Its gradient is `dispatch`.
+
+  The recipe of `transport` is for that gradient. Other arguments are as in `dispatch`.
+  """
+  all_to_all, _ = transport
+  rows = all_to_all(y, plan, return_rows=source.size)  # [send_rows, embed]
   return sums_at(rows, source, slots).astype(y.dtype)
 
 
-def _dispatch_bwd(how, places, gradients):
-  (dx, dfacts), (routes, source, _) = gradients, places
-  return (combine(how, dx, *places), how[0](dfacts, routes, back=source.size)), None, None, None
+def _dispatch_fwd(transport: Transport, token_values, plan: AllToAllPlan, source: jax.Array, slots: jax.Array) -> Any:
+  return dispatch(transport, token_values, plan, source, slots), (plan, source, slots)
 
 
-def _combine_bwd(how, places, dy):
-  none = jnp.zeros((places[1].size, 0), jnp.float32)
-  return dispatch(how, (dy, none), *places)[0], None, None, None
+def _dispatch_bwd(transport: Transport, residuals, gradients) -> Any:
+  (all_to_all, _), (plan, source, slots), (dx, d_routing) = transport, residuals, gradients
+  d_routing = all_to_all(d_routing, plan, return_rows=source.size)
+  return (combine(transport, dx, plan, source, slots), d_routing), None, None, None
 
 
-dispatch.defvjp(lambda how, rows, *places: (dispatch(how, rows, *places), places), _dispatch_bwd)
-combine.defvjp(lambda how, y, *places: (combine(how, y, *places), places), _combine_bwd)
+def _combine_fwd(transport: Transport, y, plan: AllToAllPlan, source: jax.Array, slots: jax.Array) -> Any:
+  return combine(transport, y, plan, source, slots), (plan, source, slots)
 
 
-def has_ragged_all_to_all(device_kind) -> bool:
-  """Whether devices of this kind have the collective of `ragged_all_to_all`: CPUs do not, and libtpu refuses it on a v5e's torus."""
-  return device_kind not in ("cpu", "TPU v5 lite", "TPU v5e")
+def _combine_bwd(transport: Transport, residuals, dy) -> Any:
+  plan, source, slots = residuals
+  no_routing = jnp.zeros((source.size, 0), jnp.float32)
+  return dispatch(transport, (dy, no_routing), plan, source, slots)[0], None, None, None
 
 
-def destination_devices(holders, devices):
-  """The devices that each token goes to, each once: [tokens, n] for the least n that is enough, `devices` for none.
+dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+combine.defvjp(_combine_fwd, _combine_bwd)
 
-  `holders` [tokens, experts per token]: who has each choice, likewise.
+
+def destination_devices(holders: jax.Array, devices: int) -> jax.Array:
+  """The devices that each token goes to, each once: int [tokens, n], `devices` for none. n is the smallest that suffices.
+
+  holders: int [tokens, experts per token], the device that holds each chosen expert, `devices` for none.
   """
   per_token = holders.shape[1]
   if devices <= per_token:
     device = jnp.arange(devices)
     return jnp.where((holders[..., None] == device).any(1), device, devices)
   earlier = jnp.tril(jnp.ones((per_token, per_token), bool), -1)
-  repeated = ((holders[:, :, None] == holders[:, None]) & earlier).any(-1)
-  return jnp.where(repeated, devices, holders)
+  is_repeated = ((holders[:, :, None] == holders[:, None]) & earlier).any(-1)
+  return jnp.where(is_repeated, devices, holders)
 
 
-def compact_local_assignments(local, weights, each):
-  """Of each row the choices that count, before those that do not: `local` [rows, n] with `each` for none, and weights.
+def compact_local_assignments(
+  local: jax.Array, weights: jax.Array, experts_per_device: int
+) -> tuple[jax.Array, jax.Array]:
+  """Moves each row's local assignments to its front and cuts what cannot be filled.
 
-  The n of the result is the least that is enough: a device has `each` experts, of which a token chooses each once.
+  A token chooses each expert at most once, so that n = min(k, experts_per_device) columns suffice.
+
+  Args:
+    local: int [rows, k], `experts_per_device` for an assignment to another device. weights: [rows, k].
+
+  Returns:
+    local [rows, n] and weights [rows, n].
   """
-  width = min(local.shape[1], each)
-  counts = local < each
-  place = counts[..., None] & (jnp.cumsum(counts, 1)[..., None] - 1 == jnp.arange(width))  # [rows, before, after]
-  moved = lambda x: jnp.where(place, x[..., None], 0).sum(1)
-  return jnp.where(place.any(1), moved(local), each), moved(weights)
+  width = min(local.shape[1], experts_per_device)
+  is_local = local < experts_per_device
+  position = jnp.cumsum(is_local, 1) - 1
+  one_hot = is_local[..., None] & (position[..., None] == jnp.arange(width))  # [rows, k, n]
 
+  def compact(x):
+    return jnp.where(one_hot, x[..., None], 0).sum(1)
 
-def make_all_to_all_plan(counts, room):
-  """(AllToAllPlan, rows that overflowed this device's buffer) of devices that want to send `counts` [devices] rows to each."""
-  (axis,), me = mesh_axes("experts"), axis_index("experts")
-  wanted = jax.lax.all_gather(counts, axis)  # [source, destination]
-  sent = jnp.clip(room - (jnp.cumsum(wanted, 0) - wanted), 0, wanted)
-  routes = AllToAllPlan(sent, jnp.cumsum(wanted, 1) - wanted, jnp.cumsum(sent, 0) - sent, me, room, axis)
-  return routes, (wanted - sent)[:, me].sum()
-
-
-def padded_all_to_all(rows, routes, most, back=None):
-  """`rows` [n, width] moved along `routes`, each pair of devices exchanging `most` rows: (`room` or `back` rows, width).
-
-  `back`: the other way, rows that arrived to where they started.
-  """
-  devices, me = routes.send_sizes.shape[0], routes.device
-  # Rows to and from each device, and where they begin among those sent and among those received.
-  (there, starts), (here, arrivals) = (
-    (routes.send_sizes[me], routes.send_offsets[me]),
-    (routes.send_sizes[:, me], routes.recv_offsets[:, me]),
-  )
-  if back is not None:
-    (there, starts), (here, arrivals) = (here, arrivals), (there, starts)
-  place = jnp.arange(most)
-  index = jnp.where(place < there[:, None], starts[:, None] + place, rows.shape[0])  # [devices, most]
-  blocks = jax.lax.all_to_all(
-    rows.at[index].get(mode="fill", fill_value=0), routes.axis, 0, 0
-  )  # [devices, most, width]
-  to = jnp.where(place < here[:, None], arrivals[:, None] + place, routes.recv_rows if back is None else back)
-  empty = jnp.zeros((routes.recv_rows if back is None else back, rows.shape[1]), rows.dtype)
-  return empty.at[to.reshape(devices * most)].set(blocks.reshape(devices * most, -1), mode="drop")
-
-
-def ragged_all_to_all(rows, routes, most, back=None):
-  """As `padded_all_to_all`, by the collective that sends as many rows as there are."""
-  me, size = routes.device, routes.recv_rows if back is None else back
-  there, here, starts, landing = (
-    routes.send_sizes[me],
-    routes.send_sizes[:, me],
-    routes.send_offsets[me],
-    routes.recv_offsets[me],
-  )
-  if back is not None:
-    there, here, starts, landing = here, there, routes.recv_offsets[:, me], routes.send_offsets[:, me]
-  empty, rows = vary(jnp.zeros((size, rows.shape[1]), rows.dtype), rows)
-  return jax.lax.ragged_all_to_all(rows, empty, starts, there, landing, here, axis_name=routes.axis)
+  return jnp.where(one_hot.any(1), compact(local), experts_per_device), compact(weights)

@@ -1,26 +1,31 @@
-"""Multi-head latent attention (V2 section 2.1): keys and values come from one small latent, which is all a cache keeps."""
+"""Multi-head latent attention (V2 section 2.1): keys and values come from one small latent, and only that is cached."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.model.attention import causal_attention, decode_attention, update_cache
+from deepseek_jax.model.attention import causal_self_attention, decode_attention, update_cache
+from deepseek_jax.model.batch_context import BatchContext
 from deepseek_jax.model.linear import Linear, fused_linear
 from deepseek_jax.model.norm import RMSNorm
-from deepseek_jax.model.rope import mscale, rotate
+from deepseek_jax.model.rope import apply_rope, mscale
 from deepseek_jax.model_config import AttentionConfig, ModelConfig
 from deepseek_jax.sharding import all_gather_sequence
 
+# (latents [batch, seq, kv_lora_rank], the rotated key that all heads share [batch, seq, rope]).
+Latents = tuple[jax.Array, jax.Array]
 
-def softmax_scale(config: AttentionConfig):
+
+def softmax_scale(config: AttentionConfig) -> float:
   """(nope + rope)^-1/2, times YaRN's temperature (V2 section 3.1.4: 0.114721, V3: 0.135234 with YaRN on)."""
   width = config.qk_nope_head_dim + config.qk_rope_head_dim
   return width**-0.5 * mscale(config.yarn.factor, config.yarn.mscale_all_dim) ** 2
 
 
 class MLA(nnx.Module):
-  """Expanded for training (`__call__`), absorbed for decoding (`decode`): one function in two orders of its products."""
+  """Expanded for training (`__call__`), absorbed for decoding (`decode`): one function, its products in two orders."""
 
-  def __init__(self, config: ModelConfig, rngs):
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     a = config.attention
     self.config, self.scale = a, softmax_scale(a)
     query = (a.heads, a.qk_nope_head_dim + a.qk_rope_head_dim)
@@ -34,55 +39,63 @@ class MLA(nnx.Module):
     self.kv_norm = RMSNorm(a.kv_lora_rank, config, a.latent_norm_eps)
     key_value = (a.heads, a.qk_nope_head_dim + a.v_head_dim)
     self.kv_b = Linear((a.kv_lora_rank, *key_value), ("latent", "heads", "head_dim"), config, rngs)
-    # Attention's backward pass reads this as well: kept once, as it is. The report has it in E5M6, which JAX has not.
+    # Not cached in FP8: attention's backward pass keeps this input too. V3 has it in E5M6, which JAX lacks.
     self.o = Linear((a.heads, a.v_head_dim, config.embed), ("heads", "head_dim", "embed"), config, rngs, cached=False)
 
-  def project_latents(self, x, rotation):
-    """(queries, what a cache keeps) of x [batch, latent_seq, embed]: the products down are of a device's own positions.
+  def project_latents(
+    self, x: jax.Array, rotation: tuple[jax.Array, jax.Array]
+  ) -> tuple[tuple[jax.Array, jax.Array], Latents]:
+    """(queries, latents) of x [batch, latent_seq, embed]. Each device makes the down-projections of its own positions.
 
-    Queries: parts without and with position, [batch, seq, heads, nope] and [batch, seq, heads, rope] (V2 eq. 37 to 39).
-    Kept: [batch, seq, kv_lora_rank] and the key all heads share, [batch, seq, rope] (V2 eq. 41, 43).
+    Queries: parts without and with RoPE, [batch, seq, heads, nope] and [batch, seq, heads, rope] (V2 eq. 37 to 39).
+    Latents: [batch, seq, kv_lora_rank] and the key that all heads share, [batch, seq, rope] (V2 eq. 41, 43).
     """
     if self.config.q_lora_rank:
-      latent, both = (all_gather_sequence(y, "latent_seq") for y in fused_linear("bsd,dr->bsr", x, self.q_a, self.kv_a))
-      q = self.q_b("bsr,rhk->bshk", self.q_norm(latent))
+      q_latent, kv_a = fused_linear("bsd,dr->bsr", x, self.q_a, self.kv_a)
+      q_latent, kv_a = all_gather_sequence(q_latent, "latent_seq"), all_gather_sequence(kv_a, "latent_seq")
+      q = self.q_b("bsr,rhk->bshk", self.q_norm(q_latent))
     else:
-      q, both = (
-        self.q("bsd,dhk->bshk", all_gather_sequence(x, "latent_seq")),
-        all_gather_sequence(self.kv_a("bsd,dc->bsc", x), "latent_seq"),
-      )
-    nope, rope = jnp.split(q, [self.config.qk_nope_head_dim], -1)
-    latent, shared = jnp.split(both, [self.config.kv_lora_rank], -1)
-    q_rope, k_rope = (rotate(y, *rotation, interleaved=True).astype(x.dtype) for y in (rope, shared[:, :, None]))
-    return (nope, q_rope), (self.kv_norm(latent), k_rope[:, :, 0])
+      q = self.q("bsd,dhk->bshk", all_gather_sequence(x, "latent_seq"))
+      kv_a = all_gather_sequence(self.kv_a("bsd,dc->bsc", x), "latent_seq")
+    q_nope, q_rope = jnp.split(q, [self.config.qk_nope_head_dim], -1)
+    latent, k_rope = jnp.split(kv_a, [self.config.kv_lora_rank], -1)
+    k_rope = k_rope[:, :, None]  # [batch, seq, 1, rope]
+    q_rope = apply_rope(q_rope, *rotation, interleaved=True).astype(x.dtype)
+    k_rope = apply_rope(k_rope, *rotation, interleaved=True).astype(x.dtype)
+    return (q_nope, q_rope), (self.kv_norm(latent), k_rope[:, :, 0])
 
-  def __call__(self, x, tokens, key=None):
-    """(terms of the sum [batch, seq, embed], what a cache keeps: latents and the shared keys); x is [batch, stream, embed]."""
+  def __call__(
+    self, x: jax.Array, batch_context: BatchContext, dropout_key: jax.Array | None = None
+  ) -> tuple[jax.Array, Latents]:
+    """(partial sums [batch, seq, embed], cache: latents); x is [batch, stream, embed]."""
     x = all_gather_sequence(x, "stream", "latent_seq")
-    q, kept = self.project_latents(x, tokens.rotation)
-    up = self.kv_b.weight(x.dtype)
+    queries, latents = self.project_latents(x, batch_context.rotation)
+    kv_b = self.kv_b.weight(x.dtype)
 
-    def expand(kept):
+    def expand_kv(latents):
       """Keys [batch, seq, heads, nope + rope] and values [batch, seq, heads, v_head_dim] (V2 eq. 42)."""
-      latent, k_rope = kept
-      k_nope, v = jnp.split(self.kv_b.product("bsc,chk->bshk", latent, up), [self.config.qk_nope_head_dim], -1)
-      shared = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
-      return jnp.concatenate([k_nope, shared], -1), v
+      latent, k_rope = latents
+      k_nope, v = jnp.split(self.kv_b.einsum("bsc,chk->bshk", latent, kv_b), [self.config.qk_nope_head_dim], -1)
+      k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
+      return jnp.concatenate([k_nope, k_rope], -1), v
 
-    y = causal_attention(jnp.concatenate(q, -1), kept, expand, self.scale, self.config, tokens, key)
-    return self.o("bshv,hvd->bsd", y), kept
+    q = jnp.concatenate(queries, -1)
+    y = causal_self_attention(q, latents, expand_kv, self.scale, self.config, batch_context, dropout_key)
+    return self.o("bshv,hvd->bsd", y), latents
 
-  def decode(self, x, rotation, cache, position):
-    """As `__call__` for the token at `position`, `x` [batch, 1, embed], with the latents of those before it.
+  def decode(
+    self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], cache: Latents, position: jax.Array
+  ) -> tuple[jax.Array, Latents]:
+    """(partial sums [batch, 1, embed], cache) of the token `x` [batch, 1, embed] at `position`.
 
-    The products with kv_b move over to the query and to the output (V2 section 2.1.2): each head attends to the latents
-    themselves, as if there were one key head of width kv_lora_rank + rope and one value head of width kv_lora_rank.
+    kv_b is absorbed into the query and the output (V2 section 2.1.2): each head attends to the latents themselves, as if
+    there were one key head of width kv_lora_rank + rope and one value head of width kv_lora_rank.
     """
     (q_nope, q_rope), new = self.project_latents(x, rotation)
     latent, k_rope = update_cache(cache, new, position)
-    up_key, up_value = jnp.split(self.kv_b.weight(x.dtype), [self.config.qk_nope_head_dim], -1)
-    q_latent = jnp.einsum("bqhk,chk->bqhc", q_nope, up_key)
+    k_up, v_up = jnp.split(self.kv_b.weight(x.dtype), [self.config.qk_nope_head_dim], -1)
+    q_latent = jnp.einsum("bqhk,chk->bqhc", q_nope, k_up)
     q, k = jnp.concatenate([q_latent, q_rope], -1), jnp.concatenate([latent, k_rope], -1)
     y = decode_attention(q, k[:, :, None], latent[:, :, None], position, scale=self.scale)  # [batch, 1, heads, kv_lora]
-    y = jnp.einsum("bqhc,chv->bqhv", y, up_value)
+    y = jnp.einsum("bqhc,chv->bqhv", y, v_up)
     return self.o("bshv,hvd->bsd", y), (latent, k_rope)

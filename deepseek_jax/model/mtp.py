@@ -1,22 +1,27 @@
 """Multi-token prediction (V3 section 2.2): one more block a depth, from the hidden state before it and the next token."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deepseek_jax.model.batch_context import BatchContext
 from deepseek_jax.model.block import Block
 from deepseek_jax.model.linear import Linear
 from deepseek_jax.model.norm import RMSNorm
+from deepseek_jax.model.router import Routing
 from deepseek_jax.model_config import ModelConfig
+from deepseek_jax.typing import PyTree
 
 
 class MTPLayer(nnx.Module):
-  """V3 eq. 21 to 23. Embedding and head are the main model's.
+  """One depth (V3 eq. 21 to 23). Embedding and head are the main model's.
 
-  As in transformers: the embedding comes first in the concatenation (the report writes the hidden state first), and what
-  goes in and on to the next depth is the hidden state after its norm (torchtitan's comes before it).
+  Two points are as in transformers:
+  - The embedding comes first in the concatenation. The report writes the hidden state first.
+  - The next depth gets the hidden state after its norm. torchtitan passes it on before the norm.
   """
 
-  def __init__(self, config: ModelConfig, rngs):
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.embed_norm = RMSNorm(config.embed, config)
     self.hidden_norm = RMSNorm(config.embed, config)
     # The FP8 releases keep this one in bfloat16.
@@ -24,8 +29,17 @@ class MTPLayer(nnx.Module):
     self.block = Block(config, rngs, experts=config.moe.num_routed_experts > 0)
     self.norm = RMSNorm(config.embed, config)
 
-  def __call__(self, hidden, embedded, tokens, key=None):
-    """(hidden, Routing, what a cache keeps): `hidden` of the depth before and `embedded` next tokens [batch, stream, embed]."""
-    x = jnp.concatenate([self.embed_norm(embedded), self.hidden_norm(hidden)], -1)  # [batch, stream, 2 embed]
-    x, routing, kept = self.block(self.proj("bsd,de->bse", x), tokens, key)
-    return self.norm(x), routing, kept
+  def __call__(
+    self,
+    hidden: jax.Array,
+    embeddings: jax.Array,
+    batch_context: BatchContext,
+    dropout_key: jax.Array | None = None,
+  ) -> tuple[jax.Array, Routing | None, PyTree]:
+    """(hidden states, Routing or None, cache of the attention).
+
+    hidden: [batch, stream, embed], of the depth before. embeddings: [batch, stream, embed], of the next tokens.
+    """
+    x = jnp.concatenate([self.embed_norm(embeddings), self.hidden_norm(hidden)], -1)  # [batch, stream, 2 embed]
+    x, routing, cache = self.block(self.proj("bsd,de->bse", x), batch_context, dropout_key)
+    return self.norm(x), routing, cache

@@ -1,20 +1,25 @@
-"""The pipeline: layers in stages, microbatches that pass through them, forward and backward in one loop.
+"""Pipeline parallelism: layers in stages, microbatches that pass through them, forward and backward in one loop.
 
-Chunk c = v * S + s of the layers is virtual_stage v of stage s of S: a microbatch passes V times through all stages. Work item
-i = (g * V + v) * S + r is microbatch g * S + r on virtual_stage v. Stage s does item i forward in tick i + s, and backward, with
-the virtual_stages in reverse order, in tick lag + i + S - 1 - s, where lag = (V + 1) * S - 2: in the tick in which the first S
-microbatches have passed all chunks. This is interleaved 1F1B (Narayanan et al., arXiv:2104.04473): one forward and one
-backward item a tick, so that the inputs kept for the backward pass are at most (V + 2) * S - 2 a stage, however many
-microbatches there are; jax.grad of a forward loop would keep all of them.
+This is interleaved 1F1B (Narayanan et al., arXiv:2104.04473), with S stages, V virtual stages on each, and items of work:
 
-What comes before and after the layers has no stage of its own: once a group of S microbatches all stages do it at once,
-each for one of them, and the results rotate from stage to stage to where they are used. Branches depend on the tick
-alone, so that all devices take the same one and meet in its collectives; stages without an item compute on old values,
-which are left out of all sums.
+- Chunk c = v * S + s of the layers is virtual stage v of stage s. A microbatch passes through all stages V times.
+- Item i = (g * V + v) * S + r is microbatch g * S + r on virtual stage v. Microbatches g * S .. g * S + S - 1 are group g.
+- Stage s does the forward pass of item i in tick i + s.
+- It does the backward pass of item i in tick lag + i + S - 1 - s, with the virtual stages in reverse order, where
+  lag = (V + 1) * S - 2 is the tick in which the first group has passed all chunks.
+
+So a tick has one forward and one backward item. At most (V + 2) * S - 2 inputs a stage are saved for the backward pass, for
+any number of microbatches. `jax.grad` of a forward loop would save all of them.
+
+What comes before the layers (the embedding) and after them (the loss) has no stage of its own. Once a group, all stages
+compute it at the same time, each for one microbatch, and the results rotate from stage to stage to where they are used.
+
+Branches depend on the tick alone, so that all devices take the same branch and meet in its collectives. Stages without an
+item compute on stale values, which are left out of all sums.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,18 +28,27 @@ import numpy as np
 
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.sharding import pvary
+from deepseek_jax.typing import Params, PyTree
 
 
-def layer_assignment(layers, stages, virtual_stages, assignment=()):
-  """Which layer is in which slot: (int32 [stages, virtual_stages, slots], `layers` where a slot is empty; bool mask of full ones).
+def layer_assignment(
+  layers: int, stages: int, virtual_stages: int, assignment: Sequence[int] = ()
+) -> tuple[np.ndarray, np.ndarray]:
+  """Which layer is in which slot.
 
   Args:
-    assignment: layers of each of the stages * virtual_stages chunks in the order in which they run; default: as even as
-      possible, earlier chunks take one more. Raises ConfigError when it does not hold `layers` layers.
+    assignment: number of layers of each of the stages * virtual_stages chunks, in the order in which they run. Default: as
+      even as possible, earlier chunks take one more.
+
+  Returns:
+    (table int32 [stages, virtual_stages, slots], where `layers` stands for an empty slot; mask bool, True for full slots).
+
+  Raises:
+    ConfigError: `assignment` has another number of chunks or of layers.
   """
   chunks = stages * virtual_stages
-  each, more = divmod(layers, chunks)
-  counts = np.array(assignment or [each + (c < more) for c in range(chunks)])
+  quotient, remainder = divmod(layers, chunks)
+  counts = np.array(assignment or [quotient + (chunk < remainder) for chunk in range(chunks)])
   if len(counts) != chunks or counts.sum() != layers or (counts < 0).any():
     raise ConfigError(
       f"the {stages} stages x {virtual_stages} virtual_stages need {chunks} numbers of layers with the sum {layers}, not {assignment}: "
@@ -42,277 +56,312 @@ def layer_assignment(layers, stages, virtual_stages, assignment=()):
     )
   slot = np.arange(counts.max())
   mask = slot < counts[:, None]  # [chunks, slots]
-  table = np.where(mask, (counts.cumsum() - counts)[:, None] + slot, layers)
-  table, mask = (
-    a.reshape(virtual_stages, stages, -1).swapaxes(0, 1) for a in (table, mask)
-  )  # [stages, virtual_stages, slots]
-  return table.astype(np.int32), mask
+  first_layer = counts.cumsum() - counts
+  table = np.where(mask, first_layer[:, None] + slot, layers)
+
+  def by_stage(a):  # [stages, virtual_stages, slots]
+    return a.reshape(virtual_stages, stages, -1).swapaxes(0, 1)
+
+  return by_stage(table).astype(np.int32), by_stage(mask)
 
 
-def bubble(stages, virtual_stages, microbatches):
-  """Share of the time in which a stage has no item of a microbatch to do: filling, draining, and a last group that is not full."""
+def bubble_fraction(stages: int, virtual_stages: int, microbatches: int) -> float:
+  """Fraction of the time in which a stage has no item: filling, draining, and a last group that is not full."""
   groups = -(-microbatches // stages)
   return 1 - microbatches * virtual_stages / (groups * stages * virtual_stages + stages - 1)
 
 
-def num_ticks(stages, virtual_stages, microbatches):
-  """(Ticks of a step; in how many a stage goes forward, and as often backward; in how many it does first, and so last)."""
+def num_ticks(stages: int, virtual_stages: int, microbatches: int) -> tuple[int, int, int]:
+  """(ticks of a step; those with a forward item, and as many have a backward item; those with an embedding or a loss)."""
   groups = -(-microbatches // stages)
   forward, lag = groups * stages * virtual_stages + stages - 1, (virtual_stages + 1) * stages - 2
   return forward + lag + 1, forward, groups
 
 
-def to_stage_params(leaf, table, axis, dimension):
-  """Parameters of this stage's layers, [virtual_stages, slots, ...]; zeros in empty slots.
+def to_stage_params(leaf: jax.Array, table: np.ndarray, axis: str, dimension: int | None) -> jax.Array:
+  """Parameters of this stage's layers, [virtual_stages, slots, ...], with zeros in empty slots.
 
   Args:
-    leaf: [layers, ...]. Its `dimension` is divided over the mesh axis `axis`, and comes back whole; None: every stage has
+    leaf: [layers, ...]. Its `dimension` is sharded over the mesh axis `axis`, and comes back unsharded. None: every stage has
       all of it.
     table: of `layer_assignment`.
   """
   if dimension is None:
     return leaf.at[jnp.asarray(table)[jax.lax.axis_index(axis)]].get(mode="fill", fill_value=0)
-  rows = leaf.at[table].get(mode="fill", fill_value=0)  # [stages, virtual_stages, slots, ...]
-  return jax.lax.all_to_all(rows, axis, 0, dimension + 2, tiled=True)[0]
+  by_stage = leaf.at[table].get(mode="fill", fill_value=0)  # [stages, virtual_stages, slots, ...]
+  return jax.lax.all_to_all(by_stage, axis, 0, dimension + 2, tiled=True)[0]
 
 
-def pipelined_gradients(first, chunk, last, outer, layers, microbatches, *, axis, virtual_stages):
+def interleaved_1f1b(
+  embed_fn: Callable,
+  chunk_fn: Callable,
+  loss_fn: Callable,
+  outer_params: Params,
+  layer_params: PyTree,
+  microbatches: jax.Array | int,
+  *,
+  axis: str,
+  virtual_stages: int,
+) -> tuple[Params, PyTree, tuple[PyTree, PyTree, PyTree]]:
   """Gradients of the sum of all microbatches' objectives, as far as this stage computes them.
 
-  Called inside a shard_map over all mesh axes with check_vma. An objective that varies over a mesh axis counts as the sum
-  over it. The caller adds up over the mesh axes what devices share, the gradients of `outer` over the stages.
+  Called inside a shard_map over all mesh axes with check_vma. An objective that varies over a mesh axis counts as the sum over
+  that axis. The caller sums gradients over the mesh axes on which a parameter is replicated, those of `outer_params` over the
+  stages.
 
   Args:
-    first: (outer, microbatch) -> (x, observed): one array, which goes from chunk to chunk.
-    chunk: (layers of one virtual_stage [slots, ...], virtual_stage, microbatch, x) -> (y like x, objective, observed). The backward
-      pass computes it again from x; what is kept inside it meanwhile is its own jax.checkpoint's business.
-    last: (outer, microbatch, y) -> (objective, observed).
-    outer: parameters of first and last, the same on all stages. layers: [virtual_stages, slots, ...], this stage's. Both typed
-      as varying over all mesh axes.
-    microbatches: how many, at least 1; may be traced, the same on all devices. The functions get int32 indices below it.
-    axis: mesh axis of the stages. virtual_stages: how often a microbatch passes through all of them.
+    embed_fn: (outer_params, microbatch) -> (x, aux). x is one array, which goes from chunk to chunk.
+    chunk_fn: (layer_params of one virtual stage [slots, ...], virtual_stage, microbatch, x) -> (y like x, objective [], aux).
+      The backward pass computes it again from x. A jax.checkpoint inside it decides what is saved meanwhile.
+    loss_fn: (outer_params, microbatch, y) -> (objective [], aux).
+    outer_params: of embed_fn and loss_fn, the same on all stages.
+    layer_params: this stage's, [virtual_stages, slots, ...]. Both are typed as varying over all mesh axes.
+    microbatches: how many, at least 1. May be traced; the same on all devices. The functions get int32 indices below it.
+    axis: mesh axis of the stages.
 
   Returns:
-    (gradients of outer, gradients of layers, observed): sums over the microbatches, of gradients in at least float32;
-    observed is (first's, chunk's [virtual_stages, ...], last's).
+    (gradients of outer_params, gradients of layer_params, aux): sums over the microbatches, gradients in at least float32. aux is
+    (embed_fn's, chunk_fn's [virtual_stages, ...], loss_fn's).
   """
-  work = StageProgram(
-    *_typed(first, chunk, last), outer, layers, jnp.asarray(microbatches, jnp.int32), axis, virtual_stages
-  )
-  ticks = work.forward_ticks + work.lag + 1
-  carry = jax.lax.fori_loop(jnp.int32(0), ticks, work.tick, work.start())
-  return *carry.gradients, carry.observed
+  embed_fn, chunk_fn, loss_fn = _with_varying_outputs(embed_fn, chunk_fn, loss_fn)
+  microbatches = jnp.asarray(microbatches, jnp.int32)
+  program = StageProgram(embed_fn, chunk_fn, loss_fn, outer_params, layer_params, microbatches, axis, virtual_stages)
+  ticks = program.forward_ticks + program.lag + 1
+  carry = jax.lax.fori_loop(jnp.int32(0), ticks, program.tick, program.initial_carry())
+  return *carry.gradients, carry.aux
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Carry:
-  """What a stage holds between ticks. Boxes, one [...] of x's shape a stage, rotate by a stage a tick, from s to s - 1."""
+  """What a stage holds between ticks. A rotating box has the shape of x and moves by one stage a tick, from s to s - 1."""
 
-  inbox: jax.Array  # box of first's outputs: r ticks after they were computed microbatch r of the group is on stage 0
+  inbox: (
+    jax.Array
+  )  # rotating box of embed_fn's outputs: r ticks after they were computed, stage 0 has microbatch r of the group
   arriving: jax.Array  # [...] input of the next forward item, from the stage before
-  kept: jax.Array  # [room, ...] inputs of items whose backward is to come
-  slots: jax.Array  # place of item i in `kept`, at i modulo the most ticks between its two passes
-  freed: jax.Array  # the place that the last backward item left
-  turning: jax.Array  # box of the last chunk's outputs on their way to `last`, and of their gradients on the way back
-  returning: jax.Array  # [...] gradient of the last backward item, for the stage before
-  outbox: jax.Array  # box of the gradients of first's outputs
-  gradients: Any  # (outer, layers)
-  observed: Any  # (first's, chunk's [virtual_stages, ...], last's)
+  saved_inputs: jax.Array  # [places, ...] inputs of items whose backward pass is to come
+  places: jax.Array  # index into saved_inputs of item i, at i modulo the largest number of ticks between its two passes
+  free_place: jax.Array  # [] index into saved_inputs that the last backward item left
+  turnaround: (
+    jax.Array
+  )  # rotating box of the last chunk's outputs on their way to loss_fn, and of their gradients on the way back
+  arriving_grad: jax.Array  # [...] gradient of the last backward item's input, for the stage before
+  outbox: jax.Array  # rotating box of the gradients of embed_fn's outputs
+  gradients: tuple[Params, PyTree]  # (of outer_params, of layer_params)
+  aux: tuple[PyTree, PyTree, PyTree]  # (embed_fn's, chunk_fn's [virtual_stages, ...], loss_fn's)
 
 
 @dataclasses.dataclass(frozen=True)
 class StageProgram:
-  """What a stage does in a tick; fields as `pipelined_gradients` has them."""
+  """What a stage does in a tick. Fields are as in `interleaved_1f1b`."""
 
-  first: Callable
-  chunk: Callable
-  last: Callable
-  outer: Any
-  layers: Any
+  embed_fn: Callable
+  chunk_fn: Callable
+  loss_fn: Callable
+  outer_params: Params
+  layer_params: PyTree
   microbatches: jax.Array
   axis: str
   virtual_stages: int
 
   @property
-  def stages(self):
+  def stages(self) -> int:
     return jax.lax.axis_size(self.axis)
 
   @property
-  def stage(self):
+  def stage(self) -> jax.Array:
     return jax.lax.axis_index(self.axis)
 
   @property
-  def period(self):
+  def period(self) -> int:
     """Ticks, and items, of a group of microbatches."""
     return self.stages * self.virtual_stages
 
   @property
-  def lag(self):
+  def lag(self) -> int:
     """The tick in which the first group has passed all chunks, and its backward pass begins."""
     return self.period + self.stages - 2
 
   @property
-  def items(self):
-    """Those of the last group, which may lack microbatches, included."""
+  def items(self) -> jax.Array:
+    """Number of items, of a full last group."""
     return -(-self.microbatches // self.stages) * self.period
 
   @property
-  def forward_ticks(self):
+  def forward_ticks(self) -> jax.Array:
+    """Number of ticks in which some stage has a forward item."""
     return self.items + self.stages - 1
 
-  def start(self):
+  def initial_carry(self) -> Carry:
     """Zeros, typed as what a tick makes of them: varying over the whole mesh."""
 
     def zeros(tree):
       return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tree)
 
-    layers, index = _at(self.layers, 0), self.stage
-    x, of_first = zeros(jax.eval_shape(self.first, self.outer, index))
+    chunk_params, index = _tree_at(self.layer_params, 0), self.stage
+    x, embed_aux = zeros(jax.eval_shape(self.embed_fn, self.outer_params, index))
     x = pvary(x)
-    _, _, of_chunk = jax.eval_shape(self.chunk, layers, index, index, x)
-    _, of_last = jax.eval_shape(self.last, self.outer, index, x)
-    of_chunk = jax.tree.map(lambda a: jnp.zeros((self.virtual_stages, *a.shape), a.dtype), of_chunk)
-    kept = jnp.zeros((self.lag + self.stages, *x.shape), x.dtype)
-    slots, gradients = (
-      jnp.zeros(self.lag + self.period, jnp.int32),
-      jax.tree.map(_wide_zeros, (self.outer, self.layers)),
+    _, _, chunk_aux = jax.eval_shape(self.chunk_fn, chunk_params, index, index, x)
+    _, loss_aux = jax.eval_shape(self.loss_fn, self.outer_params, index, x)
+    chunk_aux = jax.tree.map(lambda a: jnp.zeros((self.virtual_stages, *a.shape), a.dtype), chunk_aux)
+    carry = Carry(
+      inbox=x,
+      arriving=x,
+      saved_inputs=jnp.zeros((self.lag + self.stages, *x.shape), x.dtype),
+      places=jnp.zeros(self.lag + self.period, jnp.int32),
+      free_place=jnp.int32(0),
+      turnaround=x,
+      arriving_grad=x,
+      outbox=x,
+      gradients=jax.tree.map(_zero_gradient, (self.outer_params, self.layer_params)),
+      aux=(zeros(embed_aux), chunk_aux, zeros(loss_aux)),
     )
-    return pvary(
-      Carry(x, x, kept, slots, jnp.int32(0), x, x, x, gradients, (zeros(of_first), of_chunk, zeros(of_last)))
-    )
+    return pvary(carry)
 
-  def tick(self, tick, carry):
-    """Values move just before they are used: while the other direction computes."""
-    carry = dataclasses.replace(carry, returning=self.moved(carry.returning, -1), outbox=self.moved(carry.outbox, -1))
-    carry = self.together(tick - 2 * self.lag - 1, self.first_backward, carry)
-    carry = self.together(tick, self.first_forward, carry)
-    carry = _when(tick < self.forward_ticks, lambda carry: self.forward(tick - self.stage, carry), carry)
-    carry = self.together(tick - self.lag, self.last_both, carry)
-    inbox, turning = self.moved(carry.inbox, -1), self.moved(carry.turning, -1)
-    carry = dataclasses.replace(carry, inbox=inbox, arriving=self.moved(carry.arriving, 1), turning=turning)
-    late = tick - self.lag
-    due = (late >= 0) & (late < self.forward_ticks)
-    return _when(due, lambda carry: self.backward(late - (self.stages - 1 - self.stage), carry), carry)
+  def tick(self, tick: jax.Array, carry: Carry) -> Carry:
+    """One tick. Values are sent just before they are used, while the other direction computes."""
+    arriving_grad, outbox = self.send(carry.arriving_grad, -1), self.send(carry.outbox, -1)
+    carry = dataclasses.replace(carry, arriving_grad=arriving_grad, outbox=outbox)
+    carry = self.once_per_group(tick - 2 * self.lag - 1, self.embed_backward, carry)
+    carry = self.once_per_group(tick, self.embed_forward, carry)
+    carry = _when(tick < self.forward_ticks, lambda carry: self.chunk_forward(tick - self.stage, carry), carry)
+    carry = self.once_per_group(tick - self.lag, self.loss_forward_backward, carry)
+    inbox, turnaround = self.send(carry.inbox, -1), self.send(carry.turnaround, -1)
+    carry = dataclasses.replace(carry, inbox=inbox, arriving=self.send(carry.arriving, 1), turnaround=turnaround)
+    backward_tick = tick - self.lag
+    due = (backward_tick >= 0) & (backward_tick < self.forward_ticks)
+    item = backward_tick - (self.stages - 1 - self.stage)
+    return _when(due, lambda carry: self.chunk_backward(item, carry), carry)
 
-  def forward(self, number, carry):
-    virtual_stage, microbatch, exists = self.item(number)
+  def chunk_forward(self, item: jax.Array, carry: Carry) -> Carry:
+    """The forward pass of work item `item`."""
+    virtual_stage, microbatch, exists = self.locate(item)
     # Before its first item a stage computes on embeddings too: zeros would all be routed to the same few experts.
-    x = jnp.where((number < 0) | (self.stage == 0) & (virtual_stage == 0), carry.inbox, carry.arriving)  # [...]
-    # The first items fill `kept`; from then on each takes the place of the one that went backward in the tick before.
-    slot = jnp.where(number < carry.kept.shape[0] - 2 * self.stage, jnp.maximum(number, 0), carry.freed)
-    y, _, seen = self.chunk(_at(self.layers, virtual_stage), virtual_stage, microbatch, x)
-    turns = (self.stage == self.stages - 1) & (virtual_stage == self.virtual_stages - 1)
-    of_first, of_chunk, of_last = carry.observed
+    x = jnp.where((item < 0) | (self.stage == 0) & (virtual_stage == 0), carry.inbox, carry.arriving)  # [...]
+    # The first items fill `saved_inputs`. Later ones take the place of the item that went backward in the tick before.
+    is_filling = item < carry.saved_inputs.shape[0] - 2 * self.stage
+    place = jnp.where(is_filling, jnp.maximum(item, 0), carry.free_place)
+    y, _, aux = self.chunk_fn(_tree_at(self.layer_params, virtual_stage), virtual_stage, microbatch, x)
+    is_last_chunk = (self.stage == self.stages - 1) & (virtual_stage == self.virtual_stages - 1)
+    embed_aux, chunk_aux, loss_aux = carry.aux
     return dataclasses.replace(
       carry,
       arriving=y,
-      kept=_set(carry.kept, slot, x),
-      slots=_set(carry.slots, number % carry.slots.size, slot),
-      # One box for both ways: the last stage took the gradient that was here out in an earlier tick.
-      turning=jnp.where(turns, y, carry.turning),
-      observed=(of_first, _added_at(of_chunk, virtual_stage, seen, exists), of_last),
+      saved_inputs=_set(carry.saved_inputs, place, x),
+      places=_set(carry.places, item % carry.places.size, place),
+      # One box serves both ways: the last stage took the gradient that was here out in an earlier tick.
+      turnaround=jnp.where(is_last_chunk, y, carry.turnaround),
+      aux=(embed_aux, _add_at(chunk_aux, virtual_stage, aux, exists), loss_aux),
     )
 
-  def backward(self, number, carry):
-    reverse, microbatch, exists = self.item(number)
+  def chunk_backward(self, item: jax.Array, carry: Carry) -> Carry:
+    """The backward pass of the item that is `item` in the order of backward passes: virtual stages in reverse."""
+    reverse, microbatch, exists = self.locate(item)
     virtual_stage = self.virtual_stages - 1 - reverse
-    slot = carry.slots[(number + (virtual_stage - reverse) * self.stages) % carry.slots.size]
-    turns = (self.stage == self.stages - 1) & (reverse == 0)
-    dy = jnp.where(turns, carry.turning, carry.returning)  # [...]
+    forward_item = item + (virtual_stage - reverse) * self.stages
+    place = carry.places[forward_item % carry.places.size]
+    is_last_chunk = (self.stage == self.stages - 1) & (reverse == 0)
+    dy = jnp.where(is_last_chunk, carry.turnaround, carry.arriving_grad)  # [...]
 
-    def outputs(layers, x):
-      return self.chunk(layers, virtual_stage, microbatch, x)[:2]
+    def outputs(chunk_params, x):
+      return self.chunk_fn(chunk_params, virtual_stage, microbatch, x)[:2]
 
-    (_, objective), pull = jax.vjp(outputs, _at(self.layers, virtual_stage), carry.kept[slot])
-    of_layers, dx = pull((dy, jnp.ones_like(objective)))
-    outer, layers = carry.gradients
+    chunk_params = _tree_at(self.layer_params, virtual_stage)
+    (_, objective), vjp = jax.vjp(outputs, chunk_params, carry.saved_inputs[place])
+    chunk_grads, dx = vjp((dy, jnp.ones_like(objective)))
+    outer_grads, layer_grads = carry.gradients
     return dataclasses.replace(
       carry,
-      freed=slot,
-      returning=dx,
+      free_place=place,
+      arriving_grad=dx,
       outbox=jnp.where((self.stage == 0) & (virtual_stage == 0), dx, carry.outbox),
-      gradients=(outer, _added_at(layers, virtual_stage, of_layers, exists)),
+      gradients=(outer_grads, _add_at(layer_grads, virtual_stage, chunk_grads, exists)),
     )
 
-  def first_forward(self, microbatch, exists, carry):
-    x, seen = self.first(self.outer, microbatch)
-    of_first, *others = carry.observed
-    return dataclasses.replace(carry, inbox=x, observed=(_added(of_first, seen, exists), *others))
+  def embed_forward(self, microbatch: jax.Array, exists: jax.Array, carry: Carry) -> Carry:
+    x, aux = self.embed_fn(self.outer_params, microbatch)
+    embed_aux, *other_aux = carry.aux
+    return dataclasses.replace(carry, inbox=x, aux=(_add(embed_aux, aux, exists), *other_aux))
 
-  def first_backward(self, microbatch, exists, carry):
-    _, pull, _ = jax.vjp(lambda outer: self.first(outer, microbatch), self.outer, has_aux=True)
-    outer, layers = carry.gradients
-    # Nothing is pulled where there is no microbatch, but what comes is added everywhere: of parameters that are kept in
-    # shards over the stages, `pull` has the terms of all stages.
-    of_outer = pull(jnp.where(exists, carry.outbox, 0))[0]
-    return dataclasses.replace(carry, gradients=(jax.tree.map(jnp.add, outer, of_outer), layers))
+  def embed_backward(self, microbatch: jax.Array, exists: jax.Array, carry: Carry) -> Carry:
+    _, vjp, _ = jax.vjp(lambda params: self.embed_fn(params, microbatch), self.outer_params, has_aux=True)
+    # The cotangent is zero where there is no microbatch. The result is added in any case: of parameters that are sharded
+    # over the stages, `vjp` gives the terms of all stages.
+    (grads,) = vjp(jnp.where(exists, carry.outbox, 0))
+    outer_grads, layer_grads = carry.gradients
+    return dataclasses.replace(carry, gradients=(jax.tree.map(jnp.add, outer_grads, grads), layer_grads))
 
-  def last_both(self, microbatch, exists, carry):
-    def function(outer, y):
-      return self.last(outer, microbatch, y)
+  def loss_forward_backward(self, microbatch: jax.Array, exists: jax.Array, carry: Carry) -> Carry:
+    def function(outer_params, y):
+      return self.loss_fn(outer_params, microbatch, y)
 
-    y = jnp.where(exists, carry.turning, 0)
-    objective, pull, seen = jax.vjp(function, self.outer, y, has_aux=True)
-    of_outer, dy = pull(jnp.where(exists, jnp.ones_like(objective), 0))  # as in first_backward
-    (outer, layers), (*others, of_last) = carry.gradients, carry.observed
-    gradients = (jax.tree.map(jnp.add, outer, of_outer), layers)
-    return dataclasses.replace(
-      carry, turning=dy, gradients=gradients, observed=(*others, _added(of_last, seen, exists))
-    )
+    y = jnp.where(exists, carry.turnaround, 0)
+    objective, vjp, aux = jax.vjp(function, self.outer_params, y, has_aux=True)
+    grads, dy = vjp(jnp.where(exists, jnp.ones_like(objective), 0))  # as in embed_backward
+    (outer_grads, layer_grads), (*other_aux, loss_aux) = carry.gradients, carry.aux
+    gradients = (jax.tree.map(jnp.add, outer_grads, grads), layer_grads)
+    aux = (*other_aux, _add(loss_aux, aux, exists))
+    return dataclasses.replace(carry, turnaround=dy, gradients=gradients, aux=aux)
 
-  def together(self, late, function, carry):
-    """`function`, in the first tick of each group, on all stages, each for its own microbatch; `late`: ticks since the first group's."""
-    due = (late >= 0) & (late < self.items) & (late % self.period == 0)
-    microbatch = self.existing(late // self.period * self.stages + self.stage)
-    return _when(due, lambda carry: function(*microbatch, carry), carry)
+  def once_per_group(self, ticks: jax.Array, function: Callable[..., Carry], carry: Carry) -> Carry:
+    """Calls `function` once for each group, on all stages, each with its own microbatch. `ticks`: since the first call."""
+    due = (ticks >= 0) & (ticks < self.items) & (ticks % self.period == 0)
+    microbatch, exists = self.clip_microbatch(ticks // self.period * self.stages + self.stage)
+    return _when(due, lambda carry: function(microbatch, exists, carry), carry)
 
-  def item(self, number):
-    """(How many virtual_stages came before, microbatch, whether there is one) of a work item."""
-    microbatch = number // self.period * self.stages + number % self.stages
-    return number // self.stages % self.virtual_stages, *self.existing(microbatch)
+  def locate(self, item: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(number of virtual stages passed before, microbatch, whether that exists) of a work item."""
+    microbatch = item // self.period * self.stages + item % self.stages
+    return item // self.stages % self.virtual_stages, *self.clip_microbatch(microbatch)
 
-  def existing(self, microbatch):
-    """(The nearest microbatch that exists, whether it is this one)."""
+  def clip_microbatch(self, microbatch: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(the nearest microbatch that exists, whether `microbatch` exists)."""
     nearest = jnp.clip(microbatch, 0, self.microbatches - 1)
     return nearest, nearest == microbatch
 
-  def moved(self, x, by):
+  def send(self, x: jax.Array, by: int) -> jax.Array:
+    """`x` of the stage `by` before this one: every stage sends its own to stage s + `by`."""
     return jax.lax.ppermute(x, self.axis, [(s, (s + by) % self.stages) for s in range(self.stages)])
 
 
-def _typed(first, chunk, last):
-  """The functions with outputs that vary over the whole mesh; jitted, so that each is traced once for all its uses."""
+def _with_varying_outputs(
+  embed_fn: Callable, chunk_fn: Callable, loss_fn: Callable
+) -> tuple[Callable, Callable, Callable]:
+  """The functions with outputs typed as varying over the whole mesh. Jitted, so that each is traced once for all its uses."""
 
-  def typed_chunk(*args):
-    y, objective, observed = chunk(*args)
-    return pvary(y), objective, observed
+  def varying_embed(*args):
+    return pvary(embed_fn(*args))
 
-  return jax.jit(lambda *args: pvary(first(*args))), jax.jit(typed_chunk), jax.jit(last)
+  def varying_chunk(*args):
+    y, objective, aux = chunk_fn(*args)
+    return pvary(y), objective, aux
+
+  return jax.jit(varying_embed), jax.jit(varying_chunk), jax.jit(loss_fn)
 
 
-def _when(due, function, carry):
+def _when(due: jax.Array, function: Callable[[Carry], Carry], carry: Carry) -> Carry:
   return jax.lax.cond(due, function, lambda carry: carry, carry)
 
 
-def _wide_zeros(param):
-  """Where gradients of `param` are summed: in float32 at least."""
+def _zero_gradient(param: jax.Array) -> jax.Array:
+  """Where gradients of `param` are summed: in at least float32."""
   return jnp.zeros(param.shape, jnp.promote_types(param.dtype, jnp.float32))
 
 
-def _at(tree, index):
+def _tree_at(tree: PyTree, index: Any) -> PyTree:
   return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
-def _set(array, index, value):
+def _set(array: jax.Array, index: jax.Array, value: jax.Array) -> jax.Array:
   """A slice update: XLA does it in place, while it may make a loop of the scatter of `at[index].set`."""
   return jax.lax.dynamic_update_index_in_dim(array, value, index, 0)
 
 
-def _added(total, part, exists):
+def _add(total: PyTree, term: PyTree, exists: jax.Array) -> PyTree:
   # Selected, not multiplied by zero: what was computed where there is no item may be infinite.
-  return jax.tree.map(lambda t, p: t + jnp.where(exists, p, 0), total, part)
+  return jax.tree.map(lambda t, x: t + jnp.where(exists, x, 0), total, term)
 
 
-def _added_at(total, index, part, exists):
-  return jax.tree.map(lambda t, p: _set(t, index, _added(t[index], p, exists)), total, part)
+def _add_at(total: PyTree, index: jax.Array, term: PyTree, exists: jax.Array) -> PyTree:
+  return jax.tree.map(lambda t, x: _set(t, index, _add(t[index], x, exists)), total, term)

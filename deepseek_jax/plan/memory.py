@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import Config, MeshConfig
 from deepseek_jax.mesh import abstract_mesh
-from deepseek_jax.model.expert_parallel import has_ragged_all_to_all
+from deepseek_jax.model.all_to_all import has_ragged_all_to_all
 from deepseek_jax.model_config import ModelConfig, MoEConfig
 from deepseek_jax.parallel.pipeline import layer_assignment
 from deepseek_jax.plan.flops import abstract_params

@@ -12,8 +12,8 @@ from deepseek_jax.config import Config
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.kernels.grouped_matmul.api import block_rows
 from deepseek_jax.mesh import AXES, abstract_mesh, check_slices, make_mesh, resolve_mesh
-from deepseek_jax.model.expert_parallel import has_ragged_all_to_all
-from deepseek_jax.model.transformer import check_kernels
+from deepseek_jax.model.all_to_all import has_ragged_all_to_all
+from deepseek_jax.model.kernel_choice import check_kernels
 from deepseek_jax.parallel.pipeline import num_ticks
 from deepseek_jax.plan.compile import CompiledProgram, OutOfMemory, compile_for_tpu, topology_devices
 from deepseek_jax.plan.count import Operation, RuntimeAssumptions, count_operations

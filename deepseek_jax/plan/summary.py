@@ -2,11 +2,11 @@
 
 from deepseek_jax.config import Config
 from deepseek_jax.data.pipeline import batch_size
-from deepseek_jax.parallel.pipeline import bubble, layer_assignment
+from deepseek_jax.parallel.pipeline import bubble_fraction, layer_assignment
 from deepseek_jax.plan.flops import count_parameters, training_flops
 from deepseek_jax.plan.memory import estimate_memory
 from deepseek_jax.plan.topology import GIB
-from deepseek_jax.schema import flatten
+from deepseek_jax.schema import flatten_config
 
 
 def planned_tokens(config: Config) -> int:
@@ -47,18 +47,18 @@ def _pipeline_lines(config: Config) -> list[str]:
   layer_counts = mask.sum(-1).T.ravel().tolist()  # in the order in which a microbatch passes them
   return [
     f"pipeline         {stages} stages x {virtual_stages} virtual stages of {', '.join(map(str, layer_counts))} layers, "
-    f"{microbatches} microbatches: bubble {bubble(stages, virtual_stages, microbatches):.1%}"
+    f"{microbatches} microbatches: bubble {bubble_fraction(stages, virtual_stages, microbatches):.1%}"
   ]
 
 
 def format_config(config: Config) -> str:
   """Every field of the config, one per line."""
-  return "\n".join(f"  {path} = {value!r}" for path, value in flatten(config).items())
+  return "\n".join(f"  {path} = {value!r}" for path, value in flatten_config(config).items())
 
 
 def format_changed_fields(config: Config) -> str:
   """The fields of `config` that differ from the defaults, one per line below their number."""
-  defaults = flatten(Config())
-  changed = {path: value for path, value in flatten(config).items() if value != defaults[path]}
+  defaults = flatten_config(Config())
+  changed = {path: value for path, value in flatten_config(config).items() if value != defaults[path]}
   lines = [f"config           {len(changed)} of {len(defaults)} fields differ from the defaults (all: --print_config)"]
   return "\n".join([*lines, *(f"  {path} = {value!r}" for path, value in changed.items())])

@@ -38,7 +38,7 @@ def main(argv) -> int:
   # Imported late: --help and config errors need no jax.
   import jax
 
-  from deepseek_jax.model.transformer import check_kernels
+  from deepseek_jax.model.kernel_choice import check_kernels
   from deepseek_jax.selftest import table
   from deepseek_jax.selftest.check import OK
   from deepseek_jax.selftest.machine import accelerators, describe_device

@@ -106,14 +106,14 @@ def test(request: Request, journal: Journal):
 
 def _on_mesh(config, request, here):
   """`config` with its mesh resolved, for a process that sees `here` devices."""
-  from deepseek_jax.mesh import least_devices, resolve_mesh
+  from deepseek_jax.mesh import min_devices, resolve_mesh
 
   try:
     return resolve_mesh(config, request.devices or here * request.processes)
   except ConfigError:
     if request.devices or not request.any_mesh:
       raise
-    return resolve_mesh(config, least_devices(config.mesh))
+    return resolve_mesh(config, min_devices(config.mesh))
 
 
 def _check_all(cases, request, journal, precision):

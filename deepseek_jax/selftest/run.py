@@ -12,7 +12,7 @@ from collections import Counter
 from deepseek_jax.config import Config
 from deepseek_jax.data.cache import cache_root, read_json_dict, write_atomically
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.model.transformer import implementation_fields
+from deepseek_jax.model.kernel_choice import implementation_fields
 from deepseek_jax.selftest.check import BROKEN, SLOW, Result
 from deepseek_jax.selftest.child import read_results
 from deepseek_jax.selftest.machine import accelerators, results_key, run_key

@@ -24,7 +24,7 @@ from deepseek_jax.data.pipeline import iterate_batches, load_model_tokenizer, op
 from deepseek_jax.distributed import barrier, broadcast_from_process0
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.kernels.implementations import Replacements, import_libraries, replace_kernels
-from deepseek_jax.mesh import check_x64, make_mesh, make_vote, resolve_mesh
+from deepseek_jax.mesh import check_x64, make_mesh, make_process_max, resolve_mesh
 from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.plan.flops import training_flops
 from deepseek_jax.plan.summary import config_summary, format_changed_fields
@@ -120,7 +120,7 @@ class Run:
     self.logged_rates = (
       {"learning_rate"} | ({"mtp_weight"} if depths else set()) | ({"bias_update_rate"} if moe.router_bias else set())
     )
-    self.vote = make_vote(mesh) if jax.process_count() > 1 else None
+    self.vote = make_process_max(mesh) if jax.process_count() > 1 else None
     # Several programs in flight on virtual CPU devices can starve a collective until it times out.
     self.one_at_a_time = jax.default_backend() == "cpu" and mesh.size > 1
     self.interval = collections.Counter()  # seconds and tokens since the last logged line

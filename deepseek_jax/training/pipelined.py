@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.config import Config
-from deepseek_jax.model.transformer import layer_keys, nothing
-from deepseek_jax.parallel.pipeline import layer_assignment, pipelined_gradients, to_stage_params
+from deepseek_jax.model.transformer import layer_keys, no_aux
+from deepseek_jax.parallel.pipeline import interleaved_1f1b, layer_assignment, to_stage_params
 from deepseek_jax.sharding import (
   FSDP_AXES,
   STAGE_LOCAL,
@@ -76,7 +76,7 @@ class PipelineSchedule:
 
     params: all but the stack's, in use. layers: of `to_stage_layout`, in use.
     """
-    (grads, of_layers, (_, within, after)) = pipelined_gradients(
+    (grads, of_layers, (_, within, after)) = interleaved_1f1b(
       self.before, self.within, self.after, params, layers, microbatches,
       axis=mesh_axes("stages")[0], virtual_stages=self.virtual_stages,
     )  # fmt: skip
@@ -100,7 +100,7 @@ class PipelineSchedule:
       facts = self.objective.batch_context(model, inputs, key)
       for name, layers in model.stacks():
         if name != self.stack:
-          x, _ = model.run_layers(layers, x, facts, layer_keys(key, jnp.arange(self.first_layer)), nothing)
+          x, _ = model.run_layers(layers, x, facts, layer_keys(key, jnp.arange(self.first_layer)), no_aux)
     return x, ()
 
   def within(self, layers, virtual_stage, microbatch, x):

@@ -13,7 +13,7 @@ import statistics
 
 from deepseek_jax.config import Config
 from deepseek_jax.errors import DataError
-from deepseek_jax.schema import flatten, leaf_paths
+from deepseek_jax.schema import flatten_config, leaf_paths
 from deepseek_jax.training import metrics
 from deepseek_jax.training.plot import BINS, Series, compact, line_chart
 
@@ -184,7 +184,7 @@ def _history(events):
 
 
 def _config(config):
-  defaults = json.loads(json.dumps(flatten(Config())))  # tuples as the lists that JSON makes of them
+  defaults = json.loads(json.dumps(flatten_config(Config())))  # tuples as the lists that JSON makes of them
   docs, groups = leaf_paths(Config), {}
   for path, value in _leaves(config):
     known = path in defaults

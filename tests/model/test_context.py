@@ -15,7 +15,7 @@ from jax.sharding import AxisType
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.kernels.implementations import Unsupported
 from deepseek_jax.mesh import abstract_mesh
-from deepseek_jax.model.attention import attend, causal_attention
+from deepseek_jax.model.attention import attention_with_dropout, causal_self_attention
 from deepseek_jax.model.context import (
   KV_COMM,
   OWN_PAIRS,
@@ -32,7 +32,7 @@ SHARED = jax.P("data", "context")
 KINDS = pytest.mark.parametrize("kind", KV_COMM)
 # What a kernel's place in the model is given, with XLA's products in that place.
 FORMS = {kind: functools.partial(context_parallel_attention, kind=kind) for kind in KV_COMM}
-FORMS["whole"] = functools.partial(all_gather_kv_attention, implementation="xla")
+FORMS["kernel"] = functools.partial(all_gather_kv_attention, implementation="xla")
 
 
 def gqa(weights, keys):
@@ -105,12 +105,12 @@ def permuted(tree, order, sharding=None):
 
 @functools.cache
 def alone(name, dtype, packed):
-  """(values, gradients) of `attend` on one device."""
+  """(values, gradients) of `attention_with_dropout` on one device."""
   primals, segments, cotangents = inputs(name, dtype)
 
   def attention(q, keys, weights):
     expanded = ATTENTIONS[name][0](weights, keys)
-    return attend(q, *expanded, scale=0.5, segment_ids=segments if packed else None)
+    return attention_with_dropout(q, *expanded, scale=0.5, segment_ids=segments if packed else None)
 
   return jax.jit(functools.partial(pulled_back, attention))(primals, cotangents)
 
@@ -249,7 +249,7 @@ def test_scores_and_sums_of_pairs_are_not_kept(kind):
 
   def program(q, keys):
     attention = functools.partial(
-      context_parallel_attention, expand=lambda keys: keys, scale=0.5, axis="context", kind=kind
+      context_parallel_attention, expand_kv=lambda kv: kv, scale=0.5, axis="context", kind=kind
     )
     y, pull = jax.vjp(attention, q, keys)
     kept.extend(x.aval for x in jax.tree.leaves(pull) if jnp.issubdtype(x.dtype, jnp.floating))
@@ -272,7 +272,7 @@ def test_on_tpus_the_kernel_is_taken_where_it_does_the_shapes(implementation, le
 
   def local(x):  # [1, length, heads, 8]
     tokens = types.SimpleNamespace(segment_ids=None)
-    return causal_attention(x, (x, x), lambda keys: keys, 1.0, config, tokens, None)
+    return causal_self_attention(x, (x, x), lambda kv: kv, 1.0, config, tokens, None)
 
   with jax.sharding.use_abstract_mesh(mesh):
     layout = spec("batch", "seq", None, None)

@@ -1,4 +1,4 @@
-"""The forms of dispatch are one function where nothing is dropped; capacity drops what V2 says and nothing else."""
+"""The forms of dispatch are one function where nothing overflows; capacity drops what V2 says and nothing else."""
 
 import dataclasses
 
@@ -23,12 +23,12 @@ def problem(tokens=17, skewed=False, seed=0):
   return x, jnp.asarray(indices, jnp.int32), jnp.asarray(weights, jnp.float32), gate, up, down
 
 
-def value_and_gradients(form, arrays, most=34):
+def value_and_gradients(form, arrays, capacity=34):
   x, indices, *trained = arrays
 
   def loss(x, weights, gate, up, down):
-    y, lost = DISPATCH[form](x, indices, weights, gate, up, down, 34, most)
-    return jnp.sin(y).sum(), lost
+    y, overflow = DISPATCH[form](x, indices, weights, gate, up, down, 34, capacity)
+    return jnp.sin(y).sum(), overflow
 
   return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True))(x, *trained)
 
@@ -40,30 +40,30 @@ def test_equal_to_dense(skewed):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), ours, reference)
 
 
-def test_choices_that_do_not_count_cost_no_room():
+def test_assignments_that_do_not_count_need_no_capacity():
   x, indices, weights, *kernels = problem()
   half = jnp.where(jnp.arange(17)[:, None] % 2 == 0, indices, 6)  # 18 of 34
   ours, reference = (value_and_gradients(f, (x, half, weights, *kernels), 18) for f in ("ragged", "dense"))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), ours, reference)
 
 
-def test_choices_over_the_room_are_counted():
-  for most, lost in ((33, 1), (20, 14)):
-    (_, ours), _ = value_and_gradients("ragged", problem(), most)
-    assert int(ours) == lost
+def test_assignments_over_capacity_are_counted():
+  for capacity, overflow in ((33, 1), (20, 14)):
+    (_, ours), _ = value_and_gradients("ragged", problem(), capacity)
+    assert int(ours) == overflow
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.5])
 def test_capacity_drops_the_lowest_affinities_of_overfull_groups(factor):
   moe = dataclasses.replace(MOE, capacity_factor=factor)
   _, indices, weights, *_ = problem(tokens=30, skewed=False, seed=3)
-  exempt = jnp.arange(30) < 4
-  ours = np.asarray(within_capacity(moe, indices, weights, exempt))
+  no_drop = jnp.arange(30) < 4
+  ours = np.asarray(within_capacity(moe, indices, weights, no_drop))
   budget = factor * indices.size / 3
   assert ours[:4].all()
   for group in range(3):
     inside = np.asarray(indices) // 2 == group
-    affinity = np.where(np.asarray(exempt)[:, None], np.inf, weights)[inside]
+    affinity = np.where(np.asarray(no_drop)[:, None], np.inf, weights)[inside]
     stays = max(int(np.ceil(budget)), int(np.isinf(affinity).sum()))
     threshold = np.sort(affinity)[::-1][min(stays, affinity.size) - 1]
     np.testing.assert_array_equal(ours[inside], affinity >= threshold)
@@ -72,6 +72,6 @@ def test_capacity_drops_the_lowest_affinities_of_overfull_groups(factor):
 
 def test_slots_are_sorted_by_expert_and_padded_to_blocks():
   choices = jnp.array([3, 0, 3, 2, 4, 0, 3], jnp.int32)  # 4 is no expert
-  slots, sizes, counted = assign_slots(choices, 4, 2)
-  assert sizes.tolist() == [2, 0, 2, 4] and int(counted) == 6
+  slots, sizes, num_assignments = assign_slots(choices, 4, 2)
+  assert sizes.tolist() == [2, 0, 2, 4] and int(num_assignments) == 6
   assert slots.tolist()[:4] == [4, 0, 5, 2] and slots.tolist()[5:] == [1, 6] and int(slots[4]) > 100

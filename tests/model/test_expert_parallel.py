@@ -1,4 +1,4 @@
-"""Tokens that travel to their experts: what comes back is what one device computes, each token is sent to a device once."""
+"""Expert parallelism gives what one device computes, and sends each token to a device at most once."""
 
 import functools
 
@@ -17,7 +17,7 @@ TOKENS, EXPERTS, CHOSEN, EMBED, MLP = 12, 8, 3, 4, 5  # tokens of each of 4 devi
 
 
 def problem(seed=0, skewed=False):
-  """x, indices (8 does not count) and weights of 48 tokens, and kernels."""
+  """x, indices (8 is no expert) and weights of 48 tokens, and kernels."""
   rng = np.random.default_rng(seed)
   logits = rng.normal(size=(4 * TOKENS, EXPERTS)) + (9 * (np.arange(EXPERTS) < CHOSEN) if skewed else 0)
   indices = np.argsort(-logits, -1)[:, :CHOSEN]
@@ -38,11 +38,11 @@ def on_four_devices(function, arrays, outputs):
 
 
 def routed(x, indices, weights, *kernels, buffer_factor=0.0):
-  def compute(x, indices, weights, load, most):
-    return DISPATCH["ragged"](x, indices, weights, *kernels, load, most)
+  def compute(x, indices, weights, expected_assignments, capacity):
+    return DISPATCH["ragged"](x, indices, weights, *kernels, expected_assignments, capacity)
 
-  y, lost = expert_parallel.expert_parallel(x, indices, weights, EXPERTS, compute, buffer_factor)
-  return y, psum(lost, "experts")
+  y, overflow = expert_parallel.expert_parallel(x, indices, weights, EXPERTS, compute, buffer_factor)
+  return y, psum(overflow, "experts")
 
 
 @pytest.mark.parametrize("skewed", [False, True])
@@ -71,15 +71,18 @@ def test_equal_to_one_device_with_gradients(skewed):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13), ours, expected)
 
 
-def test_room_that_is_too_small_is_counted_and_enough_room_changes_nothing():
+def test_overflow_of_a_small_buffer_is_counted_and_a_large_one_changes_nothing():
   with jax.enable_x64(True):
-    arrays, lost = problem(skewed=True), {}  # all 144 choices are of experts 0, 1 and 2, on the first two devices
+    arrays, overflow = (
+      problem(skewed=True),
+      {},
+    )  # all 144 assignments are to experts 0, 1 and 2, on the first two devices
     for factor in (1.0, 1.5, 4.0):
       run = functools.partial(routed, buffer_factor=factor)
-      y, lost[factor] = on_four_devices(run, arrays, lambda s: (s("batch", None), s()))
-    # 36 choices are an even load: devices 0 and 1 have 96 and 48, which came in 48 rows each.
-    assert {factor: int(n) for factor, n in lost.items()} == {1.0: lost[1.0], 1.5: 42, 4.0: 0}
-    assert lost[1.0] > 42
+      y, overflow[factor] = on_four_devices(run, arrays, lambda s: (s("batch", None), s()))
+    # 36 assignments are an even load: devices 0 and 1 have 96 and 48, which arrived in 48 rows each.
+    assert {factor: int(n) for factor, n in overflow.items()} == {1.0: overflow[1.0], 1.5: 42, 4.0: 0}
+    assert overflow[1.0] > 42
     np.testing.assert_allclose(y, on_four_devices(routed, arrays, lambda s: (s("batch", None), s()))[0], rtol=1e-14)
 
 
@@ -87,10 +90,10 @@ def test_room_that_is_too_small_is_counted_and_enough_room_changes_nothing():
 def test_each_token_is_sent_at_most_once_to_a_device(monkeypatch, seed):
   sent, make_plan = [], expert_parallel.make_all_to_all_plan
 
-  def watched(counts, room):
-    routes, lost = make_plan(counts, room)
-    jax.debug.callback(lambda sent_rows: sent.append(np.asarray(sent_rows)), routes.send_sizes)
-    return routes, lost
+  def watched(counts, recv_rows):
+    plan, overflow = make_plan(counts, recv_rows)
+    jax.debug.callback(lambda send_sizes: sent.append(np.asarray(send_sizes)), plan.send_sizes)
+    return plan, overflow
 
   monkeypatch.setattr(expert_parallel, "make_all_to_all_plan", watched)
   arrays = problem(seed)
@@ -98,5 +101,5 @@ def test_each_token_is_sent_at_most_once_to_a_device(monkeypatch, seed):
   jax.effects_barrier()
   device = np.asarray(arrays[1]).reshape(4, TOKENS, CHOSEN) // (EXPERTS // 4)
   wanted = [[sum(to in token for token in tokens) for to in range(4)] for tokens in device]
-  assert len(sent) == 4 and all((routes == wanted).all() for routes in sent)
+  assert len(sent) == 4 and all((sizes == wanted).all() for sizes in sent)
   assert np.sum(wanted) < (device < 4).sum()  # some tokens chose two experts of one device

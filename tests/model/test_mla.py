@@ -11,7 +11,7 @@ from flax import nnx
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.mla import softmax_scale
-from deepseek_jax.model.rope import frequencies, rotate, rotation
+from deepseek_jax.model.rope import apply_rope, rope_cos_sin, rope_frequencies
 from deepseek_jax.model.transformer import graphdef, init_params
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
 
@@ -76,7 +76,7 @@ def test_rotation_keeps_relative_positions_and_pairs_are_interleaved():
 
   def product(i, j):
     turned = [
-      rotate(jnp.asarray(x), *rotation(jnp.array([[at]]), MLA, jnp.float32), interleaved=True)
+      apply_rope(jnp.asarray(x), *rope_cos_sin(jnp.array([[at]]), MLA, jnp.float32), interleaved=True)
       for x, at in ((q, i), (k, j))
     ]
     return float((turned[0] * turned[1]).sum())
@@ -97,6 +97,6 @@ def test_yarn_of_the_released_models():
   v2 = dataclasses.replace(v3, yarn=YarnConfig(factor=40.0, mscale=0.707, mscale_all_dim=0.707))
   assert softmax_scale(v2) == pytest.approx(0.114721, abs=1e-6)
   assert softmax_scale(dataclasses.replace(v3, yarn=YarnConfig())) == pytest.approx(192**-0.5)
-  plain, stretched = (frequencies(64, 1e4, YarnConfig(factor=f)) for f in (1.0, 40.0))
+  plain, stretched = (rope_frequencies(64, 1e4, YarnConfig(factor=f)) for f in (1.0, 40.0))
   ratio = plain / stretched
   assert ratio[0] == 1 and ratio[-1] == pytest.approx(40) and (np.diff(ratio) >= 0).all()

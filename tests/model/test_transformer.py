@@ -11,7 +11,7 @@ from flax import nnx
 
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.mesh import make_mesh
-from deepseek_jax.model.attention import attend
+from deepseek_jax.model.attention import attention_with_dropout
 from deepseek_jax.model.transformer import graphdef, init_params
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
 from deepseek_jax.training.loss import cross_entropy
@@ -46,10 +46,10 @@ def ahead(ids, depths):
   return jnp.stack([jnp.pad(ids[:, k:], ((0, 0), (0, k)), constant_values=-1) for k in range(1, depths + 1)])
 
 
-def logits_of(config, params, ids, facts=None, **kwargs):
+def logits_of(config, params, ids, batch_context=None, **kwargs):
   def forward(params, ids):
     model = nnx.merge(graphdef(config), params, {})
-    return model.logits(model(ids, model.batch_context(ids, **(facts or {})), **kwargs)[0])
+    return model.logits(model(ids, model.batch_context(ids, **(batch_context or {})), **kwargs)[0])
 
   return np.asarray(jax.jit(forward)(params, jnp.asarray(ids)))
 
@@ -113,7 +113,7 @@ def test_documents_do_not_see_each_other():
   segments = np.cumsum(starts, 1)
   positions = np.stack([[j - max([0, *np.flatnonzero(row[: j + 1])]) for j in range(len(row))] for row in starts])
   same = segments[:, :, None] == segments[:, None, :]
-  ours = logits_of(TINY, params, ids, {"positions": jnp.asarray(positions), "segment_ids": jnp.asarray(segments)})
+  ours = logits_of(TINY, params, ids, {"rope_positions": jnp.asarray(positions), "segment_ids": jnp.asarray(segments)})
   np.testing.assert_allclose(ours, reference(TINY, params, ids, positions, same), rtol=1e-4, atol=1e-4)
   assert np.abs(ours - logits_of(TINY, params, ids)).max() > 1e-2
 
@@ -126,9 +126,9 @@ def test_multi_token_prediction_stays_within_documents():
 
   def depths(ids):
     model = nnx.merge(graphdef(MTP), params, {})
-    facts = model.batch_context(ids, segment_ids=segments)
-    hidden, _ = model(ids, facts)
-    return [h for h, _ in model.mtp(hidden, ahead(ids, 2), facts)]
+    batch_context = model.batch_context(ids, segment_ids=segments)
+    hidden, _ = model(ids, batch_context)
+    return [h for h, _ in model.mtp(hidden, ahead(ids, 2), batch_context)]
 
   other = ids.copy()
   other[0, 3] += 1  # the last token of the first document
@@ -154,9 +154,9 @@ def test_capacity_drops_in_training_only_and_exempts_the_same_sequences_in_every
   def outputs(key, dispatch):
     moe = dataclasses.replace(CAPACITY.moe, dispatch=dispatch)
     model = nnx.merge(graphdef(dataclasses.replace(CAPACITY, moe=moe)), params, {})
-    facts = model.batch_context(ids, key=key)
-    hidden, _ = model(ids, facts, dropout_key=key)
-    return hidden, model.mtp(hidden, ahead(ids, 1), facts, dropout_key=key)[0][0][:, :-1]
+    batch_context = model.batch_context(ids, no_drop_key=key)
+    hidden, _ = model(ids, batch_context, dropout_key=key)
+    return hidden, model.mtp(hidden, ahead(ids, 1), batch_context, dropout_key=key)[0][0][:, :-1]
 
   dropless, evaluated = outputs(None, "ragged"), outputs(None, "capacity")
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), dropless, evaluated)
@@ -243,8 +243,8 @@ class TestAttend:
   def test_both_paths_agree(self, segmented):
     q, k, v = self.qkv()
     segments = jnp.cumsum(jnp.asarray(np.random.default_rng(2).integers(0, 2, (2, 9))), 1) if segmented else None
-    library = attend(q, k, v, scale=0.3, segment_ids=segments)
-    ours = attend(
+    library = attention_with_dropout(q, k, v, scale=0.3, segment_ids=segments)
+    ours = attention_with_dropout(
       q,
       k,
       v,
@@ -258,12 +258,17 @@ class TestAttend:
   def test_value_width_may_differ(self):
     q, k, v = self.qkv(value=5)
     wide = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, 3)))
-    np.testing.assert_allclose(attend(q, k, v, scale=0.3), attend(q, k, wide, scale=0.3)[..., :5], rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(
+      attention_with_dropout(q, k, v, scale=0.3),
+      attention_with_dropout(q, k, wide, scale=0.3)[..., :5],
+      rtol=2e-5,
+      atol=2e-6,
+    )
 
   def test_dropout_drops_and_keeps_the_mean(self):
     q, k, v = self.qkv()
     ones = jnp.ones_like(v)
-    y = jax.vmap(lambda key: attend(q, k, ones, scale=0.3, dropout_rate=0.25, dropout_keys=key))(
+    y = jax.vmap(lambda key: attention_with_dropout(q, k, ones, scale=0.3, dropout_rate=0.25, dropout_keys=key))(
       jax.random.split(jax.random.key(0), (400, 2, 6))
     )
     assert float(y.std()) > 0.05

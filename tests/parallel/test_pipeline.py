@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.parallel.pipeline import bubble, layer_assignment, pipelined_gradients, to_stage_params
+from deepseek_jax.parallel.pipeline import bubble_fraction, interleaved_1f1b, layer_assignment, to_stage_params
 from deepseek_jax.sharding import pvary
 
 VOCAB, EMBED, ROWS, ROOM = 11, 8, 3, 9  # ROOM: microbatches that tokens are made for
@@ -99,7 +99,7 @@ def functions(tokens, mask, calls, experts):
 def pipelined(mesh, table, mask, virtual_stages, calls):
   """(function of (outer, layers, tokens, microbatches), layouts of layers and tokens).
 
-  It returns what `pipelined_gradients` does, summed over the mesh: (gradients of outer and of layers, rows, positive
+  It returns what `interleaved_1f1b` does, summed over the mesh: (gradients of outer and of layers, rows, positive
   elements [stages, virtual_stages, slots], loss).
   """
   experts = "expert" if "expert" in mesh.axis_names else None
@@ -112,7 +112,7 @@ def pipelined(mesh, table, mask, virtual_stages, calls):
 
     three = functions(tokens[0], jnp.asarray(mask), calls, mesh.shape.get(experts, 1))
     layers, pull = jax.vjp(mine, pvary(layers))
-    outer, layers, (of_first, of_chunk, of_last) = pipelined_gradients(
+    outer, layers, (of_first, of_chunk, of_last) = interleaved_1f1b(
       *three, pvary(outer), layers, microbatches, axis="stage", virtual_stages=virtual_stages
     )
     (layers,) = pull(layers)
@@ -173,7 +173,7 @@ def test_nothing_leaks_from_where_there_is_no_item():
   def device(outer, layers):
     return jax.tree.map(
       lambda leaf: leaf[None],
-      pipelined_gradients(
+      interleaved_1f1b(
         lambda outer, microbatch: (jnp.stack([outer * (microbatch + 1), 0 * outer]), ()),
         chunk,
         lambda outer, microbatch, y: (y[0], y[1]),
@@ -213,7 +213,7 @@ def wide(microbatches):
 
   def device(outer, layers):
     layers = to_stage_params(pvary(layers), table, "stage", None)
-    of_outer, of_layers, _ = pipelined_gradients(
+    of_outer, of_layers, _ = interleaved_1f1b(
       first, chunk, last, pvary(outer), layers, microbatches, axis="stage", virtual_stages=CIRCUITS
     )
     return of_outer[None], of_layers[None]
@@ -302,7 +302,7 @@ def test_assignments_that_do_not_fit_are_errors(assignment):
 
 
 def test_bubble():
-  assert bubble(1, 1, 5) == 0
-  assert bubble(4, 1, 8) == pytest.approx(3 / 11)
-  assert bubble(4, 2, 8) == pytest.approx(3 / 19)
-  assert bubble(4, 2, 5) == pytest.approx(1 - 10 / 19)  # three microbatches of the second group are not there
+  assert bubble_fraction(1, 1, 5) == 0
+  assert bubble_fraction(4, 1, 8) == pytest.approx(3 / 11)
+  assert bubble_fraction(4, 2, 8) == pytest.approx(3 / 19)
+  assert bubble_fraction(4, 2, 5) == pytest.approx(1 - 10 / 19)  # three microbatches of the second group are not there

@@ -13,7 +13,7 @@ import pytest
 from deepseek_jax.flags import load_config
 from deepseek_jax.kernels.implementations import Call
 from deepseek_jax.kernels.qtensor import FP8, QTensor, tiles_of
-from deepseek_jax.mesh import least_devices, resolve_mesh
+from deepseek_jax.mesh import min_devices, resolve_mesh
 from deepseek_jax.selftest import check
 from deepseek_jax.selftest.cases import Case, make_cases, program_calls
 from deepseek_jax.selftest.operations import GROUPS, OPERATIONS, ROWS, draw, make_inputs, uneven_groups
@@ -212,7 +212,7 @@ def test_large_shapes_are_cut_and_equal_ones_tested_once():
 def test_the_cases_are_those_of_the_config_s_own_step(device, platform, expected):
   """At the shapes that a device of the mesh has: two sequences of 4096 positions, of which it holds half the positions."""
   config = load_config("configs/v2_lite.py", {"mesh.context": 2, "train.microbatch": 4, "mesh.fsdp": 2, "mesh.data": 1})
-  config = resolve_mesh(config, least_devices(config.mesh))
+  config = resolve_mesh(config, min_devices(config.mesh))
   calls = program_calls(config, jax.sharding.AbstractDevice(device, 1, platform))
   assert {c.name for c in calls} == expected
   for c in calls:
