@@ -74,12 +74,12 @@ def expert_parallel(
   # And back, for each send slot: its (token, destination) as one number, its token, its destination.
   pair = jnp.full((send_rows,), send_rows).at[slots].set(jnp.arange(send_rows).reshape(slots.shape), mode="drop")
   source = pair // slots.shape[1]
-  destination = destinations.reshape(send_rows).at[pair].get(mode="fill", fill_value=devices)[:, None]
+  destination = destinations.reshape(send_rows).at[pair].get(mode="fill", fill_value=devices)
 
   # Each row's routing: experts as the destination numbers them, and their weights.
   chosen = indices.at[source].get(mode="fill", fill_value=num_experts)  # [send_rows, experts per token]
-  is_local = chosen // experts_per_device == destination
-  local = jnp.where(is_local, chosen - destination * experts_per_device, experts_per_device)
+  is_local = chosen // experts_per_device == destination[:, None]
+  local = jnp.where(is_local, chosen - destination[:, None] * experts_per_device, experts_per_device)
   local, weights = compact_local_assignments(local, rows_at(weights, source, slots), experts_per_device)
   routing = jnp.concatenate([weights, local.astype(weights.dtype)], -1)  # integers are exact in a float of this size
 
@@ -143,8 +143,8 @@ def _dispatch_fwd(transport: Transport, token_values, plan: AllToAllPlan, source
 
 def _dispatch_bwd(transport: Transport, residuals, gradients) -> Any:
   (all_to_all, _), (plan, source, slots), (dx, d_routing) = transport, residuals, gradients
-  d_routing = all_to_all(d_routing, plan, return_rows=source.size)
-  return (combine(transport, dx, plan, source, slots), d_routing), None, None, None
+  dx = combine(transport, dx, plan, source, slots)
+  return (dx, all_to_all(d_routing, plan, return_rows=source.size)), None, None, None
 
 
 def _combine_fwd(transport: Transport, y, plan: AllToAllPlan, source: jax.Array, slots: jax.Array) -> Any:
@@ -190,8 +190,8 @@ def compact_local_assignments(
   """
   width = min(local.shape[1], experts_per_device)
   is_local = local < experts_per_device
-  position = jnp.cumsum(is_local, 1) - 1
-  one_hot = is_local[..., None] & (position[..., None] == jnp.arange(width))  # [rows, k, n]
+  position = jnp.cumsum(is_local, 1)[..., None] - 1
+  one_hot = is_local[..., None] & (position == jnp.arange(width))  # [rows, k, n]
 
   def compact(x):
     return jnp.where(one_hot, x[..., None], 0).sum(1)
