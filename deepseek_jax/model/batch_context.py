@@ -13,8 +13,6 @@ class BatchContext:
   rotation: tuple[jax.Array, jax.Array]  # RoPE's (cos, sin), each [batch or 1, seq, 1, rope_dim / 2]
   segment_ids: jax.Array | None  # int [batch, seq]; attention stays within a segment. None: one segment
   token_mask: jax.Array | None  # bool [batch or 1, seq]; False: padding, which is not routed. None: all count
-  no_drop: (
-    jax.Array | None
-  )  # bool [batch]; True: dispatch=capacity drops nothing of this sequence. None: nothing is dropped
+  no_drop: jax.Array | None  # bool [batch]; True: dispatch=capacity keeps all tokens of the sequence. None: of all
   sequence_ids: jax.Array  # int [batch], which sequences of the microbatch these are
   position_ids: jax.Array  # int [stream], which positions of their sequence these are

@@ -76,21 +76,22 @@ def expert_parallel(
   source = pair // slots.shape[1]
   destination = destinations.reshape(send_rows).at[pair].get(mode="fill", fill_value=devices)
 
-  # Each row's routing: experts as the destination numbers them, and their weights.
+  # The assignments of each row: experts as its destination numbers them, and their weights.
   chosen = indices.at[source].get(mode="fill", fill_value=num_experts)  # [send_rows, experts per token]
   is_local = chosen // experts_per_device == destination[:, None]
-  local = jnp.where(is_local, chosen - destination[:, None] * experts_per_device, experts_per_device)
-  local, weights = compact_local_assignments(local, rows_at(weights, source, slots), experts_per_device)
-  routing = jnp.concatenate([weights, local.astype(weights.dtype)], -1)  # integers are exact in a float of this size
+  local_experts = jnp.where(is_local, chosen - destination[:, None] * experts_per_device, experts_per_device)
+  local_experts, weights = compact_local_assignments(local_experts, rows_at(weights, source, slots), experts_per_device)
+  # As one array: integers of this size are exact in float32.
+  assignments = jnp.concatenate([weights, local_experts.astype(weights.dtype)], -1)  # [send_rows, 2 n]
 
   collective = ragged_all_to_all if has_ragged_all_to_all(device_kind()) else padded_all_to_all
   all_to_all = functools.partial(collective, max_rows=num_tokens)
   fwd_recipe, dgrad_recipe = fwd_and_dgrad_recipes(recipe)
-  x, routing = dispatch((all_to_all, fwd_recipe), (x, routing), plan, source, slots)  # [recv_rows, ...]
-  weights, local = jnp.split(routing, 2, -1)
+  x, assignments = dispatch((all_to_all, fwd_recipe), (x, assignments), plan, source, slots)  # [recv_rows, ...]
+  weights, local_experts = jnp.split(assignments, 2, -1)
   is_filled = jnp.arange(recv_rows) < plan.send_sizes[:, plan.device].sum()
-  local = jnp.where(is_filled[:, None], local.astype(jnp.int32), experts_per_device)
-  y, overflow = compute(x, local, weights, expected_assignments, capacity)
+  local_experts = jnp.where(is_filled[:, None], local_experts.astype(jnp.int32), experts_per_device)
+  y, overflow = compute(x, local_experts, weights, expected_assignments, capacity)
   return combine((all_to_all, dgrad_recipe), y, plan, source, slots), overflow + overflow_rows
 
 
@@ -108,22 +109,22 @@ def dispatch(
 ) -> tuple[jax.Array, jax.Array]:
   """Sends tokens to the devices that hold their experts. Its gradient is `combine`.
 
-  There are two messages. FP8 scales go with the routing, in lanes that TPUs send anyway.
+  There are two messages. FP8 scales go with the assignments, in lanes that TPUs send anyway.
 
   Args:
-    token_values: (x [tokens, embed], routing [send_rows, n]).
+    token_values: (x [tokens, embed], assignments [send_rows, n]).
     source: int [send_rows], the token of each row. slots: int [tokens, n], the rows of each token. As in `rows_at`.
 
   Returns:
-    (x [recv_rows, embed], routing [recv_rows, n]) of the rows that arrived.
+    (x [recv_rows, embed], assignments [recv_rows, n]) of the rows that arrived.
   """
-  (all_to_all, recipe), (x, routing) = transport, token_values
+  (all_to_all, recipe), (x, assignments) = transport, token_values
   values, scales = quantize_for_dispatch(recipe, x)
   values = all_to_all(rows_at(values, source, slots), plan)
-  width = routing.shape[1]
-  routing = jnp.concatenate([routing, rows_at(scales, source, slots).astype(routing.dtype)], 1)
-  routing = all_to_all(routing, plan) if routing.shape[1] else routing
-  return dequantize(recipe, values, routing[:, width:], x.dtype), routing[:, :width]
+  width = assignments.shape[1]
+  assignments = jnp.concatenate([assignments, rows_at(scales, source, slots).astype(assignments.dtype)], 1)
+  assignments = all_to_all(assignments, plan) if assignments.shape[1] else assignments
+  return dequantize(recipe, values, assignments[:, width:], x.dtype), assignments[:, :width]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -142,9 +143,9 @@ def _dispatch_fwd(transport: Transport, token_values, plan: AllToAllPlan, source
 
 
 def _dispatch_bwd(transport: Transport, residuals, gradients) -> Any:
-  (all_to_all, _), (plan, source, slots), (dx, d_routing) = transport, residuals, gradients
+  (all_to_all, _), (plan, source, slots), (dx, d_assignments) = transport, residuals, gradients
   dx = combine(transport, dx, plan, source, slots)
-  return (dx, all_to_all(d_routing, plan, return_rows=source.size)), None, None, None
+  return (dx, all_to_all(d_assignments, plan, return_rows=source.size)), None, None, None
 
 
 def _combine_fwd(transport: Transport, y, plan: AllToAllPlan, source: jax.Array, slots: jax.Array) -> Any:
@@ -153,8 +154,8 @@ def _combine_fwd(transport: Transport, y, plan: AllToAllPlan, source: jax.Array,
 
 def _combine_bwd(transport: Transport, residuals, dy) -> Any:
   plan, source, slots = residuals
-  no_routing = jnp.zeros((source.size, 0), jnp.float32)
-  return dispatch(transport, (dy, no_routing), plan, source, slots)[0], None, None, None
+  no_assignments = jnp.zeros((source.size, 0), jnp.float32)
+  return dispatch(transport, (dy, no_assignments), plan, source, slots)[0], None, None, None
 
 
 dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
@@ -176,24 +177,23 @@ def destination_devices(holders: jax.Array, devices: int) -> jax.Array:
 
 
 def compact_local_assignments(
-  local: jax.Array, weights: jax.Array, experts_per_device: int
+  local_experts: jax.Array, weights: jax.Array, experts_per_device: int
 ) -> tuple[jax.Array, jax.Array]:
   """Moves each row's local assignments to its front and cuts what cannot be filled.
 
   A token chooses each expert at most once, so that n = min(k, experts_per_device) columns suffice.
 
   Args:
-    local: int [rows, k], `experts_per_device` for an assignment to another device. weights: [rows, k].
+    local_experts: int [rows, k], `experts_per_device` for an assignment to another device. weights: [rows, k].
 
   Returns:
-    local [rows, n] and weights [rows, n].
+    local_experts [rows, n] and weights [rows, n].
   """
-  width = min(local.shape[1], experts_per_device)
-  is_local = local < experts_per_device
-  position = jnp.cumsum(is_local, 1)[..., None] - 1
-  one_hot = is_local[..., None] & (position == jnp.arange(width))  # [rows, k, n]
+  width = min(local_experts.shape[1], experts_per_device)
+  is_local = local_experts < experts_per_device
+  one_hot = is_local[..., None] & (jnp.cumsum(is_local, 1)[..., None] - 1 == jnp.arange(width))  # [rows, k, n]
 
   def compact(x):
     return jnp.where(one_hot, x[..., None], 0).sum(1)
 
-  return jnp.where(one_hot.any(1), compact(local), experts_per_device), compact(weights)
+  return jnp.where(one_hot.any(1), compact(local_experts), experts_per_device), compact(weights)

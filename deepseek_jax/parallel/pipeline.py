@@ -136,16 +136,14 @@ def interleaved_1f1b(
 class Carry:
   """What a stage holds between ticks. A rotating box has the shape of x and moves by one stage a tick, from s to s - 1."""
 
-  inbox: (
-    jax.Array
-  )  # rotating box of embed_fn's outputs: r ticks after they were computed, stage 0 has microbatch r of the group
+  # Rotating box of embed_fn's outputs: r ticks after they were computed, stage 0 has microbatch r of the group.
+  inbox: jax.Array
   arriving: jax.Array  # [...] input of the next forward item, from the stage before
   saved_inputs: jax.Array  # [places, ...] inputs of items whose backward pass is to come
   places: jax.Array  # index into saved_inputs of item i, at i modulo the largest number of ticks between its two passes
   free_place: jax.Array  # [] index into saved_inputs that the last backward item left
-  turnaround: (
-    jax.Array
-  )  # rotating box of the last chunk's outputs on their way to loss_fn, and of their gradients on the way back
+  # Rotating box of the last chunk's outputs on their way to loss_fn, and of their gradients on the way back.
+  turnaround: jax.Array
   arriving_grad: jax.Array  # [...] gradient of the last backward item's input, for the stage before
   outbox: jax.Array  # rotating box of the gradients of embed_fn's outputs
   gradients: tuple[Params, PyTree]  # (of outer_params, of layer_params)
@@ -231,8 +229,11 @@ class StageProgram:
     carry = dataclasses.replace(carry, inbox=inbox, arriving=self.send(carry.arriving, 1), turnaround=turnaround)
     backward_tick = tick - self.lag
     due = (backward_tick >= 0) & (backward_tick < self.forward_ticks)
-    item = backward_tick - (self.stages - 1 - self.stage)
-    return _when(due, lambda carry: self.chunk_backward(item, carry), carry)
+
+    def backward(carry):
+      return self.chunk_backward(backward_tick - (self.stages - 1 - self.stage), carry)
+
+    return _when(due, backward, carry)
 
   def chunk_forward(self, item: jax.Array, carry: Carry) -> Carry:
     """The forward pass of work item `item`."""
