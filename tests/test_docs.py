@@ -51,7 +51,7 @@ def source_words():
 def test_names_exist(page):
   spans, lines = code(page)
   wrong = [*wrong_files(spans), *wrong_links(page), *wrong_fields(spans, lines)]
-  wrong += [*wrong_programs(spans, lines), *wrong_identifiers(spans)]
+  wrong += [*wrong_programs(spans, lines), *wrong_identifiers(spans), *wrong_places(page)]
   assert not wrong, f"{page.relative_to(ROOT)} names what does not exist: {', '.join(sorted(set(wrong)))}"
 
 
@@ -122,6 +122,19 @@ def wrong_identifiers(spans):
     for name in re.findall(r"[A-Za-z_]\w*", span) if re.fullmatch(r"[\w.]+(\(\))?(, [\w.]+)*", span) else ():
       if ("_" in name or re.search(r"[a-z][A-Z]", name)) and name not in words:
         yield name
+
+
+def wrong_places(page):
+  """Of "`a`, `b` in `file.py`": names that the file does not have."""
+  text = page.read_text(encoding="utf-8")
+  for names, file in re.findall(
+    r"((?:`[\w.]+`(?:, | and )?)+) in (?:`\w+` of )?`(?:deepseek_jax/)?([\w/]+\.py)`", text
+  ):
+    path = ROOT / "deepseek_jax" / file
+    words = set(re.findall(r"\w+", path.read_text(encoding="utf-8"))) if path.exists() else set()
+    for name in re.findall(r"\w+", names):
+      if path.exists() and name not in words:
+        yield f"{name} in {file}"
 
 
 def test_old_names_of_fields_are_gone():

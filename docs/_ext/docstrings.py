@@ -11,6 +11,7 @@ from sphinx.util.nodes import nested_parse_with_titles
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SECTION = re.compile(r"(Args|Returns|Raises|Attributes|Yields):$")
+BULLET = re.compile(r"\s*(-|\d+\.) +")
 # Of other platforms, programs, and what only the modules beside them use.
 PRIVATE = re.compile(r"__main__|__init__|pallas_|hopper|libraries|child$|\._")
 
@@ -27,26 +28,41 @@ def indentation(line):
 
 def reformat(app, what, name, obj, options, lines):
   """In place: escapes markup, makes literal blocks of indented paragraphs, and leaves sections such as Args to napoleon."""
-  result, in_section, in_block, blank = [], False, False, True
+  result, in_section, in_block, item, blank = [], False, False, None, True
   for line in lines:
     if not line.strip():
       result.append("")
       blank = True
       continue
-    indented = indentation(line) > 0
-    if not indented:
+    indent = indentation(line)
+    if not indent:
       in_section, in_block = bool(SECTION.match(line)), False
     if in_section:
-      result.append(escaped(line) if indented else line)
-    elif indented and (in_block or blank):
+      result.append(escaped(line) if indent else line)
+    elif bullet := BULLET.match(line):
+      if item is None and not blank:
+        result.append("")
+      item = indent
+      result.append(bullet[0].strip() + " " + escaped(line[bullet.end() :]))
+    elif item is not None and indent > item:
+      result.append(" " * len(BULLET.match(result_item(result))[0].rstrip() + " ") + escaped(line.strip()))
+    elif indent and (in_block or blank):
       if not in_block:
         result += ["::", ""]
         in_block = True
       result.append(line)
     else:  # a continuation line that is indented belongs to its paragraph
+      if item is not None and not blank:
+        result.append("")
+      item = None
       result.append(escaped(line.strip()))
     blank = False
   lines[:] = result
+
+
+def result_item(lines):
+  """The last line that begins an item of a list."""
+  return next(line for line in reversed(lines) if BULLET.match(line))
 
 
 def module_names(name):
