@@ -14,7 +14,7 @@ import sys
 
 from absl import flags
 
-from benchmarks.curve import write_picture
+from benchmarks.curve import write_svg
 from deepseek_jax.checkpoint.compatibility import check_compatible
 from deepseek_jax.errors import ConfigError, UserError
 from deepseek_jax.flags import define_config_flags, load_config, parse, run_program
@@ -67,7 +67,7 @@ def main(argv) -> int:
       (title, [Series(label, curve(runs[name], key)) for name, label in names.items() if name in runs], scale)
       for title, key, scale, names in PANELS
     ]
-    write_picture(values.out, panels, columns=2)
+    write_svg(values.out, panels, columns=2)
   return 0
 
 

@@ -1,4 +1,4 @@
-"""A dense model of 1.2B parameters sized for one 80 GB GPU: the LLaMA form with grouped-query attention, 4096 positions.
+"""A dense model of 1.2B parameters for one 80 GB GPU: the LLaMA architecture with grouped-query attention, 4096 positions.
 
 python -m benchmarks.train_step --config=benchmarks/dense_1b.py      (part of: python -m benchmarks.gpu --part=2)
 
@@ -8,7 +8,7 @@ Master weights and both moments are float32. Widths are multiples of 128, which 
 from ml_collections import ConfigDict
 
 
-def get_config():
+def get_config() -> ConfigDict:
   return ConfigDict(
     dict(
       name="dense_1b",

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from benchmarks import fp8_controls
 from benchmarks.ablations import check_settings
-from benchmarks.curve import write_picture
+from benchmarks.curve import write_svg
 from deepseek_jax.checkpoint.parts import layout
 from deepseek_jax.errors import UserError
 from deepseek_jax.flags import define_config_flags, load_config, parse, run_program
@@ -49,7 +49,7 @@ EXPONENTS = (0, 4, 8, 10, 12, 13, 14, 15, 16, 17, 18)
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 
 
-def get_config():
+def get_config() -> ConfigDict:
   return ConfigDict(
     dict(
       name="fp8_training",
@@ -106,7 +106,7 @@ def main(argv) -> int:
   errors = fp8_controls.accumulation_errors(LENGTHS), fp8_controls.outlier_errors(EXPONENTS)
   print("\n\n".join([table(runs), *map(error_table, ("k", "exponent"), errors)]))
   if values.out:
-    write_picture(values.out, panels(runs, *errors), columns=2)
+    write_svg(values.out, panels(runs, *errors), columns=2)
   return int(not shown(runs, values.controls))
 
 
@@ -185,7 +185,7 @@ def error_table(of, errors):
 
 
 def panels(runs, accumulation, outliers):
-  """What `write_picture` draws."""
+  """What `write_svg` draws."""
   losses = {name: curve([run["losses"] for run in seeds.values()]) for name, seeds in runs.items()}
   gaps = {
     name: curve([relative(run["losses"], runs["bf16"][seed]["losses"]) for seed, run in seeds.items()])

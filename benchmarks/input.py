@@ -1,8 +1,8 @@
-"""How fast windows come from a warm cache, per core: order, read and batch, as a run does it.
+"""Throughput of the input pipeline from a warm cache, per CPU core: shuffle, read and batch, as in training.
 
   python -m benchmarks.input [--source=PATH] [--seq=4096] [--batch=64] [--steps=200] [--cache=DIR]
 
-The text is read as bytes, packed first if need be. Nothing is put on a device: `place` only reads the rows.
+The text is read as bytes, and packed first if needed. Nothing is put on a device.
 """
 
 import time
@@ -14,12 +14,12 @@ from deepseek_jax.data import pipeline
 from deepseek_jax.flags import parse, run_program
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
   values = flags.FlagValues()
   flags.DEFINE_string("source", "python-stdlib", "text, as in data.sources", flag_values=values)
   flags.DEFINE_integer("seq", 4096, "tokens a window predicts", lower_bound=2, flag_values=values)
   flags.DEFINE_integer("batch", 64, "windows per step", lower_bound=1, flag_values=values)
-  flags.DEFINE_integer("steps", 200, "steps that are timed", lower_bound=1, flag_values=values)
+  flags.DEFINE_integer("steps", 200, "steps to time", lower_bound=1, flag_values=values)
   flags.DEFINE_string("cache", "", "folder of packed data; default: the user's cache folder", flag_values=values)
   parse(argv, values, __doc__)
 
@@ -27,10 +27,10 @@ def main(argv):
   data = pipeline.open_data(DataConfig(sources=(values.source,), seq=seq, cache=values.cache), vocab=257, seed=0)
   train = TrainConfig(global_batch=batch)
   for steps in (len(data.train) // batch + 1, values.steps):  # the first pass warms the page cache
-    wall, cpu = time.perf_counter(), time.process_time()
-    for rows, _ in pipeline.iterate_batches(data, train, 0, steps, data.train.tokens):
-      assert rows.shape == (batch, seq + 1)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    wall_start, cpu_start = time.perf_counter(), time.process_time()
+    for windows, _ in pipeline.iterate_batches(data, train, 0, steps, data.train.tokens):
+      assert windows.shape == (batch, seq + 1)
+    wall, cpu = time.perf_counter() - wall_start, time.process_time() - cpu_start
   tokens = values.steps * batch * seq
   print(f"windows of {seq} tokens, batches of {batch}: {tokens / cpu / 1e6:.1f} million tokens per core-second")
   print(f"{values.steps} steps, {tokens / 1e6:.1f} million tokens: {wall:.2f} s wall, {cpu:.2f} s CPU")

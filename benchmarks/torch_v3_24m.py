@@ -1,4 +1,4 @@
-"""Times transformers' DeepSeek-V3 at the shape of benchmarks/v3_24m.py, for comparison:  python benchmarks/torch_v3_24m.py
+"""Times transformers' DeepSeek-V3 at the sizes of benchmarks/v3_24m.py:  python benchmarks/torch_v3_24m.py
 
 Needs torch and transformers (an environment of its own: `make parity` builds one). AdamW, clipping at 1, 4 x 256 tokens.
 """
@@ -11,7 +11,7 @@ import torch
 import transformers
 
 
-def main():
+def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--steps", type=int, default=8)
   parser.add_argument("--bfloat16", action="store_true", help="autocast to bfloat16")
@@ -28,7 +28,7 @@ def main():
   tokens = torch.randint(0, config.vocab_size, (4, 257))
   wall, cpu = [], []
   for _ in range(arguments.steps + 1):
-    clocks = time.perf_counter(), time.process_time()
+    wall_start, cpu_start = time.perf_counter(), time.process_time()
     with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bfloat16):
       logits = model(tokens[:, :-1]).logits
       loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
@@ -36,14 +36,15 @@ def main():
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    wall.append(time.perf_counter() - clocks[0])
-    cpu.append(time.process_time() - clocks[1])
+    wall.append(time.perf_counter() - wall_start)
+    cpu.append(time.process_time() - cpu_start)
   wall, cpu = wall[1:], cpu[1:]
+  precision = "bfloat16 autocast" if arguments.bfloat16 else "float32"
+  print(f"torch {torch.__version__}, transformers {transformers.__version__}, {precision}")
   print(
-    f"torch {torch.__version__}, transformers {transformers.__version__}, {'bfloat16 autocast' if arguments.bfloat16 else 'float32'}"
+    f"wall time per step {statistics.median(wall):.4f} s median of {len(wall)} ({min(wall):.4f} to {max(wall):.4f})"
   )
-  print(f"wall a step       {statistics.median(wall):.4f} s median of {len(wall)} ({min(wall):.4f} to {max(wall):.4f})")
-  print(f"CPU a step        {statistics.median(cpu):.4f} s")
+  print(f"CPU time per step  {statistics.median(cpu):.4f} s")
 
 
 if __name__ == "__main__":

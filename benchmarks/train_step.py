@@ -1,21 +1,25 @@
 """Times the training step of a config on random tokens:  python -m benchmarks.train_step --config=tiny
 
-Any field can be set as in training, e.g. --config.model.remat=none. The roof is the rate of a large square matrix product
-in the compute dtype, measured in the same process just before: on shared machines compare ratios, not seconds. --json=FILE
-has the same numbers, is written after each step, and has MFU where the peak of the chip is known.
+Any field can be set as in training, e.g. --config.model.remat=none. The roof is the FLOP/s of a large square matmul in the
+compute dtype, measured in the same process just before. On shared machines compare ratios to it, not seconds. --json=FILE has
+the same numbers, and MFU if the peak FLOP/s of the chip are known. It is written after each step.
 """
 
 import resource
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 from absl import flags
 
 from benchmarks.results import write_json
+from deepseek_jax.config import Config
 from deepseek_jax.flags import define_config_flags, load_config, parse, run_program
+from deepseek_jax.model_config import ModelConfig
 
 
-def main(argv) -> int:
+def main(argv: list[str]) -> int:
   values = flags.FlagValues()
   define_config_flags(values, "tiny")
   flags.DEFINE_integer("steps", 5, "steps to time, after one that compiles", lower_bound=1, flag_values=values)
@@ -29,22 +33,27 @@ def main(argv) -> int:
 
   check_x64(config.model)
   config = resolve_mesh(config, len(jax.devices()))
-  # Virtual CPU devices share the cores that one of them measures.
+  # Virtual CPU devices share the same cores: one device measures all of them.
   on_cpu = jax.default_backend() == "cpu"
-  roof = matmul_rate(config.model, 2048 if on_cpu else 8192) * (1 if on_cpu else len(jax.devices()))
+  roof = matmul_flops_per_second(config.model, 2048 if on_cpu else 8192) * (1 if on_cpu else len(jax.devices()))
 
-  def report(timed):
+  def report(timings):
     if values.json:
-      write_json(values.json, summary(config, roof, timed))
+      write_json(values.json, summarize(config, roof, timings))
 
-  print(table(summary(config, roof, time_steps(config, values.steps, report))))
+  print(format_summary(summarize(config, roof, time_steps(config, values.steps, report))))
   return 0
 
 
-def summary(config, roof, timed) -> dict:
-  """What the JSON has. Seconds are of a step, the median; without steps so far there is `compile_seconds` alone, and memory.
+def summarize(config: Config, roof: float, timings: dict[str, Any]) -> dict[str, Any]:
+  """The content of --json. Seconds are of one step; `seconds` and `cpu_seconds` are medians.
 
-  `mfu`: of the bfloat16 peak, also in fp8; None where it is not known. `peak_bytes`: of a device, or on a CPU of the process.
+  Before the first step there are no step times. `mfu` is relative to the bfloat16 peak, with FP8 GEMMs too; None if the peak
+  is not known. `peak_bytes` is of a device, or of the process on a CPU.
+
+  Args:
+    roof: FLOP/s of a large matmul on all devices.
+    timings: of `time_steps`.
   """
   import jax
 
@@ -53,31 +62,31 @@ def summary(config, roof, timed) -> dict:
 
   device, parameters = jax.devices()[0], count_parameters(config.model)
   memory = device.memory_stats() or {}
-  found = {
+  summary = {
     "config": config.name, "precision": config.model.precision, "compute_dtype": config.model.compute_dtype,
     "parameters": parameters.total + parameters.mtp, "chip": device.device_kind, "devices": len(jax.devices()),
-    "jax": jax.__version__, "compile_seconds": timed["compile"], "roof_flops_per_second": roof,
+    "jax": jax.__version__, "compile_seconds": timings["compile"], "roof_flops_per_second": roof,
     "peak_bytes": memory.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
-    "peak_bytes_of": "device" if memory else "process", "steps": len(timed["wall"]),
+    "peak_bytes_of": "device" if memory else "process", "steps": len(timings["wall"]),
   }  # fmt: skip
-  if not timed["wall"]:
-    return found
-  seconds, tokens = statistics.median(timed["wall"]), config.train.global_batch * config.data.seq
+  if not timings["wall"]:
+    return summary
+  seconds, tokens = statistics.median(timings["wall"]), config.train.global_batch * config.data.seq
   rate = tokens * training_flops(config.model, config.data.seq).causal / seconds
   peak = peak_flops(device.device_kind)
-  return found | {
-    "seconds": seconds, "seconds_least": min(timed["wall"]), "seconds_most": max(timed["wall"]),
-    "cpu_seconds": statistics.median(timed["cpu"]), "tokens_per_second": tokens / seconds, "model_flops_per_second": rate,
-    "mfu": peak and rate / (peak * len(jax.devices())), "losses": timed["loss"],
+  return summary | {
+    "seconds": seconds, "seconds_least": min(timings["wall"]), "seconds_most": max(timings["wall"]),
+    "cpu_seconds": statistics.median(timings["cpu"]), "tokens_per_second": tokens / seconds, "model_flops_per_second": rate,
+    "mfu": peak and rate / (peak * len(jax.devices())), "losses": timings["loss"],
   }  # fmt: skip
 
 
-def table(s: dict) -> str:
-  """A summary for people."""
+def format_summary(s: dict[str, Any]) -> str:
+  """The lines that the command prints."""
   lines = [
     f"config            {s['config']} on {s['devices']} x {s['chip']}, jax {s['jax']}",
-    f"wall a step       {s['seconds']:.4f} s median of {s['steps']} ({s['seconds_least']:.4f} to {s['seconds_most']:.4f})",
-    f"CPU a step        {s['cpu_seconds']:.4f} s",
+    f"wall time/step    {s['seconds']:.4f} s median of {s['steps']} ({s['seconds_least']:.4f} to {s['seconds_most']:.4f})",
+    f"CPU time/step     {s['cpu_seconds']:.4f} s",
     f"tokens/s          {s['tokens_per_second']:,.0f}",
     f"model FLOP/s      {s['model_flops_per_second']:.4g} (causal attention, no recomputation)"
     + (f", MFU {s['mfu']:.1%}" if s["mfu"] else ""),
@@ -89,11 +98,16 @@ def table(s: dict) -> str:
   return "\n".join(lines)
 
 
-def time_steps(config, steps, report=lambda timed: None):
-  """Seconds of each of `steps` steps, "wall" and "cpu", and of their "compile"; what XLA says of the program, "cost"; and the
-  "loss" of each step.
+def time_steps(config: Config, steps: int, report: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+  """Times training steps on random tokens, after one step that is not timed.
 
-  The mesh sizes of `config` are resolved. Tokens are random. `report` is called with what is known so far, after each step.
+  Args:
+    config: with resolved mesh sizes.
+    report: is called with the result so far, after compilation and after each step.
+
+  Returns:
+    {"compile": seconds, "cost": XLA's cost analysis, and lists with an entry per step: "wall": seconds, "cpu": seconds of CPU
+    time, "loss"}.
   """
   import jax
   import numpy as np
@@ -109,36 +123,37 @@ def time_steps(config, steps, report=lambda timed: None):
   mesh, train = make_mesh(config.mesh), config.train
   with jax.set_mesh(mesh):
     state = jax.block_until_ready(jax.jit(init_state, static_argnums=0)(config, jax.random.key(0)))
-    micro = train.microbatch or train.global_batch
-    shape = (train.global_batch // micro, micro, config.data.seq + 1)
+    microbatch = train.microbatch or train.global_batch
+    shape = (train.global_batch // microbatch, microbatch, config.data.seq + 1)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab, shape, np.int32)
     batch = jax.device_put(tokens, NamedSharding(mesh, spec(None, "batch", None)))
     step = make_train_step(config, graphdef(config.model), bos=0)
     step = jax.jit(step, donate_argnames="state", static_argnames="microbatches")
-    now = {name: np.asarray(rate, config.model.param_dtype) for name, rate in schedules(config, 0, 0, 1).items()}
-    started = time.perf_counter()
-    compiled = step.lower(state, batch, shape[0], now).compile()
-    timed = {
-      "compile": time.perf_counter() - started,
+    rates = {name: np.asarray(rate, config.model.param_dtype) for name, rate in schedules(config, 0, 0, 1).items()}
+    start = time.perf_counter()
+    compiled = step.lower(state, batch, shape[0], rates).compile()
+    timings: dict[str, Any] = {
+      "compile": time.perf_counter() - start,
       "cost": compiled.cost_analysis(),
       "wall": [],
       "cpu": [],
       "loss": [],
     }
-    report(timed)
-    state, _ = jax.block_until_ready(compiled(state, batch, now))
+    report = report or (lambda timings: None)
+    report(timings)
+    state, _ = jax.block_until_ready(compiled(state, batch, rates))
     for _ in range(steps):
-      clocks = time.perf_counter(), time.process_time()
-      state, metrics = jax.block_until_ready(compiled(state, batch, now))
-      timed["wall"].append(time.perf_counter() - clocks[0])
-      timed["cpu"].append(time.process_time() - clocks[1])
-      timed["loss"].append(float(metrics["loss"]))
-      report(timed)
-  return timed
+      wall_start, cpu_start = time.perf_counter(), time.process_time()
+      state, metrics = jax.block_until_ready(compiled(state, batch, rates))
+      timings["wall"].append(time.perf_counter() - wall_start)
+      timings["cpu"].append(time.process_time() - cpu_start)
+      timings["loss"].append(float(metrics["loss"]))
+      report(timings)
+  return timings
 
 
-def matmul_rate(config, size=2048, repeats=5) -> float:
-  """FLOP/s of one device on a [size, size] product as the model of `config` does it: the best of `repeats`."""
+def matmul_flops_per_second(config: ModelConfig, size: int = 2048, repeats: int = 5) -> float:
+  """FLOP/s of one device on a [size, size] matmul in the model's compute dtype and precision: the best of `repeats`."""
   import jax
 
   from deepseek_jax.model.linear import matmul_precision
@@ -147,14 +162,14 @@ def matmul_rate(config, size=2048, repeats=5) -> float:
     with matmul_precision(config):
       return a @ a
 
-  # Not ones: a GPU multiplies them faster than other numbers.
-  a, product = jax.random.normal(jax.random.key(0), (size, size), config.compute_dtype), jax.jit(square)
-  product(a).block_until_ready()
+  # Random numbers, since a GPU multiplies ones faster.
+  a, matmul = jax.random.normal(jax.random.key(0), (size, size), config.compute_dtype), jax.jit(square)
+  matmul(a).block_until_ready()
   best = float("inf")
   for _ in range(repeats):
-    started = time.perf_counter()
-    product(a).block_until_ready()
-    best = min(best, time.perf_counter() - started)
+    start = time.perf_counter()
+    matmul(a).block_until_ready()
+    best = min(best, time.perf_counter() - start)
   return 2 * size**3 / best
 
 

@@ -1,12 +1,12 @@
-"""The shape at which the step is timed beside other software: a V3 of 24M parameters.
+"""A V3 of 24M parameters, for comparing step time with other software.
 
-python -m benchmarks.train_step --config=benchmarks/v3_24m.py      (beside it: benchmarks/torch_v3_24m.py)
+python -m benchmarks.train_step --config=benchmarks/v3_24m.py      (compare with: benchmarks/torch_v3_24m.py)
 """
 
 from ml_collections import ConfigDict
 
 
-def get_config():
+def get_config() -> ConfigDict:
   return ConfigDict(
     dict(
       name="v3_24m",

@@ -1,4 +1,4 @@
-"""A V3 of 2.8B parameters sized for one 80 GB GPU: MLA, sigmoid router with bias, a shared expert, MTP, 4096 positions.
+"""A V3 of 2.8B parameters for one 80 GB GPU: MLA, sigmoid router with bias, a shared expert, MTP, 4096 positions.
 
 python -m benchmarks.train_step --config=benchmarks/v3_3b.py      (part of: python -m benchmarks.gpu --part=2)
 
@@ -8,7 +8,7 @@ Master weights and both moments are float32. Widths are multiples of 128, which 
 from ml_collections import ConfigDict
 
 
-def get_config():
+def get_config() -> ConfigDict:
   return ConfigDict(
     dict(
       name="v3_3b",
@@ -33,7 +33,7 @@ def get_config():
       ),
       data=dict(tokenizer="tokenizer.json", seq=4096),
       balance=dict(bias_update_rate=1e-3, expert_loss=1e-4),
-      parallel=dict(zero=1),  # of one device: weights are cast once a step, and gradients of a microbatch are bfloat16
+      parallel=dict(zero=1),  # weights are cast once a step, gradients of a microbatch are bfloat16
       train=dict(global_batch=16, microbatch=4),
     )
   )  # fmt: skip
