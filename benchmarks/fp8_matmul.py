@@ -1,98 +1,106 @@
-"""What eight-bit kernels reach on one GPU:  python -m benchmarks.fp8_matmul
+"""FLOP/s and bandwidth of the FP8 kernels on one GPU:  python -m benchmarks.fp8_matmul
 
-Random normal data, and enough copies of it that no operand waits in the L2 cache. A time is the best of three rounds of calls
-back to back. Beside each product stand bfloat16's and, where torch is importable, its fp8 product with one scale a matrix, on
-the same card in the same run. Errors of products are those against the same operands in float32, of the first 128 rows; of
-quantisers, the share of bytes that are not XLA's.
+Data are random normal, in enough copies that no operand is in the L2 cache. A time is the best of three rounds of calls back
+to back. Beside each FP8 GEMM are a bfloat16 GEMM and, if torch is installed, torch's FP8 GEMM with one scale per matrix, on
+the same GPU in the same run. The error of a GEMM is relative to the same operands in float32, on the first 128 rows. The error
+of quantization is the share of bytes that differ from XLA's.
 
---json=FILE keeps the rows: the same command goes on with those that are missing, and tries those that failed once more. What
-is not reached in --seconds is left out, and said; a row that takes longer than --row_seconds has failed. Exit codes: 0; 1 if
-a row failed; 3 if rows are left. --small: sizes of a test, on any platform.
+--json=FILE saves the rows. The same command continues with those that are missing, and tries failed ones once more. After
+--seconds no row starts. A row that takes longer than --row_seconds has failed. Exit codes: 0; 1 if a row failed; 3 if rows
+remain. --small: sizes of a test, on any platform.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from benchmarks.timing import CACHE_BYTES, Row, copies, normal, run_table, torch_on_gpu
+from benchmarks.timing import CACHE_BYTES, Calls, Row, copies_beyond_l2, random_normal, run_table, torch_on_gpu
 from deepseek_jax.flags import run_program
 
-# TFLOP/s on an H200: what would be well done, and the least that is accepted.
+if TYPE_CHECKING:  # jax is imported after the flags are parsed
+  import jax
+
+  from deepseek_jax.kernels.qtensor import QTensor
+
+# {(m, n, k): (goal, floor)} in TFLOP/s on an H200.
 DENSE = {
   (4096, 7168, 16384): (1400, 1100), (4096, 4096, 7168): (1300, 1000), (4096, 7168, 2048): (1100, 800),
   (4096, 24576, 1536): (None, None), (4096, 2112, 7168): (None, None), (4096, 32768, 512): (None, None),
 }  # fmt: skip
-GROUPED = {(8, 4096, 4096, 7168): (1250, 950), (8, 4096, 7168, 2048): (None, None)}  # groups, rows of each, n, k
-WGRAD = {(7168, 4096, 8192): (950, 700)}  # k is of tokens
-QUANTIZE = {(8192, 7168): (0.8 * 4300, 0.6 * 4300)}  # GB/s
-WHOLE = {(4096, 7168, 16384): (1.5, 1.25), (4096, 4096, 7168): (1.5, 1.25), (4096, 7168, 2048): (1.5, 1.25)}
+GROUPED = {(8, 4096, 4096, 7168): (1250, 950), (8, 4096, 7168, 2048): (None, None)}  # (groups, rows of each, n, k)
+WGRAD = {(7168, 4096, 8192): (950, 700)}  # k is the number of tokens
+QUANTIZE = {(8192, 7168): (0.8 * 4300, 0.6 * 4300)}  # (rows, k), GB/s
+# Forward and backward pass of a linear layer, as a ratio to bfloat16.
+LAYER = {(4096, 7168, 16384): (1.5, 1.25), (4096, 4096, 7168): (1.5, 1.25), (4096, 7168, 2048): (1.5, 1.25)}
 
 
-def main(argv) -> int:
-  return run_table(argv, __doc__, rows, ("bf16", "torch", "goal", "floor"))
+def main(argv: list[str]) -> int:
+  return run_table(argv, __doc__, make_rows, ("bf16", "torch", "goal", "floor"))
 
 
-def rows(implementation, small):
-  """Every row of the tables above, or with `small` one a table, of no sizes that have goals."""
+def make_rows(implementation: str, small: bool) -> Iterator[Row]:
+  """The rows of the tables above, or with `small` one of each table, at small sizes without goals."""
 
-  def of(table):
-    for sizes, marks in list(table.items())[: 1 if small else None]:
-      yield (tuple(min(n, 128) for n in sizes), (None, None)) if small else (sizes, marks)
+  def sizes_of(table):
+    for sizes, (goal, floor) in list(table.items())[: 1 if small else None]:
+      yield (tuple(min(n, 128) for n in sizes), (None, None)) if small else (sizes, (goal, floor))
 
-  for (m, n, k), marks in of(DENSE):
-    make = functools.partial(dense, m, n, k, implementation)
-    yield Row(f"forward or dgrad {m} x {n} x {k}", 2 * m * n * k, "TFLOP/s", *marks, make, product_error)
-  for (groups, m, n, k), marks in of(GROUPED):
+  for (m, n, k), goals in sizes_of(DENSE):
+    make_calls = functools.partial(dense_calls, m, n, k, implementation)
+    yield Row(f"forward or dgrad {m} x {n} x {k}", 2 * m * n * k, "TFLOP/s", *goals, make_calls, gemm_error)
+  for (groups, m, n, k), goals in sizes_of(GROUPED):
     work, name = 2 * groups * m * n * k, f"{groups} x {m} x {n} x {k}"
-    make = functools.partial(grouped, groups, m, n, k, implementation)
-    yield Row(f"grouped {name}", work, "TFLOP/s", *marks, make, lambda y, a, b, _: product_error(y, a, b[0]))
-    make = functools.partial(grouped_wgrad, groups, m, n, k, implementation)
-    of_first = lambda dw, a, b, sizes, m=m: product_error(dw[0], columns(a, m), columns(b, m))
-    yield Row(f"grouped wgrad {name}", work, "TFLOP/s", None, None, make, of_first)
-  for (m, n, k), marks in of(WGRAD):
-    make = functools.partial(dense, m, n, k, implementation, wgrad=True)
-    yield Row(f"wgrad {m} x {n} x {k}", 2 * m * n * k, "TFLOP/s", *marks, make, product_error)
-  for (m, k), marks in of(QUANTIZE):
-    written = 2 * (1 + 4 / 128)
-    make = functools.partial(quantized, m, k, implementation)
-    yield Row(
-      f"quantise both ways {m} x {k}",
-      m * k * (2 + written),
-      "GB/s",
-      *marks,
-      make,
-      functools.partial(differing, "quantize_both"),
-    )
-    make, error = functools.partial(activated, m, k, implementation), functools.partial(differing, "swiglu_quantize")
-    yield Row(f"SwiGLU both ways {m} x {k}", m * k * (4 + written), "GB/s", None, None, make, error)
-  for (m, n, k), marks in of(WHOLE):
-    make = functools.partial(layer, m, n, k, implementation)
-    yield Row(f"a layer's training {m} x {n} x {k}", 1, "times bf16", *marks, make)
+    make_calls = functools.partial(grouped_calls, groups, m, n, k, implementation)
+    first_error = lambda y, a, b, _: gemm_error(y, a, b[0])
+    yield Row(f"grouped {name}", work, "TFLOP/s", *goals, make_calls, first_error)
+    make_calls = functools.partial(grouped_wgrad_calls, groups, m, n, k, implementation)
+    first_error = lambda dw, a, b, sizes, m=m: gemm_error(dw[0], first_columns(a, m), first_columns(b, m))
+    yield Row(f"grouped wgrad {name}", work, "TFLOP/s", None, None, make_calls, first_error)
+  for (m, n, k), goals in sizes_of(WGRAD):
+    make_calls = functools.partial(dense_calls, m, n, k, implementation, wgrad=True)
+    yield Row(f"wgrad {m} x {n} x {k}", 2 * m * n * k, "TFLOP/s", *goals, make_calls, gemm_error)
+  for (m, k), goals in sizes_of(QUANTIZE):
+    written_bytes = 2 * (1 + 4 / 128)  # per element: two FP8 copies with a float32 scale every 128
+    make_calls = functools.partial(quantize_calls, m, k, implementation)
+    error = functools.partial(differing_bytes, "quantize_both")
+    yield Row(f"quantize both ways {m} x {k}", m * k * (2 + written_bytes), "GB/s", *goals, make_calls, error)
+    make_calls = functools.partial(swiglu_calls, m, k, implementation)
+    error = functools.partial(differing_bytes, "swiglu_quantize")
+    yield Row(f"SwiGLU both ways {m} x {k}", m * k * (4 + written_bytes), "GB/s", None, None, make_calls, error)
+  for (m, n, k), goals in sizes_of(LAYER):
+    make_calls = functools.partial(layer_calls, m, n, k, implementation)
+    yield Row(f"linear layer {m} x {n} x {k}", 1, "times bf16", *goals, make_calls)
 
 
-def as_tiles(x, tile):
+def quantize_xla(x: jax.Array, tile: tuple[int, int]) -> QTensor:
+  """`x` in FP8 with a scale for each tile."""
   from deepseek_jax.kernels.quantize.api import quantize
 
   return quantize(x, tile, implementation="xla")
 
 
-def dense(m, n, k, implementation, wgrad=False):
+def dense_calls(m: int, n: int, k: int, implementation: str, wgrad: bool = False) -> Calls:
+  """GEMMs y = a b^T of a [m, k] and b [n, k]. `wgrad`: both operands have 1 x 128 tiles, and the result is float32."""
   import jax.numpy as jnp
 
   from deepseek_jax.kernels.fp8_matmul.api import fp8_matmul
 
-  a, b, out = normal(m, k), normal(n, k, seed=1), jnp.float32 if wgrad else jnp.bfloat16
-  found = {
+  a, b, out = random_normal(m, k), random_normal(n, k, seed=1), jnp.float32 if wgrad else jnp.bfloat16
+  calls: Calls = {
     "ours": (
       lambda a, b: fp8_matmul(a, b, out_dtype=out, implementation=implementation),
-      copies(as_tiles(a, (1, 128)), as_tiles(b, (1, 128) if wgrad else (128, 128))),
+      copies_beyond_l2(quantize_xla(a, (1, 128)), quantize_xla(b, (1, 128) if wgrad else (128, 128))),
     ),
-    "bf16": (lambda a, b: jnp.einsum("mk,nk->mn", a, b, preferred_element_type=out), copies(a, b)),
+    "bf16": (lambda a, b: jnp.einsum("mk,nk->mn", a, b, preferred_element_type=out), copies_beyond_l2(a, b)),
   }
-  return found | torch_product(m, n, k, wgrad)
+  return calls | torch_calls(m, n, k, wgrad)
 
 
-def product_error(y, a, b):
-  """Relative, of the first rows of a product of `a` and `b`."""
+def gemm_error(y: jax.Array, a: QTensor, b: QTensor) -> jax.Array:
+  """Relative error of the first 128 rows of y = a b^T."""
   import jax
   import jax.numpy as jnp
 
@@ -101,12 +109,12 @@ def product_error(y, a, b):
   return jnp.linalg.norm(y[:128].astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
 
 
-def columns(q, count):
-  """The first `count` of an FP8 tensor, of whole tiles."""
+def first_columns(q: QTensor, count: int) -> QTensor:
+  """The first `count` columns, a multiple of the tile's width."""
   return dataclasses.replace(q, values=q.values[:, :count], scales=q.scales[:, : count // q.tile[1]])
 
 
-def differing(function, ours, *arguments):
+def differing_bytes(function: str, ours: tuple[QTensor, ...], *arguments: jax.Array) -> jax.Array:
   """The share of bytes that differ from XLA's."""
   import jax
   import jax.numpy as jnp
@@ -115,78 +123,84 @@ def differing(function, ours, *arguments):
   from deepseek_jax.kernels.swiglu import xla as swiglu
 
   module = swiglu if function == "swiglu_quantize" else quantizers
-  theirs = getattr(module, function)(*arguments, 128, False)
-  bits = lambda q: jax.lax.bitcast_convert_type(q.values, jnp.uint8)
-  return jnp.mean(jnp.stack([jnp.mean(bits(a) != bits(b)) for a, b in zip(ours, theirs, strict=True)]))
+  reference = getattr(module, function)(*arguments, 128, False)
+  as_bytes = lambda q: jax.lax.bitcast_convert_type(q.values, jnp.uint8)
+  return jnp.mean(jnp.stack([jnp.mean(as_bytes(a) != as_bytes(b)) for a, b in zip(ours, reference, strict=True)]))
 
 
-def torch_product(m, n, k, wgrad):
-  """torch's product with one scale a matrix, where torch and its GPU are at hand."""
+def torch_calls(m: int, n: int, k: int, wgrad: bool) -> Calls:
+  """torch's FP8 GEMM with one scale per matrix. Empty without torch or a GPU for it."""
   torch = torch_on_gpu()
   if torch is None:
     return {}
-  make = lambda *shape: torch.randn(*shape, device="cuda").to(torch.float8_e4m3fn)
+  operand = lambda *shape: torch.randn(*shape, device="cuda").to(torch.float8_e4m3fn)
   one, dtype = torch.ones((), device="cuda"), torch.float32 if wgrad else torch.bfloat16
   count = min(CACHE_BYTES // ((m + n) * k), 8) + 1
-  arguments = [(make(m, k), make(n, k).t()) for _ in range(count)]
+  arguments = [(operand(m, k), operand(n, k).t()) for _ in range(count)]
   return {"torch": (lambda a, b: torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=dtype), arguments)}
 
 
-def grouped(groups, m, n, k, implementation):
+def grouped_calls(groups: int, m: int, n: int, k: int, implementation: str) -> Calls:
+  """Grouped GEMMs of [m, k] and [k, n] in each group."""
   import jax
   import jax.numpy as jnp
 
   from deepseek_jax.kernels.fp8_grouped_matmul.api import fp8_grouped_matmul
 
-  x, w, sizes = normal(groups * m, k), normal(groups, n, k, seed=1), jnp.full((groups,), m, jnp.int32)
+  x, w, sizes = random_normal(groups * m, k), random_normal(groups, n, k, seed=1), jnp.full((groups,), m, jnp.int32)
   ours = lambda a, b, sizes: fp8_grouped_matmul(a, b, sizes, out_dtype=jnp.bfloat16, implementation=implementation)
   return {
-    "ours": (ours, copies(as_tiles(x, (1, 128)), as_tiles(w, (128, 128)), sizes)),
-    "bf16": (lambda x, w, sizes: jax.lax.ragged_dot(x, w, sizes), copies(x, w.mT, sizes)),
+    "ours": (ours, copies_beyond_l2(quantize_xla(x, (1, 128)), quantize_xla(w, (128, 128)), sizes)),
+    "bf16": (lambda x, w, sizes: jax.lax.ragged_dot(x, w, sizes), copies_beyond_l2(x, w.mT, sizes)),
   }
 
 
-def grouped_wgrad(groups, m, n, k, implementation):
+def grouped_wgrad_calls(groups: int, m: int, n: int, k: int, implementation: str) -> Calls:
+  """Weight gradients of a grouped GEMM: [k, m] and [m, n] in each group."""
   import jax.numpy as jnp
 
   from deepseek_jax.kernels.fp8_grouped_matmul.api import fp8_grouped_wgrad
 
-  a, b, sizes = normal(k, groups * m), normal(n, groups * m, seed=1), jnp.full((groups,), m, jnp.int32)
+  a, b, sizes = random_normal(k, groups * m), random_normal(n, groups * m, seed=1), jnp.full((groups,), m, jnp.int32)
   ours = lambda a, b, sizes: fp8_grouped_wgrad(a, b, sizes, implementation=implementation)
-  return {"ours": (ours, copies(as_tiles(a, (1, 128)), as_tiles(b, (1, 128)), sizes))}
+  return {"ours": (ours, copies_beyond_l2(quantize_xla(a, (1, 128)), quantize_xla(b, (1, 128)), sizes))}
 
 
-def quantized(m, k, implementation):
+def quantize_calls(m: int, k: int, implementation: str) -> Calls:
+  """Quantization of [m, k] along rows and along columns."""
   from deepseek_jax.kernels.quantize.api import quantize_both
 
-  return {"ours": (lambda x: quantize_both(x, 128, implementation=implementation), copies(normal(m, k)))}
+  return {
+    "ours": (lambda x: quantize_both(x, 128, implementation=implementation), copies_beyond_l2(random_normal(m, k)))
+  }
 
 
-def activated(m, k, implementation):
+def swiglu_calls(m: int, k: int, implementation: str) -> Calls:
+  """SwiGLU of two [m, k], quantized along rows and along columns."""
   from deepseek_jax.kernels.swiglu.api import swiglu_quantize
 
   ours = lambda gate, up: swiglu_quantize(gate, up, 128, implementation=implementation)
-  return {"ours": (ours, copies(normal(m, k), normal(m, k, seed=1)))}
+  return {"ours": (ours, copies_beyond_l2(random_normal(m, k), random_normal(m, k, seed=1)))}
 
 
-def layer(m, n, k, implementation):
-  """Forward and backward of one: three products, and with ours the quantisers of x, w and dy."""
+def layer_calls(m: int, n: int, k: int, implementation: str) -> Calls:
+  """Forward and backward pass of a linear layer: three GEMMs, and in FP8 the quantization of x, w and dy."""
   import jax
 
   from deepseek_jax.kernels.fp8_linear import Recipe, fp8_linear
 
-  def trained(forward):
-    def both(x, w, dy):
-      y, pull = jax.vjp(forward, x, w)
-      return y, pull(dy)
+  def with_backward(forward):
+    def forward_and_backward(x, w, dy):
+      y, vjp = jax.vjp(forward, x, w)
+      return y, vjp(dy)
 
-    return both
+    return forward_and_backward
 
   recipe = Recipe(implementation=implementation)
-  arguments = copies(normal(m, k), normal(k, n, seed=1), normal(m, n, seed=2))
+  arguments = copies_beyond_l2(random_normal(m, k), random_normal(k, n, seed=1), random_normal(m, n, seed=2))
   return {
-    "ours": (trained(lambda x, w: fp8_linear(x, w, recipe=recipe)[0]), arguments),
-    "bf16": (trained(lambda x, w: x @ w), arguments),
+    "ours": (with_backward(lambda x, w: fp8_linear(x, w, recipe=recipe)[0]), arguments),
+    "bf16": (with_backward(lambda x, w: x @ w), arguments),
   }
 
 

@@ -23,7 +23,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from benchmarks import fp8_controls
-from benchmarks.ablations import check_settings
+from benchmarks.ablations import check_same_settings
 from benchmarks.curve import write_svg
 from deepseek_jax.checkpoint.parts import layout
 from deepseek_jax.errors import UserError
@@ -119,7 +119,7 @@ def shown(runs, controls):
 
 def trained(name, values, workdir, chosen):
   """The run of an arm, trained as far as it has not been, or what `ended` says of it where nothing is to be trained."""
-  check_settings(workdir, load_config(values.config, chosen))
+  check_same_settings(workdir, load_config(values.config, chosen))
   if not values.report:
     print(f"== {workdir}", flush=True)
     command = [sys.executable, "-m", "benchmarks.fp8_controls", f"--config={values.config}", f"--workdir={workdir}"]

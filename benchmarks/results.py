@@ -1,4 +1,4 @@
-"""Rows of a benchmark in a JSON file that is rewritten after each: a run that is cut off goes on with what is missing."""
+"""Rows of a benchmark in a JSON file that is rewritten after each row: a run that was interrupted continues with the others."""
 
 import contextlib
 import json
@@ -6,95 +6,120 @@ import os
 import pathlib
 import threading
 import time
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from deepseek_jax.errors import ConfigError
 
-UNFINISHED = 3  # exit code: rows are left, and the same command goes on with them
-TRIES = 2  # of a row that never comes to an end, before it counts as failed
+UNFINISHED = 3  # exit code: rows remain, and the same command continues with them
+MAX_TRIES = 2  # of a row that never ends, before it counts as failed
 
 
 class Results:
-  """`rows`: {name: {"name", what was measured, "failure": why it was not, "begun": how often}} of the file at `path`.
+  """The rows of a JSON file, in `rows`: {name: row}.
 
-  path: None: nothing is written. head: what rows depend on, such as the chip; a file with another head begins anew.
-  row_seconds: a row that takes longer has failed. Its process ends at once, with UNFINISHED, since a GPU that hangs is left
-  no other way; a row that failed so is not tried again.
+  A row has its "name" and what was measured. "failure" is the reason where that failed. "begun" counts the tries so far of a
+  row without a measurement.
   """
 
-  def __init__(self, path, head, row_seconds=float("inf")):
-    self.path, self.head, self.rows, self._row_seconds = path and pathlib.Path(path), head, {}, row_seconds
+  def __init__(self, path: str | os.PathLike | None, conditions: dict[str, Any], row_seconds: float = float("inf")):
+    """Reads the file, if there is one.
+
+    Args:
+      path: None writes nothing.
+      conditions: what the rows depend on, such as the chip. A file with other conditions is overwritten.
+      row_seconds: a row that takes longer has failed and is not tried again. The process ends with UNFINISHED, since a GPU
+        that hangs cannot be interrupted otherwise.
+
+    Raises:
+      ConfigError: the file is not JSON.
+    """
+    self.path, self.conditions, self._row_seconds = path and pathlib.Path(path), conditions, row_seconds
+    self.rows: dict[str, dict[str, Any]] = {}
     content = read_json(path) if path else None
-    if content and {name: content.get(name) for name in head} == head:
+    if content and {name: content.get(name) for name in conditions} == conditions:
       self.rows = {row["name"]: row for row in content.get("rows", ())}
 
-  def finished(self, name):
-    """Whether there is no more to do for the row: it was measured, or hangs."""
+  def is_finished(self, name: str) -> bool:
+    """Whether the row was measured, or was tried too often."""
     row = self.rows.get(name)
-    return row is not None and ("begun" not in row or ("failure" in row and row["begun"] >= TRIES))
+    return row is not None and ("begun" not in row or ("failure" in row and row["begun"] >= MAX_TRIES))
 
-  def run(self, names, measure, show, seconds=float("inf")):
-    """Calls `measure(name)`, which gives a dict, for rows that are not finished, and `show(row)` for every row.
+  def run(
+    self,
+    names: Iterable[str],
+    measure: Callable[[str], dict[str, Any]],
+    show: Callable[[dict[str, Any]], object],
+    seconds: float = float("inf"),
+  ) -> int:
+    """Calls `measure(name)` for each row that is not finished, and `show(row)` for every row.
 
-    Rows that failed or were cut off before come last. After `seconds` no row is started, and shown as not run.
-    Returns the exit code: UNFINISHED, 1 if a row failed, or 0.
+    Rows that failed or were interrupted before come last. After `seconds` no further row starts.
+
+    Returns:
+      The exit code: UNFINISHED if rows remain, 1 if a row failed, or 0.
     """
-    started, left, failed = time.monotonic(), False, False
+    start, rows_remain, failed = time.monotonic(), False, False
     for name in sorted(names, key=lambda name: self.rows.get(name, {}).get("begun", 0)):
-      if not self.finished(name):
-        if time.monotonic() - started > seconds:
-          left = True
+      if not self.is_finished(name):
+        if time.monotonic() - start > seconds:
+          rows_remain = True
           show({"name": name, "failure": f"not run: {seconds:.0f} s are over"})
           continue
         self._measure(name, measure)
       failed |= "failure" in self.rows[name]
       show(self.rows[name])
-    return UNFINISHED if left else int(failed)
+    return UNFINISHED if rows_remain else int(failed)
 
-  def _measure(self, name, measure):
-    begun = self.rows.get(name, {}).get("begun", 0) + 1
-    unfinished = {"name": name, "begun": begun}
-    if begun >= TRIES:
-      unfinished["failure"] = f"cut off {begun} times; remove the row from {self.path} to try again"
-    self._keep(unfinished)
-    watchdog = threading.Timer(min(self._row_seconds, threading.TIMEOUT_MAX), self._give_up, [name])
+  def _measure(self, name: str, measure: Callable[[str], dict[str, Any]]) -> None:
+    tries = self.rows.get(name, {}).get("begun", 0) + 1
+    unfinished = {"name": name, "begun": tries}
+    if tries >= MAX_TRIES:
+      unfinished["failure"] = f"interrupted {tries} times; remove the row from {self.path} to try again"
+    self._write_row(unfinished)
+    watchdog = threading.Timer(min(self._row_seconds, threading.TIMEOUT_MAX), self._abort, [name])
     watchdog.daemon = True
     watchdog.start()
     try:
       row = {"name": name, **measure(name)}
-    except Exception as e:  # the others are still worth their time on a GPU
-      row = {"name": name, "failure": f"failed: {one_line(e)}", "begun": 1}
+    except Exception as e:  # the other rows are still worth measuring
+      row = {"name": name, "failure": f"failed: {format_exception(e)}", "begun": 1}
     watchdog.cancel()
-    self._keep(row)
+    self._write_row(row)
 
-  def _give_up(self, name):
-    self._keep({"name": name, "failure": f"failed: took more than {self._row_seconds:.0f} s", "begun": TRIES})
-    print(f"{name}: took more than {self._row_seconds:.0f} s, so this process ends", flush=True)
+  def _abort(self, name: str) -> None:
+    self._write_row({"name": name, "failure": f"failed: took more than {self._row_seconds:.0f} s", "begun": MAX_TRIES})
+    print(f"{name}: took more than {self._row_seconds:.0f} s; this process ends", flush=True)
     os._exit(UNFINISHED)
 
-  def _keep(self, row):
+  def _write_row(self, row: dict[str, Any]) -> None:
     self.rows[row["name"]] = row
     if self.path:
-      write_json(self.path, {**self.head, "rows": list(self.rows.values())})
+      write_json(self.path, {**self.conditions, "rows": list(self.rows.values())})
 
 
-def one_line(e):
-  """An exception in one line."""
+def format_exception(e: Exception) -> str:
+  """Type and first line of an exception."""
   return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
 
 
-def read_json(path):
-  """The content of a JSON file, or None where there is none. Raises ConfigError if it is no JSON."""
+def read_json(path: str | os.PathLike) -> Any:
+  """The content of a JSON file, or None if there is no file.
+
+  Raises:
+    ConfigError: the file is not JSON.
+  """
   with contextlib.suppress(FileNotFoundError):
     try:
       return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-      raise ConfigError(f"{path} is no JSON ({error}): remove it or name another file") from None
+      raise ConfigError(f"{path} is not JSON ({error}): remove it or name another file") from None
   return None
 
 
-def write_json(path, content, **how):
-  """Writes a file at once: whoever is cut off while writing leaves the file before."""
+def write_json(path: str | os.PathLike, content: Any, **json_options: Any) -> None:
+  """Writes a JSON file atomically: an interrupted write leaves the file before."""
   path = pathlib.Path(path)
-  part = path.with_name(path.name + ".part")
-  part.write_text(json.dumps(content, indent=1, **how) + "\n", encoding="utf-8")
-  os.replace(part, path)
+  partial = path.with_name(path.name + ".part")
+  partial.write_text(json.dumps(content, indent=1, **json_options) + "\n", encoding="utf-8")
+  os.replace(partial, path)

@@ -1,10 +1,12 @@
-"""Finds the tiles of the Hopper kernels' products on the GPU at hand:  python -m benchmarks.tune_kernels
+"""Tunes the tiles of the Hopper kernels' GEMMs on this machine's GPU:  python -m benchmarks.tune_kernels
 
-Times each way to cut each product of benchmarks/fp8_matmul.py and writes the best to deepseek_jax/kernels/tiles.json, after
-each product: what a run does not reach in --seconds the next one goes on with. --again times anew what the table has.
---json=FILE keeps every time. A product that takes longer than --row_seconds has failed, and ends the program. Exit codes: 0;
-1 if of a product nothing ran; 3 if products are left. --small: one small product, interpreted.
+Times the candidate tiles of each GEMM of benchmarks/fp8_matmul.py and writes the fastest to deepseek_jax/kernels/tiles.json,
+after each GEMM: the next run continues with those that were not reached in --seconds. --again also times GEMMs that the file
+has. --json=FILE saves every time. A GEMM that takes longer than --row_seconds has failed, and ends the program. Exit codes:
+0; 1 if no tiles of a GEMM ran; 3 if GEMMs remain. --small: one small GEMM, interpreted.
 """
+
+from __future__ import annotations
 
 import concurrent.futures
 import contextlib
@@ -14,27 +16,32 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from benchmarks import fp8_matmul
-from benchmarks.results import Results, one_line, write_json
-from benchmarks.timing import seconds_a_call
+from benchmarks.results import Results, format_exception, write_json
+from benchmarks.timing import Calls
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import parse, run_program
+from deepseek_jax.selftest.timing import seconds_a_call
+
+if TYPE_CHECKING:  # jax is imported after the flags are parsed
+  from deepseek_jax.kernels.tiles import Tiles
 
 BANDS = (4, 8, 16)
 
 
-def main(argv) -> int:
+def main(argv: list[str]) -> int:
   values = flags.FlagValues()
-  flags.DEFINE_float("seconds", 540, "after which no product is started", flag_values=values)
-  flags.DEFINE_float("row_seconds", 120, "after which a product has failed", flag_values=values)
-  flags.DEFINE_string("table", "deepseek_jax/kernels/tiles.json", "file to extend", flag_values=values)
+  flags.DEFINE_float("seconds", 540, "after this time no GEMM starts", flag_values=values)
+  flags.DEFINE_float("row_seconds", 120, "a GEMM that takes longer has failed", flag_values=values)
+  flags.DEFINE_string("table", "deepseek_jax/kernels/tiles.json", "file of tiles to extend", flag_values=values)
   flags.DEFINE_string("json", None, "file of all times", flag_values=values)
-  flags.DEFINE_bool("again", False, "also products that the table has", flag_values=values)
-  flags.DEFINE_bool("small", False, "one small product, interpreted", flag_values=values)
+  flags.DEFINE_bool("again", False, "also GEMMs that the file has", flag_values=values)
+  flags.DEFINE_bool("small", False, "one small GEMM, interpreted", flag_values=values)
   parse(argv, values, __doc__)
   path = pathlib.Path(values.table)
 
@@ -49,97 +56,106 @@ def main(argv) -> int:
   chip = device_kind()
   results = Results(values.json, {"chip": chip, "jax": jax.__version__, "small": values.small}, values.row_seconds)
   table = json.loads(path.read_text()) if path.exists() else {}
-  known = lambda p: p.key in table.get(p.operation, {}).get(chip, {})
-  wanted = {p.label: p for p in products(values.small) if values.again or not known(p)}
+
+  def is_tuned(gemm):
+    return gemm.key in table.get(gemm.operation, {}).get(chip, {})
+
+  to_tune = {gemm.label: gemm for gemm in gemms(values.small) if values.again or not is_tuned(gemm)}
 
   def measure(name):
-    product = wanted[name]
-    row = fastest(product, values.small)
-    table.setdefault(product.operation, {}).setdefault(chip, {})[product.key] = row["tiles"]
+    gemm = to_tune[name]
+    row = tune(gemm, values.small)
+    table.setdefault(gemm.operation, {}).setdefault(chip, {})[gemm.key] = row["tiles"]
     write_json(path, table, sort_keys=True)
     return row
 
   def show(row):
-    print(f"{row['name']}: {row.get('failure') or described(row)} on {chip}, jax {jax.__version__}", flush=True)
+    print(f"{row['name']}: {row.get('failure') or format_best(row)} on {chip}, jax {jax.__version__}", flush=True)
 
-  return results.run(wanted, measure, show, values.seconds)
+  return results.run(to_tune, measure, show, values.seconds)
 
 
 @dataclasses.dataclass(frozen=True)
-class Product:
-  """`operation` and `key`: where tiles.json has its tiles; `name`: that of its row in fp8_matmul; `work`: FLOPs;
-  make() gives (function of operands and tiles, arguments)."""
+class Gemm:
+  """A GEMM to tune. tiles.json has its tiles under `operation` and `key`."""
 
   operation: str
   key: str
-  name: str
-  work: float
-  make: Callable
+  name: str  # of its row in fp8_matmul
+  flops: float
+  make_call: Callable[[], tuple[Callable, list[tuple]]]  # () -> (function of operands and `tiles`, list of operands)
 
   @property
-  def label(self):
+  def label(self) -> str:
     return f"{self.operation} {self.key}"
 
 
-def described(row):
-  """The best way to cut a product, and its rate."""
+def format_best(row: dict[str, Any]) -> str:
+  """The fastest tiles of a row, and their rate."""
   from deepseek_jax.kernels.tiles import Tiles
 
   return f"{Tiles(**row['tiles'])}, {row['rate']:.4g} TFLOP/s"
 
 
-def fastest(product, small) -> dict:
-  """{"tiles": fields of the fastest, "rate": in TFLOP/s, "product": name of its row in fp8_matmul, "seconds": {tiles: a call}}.
+def tune(gemm: Gemm, small: bool) -> dict[str, Any]:
+  """Times the candidate tiles of a GEMM.
 
-  Raises RuntimeError where nothing ran.
+  Returns:
+    {"tiles": fields of the fastest, "rate": TFLOP/s, "product": the GEMM's name, "seconds": {tiles: seconds per call}}.
+
+  Raises:
+    RuntimeError: no tiles ran.
   """
-  seconds = measured(product.make, product.operation, small)
+  seconds = time_candidates(gemm, small)
   if not seconds:
-    raise RuntimeError("nothing ran")
+    raise RuntimeError("no tiles ran")
   best = min(seconds, key=seconds.get)
   return {
-    "product": product.name, "tiles": dataclasses.asdict(best), "rate": product.work / seconds[best] / 1e12,
+    "product": gemm.name, "tiles": dataclasses.asdict(best), "rate": gemm.flops / seconds[best] / 1e12,
     "seconds": {str(tiles): time for tiles, time in seconds.items()},
   }  # fmt: skip
 
 
-def measured(make, operation, small):
-  """Tiles -> seconds a call, of those that compile and run."""
+def time_candidates(gemm: Gemm, small: bool) -> dict[Tiles, float]:
+  """{tiles: seconds per call} of the candidates that compile and run."""
   import jax
 
   from deepseek_jax.kernels.tiles import CANDIDATES
 
-  candidates = CANDIDATES["fp8_wgrad" if "wgrad" in operation else "fp8_matmul"]
-  (function, arguments), seconds = make(), {}
+  candidates = CANDIDATES["fp8_wgrad" if "wgrad" in gemm.operation else "fp8_matmul"]
+  function, arguments = gemm.make_call()
+  seconds: dict[Tiles, float] = {}
 
-  def compiled(tiles):
-    """The call, or None: one way to cut fails, and the others are still to be timed."""
+  def compile_tiles(tiles):
+    """The compiled function, or None if it does not compile: the others are still timed."""
     try:
-      with interpreted(small):
+      with interpret_mode(small):
         return jax.jit(functools.partial(function, tiles=tiles)).lower(*arguments[0]).compile()
     except Exception as e:
-      print(f"  {tiles}: {one_line(e)}", flush=True)
+      print(f"  {tiles}: {format_exception(e)}", flush=True)
 
-  def measure(ways):
-    # Compiled side by side: that is most of the time, and one core's work each.
+  def measure(candidates):
+    # Compilation takes most of the time, on one core each: it runs in parallel.
     with concurrent.futures.ThreadPoolExecutor(1 if small else os.cpu_count()) as pool:
-      calls = list(pool.map(compiled, ways))
-    for tiles, call in zip(ways, calls, strict=True):
+      compiled = list(pool.map(compile_tiles, candidates))
+    for tiles, call in zip(candidates, compiled, strict=True):
+      if call is None:
+        continue
       try:
-        how = {"least": 0, "rounds": 1} if small else {"least": 0.02}
-        seconds.update({tiles: seconds_a_call(call, arguments, jax.block_until_ready, **how)} if call else {})
+        options = {"least": 0, "rounds": 1} if small else {"least": 0.02}
+        seconds[tiles] = seconds_a_call(call, arguments, jax.block_until_ready, **options)
       except Exception as e:
-        print(f"  {tiles}: {one_line(e)}", flush=True)
+        print(f"  {tiles}: {format_exception(e)}", flush=True)
 
   measure(candidates[:2] if small else candidates)
-  if seconds and not small:  # bands matter less: of the best alone
+  if seconds and not small:  # bands matter less: they are tuned for the best tiles only
     best = min(seconds, key=seconds.get)
     measure([dataclasses.replace(best, band=band) for band in BANDS if band != best.band])
   return seconds
 
 
-def interpreted(small):
-  """Where kernels for GPUs are interpreted on a CPU, if `small`."""
+def interpret_mode(small: bool) -> contextlib.AbstractContextManager:
+  """A context in which kernels for GPUs are interpreted on a CPU, if `small`."""
   if not small:
     return contextlib.nullcontext()
   from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -147,38 +163,42 @@ def interpreted(small):
   return plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams())
 
 
-def products(small):
-  """Every Product."""
+def gemms(small: bool) -> Iterator[Gemm]:
+  """The GEMMs of the tables of fp8_matmul, or with `small` one small GEMM."""
   import jax.numpy as jnp
 
   from deepseek_jax.kernels.fp8_grouped_matmul import pallas_gpu as grouped
   from deepseek_jax.kernels.fp8_matmul import pallas_gpu as dense
   from deepseek_jax.kernels.tiles import key
 
-  def operands(make, function, **how):
-    return lambda: (functools.partial(function, **how), make()["ours"][1])
+  def with_operands_of(make_calls: Callable[[], Calls], function: Callable, **options: Any):
+    """`Gemm.make_call` for a kernel, with the operands that fp8_matmul times it with."""
+    return lambda: (functools.partial(function, **options), make_calls()["ours"][1])
 
   if small:
-    make = functools.partial(fp8_matmul.dense, 128, 128, 128, "xla")
-    found = operands(make, dense.matmul, out_dtype=jnp.bfloat16)
-    yield Product("fp8_matmul", key(jnp.bfloat16, 128, 128, 128, 1), "small", 2 * 128**3, found)
+    make_calls = functools.partial(fp8_matmul.dense_calls, 128, 128, 128, "xla")
+    make_call = with_operands_of(make_calls, dense.matmul, out_dtype=jnp.bfloat16)
+    yield Gemm("fp8_matmul", key(jnp.bfloat16, 128, 128, 128, 1), "small", 2 * 128**3, make_call)
     return
   for (m, n, k), wgrad in [
     *zip(fp8_matmul.DENSE, itertools.repeat(False)),
     *zip(fp8_matmul.WGRAD, itertools.repeat(True)),
   ]:
-    make = functools.partial(fp8_matmul.dense, m, n, k, "xla", wgrad=wgrad)
+    make_calls = functools.partial(fp8_matmul.dense_calls, m, n, k, "xla", wgrad=wgrad)
     out, kind = (jnp.float32, "wgrad") if wgrad else (jnp.bfloat16, "forward or dgrad")
-    operation, found = "fp8_wgrad" if wgrad else "fp8_matmul", operands(make, dense.matmul, out_dtype=out)
-    yield Product(operation, key(out, m, n, k, 1), f"{kind} {m} x {n} x {k}", 2 * m * n * k, found)
+    operation = "fp8_wgrad" if wgrad else "fp8_matmul"
+    make_call = with_operands_of(make_calls, dense.matmul, out_dtype=out)
+    yield Gemm(operation, key(out, m, n, k, 1), f"{kind} {m} x {n} x {k}", 2 * m * n * k, make_call)
   for groups, m, n, k in fp8_matmul.GROUPED:
-    work, step, sizes = 2 * groups * m * n * k, {"step": 128}, f"{groups} x {m} x {n} x {k}"
-    make = functools.partial(fp8_matmul.grouped, groups, m, n, k, "xla")
-    found, of = operands(make, grouped.matmul, **step, out_dtype=jnp.bfloat16), (groups * m, n, k, groups)
-    yield Product("fp8_grouped_matmul", key(jnp.bfloat16, *of), f"grouped {sizes}", work, found)
-    make = functools.partial(fp8_matmul.grouped_wgrad, groups, m, n, k, "xla")
-    found, of = operands(make, grouped.wgrad, **step, out_dtype=jnp.float32), (groups * k, n, groups * m, groups)
-    yield Product("fp8_grouped_wgrad", key(jnp.float32, *of), f"grouped wgrad {sizes}", work, found)
+    flops, sizes = 2 * groups * m * n * k, f"{groups} x {m} x {n} x {k}"
+    make_calls = functools.partial(fp8_matmul.grouped_calls, groups, m, n, k, "xla")
+    make_call = with_operands_of(make_calls, grouped.matmul, step=128, out_dtype=jnp.bfloat16)
+    tiles_key = key(jnp.bfloat16, groups * m, n, k, groups)
+    yield Gemm("fp8_grouped_matmul", tiles_key, f"grouped {sizes}", flops, make_call)
+    make_calls = functools.partial(fp8_matmul.grouped_wgrad_calls, groups, m, n, k, "xla")
+    make_call = with_operands_of(make_calls, grouped.wgrad, step=128, out_dtype=jnp.float32)
+    tiles_key = key(jnp.float32, groups * k, n, groups * m, groups)
+    yield Gemm("fp8_grouped_wgrad", tiles_key, f"grouped wgrad {sizes}", flops, make_call)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ import pytest
 
 from benchmarks import gpu_report
 from benchmarks.attention import SHAPES
-from benchmarks.gpu import machine, merge_tiles, topology_of
+from benchmarks.gpu import machine_info, merge_tiles, topology_name
 from benchmarks.gpu_steps import STEPS
-from benchmarks.results import TRIES, Results, read_json, write_json
+from benchmarks.results import MAX_TRIES, Results, read_json, write_json
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import load_config
 from deepseek_jax.plan.flops import count_parameters
@@ -94,10 +94,10 @@ def test_a_rehearsal_that_is_killed_goes_on_and_is_reported(tmp_path):
   assert sorted(begun(text)) == sorted(step.name for step in STEPS if step.part == 2)
   steps = read_json(record)["steps"]
   assert {name for name, step in steps.items() if step["status"] != "done"} == ({"tune_kernels"} if OLD else set())
-  for step in (step for step in STEPS if step.trained):
+  for step in (step for step in STEPS if step.has_config):
     result = steps[step.name]["result"]
-    assert result["step_seconds" if step.beside else "tokens_per_second"] > 0, step.name
-    assert all(result["losses"]) if not step.beside else result["topology"] == "h100"
+    assert result["tokens_per_second" if step.needs_gpu else "step_seconds"] > 0, step.name
+    assert all(result["losses"]) if step.needs_gpu else result["topology"] == "h100"
   assert len(list((tmp_path / "gpu").iterdir())) == 3 - OLD, "few files come back from a machine"
   assert "== attention: done" in (tmp_path / "gpu" / "gpu.log").read_text()
 
@@ -125,8 +125,8 @@ def step(name, seconds, *arguments, **how):
   return Step(name, 1, seconds, (sys.argv[1] + "/step.py", *arguments), **how)
 
 gpu.STEPS = (
-  step("fails", 5, "fail"), step("rows", 30, "{json}", trained=True), step("last", 5, "pass"),
-  step("beside", 5, "{topology}", beside=True),
+  step("fails", 5, "fail"), step("rows", 30, "{json}", has_config=True), step("last", 5, "pass"),
+  step("beside", 5, "{topology}", needs_gpu=False),
 )
 del sys.argv[1]
 run_program(gpu.main)
@@ -160,9 +160,7 @@ def steps(tmp_path):
 def test_a_part_whose_time_is_over_goes_on_with_what_is_left(steps):
   program, out, record = steps
   text = call("--part=1", "--toy", out, "--seconds=4.5", program=program, code=3)
-  assert (
-    begun(text)[-1] == "rows" and "not run: last; the same command goes on: python -m benchmarks.gpu --part=1" in text
-  )
+  assert begun(text)[-1] == "rows" and "not run: last; to continue: python -m benchmarks.gpu --part=1" in text
   assert "cut off: rows;" in text and "failed: fails;" in text
   first = rows_of_step(record, "rows")
   assert 1 <= len(first) < 20
@@ -237,12 +235,12 @@ def test_a_row_that_hangs_ends_its_process_and_is_not_tried_again(tmp_path):
 
 def test_a_row_that_is_cut_off_twice_counts_as_failed(tmp_path):
   path = tmp_path / "rows.json"
-  write_json(path, {"rows": [{"name": "a", "begun": TRIES - 1}]})
+  write_json(path, {"rows": [{"name": "a", "begun": MAX_TRIES - 1}]})
   results = Results(path, {})
   with pytest.raises(KeyboardInterrupt):
     results.run("a", _interrupt, print)
   row = Results(path, {}).rows["a"]
-  assert "cut off 2 times" in row["failure"] and Results(path, {}).run("a", _interrupt, print) == 1
+  assert "interrupted 2 times" in row["failure"] and Results(path, {}).run("a", _interrupt, print) == 1
 
 
 def _interrupt(name):
@@ -250,13 +248,13 @@ def _interrupt(name):
 
 
 def test_a_page_without_the_markers_is_refused(tmp_path):
-  record = {"machine": machine() | {"chip": "NVIDIA H200"}, "toy": False, "steps": {}}
+  record = {"machine": machine_info() | {"chip": "NVIDIA H200"}, "toy": False, "steps": {}}
   record["steps"]["attention"] = {
     "status": "failed", "exit_code": 1, "date": "2026-01-02T03:04:05+00:00", "commit": "abc",
     "result": {"rows": [{"name": "V3 forward", "failure": "failed: no room", "begun": 1}]},
   }  # fmt: skip
   write_json(tmp_path / "gpu.json", record)
-  (tmp_path / "kernels.md").write_text(gpu_report.END + gpu_report.BEGIN)
+  (tmp_path / "kernels.md").write_text(gpu_report.END_MARKER + gpu_report.BEGIN_MARKER)
   with pytest.raises(ConfigError, match="must have the line"):
     gpu_report.main(["gpu_report", f"--out={tmp_path}", f"--page={tmp_path}/kernels.md", f"--table={tmp_path}/t.json"])
   with pytest.raises(ConfigError, match="there is no"):
@@ -279,7 +277,7 @@ def test_tiles_are_merged(tmp_path):
   ("chip", "name"), [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("cpu", None), ("NVIDIA L4", None)]
 )
 def test_plans_are_for_the_chip_at_hand(chip, name):
-  assert topology_of(chip) == name
+  assert topology_name(chip) == name
 
 
 @pytest.mark.parametrize(("name", "billions"), [("dense_1b", 1.22), ("v3_3b", 2.82)])
