@@ -1,84 +1,100 @@
-"""`deepseek_jax.train` under what no config says:  python -m benchmarks.fp8_controls --outliers --per_tensor --config=FILE
+"""Trains with outlier channels or per-tensor scales:  python -m benchmarks.fp8_controls --outliers --per_tensor --config=FILE
 
---outliers: in what the blocks' norms give to FP8 GEMMs, OUTLIERS channels are 2^EXPONENT times as large, and the
-  rows of the weights that meet them as much smaller. Powers of two are exact: in exact products the function and its
-  gradients are the same bits. Factors of norm and weights, as a model may grow them, would do the same, but for Adam, whose
-  steps have one size whatever the factor: here it sees the parameters without it.
---per_tensor: operands of products have one scale a matrix (of experts: each its own) instead of one a tile.
+--outliers: scales NUM_OUTLIERS channels of the FP8 GEMMs' inputs, after the blocks' norms, by 2^EXPONENT, and the matching
+  rows of the weights by its inverse. Powers of two are exact, so without FP8 the function and its gradients stay bitwise the
+  same. Unlike outliers that a model learns, the factors are not in the parameters: Adam's step size does not depend on them.
+--per_tensor: one scale per matrix (per expert, for experts) instead of one per tile.
 
-The other flags are those of `deepseek_jax.train`. Below them, what the two and what few bits in sums do to one product.
+The other flags are those of `deepseek_jax.train`. This module also measures the error of a single GEMM with outliers, and with
+limited accumulation precision.
 """
 
+from __future__ import annotations
+
 import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from deepseek_jax import train
 from deepseek_jax.flags import define_config_flags, load_config, parse, run_program
 
-OUTLIERS, EXPONENT = 2, 16  # e4m3fn has 18 powers of two: fewer than 2^13 would cost nothing, as `outlier_errors` shows
-INSTRUCTION = 32  # terms of e4m3fn that Hopper's tensor cores add in one go
+if TYPE_CHECKING:  # imported after the flags are parsed
+  import jax
+  import numpy as np
+
+  from deepseek_jax.kernels.qtensor import QTensor
+
+# e4m3fn spans 18 powers of two: below 2^13 outliers cost nothing, as `outlier_errors` shows.
+NUM_OUTLIERS, EXPONENT = 2, 16
+INSTRUCTION_TERMS = 32  # e4m3fn terms that an instruction of Hopper's tensor cores adds
 
 
-def main(argv) -> int:
+def main(argv: list[str]) -> int:
   values = flags.FlagValues()
   define_config_flags(values)
   flags.DEFINE_string("workdir", None, "as of deepseek_jax.train", flag_values=values)
-  flags.DEFINE_boolean("outliers", False, "channels of great magnitude", flag_values=values)
-  flags.DEFINE_boolean("per_tensor", False, "one scale a matrix", flag_values=values)
+  flags.DEFINE_boolean("outliers", False, "scale some input channels of FP8 GEMMs", flag_values=values)
+  flags.DEFINE_boolean("per_tensor", False, "one scale per matrix", flag_values=values)
   overrides = parse(argv, values, __doc__)
   if values.outliers:
     add_outliers(load_config(values.config, overrides).model.embed)
   if values.per_tensor:
     scale_per_tensor()
-  settings = (f"--config.{path}={value}" for path, value in overrides.items())
-  return train.main([argv[0], f"--config={values.config}", f"--workdir={values.workdir}", *settings])
+  config_flags = (f"--config.{path}={value}" for path, value in overrides.items())
+  return train.main([argv[0], f"--config={values.config}", f"--workdir={values.workdir}", *config_flags])
 
 
-def add_outliers(embed):
-  """From now on all models of this process have outliers in what is `embed` wide."""
+def add_outliers(embed: int) -> None:
+  """Patches the FP8 linear functions of this process: inputs of width `embed` have outliers."""
   from deepseek_jax.model import linear
 
   for name in ("fp8_linear", "fp8_ragged_linear"):
     setattr(linear, name, functools.partial(with_outliers, getattr(linear, name), embed))
 
 
-def with_outliers(product, embed, x, *weights, **settings):
-  """`product` of the same operands, in exact arithmetic, some of whose channels are large in `x` and small in `weights`."""
-  if not isinstance(x, tuple) and x.shape[-1] == embed:  # a pair is what a SwiGLU is made of, and no norm's
+def with_outliers(linear: Callable, embed: int, x: Any, *weights: jax.Array, **options: Any) -> Any:
+  """Calls `linear` with some channels scaled up in `x` and down in `weights`: the same function in exact arithmetic."""
+  if not isinstance(x, tuple) and x.shape[-1] == embed:  # a pair (gate, up) does not come from a norm
     factors = outlier_factors(embed)
-    # Multiplied, since an inverse is exact as well.
+    # The inverse of a power of two is exact as well.
     x, weights = x * factors.astype(x.dtype), [w * (1 / factors)[:, None].astype(w.dtype) for w in weights]
-  return product(x, *weights, **settings)
+  return linear(x, *weights, **options)
 
 
-def outlier_factors(embed, exponent=EXPONENT):
-  """[embed]: 2^exponent for the first OUTLIERS channels, which are in one tile, 1 for the others."""
+def outlier_factors(embed: int, exponent: int = EXPONENT) -> jax.Array:
+  """[embed]: 2^exponent for the first NUM_OUTLIERS channels, which are in one tile, 1 for the others."""
   import jax.numpy as jnp
 
-  return jnp.ones(embed).at[:OUTLIERS].set(2.0**exponent)
+  return jnp.ones(embed).at[:NUM_OUTLIERS].set(2.0**exponent)
 
 
-def scale_per_tensor():
-  """From now on the quantisation of this process, in XLA's implementation, has one scale a matrix."""
+def scale_per_tensor() -> None:
+  """Patches the XLA quantization of this process: one scale per matrix."""
   from deepseek_jax.kernels.quantize import xla
 
   xla.quantize = quantize_per_tensor
 
 
-def quantize_per_tensor(x, tile, pow2_scales):
-  """As `quantize`, the scale of each tile being that of the whole matrix."""
+def quantize_per_tensor(x: jax.Array, tile: tuple[int, int], pow2_scales: bool) -> QTensor:
+  """As `quantize`, but with the same scale for all tiles of a matrix."""
   import jax.numpy as jnp
 
   from deepseek_jax.kernels.qtensor import FP8, QTensor, greatest_of, scales_of, tiles_of
 
   scales = scales_of(greatest_of(x.astype(jnp.float32), (-2, -1)), pow2_scales)[..., None, None]
-  of_tiles = jnp.broadcast_to(scales, (*x.shape[:-2], *tiles_of(x.shape, tile)))
-  return QTensor((x / scales).astype(FP8), of_tiles, tile)
+  tile_scales = jnp.broadcast_to(scales, (*x.shape[:-2], *tiles_of(x.shape, tile)))
+  return QTensor((x / scales).astype(FP8), tile_scales, tile)
 
 
-def outlier_errors(exponents, rows=1024, embed=512, columns=256):
-  """{what has a scale: [(exponent, error)]} of x w, N(0, 1) each, with outliers of 2^exponent: |y - x w| / |x w|."""
+def outlier_errors(
+  exponents: Sequence[int], rows: int = 1024, embed: int = 512, columns: int = 256
+) -> dict[str, list[tuple[int, float]]]:
+  """{what a scale is for: [(exponent, error)]} of an FP8 GEMM x w with outliers of 2^exponent.
+
+  Operands are N(0, 1). The error is |y - x w| / |x w|.
+  """
   import jax
   import jax.numpy as jnp
 
@@ -99,34 +115,35 @@ def outlier_errors(exponents, rows=1024, embed=512, columns=256):
   }
 
 
-def accumulation_errors(lengths, bits=14, size=64):
-  """{name of an accumulation: [(k, error)]} of products of length k, in registers of `bits` that drop what does not fit.
+def accumulation_errors(lengths: Sequence[int], bits: int = 14, size: int = 64) -> dict[str, list[tuple[int, float]]]:
+  """{accumulation: [(k, error)]} of FP8 dot products of length k, accumulated in registers with `bits` significant bits.
 
-  Operands are N(0, 1) as e4m3fn; the error is that of the sum alone, |y - exact| / |exact| over [size, size] results.
-  `bits` is what the V3 report (section 3.5.2) found of Hopper's; this emulation of it adds the terms of an instruction
-  exactly and then truncates the register, which no hardware was here to confirm.
+  Operands are N(0, 1) as e4m3fn. The error is that of the sum alone: |y - exact| / |exact| over [size, size] results. The
+  default of `bits` is what the V3 report (section 3.5.2) found of Hopper. This emulation adds the terms of an instruction
+  exactly and then truncates the register. It was not compared with hardware.
   """
   import ml_dtypes
   import numpy as np
 
-  rng, found = np.random.default_rng(0), {"no promotion": [], "promotion every 128": []}
+  rng = np.random.default_rng(0)
+  errors: dict[str, list[tuple[int, float]]] = {"no promotion": [], "promotion every 128": []}
   for k in lengths:
     a, b = (rng.standard_normal((size, k)).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) for _ in range(2))
     exact = a @ b.T
-    for errors, promoted in zip(found.values(), (k, 128), strict=True):
+    for curve, promotion_interval in zip(errors.values(), (k, 128), strict=True):
       y = np.zeros((size, size), np.float32)
-      for start in range(0, k, promoted):
+      for start in range(0, k, promotion_interval):
         register = np.zeros((size, size))
-        for first in range(start, start + promoted, INSTRUCTION):
-          terms = slice(first, first + INSTRUCTION)
-          register = truncated(register + a[:, terms] @ b[:, terms].T, bits)
+        for first in range(start, start + promotion_interval, INSTRUCTION_TERMS):
+          terms = slice(first, first + INSTRUCTION_TERMS)
+          register = truncate(register + a[:, terms] @ b[:, terms].T, bits)
         y += register.astype(np.float32)
-      errors.append((k, float(np.linalg.norm(y - exact) / np.linalg.norm(exact))))
-  return found
+      curve.append((k, float(np.linalg.norm(y - exact) / np.linalg.norm(exact))))
+  return errors
 
 
-def truncated(x, bits):
-  """`x`, float64, in `bits` significant bits, towards zero."""
+def truncate(x: np.ndarray, bits: int) -> np.ndarray:
+  """`x`, float64, rounded towards zero to `bits` significant bits."""
   import numpy as np
 
   mantissa, exponent = np.frexp(x)

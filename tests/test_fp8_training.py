@@ -60,7 +60,7 @@ def test_outliers_leave_an_exact_product_and_its_gradients_as_they_are(grouped, 
 def test_only_what_is_as_wide_as_the_stream_has_outliers(width, factor):
   x, w, found = jnp.full((4, width), 0.3), jnp.full((width, 8), 0.3), []
   fp8_controls.with_outliers(lambda *operands: found.extend(operands), 256, x, w)
-  channels = np.where(np.arange(width) < fp8_controls.OUTLIERS, factor, 1)
+  channels = np.where(np.arange(width) < fp8_controls.NUM_OUTLIERS, factor, 1)
   assert (found[0] == x * channels).all() and (found[1] == w / channels[:, None]).all()
 
 
@@ -150,7 +150,7 @@ def test_killed_and_started_again_it_gives_the_same(text, tmp_path):  # noqa: F8
   finally:
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
-  assert not fp8_training.ended(tmp_path / "killed/fp8-0")
+  assert not fp8_training.read_run(tmp_path / "killed/fp8-0")
   again, _ = benchmark("fp8_training", f"--workdir={tmp_path}/killed", *arguments, codes=(0, 1))
   assert "resume   from the checkpoint of step" in again
-  assert again.partition("parameters of products")[2] == whole.partition("parameters of products")[2]
+  assert again.partition("parameters in FP8 GEMMs")[2] == whole.partition("parameters in FP8 GEMMs")[2] != ""
