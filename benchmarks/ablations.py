@@ -1,8 +1,9 @@
 """Ablations of the architecture at equal training FLOPs:  python -m benchmarks.ablations --workdir=runs/ablations
 
-Trains every variant of configs/tiny.py on the same text, once per seed, with the FLOPs that VARIANTS["mla"] takes for --steps
-steps. The same command continues: finished runs are not repeated, an interrupted one resumes. Other settings need another
---workdir. At the end it prints a table. --out writes an SVG: smoothed losses over FLOPs, the mean over seeds.
+Trains every variant of configs/tiny.py on the same text, once per seed, with the FLOPs that VARIANTS["mla"] takes for
+--steps steps. The same command continues: finished runs are not repeated, an interrupted one resumes. Other settings
+need another --workdir. At the end it prints a table. --out writes an SVG: smoothed losses over FLOPs, the mean over
+seeds.
 """
 
 import json

@@ -1,11 +1,11 @@
 """FLOP/s of causal attention on one GPU:  python -m benchmarks.attention
 
 Forward, and forward with backward, at the shapes of V3 (16 of its 128 heads) and of 67B. The platform's kernel, or what
---implementation chooses, beside XLA and, if torch is installed, its scaled_dot_product_attention, on the same GPU in the same
-run. Data and timing are those of benchmarks/fp8_matmul.py.
+--implementation chooses, beside XLA and, if torch is installed, its scaled_dot_product_attention, on the same GPU in
+the same run. Data and timing are those of benchmarks/fp8_matmul.py.
 
-FLOPs count the causal pairs of two matmuls forward and four backward. Recomputed scores are not counted. Errors are relative
-to XLA's result in the same dtype; of a backward pass, the largest of the result's and the gradients'.
+FLOPs count the causal pairs of two matmuls forward and four backward. Recomputed scores are not counted. Errors are
+relative to XLA's result in the same dtype; of a backward pass, the largest of the result's and the gradients'.
 
 --json, --seconds, --row_seconds, --small and exit codes are as in benchmarks/fp8_matmul.py.
 """

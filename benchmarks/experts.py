@@ -1,8 +1,8 @@
 """Cost of more experts at equal active parameters:  python -m benchmarks.experts --config=benchmarks/v3_24m.py
 
 Times the training step of a config with 8, 16, 32 and 64 experts. The number of experts per token and their width stay.
-XLA's cost analysis counts the body of a loop once, so the compiled FLOPs show whether work outside of loops grows. The exit
-code is 1 if a step with more experts takes LIMITS times as much as a step with 8.
+XLA's cost analysis counts the body of a loop once, so the compiled FLOPs show whether work outside of loops grows. The
+exit code is 1 if a step with more experts takes LIMITS times as much as a step with 8.
 """
 
 import dataclasses

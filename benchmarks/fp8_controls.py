@@ -1,12 +1,13 @@
 """Trains with outlier channels or per-tensor scales:  python -m benchmarks.fp8_controls --outliers --per_tensor --config=FILE
 
---outliers: scales NUM_OUTLIERS channels of the FP8 GEMMs' inputs, after the blocks' norms, by 2^EXPONENT, and the matching
-  rows of the weights by its inverse. Powers of two are exact, so without FP8 the function and its gradients stay bitwise the
-  same. Unlike outliers that a model learns, the factors are not in the parameters: Adam's step size does not depend on them.
+--outliers: scales NUM_OUTLIERS channels of the FP8 GEMMs' inputs, after the blocks' norms, by 2^EXPONENT, and the
+  matching rows of the weights by its inverse. Powers of two are exact, so without FP8 the function and its gradients
+  stay bitwise the same. Unlike outliers that a model learns, the factors are not in the parameters: Adam's step size
+  does not depend on them.
 --per_tensor: one scale per matrix (per expert, for experts) instead of one per tile.
 
-The other flags are those of `deepseek_jax.train`. This module also measures the error of a single GEMM with outliers, and with
-limited accumulation precision.
+The other flags are those of `deepseek_jax.train`. This module also measures the error of a single GEMM with outliers,
+and with limited accumulation precision.
 """
 
 from __future__ import annotations
@@ -118,9 +119,9 @@ def outlier_errors(
 def accumulation_errors(lengths: Sequence[int], bits: int = 14, size: int = 64) -> dict[str, list[tuple[int, float]]]:
   """{accumulation: [(k, error)]} of FP8 dot products of length k, accumulated in registers with `bits` significant bits.
 
-  Operands are N(0, 1) as e4m3fn. The error is that of the sum alone: |y - exact| / |exact| over [size, size] results. The
-  default of `bits` is what the V3 report (section 3.5.2) found of Hopper. This emulation adds the terms of an instruction
-  exactly and then truncates the register. It was not compared with hardware.
+  Operands are N(0, 1) as e4m3fn. The error is that of the sum alone: |y - exact| / |exact| over [size, size] results.
+  The default of `bits` is what the V3 report (section 3.5.2) found of Hopper. This emulation adds the terms of an
+  instruction exactly and then truncates the register. It was not compared with hardware.
   """
   import ml_dtypes
   import numpy as np

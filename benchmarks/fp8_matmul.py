@@ -1,13 +1,13 @@
 """FLOP/s and bandwidth of the FP8 kernels on one GPU:  python -m benchmarks.fp8_matmul
 
-Data are random normal, in enough copies that no operand is in the L2 cache. A time is the best of three rounds of calls back
-to back. Beside each FP8 GEMM are a bfloat16 GEMM and, if torch is installed, torch's FP8 GEMM with one scale per matrix, on
-the same GPU in the same run. The error of a GEMM is relative to the same operands in float32, on the first 128 rows. The error
-of quantization is the share of bytes that differ from XLA's.
+Data are random normal, in enough copies that no operand is in the L2 cache. A time is the best of three rounds of calls
+back to back. Beside each FP8 GEMM are a bfloat16 GEMM and, if torch is installed, torch's FP8 GEMM with one scale per
+matrix, on the same GPU in the same run. The error of a GEMM is relative to the same operands in float32, on the first
+128 rows. The error of quantization is the share of bytes that differ from XLA's.
 
---json=FILE saves the rows. The same command continues with those that are missing, and tries failed ones once more. After
---seconds no row starts. A row that takes longer than --row_seconds has failed. Exit codes: 0; 1 if a row failed; 3 if rows
-remain. --small: sizes of a test, on any platform.
+--json=FILE saves the rows. The same command continues with those that are missing, and tries failed ones once more.
+After --seconds no row starts. A row that takes longer than --row_seconds has failed. Exit codes: 0; 1 if a row failed;
+3 if rows remain. --small: sizes of a test, on any platform.
 """
 
 from __future__ import annotations

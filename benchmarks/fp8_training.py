@@ -1,14 +1,15 @@
 """Training in FP8 compared with bf16, with controls:  python -m benchmarks.fp8_training --workdir=runs/fp8_training
 
-Trains the config of this file, a byte-level V3, in each of ARMS on the same batches: bf16 and fp8 once per seed, the controls
-with seed 0. The same command continues: finished runs are not repeated, an interrupted one resumes. --report trains nothing
-and shows the finished runs. The compared losses are the held-out loss at the end and the mean of the last NUM_LAST steps.
+Trains the config of this file, a byte-level V3, in each of ARMS on the same batches: bf16 and fp8 once per seed, the
+controls with seed 0. The same command continues: finished runs are not repeated, an interrupted one resumes. --report
+trains nothing and shows the finished runs. The compared losses are the held-out loss at the end and the mean of the
+last NUM_LAST steps.
 
-Runs that differ only by rounding diverge, as runs with different seeds do, though less. To measure rounding without that noise,
-the final weights of bf16 are also evaluated in the precision of each arm, without training.
+Runs that differ only by rounding diverge, as runs with different seeds do, though less. To measure rounding without
+that noise, the final weights of bf16 are also evaluated in the precision of each arm, without training.
 
-At the end it prints tables; --out=FILE.svg writes a plot. The exit code is 1 if the held-out loss of fp8, the mean over seeds,
-is more than LIMIT above bf16, or if the control with one scale per matrix is not.
+At the end it prints tables; --out=FILE.svg writes a plot. The exit code is 1 if the held-out loss of fp8, the mean over
+seeds, is more than LIMIT above bf16, or if the control with one scale per matrix is not.
 """
 
 import itertools

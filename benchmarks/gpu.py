@@ -1,14 +1,17 @@
 """All benchmarks for one Hopper GPU, in two parts of under 5 minutes:  python -m benchmarks.gpu --part=1, then --part=2
 
 - Part 1: the self-tests of the kernels at the shapes of V3 and of 67B; FP8 GEMMs and attention beside other software.
-- Part 2: tunes the tiles of the kernels; then times training steps of benchmarks/dense_1b.py and v3_3b.py in bf16 and in FP8,
-  and runs `deepseek_jax.plan` for them. Fields of these two configs can be set: --config.model.attention.implementation=xla.
+- Part 2: tunes the tiles of the kernels; then times training steps of benchmarks/dense_1b.py and v3_3b.py in bf16 and
+  in FP8, and runs `deepseek_jax.plan` for them. Fields of these two configs can be set:
+  --config.model.attention.implementation=xla.
 
-Each step is a program with a time limit (benchmarks/gpu_steps.py). All results are in --out: gpu.json, gpu.log, tiles.json.
-The same command continues after any interruption, also kill -9: finished steps are skipped, the others continue with the
-missing rows, failed steps come last. `python -m benchmarks.gpu_report` writes the results into the docs.
+Each step is a program with a time limit (benchmarks/gpu_steps.py). All results are in --out: gpu.json, gpu.log,
+tiles.json. The same command continues after any interruption, also kill -9: finished steps are skipped, the others
+continue with the missing rows, failed steps come last. `python -m benchmarks.gpu_report` writes the results into the
+docs.
 
-Exit codes: 0: all steps are done; 1: a step failed, none remains; 2: user error; 3: steps remain; 130, 143: interrupted.
+Exit codes: 0: all steps are done; 1: a step failed, none remains; 2: user error; 3: steps remain; 130, 143:
+interrupted.
 """
 
 import contextlib
@@ -160,7 +163,8 @@ class Driver:
   def _restore(self, step: Step, result: pathlib.Path) -> Any:
     """Writes the step's earlier results to the file `result`, to continue from. Returns those in the record.
 
-    If the file exists, a call was killed, and the file is newer than the record. Results of another command are removed.
+    If the file exists, a call was killed, and the file is newer than the record. Results of another command are
+    removed.
     """
     entry = self._record["steps"].get(step.name)
     if not entry or entry["arguments"] != self._template(step):

@@ -1,7 +1,7 @@
 """Writes the results of `python -m benchmarks.gpu` into the docs and into tiles.json:  python -m benchmarks.gpu_report
 
-Replaces what is between the two marker comments of docs/results/kernels.md. Steps that have not run, or failed, are listed. The tiles of
---out are added to those that the kernels use. --print shows the report and writes nothing.
+Replaces what is between the two marker comments of docs/results/kernels.md. Steps that have not run, or failed, are
+listed. The tiles of --out are added to those that the kernels use. --print shows the report and writes nothing.
 """
 
 import collections

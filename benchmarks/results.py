@@ -18,8 +18,8 @@ MAX_TRIES = 2  # of a row that never ends, before it counts as failed
 class Results:
   """The rows of a JSON file, in `rows`: {name: row}.
 
-  A row has its "name" and what was measured. "failure" is the reason where that failed. "begun" counts the tries so far of a
-  row without a measurement.
+  A row has its "name" and what was measured. "failure" is the reason where that failed. "begun" counts the tries so far
+  of a row without a measurement.
   """
 
   def __init__(self, path: str | os.PathLike | None, conditions: dict[str, Any], row_seconds: float = float("inf")):
@@ -28,8 +28,8 @@ class Results:
     Args:
       path: None writes nothing.
       conditions: what the rows depend on, such as the chip. A file with other conditions is overwritten.
-      row_seconds: a row that takes longer has failed and is not tried again. The process ends with UNFINISHED, since a GPU
-        that hangs cannot be interrupted otherwise.
+      row_seconds: a row that takes longer has failed and is not tried again. The process ends with UNFINISHED, since a
+        GPU that hangs cannot be interrupted otherwise.
 
     Raises:
       ConfigError: the file is not JSON.

@@ -1,11 +1,12 @@
-"""How long the self-test compiles on an H200 that is not here:  python -m benchmarks.selftest_compilation --config=v3
+"""Compile time of the self-test for an H200, without a GPU:  python -m benchmarks.selftest_compilation --config=v3
 
-Traces the config's step for an H200, makes the cases of the self-test, and compiles kernels and XLA's forms with jax's CUDA
-plugin, one after the other, without a GPU (in the environment of `make kernels`). What a device adds: XLA's autotuning of its
-own forms, and running them. Seconds are of CPU time, which a machine with idle cores divides by up to BATCH of
-selftest/child.py, but for tracing.
+Traces the config's step for an H200, makes the cases of the self-test, and compiles their kernels and XLA
+implementations with jax's CUDA plugin, one after the other (in the environment of `make kernels`). Not included are
+XLA's autotuning on a device, and running the programs. Seconds are CPU time. The self-test compiles up to BATCH cases
+of selftest/child.py in parallel.
 """
 
+import collections
 import json
 import os
 import pathlib
@@ -17,7 +18,7 @@ from absl import flags
 from deepseek_jax.flags import define_config_flags, load_config, parse, run_program
 
 
-def main(argv) -> int:
+def main(argv: list[str]) -> int:
   values = flags.FlagValues()
   define_config_flags(values, "v3")
   flags.DEFINE_string("json", None, "also write each case's seconds to this file", flag_values=values)
@@ -45,34 +46,35 @@ def main(argv) -> int:
   config = resolve_mesh(config, min_devices(config.mesh))
   clock = Clock()
   cases = make_cases(program_calls(config, jax.sharding.AbstractDevice("NVIDIA H200", 132, "gpu")))
-  found = {"step traced": clock.lap()}
+  step_seconds = clock.lap()
+  seconds: dict[str, dict[str, float]] = {}  # {case: {phase: CPU seconds}}
   for case in cases:
     inputs, forms = traceable_forms(case, lambda: matmul_precision(config.model))
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in inputs]
-    times = {"inputs": clock.lap()}
+    phases = {"inputs": clock.lap()}
     for file, form in forms.items():
       lowered = jax.jit(form).trace(*shapes).lower(lowering_platforms=("cuda",))
-      times[f"{file} traced"] = clock.lap()
+      phases[f"{file} traced"] = clock.lap()
       lowered.compile()
-      times[f"{file} compiled"] = clock.lap()
-    found[case.key] = times
+      phases[f"{file} compiled"] = clock.lap()
+    seconds[case.key] = phases
     print(
-      f"{sum(times.values()):6.1f} s  {', '.join(f'{k} {v:.1f}' for k, v in times.items())}  {case.key}", flush=True
+      f"{sum(phases.values()):6.1f} s  {', '.join(f'{k} {v:.1f}' for k, v in phases.items())}  {case.key}", flush=True
     )
-  totals = {}
-  for times in list(found.values())[1:]:
-    for name, seconds in times.items():
-      totals[name] = totals.get(name, 0) + seconds
+  totals: collections.Counter[str] = collections.Counter()
+  for phases in seconds.values():
+    totals.update(phases)
   print(
-    f"{len(cases)} cases, step traced {found['step traced']:.1f} s, "
-    + ", ".join(f"{k} {v:.1f} s" for k, v in totals.items())
+    f"{len(cases)} cases, step traced {step_seconds:.1f} s, " + ", ".join(f"{k} {v:.1f} s" for k, v in totals.items())
   )
   if values.json:
-    pathlib.Path(values.json).write_text(json.dumps(found, indent=1))
+    pathlib.Path(values.json).write_text(json.dumps({"step traced": step_seconds} | seconds, indent=1))
   return 0
 
 
 class Clock:
+  """A stopwatch of CPU time."""
+
   def __init__(self):
     self._last = time.process_time()
 

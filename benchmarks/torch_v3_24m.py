@@ -1,6 +1,7 @@
 """Times transformers' DeepSeek-V3 at the sizes of benchmarks/v3_24m.py:  python benchmarks/torch_v3_24m.py
 
-Needs torch and transformers (an environment of its own: `make parity` builds one). AdamW, clipping at 1, 4 x 256 tokens.
+Needs torch and transformers (an environment of its own: `make parity` builds one). AdamW, clipping at 1, 4 x 256
+tokens.
 """
 
 import argparse

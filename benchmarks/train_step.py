@@ -1,8 +1,8 @@
 """Times the training step of a config on random tokens:  python -m benchmarks.train_step --config=tiny
 
-Any field can be set as in training, e.g. --config.model.remat=none. The roof is the FLOP/s of a large square matmul in the
-compute dtype, measured in the same process just before. On shared machines compare ratios to it, not seconds. --json=FILE has
-the same numbers, and MFU if the peak FLOP/s of the chip are known. It is written after each step.
+Any field can be set as in training, e.g. --config.model.remat=none. The roof is the FLOP/s of a large square matmul in
+the compute dtype, measured in the same process just before. On shared machines compare ratios to it, not seconds.
+--json=FILE has the same numbers, and MFU if the peak FLOP/s of the chip are known. It is written after each step.
 """
 
 import resource
@@ -48,8 +48,8 @@ def main(argv: list[str]) -> int:
 def summarize(config: Config, roof: float, timings: dict[str, Any]) -> dict[str, Any]:
   """The content of --json. Seconds are of one step; `seconds` and `cpu_seconds` are medians.
 
-  Before the first step there are no step times. `mfu` is relative to the bfloat16 peak, with FP8 GEMMs too; None if the peak
-  is not known. `peak_bytes` is of a device, or of the process on a CPU.
+  Before the first step there are no step times. `mfu` is relative to the bfloat16 peak, with FP8 GEMMs too; None if the
+  peak is not known. `peak_bytes` is of a device, or of the process on a CPU.
 
   Args:
     roof: FLOP/s of a large matmul on all devices.
@@ -106,8 +106,8 @@ def time_steps(config: Config, steps: int, report: Callable[[dict[str, Any]], No
     report: is called with the result so far, after compilation and after each step.
 
   Returns:
-    {"compile": seconds, "cost": XLA's cost analysis, and lists with an entry per step: "wall": seconds, "cpu": seconds of CPU
-    time, "loss"}.
+    {"compile": seconds, "cost": XLA's cost analysis, and lists with an entry per step: "wall": seconds, "cpu": seconds
+    of CPU time, "loss"}.
   """
   import jax
   import numpy as np

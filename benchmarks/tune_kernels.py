@@ -1,9 +1,10 @@
 """Tunes the tiles of the Hopper kernels' GEMMs on this machine's GPU:  python -m benchmarks.tune_kernels
 
-Times the candidate tiles of each GEMM of benchmarks/fp8_matmul.py and writes the fastest to deepseek_jax/kernels/tiles.json,
-after each GEMM: the next run continues with those that were not reached in --seconds. --again also times GEMMs that the file
-has. --json=FILE saves every time. A GEMM that takes longer than --row_seconds has failed, and ends the program. Exit codes:
-0; 1 if no tiles of a GEMM ran; 3 if GEMMs remain. --small: one small GEMM, interpreted.
+Times the candidate tiles of each GEMM of benchmarks/fp8_matmul.py and writes the fastest to
+deepseek_jax/kernels/tiles.json, after each GEMM: the next run continues with those that were not reached in --seconds.
+--again also times GEMMs that the file has. --json=FILE saves every time. A GEMM that takes longer than --row_seconds
+has failed, and ends the program. Exit codes: 0; 1 if no tiles of a GEMM ran; 3 if GEMMs remain. --small: one small
+GEMM, interpreted.
 """
 
 from __future__ import annotations

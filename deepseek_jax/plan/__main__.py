@@ -1,8 +1,8 @@
-"""Memory and step time of a run, without its accelerators:  python -m deepseek_jax.plan --config=v3 --topology=v5p:8x8x16
+"""Memory and step time, without accelerators:  python -m deepseek_jax.plan --config=v3 --topology=v5p:8x8x16
 
-With libtpu (pip install 'jax[tpu]') the step is compiled for a TPU topology, which takes minutes; --analytic does not compile.
-Any field of the config can be set: --config.mesh.fsdp=64. Exit codes: 0, also if the step does not fit; 2 for a user error,
-such as a mesh that does not divide the devices.
+With libtpu (pip install 'jax[tpu]') the step is compiled for a TPU topology, which takes minutes; --analytic does not
+compile. Any field of the config can be set: --config.mesh.fsdp=64. Exit codes: 0, also if the step does not fit; 2 for
+a user error, such as a mesh that does not divide the devices.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Compiles a step for a TPU topology without a TPU: optimized HLO and memory, as XLA reports them.
 
-JAX's compilation cache cannot read back executables for such topologies. This module caches what a plan needs of one, under a
-hash of the program, the versions and the compiler flags.
+JAX's compilation cache cannot read back executables for such topologies. This module caches what a plan needs of one,
+under a hash of the program, the versions and the compiler flags.
 """
 
 import contextlib
@@ -85,8 +85,8 @@ class OutOfMemory(Exception):
 def compile_for_tpu(function: Callable, *arguments: Any, log: str | None = None, **jit_options: Any) -> CompiledProgram:
   """Compiles `function`, jitted with `jit_options`, for the TPU mesh that is set.
 
-  The result comes from the user's cache folder if the same versions compiled the same program before, with the same compiler
-  flags.
+  The result comes from the user's cache folder if the same versions compiled the same program before, with the same
+  compiler flags.
 
   Args:
     arguments: abstract arrays, with shardings on that mesh.

@@ -1,7 +1,7 @@
 """Counts the FLOPs, HBM bytes and collective bytes of one device in a step, on the traced program. Nothing is compiled.
 
-HBM traffic is counted as for a compiler with perfect fusion. The result of an elementwise operation costs nothing by itself.
-It is written and read where a matmul, a collective or a loop uses it, and its own inputs are read then.
+HBM traffic is counted as for a compiler with perfect fusion. The result of an elementwise operation costs nothing by
+itself. It is written and read where a matmul, a collective or a loop uses it, and its own inputs are read then.
 """
 
 import dataclasses

@@ -55,8 +55,8 @@ class TrainingFlops:
   - `attention_full`: attention scores and values, for every pair of positions, as XLA computes them.
   - `attention_causal`: the same for the pairs that a causal model needs, on average (seq + 1) / 2 per token.
 
-  MLA counts in its expanded form. Each depth of multi-token prediction counts as a layer of all positions, since that is what
-  runs, with a pass of its own through the head.
+  MLA counts in its expanded form. Each depth of multi-token prediction counts as a layer of all positions, since that
+  is what runs, with a pass of its own through the head.
   """
 
   matmul: float

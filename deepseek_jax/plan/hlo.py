@@ -1,7 +1,7 @@
 """FLOPs of matmuls, and collectives by kind and mesh axes, read from a compiled program's optimized HLO.
 
-XLA's own `cost_analysis` counts the body of a loop once. Here a computation counts as often as it runs: the loops that JAX
-makes compare their counter with a constant.
+XLA's own `cost_analysis` counts the body of a loop once. Here a computation counts as often as it runs: the loops that
+JAX makes compare their counter with a constant.
 """
 
 import dataclasses

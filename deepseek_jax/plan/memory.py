@@ -56,8 +56,8 @@ def estimate_memory(config: Config, chip: Chip | None = None) -> MemoryEstimate:
   Parameters and optimizer state are exact. The rest counts the large arrays, times COPIES:
   - gradients in float32,
   - activations: those that the remat policy saves, the attention scores of a block, the rows of its experts,
-  - collectives: the gathered weights of a block and their gradients. With ZeRO 1 and 2, and in a pipeline, also the weights
-    that stay gathered through a step,
+  - collectives: the gathered weights of a block and their gradients. With ZeRO 1 and 2, and in a pipeline, also the
+    weights that stay gathered through a step,
   - other: the gathered head with its gradient, and logits.
 
   Args:

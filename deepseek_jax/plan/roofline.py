@@ -1,7 +1,9 @@
 """Step time by a roofline: FLOPs, HBM bytes and collective bytes over the rates of the chip and its interconnect.
 
-- Ideal: compute, HBM and interconnect each at their peak and fully overlapped. The slowest of the three is the step time.
-- Calibrated: operations run one after the other, each at a fraction of its peak. Part of the interconnect time is overlapped.
+- Ideal: compute, HBM and interconnect each at their peak and fully overlapped. The slowest of the three is the step
+  time.
+- Calibrated: operations run one after the other, each at a fraction of its peak. Part of the interconnect time is
+  overlapped.
 """
 
 import dataclasses
@@ -16,9 +18,9 @@ from deepseek_jax.plan.topology import Chip, Topology
 class Efficiency:
   """Fractions of the peaks that a step reaches, by kind of operation; `overlap`: of interconnect time, hidden by compute.
 
-  Large bfloat16 matmuls reach about 80% of the peak on TPUs and on Hopper, long copies about as much of the HBM bandwidth.
-  Grouped matmuls and fused attention are known for about half. None of these numbers was measured in this project. They give
-  the MFU that maxtext publishes for V3 on 512 v5p chips within a tenth (tests/plan/test_plan.py).
+  Large bfloat16 matmuls reach about 80% of the peak on TPUs and on Hopper, long copies about as much of the HBM
+  bandwidth. Grouped matmuls and fused attention are known for about half. None of these numbers was measured in this
+  project. They give the MFU that maxtext publishes for V3 on 512 v5p chips within a tenth (tests/plan/test_plan.py).
   """
 
   matmul: float = 0.8

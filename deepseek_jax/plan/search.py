@@ -66,9 +66,9 @@ def search(
 ) -> list[Plan]:
   """Plans for other meshes, microbatches, buffer factors and remat policies than the config's, the fastest that fits first.
 
-  Starts with the config's mesh and with one for each number of expert shards. Then it plans the neighbours of the best plan
-  so far, until there are `max_plans` or no candidate is left. A candidate that does not fit by the estimate is not planned.
-  Its neighbours are tried after those of the plans, least memory first.
+  Starts with the config's mesh and with one for each number of expert shards. Then it plans the neighbours of the best
+  plan so far, until there are `max_plans` or no candidate is left. A candidate that does not fit by the estimate is not
+  planned. Its neighbours are tried after those of the plans, least memory first.
 
   Args:
     make_step, compile: as in `make_plan`.

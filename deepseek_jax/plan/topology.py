@@ -1,7 +1,7 @@
 """TPU and GPU topologies: peak FLOP/s, HBM and interconnect bandwidth of a chip, and how chips are connected.
 
-Numbers are from the vendors' data sheets and Google's TPU pages. Bandwidths count one direction. GPUs have one 400 Gbit/s
-network card each.
+Numbers are from the vendors' data sheets and Google's TPU pages. Bandwidths count one direction. GPUs have one 400
+Gbit/s network card each.
 """
 
 import dataclasses
@@ -102,14 +102,14 @@ class Topology:
   def collective_bandwidth(self, group_size: int, stride: int, all_to_all: bool = False) -> float:
     """Bytes/s that a device sends in a collective within a slice.
 
-    On a torus, the group has two links in each dimension that it spans, or one where it does not wrap around. GPUs of a node
-    use NVLink. Between nodes, the network cards of the group's GPUs in a node share the work.
+    On a torus, the group has two links in each dimension that it spans, or one where it does not wrap around. GPUs of a
+    node use NVLink. Between nodes, the network cards of the group's GPUs in a node share the work.
 
     Args:
       group_size: devices of the collective.
       stride: distance between them, in devices.
-      all_to_all: each device sends different data to every other one. On a torus a message then crosses a quarter of the
-        ring on average. Between nodes each GPU uses its own network card.
+      all_to_all: each device sends different data to every other one. On a torus a message then crosses a quarter of
+        the ring on average. Between nodes each GPU uses its own network card.
     """
     if not self.is_tpu:
       in_node = max(min(group_size, self.shape[-1] // stride), 1)
