@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
   return 0
 
 
-def token_stream(split: pipeline.Split) -> np.ndarray:
+def token_stream(split: pipeline.ConcatSplit) -> np.ndarray:
   """int64 [n]: the ids of a split, its windows concatenated."""
   windows = split.tokens(np.arange(len(split)))
   return np.concatenate([windows[0, :1], windows[:, 1:].ravel()]).astype(np.int64)

@@ -80,7 +80,7 @@ def test_outliers_cost_a_scale_a_matrix_more_than_a_scale_a_tile():
 
 
 def test_errors_of_few_bits_grow_with_the_length_unless_promoted():
-  assert fp8_controls.truncated(np.array([1 + 2**-14, -1 - 2**-14, 1 + 2**-13, 0]), 14).tolist() == [
+  assert fp8_controls.truncate(np.array([1 + 2**-14, -1 - 2**-14, 1 + 2**-13, 0]), 14).tolist() == [
     1, -1, 1 + 2**-13, 0,
   ]  # fmt: skip
   found = fp8_controls.accumulation_errors((128, 512, 4096), size=16)
