@@ -1,4 +1,4 @@
-"""Published weights in a notebook: load, look inside, differentiate, save. One device, no mesh to set up, no global state."""
+"""Published weights in a notebook: load, inspect, differentiate, save. One device, no mesh to set up, no global state."""
 
 import dataclasses
 import functools
@@ -111,7 +111,7 @@ class Model:
 
     Args:
       tokens: [batch, seq], with seq at least 2; at least 2 + depths with a weight.
-      mtp_weight: weight of the multi-token prediction loss: the mean over the targets of each depth, averaged over depths.
+      mtp_weight: weight of the multi-token prediction loss, the mean over the targets of each depth, then over depths.
 
     Balance losses are not part of it. Raises ConfigError for a weight in a model without multi-token prediction.
     """
@@ -142,8 +142,8 @@ class Model:
 
     Raises:
       ConfigError: another dtype.
-      CheckpointError: values that are not finite in their dtype (lists the tensors), a config that no config.json describes,
-        or a disk that cannot be written.
+      CheckpointError: values that are not finite in their dtype (lists the tensors), a config that no config.json
+        describes, or a disk that cannot be written.
     """
     if dtype is not None and dtype not in SAVED_DTYPES:
       raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(SAVED_DTYPES)}, nor None for each tensor's own")

@@ -1,7 +1,7 @@
-"""Every setting of a run and its default: frozen dataclasses, checked when they are made (`model_config.py`: the model's).
+"""Every setting of a run and its default: frozen dataclasses, checked when made. `model_config.py` has the model's.
 
-A config file (`configs/*.py`) names only what differs from these defaults. Its ConfigDict becomes a `Config` once, and each
-module gets only its own section. Nothing here touches a device.
+A config file (`configs/*.py`) names only what differs from these defaults. Its ConfigDict becomes a `Config` once, and
+each module gets only its own section. Nothing here touches a device.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Every setting of a model and its default: what decides the shapes of its parameters, and the function that it computes."""
+"""Every setting of a model and its default: what decides the shapes of its parameters and what it computes."""
 
 import dataclasses
 

@@ -129,7 +129,7 @@ def leaf_paths(cls: type[Section]) -> dict[str, dataclasses.Field[Any]]:
 
 
 def unknown_key(root: type[Section], path: str) -> str:
-  """The error for a field that does not exist below `root`: its new name if it was renamed, or else the nearest field."""
+  """The error for a field that `root` does not have: its new name if it was renamed, or else the nearest field."""
   if path in RENAMED_FIELDS:
     return f"config field {path!r} is now {RENAMED_FIELDS[path]!r}: use the new name"
   paths = list(leaf_paths(root))

@@ -1,9 +1,11 @@
-"""Logical axis names, the one table that maps them to mesh axes, and the collectives. Mesh axes are named here and nowhere in the model.
+"""Logical axis names, the one table that maps them to mesh axes, and the collectives.
+
+The model names logical axes only; mesh axes are named here.
 
 There are two views of one mesh.
 - Outside `spmd`, arrays are global, and `spec` is the layout in their type: parameters, optimizer state, batches.
-- Inside `spmd`, each array is one device's shard, and its shape is local. The model runs there. All communication is one of
-  the functions below, called where it happens.
+- Inside `spmd`, each array is one device's shard, and its shape is local. The model runs there. All communication is one
+  of the functions below, called where it happens.
 """
 
 import contextlib
@@ -32,8 +34,8 @@ RULES: dict[str, tuple[str, ...]] = {
   "head_dim": (),
   "experts": ("expert",),
   "stages": ("stage",),
-  # Dimensions of parameters, which stay sharded and are all-gathered for use (`all_gather_params`). `stage` comes last: see
-  # `to_stage_params` in parallel/pipeline.py.
+  # Dimensions of parameters, which stay sharded and are all-gathered for use (`all_gather_params`). `stage` comes last:
+  # see `to_stage_params` in parallel/pipeline.py.
   "embed": ("fsdp", "expert", "context", "stage"),
   "latent": ("fsdp", "stage"),
   "expert_embed": ("fsdp", "context", "stage"),
@@ -77,7 +79,7 @@ def mesh_axes(name: str | None) -> tuple[str, ...]:
 
 
 def spec(*names: str | None) -> jax.P:
-  """PartitionSpec of a global array whose dimensions are the logical axes `names`; None is a dimension that nothing shards."""
+  """PartitionSpec of a global array whose dimensions are the logical axes `names`; None: the dimension is not sharded."""
   axes_of_dimensions = map(mesh_axes, names)
   return jax.P(*(axes if len(axes) > 1 else axes[0] if axes else None for axes in axes_of_dimensions))
 
@@ -97,7 +99,7 @@ def spmd(function: Callable, in_specs: PyTree, out_specs: PyTree, differentiable
 
 
 def pvary(tree: PyTree) -> PyTree:
-  """`tree` typed as varying over all mesh axes, so that JAX inserts no psum of its gradients: each device keeps its own."""
+  """`tree` typed as varying over all mesh axes: each device keeps its own gradients, for JAX inserts no psum of them."""
 
   def leaf(x):
     missing = tuple(axis for axis in _active_mesh_axes() if axis not in jax.typeof(x).manual_axis_type.varying)
@@ -107,7 +109,7 @@ def pvary(tree: PyTree) -> PyTree:
 
 
 def all_gather_params(parameter: jax.Array, *names: str | None) -> jax.Array:
-  """All-gathers the dimensions in FSDP_AXES of `parameter`, whose dimensions are `names`. Its transpose reduce-scatters."""
+  """All-gathers the dimensions of `parameter` in FSDP_AXES; `names` are all of them. The transpose reduce-scatters."""
   for dimension, name in enumerate(names):
     if name in FSDP_AXES and mesh_axes(name):
       parameter = jax.lax.all_gather(parameter, mesh_axes(name), axis=dimension, tiled=True)
@@ -174,7 +176,7 @@ def psum_replicated(gradient: jax.Array, *names: str | None) -> jax.Array:
 
 
 def reduce_scatter_grads(gradient: jax.Array, *names: str | None) -> jax.Array:
-  """The transpose of `all_gather_params`: reduce-scatters the gradient of an all-gathered parameter to each device's shard."""
+  """The transpose of `all_gather_params`: reduce-scatters the gradient of an all-gathered parameter."""
   for dimension, name in enumerate(names):
     if name in FSDP_AXES and mesh_axes(name):
       gradient = jax.lax.psum_scatter(gradient, mesh_axes(name), scatter_dimension=dimension, tiled=True)

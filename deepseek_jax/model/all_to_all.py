@@ -1,4 +1,4 @@
-"""All-to-all of rows over the expert axis: how many go where, by the collective that pads them or the one that does not."""
+"""All-to-all of rows over the expert axis: the plan of who sends how many, and two collectives, padded and ragged."""
 
 import dataclasses
 
@@ -12,9 +12,10 @@ from deepseek_jax.sharding import axis_index, mesh_axes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AllToAllPlan:
-  """How many rows each device sends to each, and where they are. Sizes and offsets: int32 [source, destination], replicated.
+  """How many rows each device sends to each, and where they are.
 
-  At the source, rows are sorted by destination. At the destination, rows are sorted by source.
+  Sizes and offsets are int32 [source, destination], replicated. At the source, rows are sorted by destination. At the
+  destination, rows are sorted by source.
   """
 
   send_sizes: jax.Array  # rows that are sent; those that overflow are left out
@@ -26,7 +27,7 @@ class AllToAllPlan:
 
 
 def has_ragged_all_to_all(device_kind: str) -> bool:
-  """Whether devices of this kind have `jax.lax.ragged_all_to_all`: CPUs do not, and libtpu refuses it on a v5e's torus."""
+  """Whether devices of this kind have `jax.lax.ragged_all_to_all`. CPUs do not; libtpu refuses it on a v5e's torus."""
   return device_kind not in ("cpu", "TPU v5 lite", "TPU v5e")
 
 

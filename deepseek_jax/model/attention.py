@@ -31,7 +31,7 @@ def attention_with_dropout(
   dropout_keys: jax.Array | None = None,
   implementation: str = "auto",
 ) -> jax.Array:
-  """As `attention` of the kernels, with dropout of the probabilities by `dropout_keys` [batch, heads]; None: no dropout.
+  """As `attention` of the kernels, with dropout of the probabilities by `dropout_keys` [batch, heads], if given.
 
   The kernels have no dropout. With it, XLA's matrix products are used, whatever the `implementation`.
   """
@@ -91,7 +91,7 @@ def causal_self_attention(
 
 
 def decode_attention(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array, *, scale: float) -> jax.Array:
-  """Attention of one new token, `q` [batch, 1, heads, key width], to positions 0 .. `position` of the cached `k` and `v`."""
+  """Attention of a new token, `q` [batch, 1, heads, key width], to positions 0 .. `position` of cached `k` and `v`."""
   return xla.masked_attention((jnp.arange(k.shape[1]) <= position)[None], q, k, v, scale=scale)
 
 
@@ -115,7 +115,7 @@ class Attention(nnx.Module):
     self.config = a
 
   def project_qkv(self, x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries [batch, seq, heads, head_dim], keys and values [batch, seq, kv_heads, head_dim] of `x` [batch, seq, embed]."""
+    """Queries [batch, seq, heads, head_dim], keys and values [batch, seq, kv_heads, head_dim]; x is [batch, seq, embed]."""
     q, k, v = fused_linear("bsd,dhk->bshk", x, self.q, self.k, self.v)
     return apply_rope(q, *rotation).astype(x.dtype), apply_rope(k, *rotation).astype(x.dtype), v
 

@@ -8,7 +8,7 @@ import jax
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BatchContext:
-  """Describes the tokens of one device. `seq` is its part of the sequence inside blocks, `stream` its part between them."""
+  """Describes the tokens of one device. `seq` is its part of the sequence inside blocks, `stream` between them."""
 
   rotation: tuple[jax.Array, jax.Array]  # RoPE's (cos, sin), each [batch or 1, seq, 1, rope_dim / 2]
   segment_ids: jax.Array | None  # int [batch, seq]; attention stays within a segment. None: one segment

@@ -19,7 +19,7 @@ ATTENTION: dict[str, type[Attention] | type[MLA]] = {"gqa": Attention, "mla": ML
 
 
 class Block(nnx.Module):
-  """x + attn(norm(x)), then x + mlp(norm(x)). The feed-forward is a dense SwiGLU, `mlp`, or a mixture of experts, `moe`.
+  """x + attn(norm(x)), then x + mlp(norm(x)). The feed-forward is a SwiGLU, `mlp`, or a mixture of experts, `moe`.
 
   On a tensor mesh, the residual stream x is sharded over positions. Heads and inner widths are sharded inside the two
   halves: each all-gathers its input and reduce-scatters its output over the sequence (Korthikanti et al. 2022).

@@ -1,8 +1,8 @@
 """Context parallelism: causal attention to a sequence that C devices share, each with an equal part of the causal half.
 
-The sequence is cut into 2C chunks of L positions. Device c holds chunk c, its early chunk, and chunk 2C-1-c, its late one
-(Llama 3, arXiv 2407.21783, section 3.3.2). Of the (2C)^2 pairs of a query chunk and a key chunk, each device computes 2C+1:
-3 of its own chunks, and 2 with those of each other device. Results of pairs are merged as in an online softmax.
+The sequence is cut into 2C chunks of L positions. Device c holds chunk c, its early chunk, and chunk 2C-1-c, its late
+one (Llama 3, arXiv 2407.21783, section 3.3.2). Of the (2C)^2 pairs of a query chunk and a key chunk, each device computes
+2C+1: 3 of its own chunks, and 2 with those of each other device. Pairs are merged as in an online softmax.
 """
 
 import functools
@@ -24,7 +24,7 @@ OWN_PAIRS = ((EARLY, EARLY), (LATE, LATE), (LATE, EARLY))  # (query chunk, key c
 ExpandKV = Callable[[Any], tuple[jax.Array, jax.Array]]
 # What a device holds and sends: (kv, its segment_ids or None).
 KVShard = tuple[PyTree, jax.Array | None]
-# Of an online softmax: (largest logit, denominator, numerator): [..., heads, L], [..., heads, L], [..., heads, L, value width].
+# Of an online softmax: largest logit [..., heads, L], denominator [..., heads, L], numerator [..., heads, L, value width].
 SoftmaxState = tuple[jax.Array, jax.Array, jax.Array]
 
 
@@ -65,10 +65,10 @@ def context_parallel_attention(
   kind: str,
   segment_ids: jax.Array | None = None,
 ) -> jax.Array:
-  """Causal attention to the whole sequence, inside a shard_map of all axes. Each device holds the positions of `zigzag`.
+  """Causal attention to the whole sequence, inside `spmd`. Each device holds the positions of `zigzag`.
 
-  The backward pass recomputes each pair's logits from `q` and `kv`. Gradients of `kv` go back to the device that `kv` came
-  from, in its dtype. Until then, each device keeps the `kv` of all, which is small in MLA.
+  The backward pass recomputes each pair's logits from `q` and `kv`. Gradients of `kv` go back to the device that `kv`
+  came from, in its dtype. Until then, each device keeps the `kv` of all, which is small in MLA.
 
   Args:
     q: [batch, seq / C, heads, key width].
@@ -117,9 +117,9 @@ def all_gather_kv_attention(
   segment_ids: jax.Array | None = None,
   implementation: str = "auto",
 ) -> jax.Array:
-  """As `context_parallel_attention`, by a kernel that skips masked blocks; all keys and values of the sequence are in memory.
+  """As `context_parallel_attention`, by a kernel that skips masked blocks.
 
-  Raises Unsupported where the kernel does not do these shapes.
+  Keys and values of the whole sequence are in memory. Raises Unsupported where the kernel does not do these shapes.
   """
 
   def gather(x):
@@ -180,8 +180,8 @@ def _attend_pair(
 ) -> SoftmaxState:
   """Softmax state of one pair: max logit and denominator [batch, heads, L], numerator [batch, heads, L, value width].
 
-  `own`: whether `shard` is this device's. A query that attends to no key of the pair has the lowest logit and finite sums of
-  no meaning: their weight is zero in `_merge`.
+  `own`: whether `shard` is this device's. A query that attends to no key of the pair has the lowest logit and sums that
+  are finite and mean nothing: their weight is zero in `_merge`.
   """
   (query_chunk, key_chunk), length = pair, q.shape[1] // 2
 

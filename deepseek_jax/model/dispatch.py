@@ -4,7 +4,7 @@ Each form of dispatch is a function with one signature, and all give the same re
 
   Args:
     x: [rows, embed].
-    indices: int [rows, experts per token], experts of this device. The number of experts is an assignment that does not count.
+    indices: int [rows, experts per token], experts of this device; the number of experts is no assignment.
     weights: [rows, experts per token].
     gate, up: [experts, embed, mlp]. down: [experts, mlp, embed].
     expected_assignments: number of assignments under an even load.
@@ -98,7 +98,7 @@ def assign_slots(indices: jax.Array, num_experts: int, block: int) -> tuple[jax.
 def within_capacity(config: MoEConfig, indices: jax.Array, weights: jax.Array, no_drop: jax.Array) -> jax.Array:
   """Which assignments V2's token dropping keeps (section 2.2.4): of each group of experts, those of highest affinity.
 
-  A group of experts, a device in V2, has a budget: `capacity_factor` times the even share of its batch's assignments. The
+  A group of experts, a device in V2, has a budget: `capacity_factor` times an even load of the batch's assignments. The
   batch is here what one device of our mesh holds.
 
   Args:

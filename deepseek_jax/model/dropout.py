@@ -1,4 +1,4 @@
-"""Dropout as a pure function of its key and of the token, so that every layout of batch and sequence drops the same values."""
+"""Dropout as a pure function of its key and the token: every layout of batch and sequence drops the same values."""
 
 import jax
 import jax.numpy as jnp

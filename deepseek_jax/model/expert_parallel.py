@@ -1,4 +1,4 @@
-"""Expert parallelism: each device holds some of the experts, and tokens are sent to the devices that hold their choices.
+"""Expert parallelism: each device holds some of the experts, and tokens are sent to the devices of their experts.
 
 - A token goes to a device once, however many of that device's experts it chose, with its choices and weights.
 - What comes back is the weighted sum of those experts' outputs.
@@ -44,9 +44,9 @@ def expert_parallel(
     compute: this device's experts, numbered from 0: (x [rows, embed], indices [rows, n], weights [rows, n],
       expected_assignments, capacity) -> (y [rows, embed], overflow). An even load is `expected_assignments`. `overflow`
       counts the assignments over `capacity`, which are left out.
-    buffer_factor: size of the expert buffer, of rows and of assignments, as a multiple of an even load. 0: the worst case,
-      every token of every device.
-    recipe: of FP8. Tokens are then dispatched in FP8, and so are gradients. What is combined stays in the compute dtype.
+    buffer_factor: size of the expert buffer, in rows and in assignments, as a multiple of an even load. 0: the worst
+      case, every token of every device.
+    recipe: of FP8. Tokens and their gradients are then dispatched in FP8. What is combined stays in the compute dtype.
 
   Returns:
     y [tokens, embed], and overflow [] int32: assignments and rows that overflowed this device's expert buffer.
@@ -163,7 +163,7 @@ combine.defvjp(_combine_fwd, _combine_bwd)
 
 
 def destination_devices(holders: jax.Array, devices: int) -> jax.Array:
-  """The devices that each token goes to, each once: int [tokens, n], `devices` for none. n is the smallest that suffices.
+  """The devices that each token goes to, each once: int [tokens, n], `devices` for none, for the smallest such n.
 
   holders: int [tokens, experts per token], the device that holds each chosen expert, `devices` for none.
   """

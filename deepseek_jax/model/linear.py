@@ -37,14 +37,14 @@ def matmul_precision(config: ModelConfig) -> contextlib.AbstractContextManager:
 def normal_param(
   shape: tuple[int, ...], axes: tuple[str | None, ...], config: ModelConfig, rngs: nnx.Rngs
 ) -> nnx.Param:
-  """A matrix from N(0, init_std^2), created with the sharding of its logical `axes`, which its metadata keeps as `logical`."""
+  """A matrix from N(0, init_std^2), created with the sharding of its logical `axes`, which its metadata keeps."""
   init = jax.nn.initializers.normal(config.init_std)
   matrix = init(rngs.params(), shape, jnp.dtype(config.param_dtype), out_sharding=spec(*axes))
   return nnx.Param(matrix, logical=axes)
 
 
 class Linear(nnx.Module):
-  """A linear layer without bias, as an einsum of x and the kernel. It contracts x's last dimensions with the kernel's first.
+  """A linear layer without bias: an einsum that contracts x's last dimensions with the kernel's first.
 
   Where devices share a contracted dimension, each device's result is a partial sum. In FP8, tiles are per device: of its
   rows, and of its shard of the kernel.
@@ -115,7 +115,7 @@ def grouped_linear(
 ) -> list[jax.Array]:
   """The grouped matmul of `x` [rows, k] with each of `weights` [groups, k, n]: [rows, n] each.
 
-  group_sizes, block: as in `grouped_matmul`. implementation: of grouped matmuls without a recipe; a recipe names its own.
+  group_sizes, block: as in `grouped_matmul`. implementation: of grouped matmuls without a recipe, which has its own.
   """
   if recipe is None:
     x = swiglu(x)
@@ -136,7 +136,7 @@ def fwd_and_dgrad_recipes(recipe: Recipe | None) -> tuple[Recipe | None, Recipe 
 
 
 def quantize_for_dispatch(recipe: Recipe | None, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """What is sent of `x` [rows, width]: FP8 (values as uint8, scales [rows, tiles] float32), or (x, scales [rows, 0])."""
+  """What is sent of `x` [rows, width]: FP8 values as uint8 and scales [rows, tiles] float32, or x and scales [rows, 0]."""
   if recipe is None:
     return x, jnp.zeros((len(x), 0), jnp.float32)
   q = quantize(x, (1, recipe.block), pow2_scales=recipe.pow2_scales, implementation=recipe.implementation)

@@ -88,8 +88,8 @@ class MLA(nnx.Module):
   ) -> tuple[jax.Array, Latents]:
     """(partial sums [batch, 1, embed], cache) of the token `x` [batch, 1, embed] at `position`.
 
-    kv_b is absorbed into the query and the output (V2 section 2.1.2): each head attends to the latents themselves, as if
-    there were one key head of width kv_lora_rank + rope and one value head of width kv_lora_rank.
+    kv_b is absorbed into the query and the output (V2 section 2.1.2): each head attends to the latents themselves, with
+    one key head of width kv_lora_rank + rope and one value head of width kv_lora_rank.
     """
     (q_nope, q_rope), new = self.project_latents(x, rotation)
     latent, k_rope = update_cache(cache, new, position)

@@ -42,7 +42,7 @@ class MoE(nnx.Module):
   def __call__(self, x: jax.Array, batch_context: BatchContext | None = None) -> tuple[jax.Array, Routing]:
     """(partial sums [batch, seq, embed] over the devices that share `mlp`, Routing) of `x` [batch, seq, embed].
 
-    Of `batch_context` it uses `token_mask`, and `no_drop` with dispatch=capacity. None: all tokens count, none is dropped.
+    Of `batch_context` it uses `token_mask`, and `no_drop` with dispatch=capacity. None: all tokens are routed.
     """
     config, (batch, seq, _) = self.config, x.shape
     token_mask = None if batch_context is None else batch_context.token_mask
@@ -64,7 +64,7 @@ class MoE(nnx.Module):
   ) -> tuple[jax.Array, jax.Array]:
     """Output of the routed experts: (y [tokens, embed], overflow [] int32), as in `expert_parallel`.
 
-    x: [tokens, embed]. indices, weights: [tokens, experts per token]. no_drop: bool [batch], or None where nothing is dropped.
+    x: [tokens, embed]. indices, weights: [tokens, experts per token]. no_drop: bool [batch], None: drop nothing.
     """
     config, expert_weights, recipe = self.config, self.experts.weights(x.dtype), self.experts.gate.recipe
     if config.dispatch == "capacity" and no_drop is not None:

@@ -1,4 +1,4 @@
-"""Multi-token prediction (V3 section 2.2): one more block a depth, from the hidden state before it and the next token."""
+"""Multi-token prediction (V3 section 2.2): each depth is a block that takes the hidden states and the next tokens."""
 
 import jax
 import jax.numpy as jnp

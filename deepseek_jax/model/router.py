@@ -33,8 +33,8 @@ SCORES = {
   "softmax": jax.nn.softmax,  # DeepSeekMoE eq. 5, V2 eq. 22
   "sigmoid": jax.nn.sigmoid,  # V3 eq. 15
 }
-# Scores [..., groups] of affinities [..., groups, experts of a group], by model.moe.group_score. V3's is the sum of the best
-# K / M = 8 / 4 experts; every implementation has the 2 fixed.
+# Scores [..., groups] of affinities [..., groups, experts of a group], by model.moe.group_score. V3's is the sum of the
+# best K / M = 8 / 4 experts; every implementation has the 2 fixed.
 GROUP_SCORES = {
   "max": lambda scores: scores.max(-1),  # V2 section 2.2.2
   "top2_sum": lambda scores: jax.lax.top_k(scores, 2)[0].sum(-1),  # V3 section 2.1.2

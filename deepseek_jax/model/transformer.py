@@ -83,8 +83,8 @@ class Transformer(nnx.Module):
       aux_fn: what is returned of each layer.
 
     Returns:
-      Hidden states [batch, stream, embed] after the final norm, in the compute dtype, and {name of the stack: aux outputs
-      with a leading layers dimension}.
+      Hidden states [batch, stream, embed] after the final norm, in the compute dtype, and {name of the stack: its aux
+      outputs, with a leading layers dimension}.
     """
     batch_context = self.batch_context(ids) if batch_context is None else batch_context
     x, first_layer, aux = self.embed_tokens(ids), 0, {}
@@ -96,7 +96,7 @@ class Transformer(nnx.Module):
     return self.final_norm(x), aux
 
   def stacks(self) -> list[tuple[str, Block]]:
-    """(name, blocks stacked along the first dimension of their parameters) of each stack, in the order in which they run."""
+    """(name, blocks stacked along the first dimension of their parameters) of each stack, in order of execution."""
     return [(name, getattr(self, name)) for name in STACKS if hasattr(self, name)]
 
   def run_layers(
@@ -129,15 +129,15 @@ class Transformer(nnx.Module):
 
     Args:
       hidden: [batch, stream, embed], of the main model. batch_context: of the main model.
-      next_ids: int [depth, batch, seq], the ids k + 1 positions on. -1 past the end of the sequence, where hidden states mean
-        nothing.
+      next_ids: int [depth, batch, seq], the ids k + 1 positions later. -1 past the end of the sequence, where the hidden
+        states mean nothing.
     """
     depths = []
     for depth, ids in enumerate(next_ids):
       mtp_layer = jax.tree.map(lambda p, depth=depth: p[depth], self.mtp_layers)
       key = None if dropout_key is None else jax.random.fold_in(dropout_key, self.config.layers + depth)
-      # A position belongs to the document of its hidden state. The last position of a document takes the next document's
-      # first token, so that this document must not attend to it. RoPE is relative: positions may start anywhere.
+      # A position belongs to the document of its hidden state. A document's last position takes the next document's first
+      # token, so that the next document must not attend to it. RoPE is relative: positions may start anywhere.
       batch_context = dataclasses.replace(batch_context, token_mask=ids >= 0)
 
       def layer(hidden, mtp_layer, embeddings, batch_context, key):

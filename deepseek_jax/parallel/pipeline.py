@@ -1,21 +1,21 @@
 """Pipeline parallelism: layers in stages, microbatches that pass through them, forward and backward in one loop.
 
-This is interleaved 1F1B (Narayanan et al., arXiv:2104.04473), with S stages, V virtual stages on each, and items of work:
+This is interleaved 1F1B (Narayanan et al., arXiv:2104.04473) with S stages and V virtual stages on each:
 
 - Chunk c = v * S + s of the layers is virtual stage v of stage s. A microbatch passes through all stages V times.
-- Item i = (g * V + v) * S + r is microbatch g * S + r on virtual stage v. Microbatches g * S .. g * S + S - 1 are group g.
+- Work item i = (g * V + v) * S + r is microbatch g * S + r on virtual stage v. S microbatches are a group, here group g.
 - Stage s does the forward pass of item i in tick i + s.
 - It does the backward pass of item i in tick lag + i + S - 1 - s, with the virtual stages in reverse order, where
   lag = (V + 1) * S - 2 is the tick in which the first group has passed all chunks.
 
-So a tick has one forward and one backward item. At most (V + 2) * S - 2 inputs a stage are saved for the backward pass, for
-any number of microbatches. `jax.grad` of a forward loop would save all of them.
+So a tick has one forward and one backward item. At most (V + 2) * S - 2 inputs a stage are saved for the backward pass,
+for any number of microbatches. `jax.grad` of a forward loop would save all of them.
 
 What comes before the layers (the embedding) and after them (the loss) has no stage of its own. Once a group, all stages
 compute it at the same time, each for one microbatch, and the results rotate from stage to stage to where they are used.
 
-Branches depend on the tick alone, so that all devices take the same branch and meet in its collectives. Stages without an
-item compute on stale values, which are left out of all sums.
+Branches depend on the tick alone, so that all devices take the same branch and meet in its collectives. Stages without
+an item compute on stale values, which are left out of all sums.
 """
 
 import dataclasses
@@ -37,11 +37,11 @@ def layer_assignment(
   """Which layer is in which slot.
 
   Args:
-    assignment: number of layers of each of the stages * virtual_stages chunks, in the order in which they run. Default: as
-      even as possible, earlier chunks take one more.
+    assignment: number of layers of each of the stages * virtual_stages chunks, in order of execution. Default: as even as
+      possible, earlier chunks take one more.
 
   Returns:
-    (table int32 [stages, virtual_stages, slots], where `layers` stands for an empty slot; mask bool, True for full slots).
+    (table int32 [stages, virtual_stages, slots], where `layers` is an empty slot; mask bool, True for full slots).
 
   Raises:
     ConfigError: `assignment` has another number of chunks or of layers.
@@ -72,7 +72,7 @@ def bubble_fraction(stages: int, virtual_stages: int, microbatches: int) -> floa
 
 
 def num_ticks(stages: int, virtual_stages: int, microbatches: int) -> tuple[int, int, int]:
-  """(ticks of a step; those with a forward item, and as many have a backward item; those with an embedding or a loss)."""
+  """Ticks of a step: (all, those with a forward item, those with an embedding). As many have a backward item, a loss."""
   groups = -(-microbatches // stages)
   forward, lag = groups * stages * virtual_stages + stages - 1, (virtual_stages + 1) * stages - 2
   return forward + lag + 1, forward, groups
@@ -82,8 +82,8 @@ def to_stage_params(leaf: jax.Array, table: np.ndarray, axis: str, dimension: in
   """Parameters of this stage's layers, [virtual_stages, slots, ...], with zeros in empty slots.
 
   Args:
-    leaf: [layers, ...]. Its `dimension` is sharded over the mesh axis `axis`, and comes back unsharded. None: every stage has
-      all of it.
+    leaf: [layers, ...]. Its `dimension` is sharded over the mesh axis `axis`, and comes back unsharded. None: it is not
+      sharded over the stages.
     table: of `layer_assignment`.
   """
   if dimension is None:
@@ -105,23 +105,23 @@ def interleaved_1f1b(
 ) -> tuple[Params, PyTree, tuple[PyTree, PyTree, PyTree]]:
   """Gradients of the sum of all microbatches' objectives, as far as this stage computes them.
 
-  Called inside a shard_map over all mesh axes with check_vma. An objective that varies over a mesh axis counts as the sum over
-  that axis. The caller sums gradients over the mesh axes on which a parameter is replicated, those of `outer_params` over the
-  stages.
+  Called inside a shard_map over all mesh axes with check_vma. An objective that varies over a mesh axis counts as the sum
+  over that axis. The caller sums gradients over the mesh axes on which a parameter is replicated; `outer_params` are
+  replicated over the stages.
 
   Args:
     embed_fn: (outer_params, microbatch) -> (x, aux). x is one array, which goes from chunk to chunk.
-    chunk_fn: (layer_params of one virtual stage [slots, ...], virtual_stage, microbatch, x) -> (y like x, objective [], aux).
-      The backward pass computes it again from x. A jax.checkpoint inside it decides what is saved meanwhile.
+    chunk_fn: (layer_params of one virtual stage [slots, ...], virtual_stage, microbatch, x) -> (y like x, objective [],
+      aux). The backward pass computes it again from x. A jax.checkpoint inside it decides what is saved meanwhile.
     loss_fn: (outer_params, microbatch, y) -> (objective [], aux).
     outer_params: of embed_fn and loss_fn, the same on all stages.
     layer_params: this stage's, [virtual_stages, slots, ...]. Both are typed as varying over all mesh axes.
-    microbatches: how many, at least 1. May be traced; the same on all devices. The functions get int32 indices below it.
+    microbatches: how many, at least 1. May be traced, the same on all devices. The functions get int32 indices below it.
     axis: mesh axis of the stages.
 
   Returns:
-    (gradients of outer_params, gradients of layer_params, aux): sums over the microbatches, gradients in at least float32. aux is
-    (embed_fn's, chunk_fn's [virtual_stages, ...], loss_fn's).
+    (gradients of outer_params, gradients of layer_params, aux): sums over the microbatches, gradients in at least float32.
+    aux is (embed_fn's, chunk_fn's [virtual_stages, ...], loss_fn's).
   """
   embed_fn, chunk_fn, loss_fn = _with_varying_outputs(embed_fn, chunk_fn, loss_fn)
   microbatches = jnp.asarray(microbatches, jnp.int32)
@@ -134,7 +134,7 @@ def interleaved_1f1b(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Carry:
-  """What a stage holds between ticks. A rotating box has the shape of x and moves by one stage a tick, from s to s - 1."""
+  """What a stage holds between ticks. A rotating box has the shape of x and moves each tick, from stage s to s - 1."""
 
   # Rotating box of embed_fn's outputs: r ticks after they were computed, stage 0 has microbatch r of the group.
   inbox: jax.Array
@@ -287,8 +287,8 @@ class StageProgram:
 
   def embed_backward(self, microbatch: jax.Array, exists: jax.Array, carry: Carry) -> Carry:
     _, vjp, _ = jax.vjp(lambda params: self.embed_fn(params, microbatch), self.outer_params, has_aux=True)
-    # The cotangent is zero where there is no microbatch. The result is added in any case: of parameters that are sharded
-    # over the stages, `vjp` gives the terms of all stages.
+    # The cotangent is zero where there is no microbatch. The result is added in any case: of parameters sharded over the
+    # stages, `vjp` gives the terms of all stages.
     (grads,) = vjp(jnp.where(exists, carry.outbox, 0))
     outer_grads, layer_grads = carry.gradients
     return dataclasses.replace(carry, gradients=(jax.tree.map(jnp.add, outer_grads, grads), layer_grads))
@@ -306,7 +306,7 @@ class StageProgram:
     return dataclasses.replace(carry, turnaround=dy, gradients=gradients, aux=aux)
 
   def once_per_group(self, ticks: jax.Array, function: Callable[..., Carry], carry: Carry) -> Carry:
-    """Calls `function` once for each group, on all stages, each with its own microbatch. `ticks`: since the first call."""
+    """Calls `function` once a group, on all stages, each with its own microbatch. `ticks`: since the first call."""
     due = (ticks >= 0) & (ticks < self.items) & (ticks % self.period == 0)
     microbatch, exists = self.clip_microbatch(ticks // self.period * self.stages + self.stage)
     return _when(due, lambda carry: function(microbatch, exists, carry), carry)
@@ -329,7 +329,7 @@ class StageProgram:
 def _with_varying_outputs(
   embed_fn: Callable, chunk_fn: Callable, loss_fn: Callable
 ) -> tuple[Callable, Callable, Callable]:
-  """The functions with outputs typed as varying over the whole mesh. Jitted, so that each is traced once for all its uses."""
+  """The functions with outputs typed as varying over the whole mesh, and jitted, so that each is traced only once."""
 
   def varying_embed(*args):
     return pvary(embed_fn(*args))
