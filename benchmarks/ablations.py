@@ -103,8 +103,8 @@ def train_variant(values: flags.FlagValues, overrides: Mapping[str, Any], name: 
   code = subprocess.call([*command, *(f"--config.{path}={value}" for path, value in fields.items())])
   if code:
     raise UserError(f"the run in {workdir} ended with exit code {code}, see above; the same command resumes it")
-  lines = metrics.read(os.path.join(workdir, metrics.METRICS))
-  evaluations = [e for e in metrics.read(os.path.join(workdir, metrics.EVENTS)) if e["event"] == "eval"]
+  lines = metrics.read_jsonl(os.path.join(workdir, metrics.METRICS))
+  evaluations = [e for e in metrics.read_jsonl(os.path.join(workdir, metrics.EVENTS)) if e["event"] == "eval"]
   return config, lines, evaluations[-1]
 
 

@@ -32,8 +32,8 @@ def main(argv: list[str]) -> int:
   parse(argv, values, __doc__)
   if not (values.workdir and values.out):
     raise ConfigError("--workdir=DIR of a run and --out=FILE.svg are required")
-  lines = metrics.read(os.path.join(values.workdir, metrics.METRICS))
-  events = metrics.read(os.path.join(values.workdir, metrics.EVENTS))
+  lines = metrics.read_jsonl(os.path.join(values.workdir, metrics.METRICS))
+  events = metrics.read_jsonl(os.path.join(values.workdir, metrics.EVENTS))
   if not lines:
     raise ConfigError(f"{values.workdir} has no metrics.jsonl: give the workdir of a training run")
   heldout = [(e["step"], e["bits_per_byte"]) for e in events if e["event"] == "eval"]

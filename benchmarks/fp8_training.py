@@ -146,10 +146,10 @@ def train_arm(name: str, values: flags.FlagValues, workdir: str, fields: Mapping
 
 def read_run(workdir: str | os.PathLike) -> dict[str, Any] | None:
   """{"losses": of each step, "heldout": last held-out loss, "last": mean of the last losses}; None of an unfinished run."""
-  events = metrics.read(os.path.join(workdir, metrics.EVENTS))
+  events = metrics.read_jsonl(os.path.join(workdir, metrics.EVENTS))
   if not any(e["event"] == "end" and e["reason"] == "finished" for e in events):
     return None
-  losses = [line["loss"] for line in metrics.read(os.path.join(workdir, metrics.METRICS))]
+  losses = [line["loss"] for line in metrics.read_jsonl(os.path.join(workdir, metrics.METRICS))]
   heldout = [e["loss"] for e in events if e["event"] == "eval"][-1]
   return {"losses": losses, "heldout": heldout, "last": statistics.mean(losses[-NUM_LAST:])}
 

@@ -116,7 +116,7 @@ def time_steps(config: Config, steps: int, report: Callable[[dict[str, Any]], No
   from deepseek_jax.mesh import make_mesh
   from deepseek_jax.model.transformer import graphdef
   from deepseek_jax.sharding import spec
-  from deepseek_jax.training.schedule import schedules
+  from deepseek_jax.training.schedule import schedule_values
   from deepseek_jax.training.state import init_state
   from deepseek_jax.training.step import make_train_step
 
@@ -129,9 +129,10 @@ def time_steps(config: Config, steps: int, report: Callable[[dict[str, Any]], No
     batch = jax.device_put(tokens, NamedSharding(mesh, spec(None, "batch", None)))
     step = make_train_step(config, graphdef(config.model), bos=0)
     step = jax.jit(step, donate_argnames="state", static_argnames="microbatches")
-    rates = {name: np.asarray(rate, config.model.param_dtype) for name, rate in schedules(config, 0, 0, 1).items()}
+    values = schedule_values(config, 0, 0, 1)
+    schedules = {name: np.asarray(value, config.model.param_dtype) for name, value in values.items()}
     start = time.perf_counter()
-    compiled = step.lower(state, batch, shape[0], rates).compile()
+    compiled = step.lower(state, batch, shape[0], schedules).compile()
     timings: dict[str, Any] = {
       "compile": time.perf_counter() - start,
       "cost": compiled.cost_analysis(),
@@ -141,10 +142,10 @@ def time_steps(config: Config, steps: int, report: Callable[[dict[str, Any]], No
     }
     report = report or (lambda timings: None)
     report(timings)
-    state, _ = jax.block_until_ready(compiled(state, batch, rates))
+    state, _ = jax.block_until_ready(compiled(state, batch, schedules))
     for _ in range(steps):
       wall_start, cpu_start = time.perf_counter(), time.process_time()
-      state, metrics = jax.block_until_ready(compiled(state, batch, rates))
+      state, metrics = jax.block_until_ready(compiled(state, batch, schedules))
       timings["wall"].append(time.perf_counter() - wall_start)
       timings["cpu"].append(time.process_time() - cpu_start)
       timings["loss"].append(float(metrics["loss"]))

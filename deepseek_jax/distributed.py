@@ -1,4 +1,4 @@
-"""Several processes as one run: how they meet, agree, and end together. A process alone starts nothing of this."""
+"""Several processes as one run: connect, broadcast from process 0, barrier, and a joint exit. One process alone needs none of it."""
 
 import contextlib
 import itertools
@@ -9,161 +9,184 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed as _jax  # there is no public name for the client, the processes' notice board
+from jax._src import distributed as _jax_distributed  # the client has no public name
 from jax.experimental import multihost_utils
 
 from deepseek_jax import errors
 from deepseek_jax.errors import ConfigError, UserError
 
-MEET_SECONDS = 120
-# How long a process that is lost goes unnoticed, and how long the first at the end waits for the last.
-TIMEOUTS = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 60}
-_FAILED = "deepseek_jax/failed"
-_SAID = itertools.count()  # all processes ask in one order, and so count alike
-_DAY_MS, _ECHO_SECONDS = 86_400_000, 1  # the second: how long the news takes to all who hear it
+CONNECT_SECONDS = 120
+HEARTBEAT_SECONDS = 30  # a lost process is noticed after this time
+SHUTDOWN_SECONDS = 60  # at the end, the first process waits this long for the last
+_FAILURE_KEY = "deepseek_jax/failed"
+_broadcast_ids = itertools.count()  # all processes broadcast in the same order, so that their counts agree
+_DAY_MS = 86_400_000
+_PROPAGATION_SECONDS = 1  # until every process has read a failure from the key-value store
 
 
 @contextlib.contextmanager
-def distributed_session(place):
-  """Joins the other processes of the run for the block: `place` as `processes.find_place` gives it; None: nothing happens.
+def distributed_session(initialize_args: dict[str, Any] | None) -> Iterator[None]:
+  """Connects to the other processes of the run while the block lasts. Only process 0 writes to stdout.
 
-  An exception is printed, and ends this process and within seconds all others with one exit code: 2 for a UserError, 130
+  An exception is printed. It ends this process, and within seconds all others, with one exit code: 2 for a UserError, 130
   for Ctrl-C, else 1. jax by itself would wait at its exit for the others, while they wait for this one in a step.
-  Only process 0 writes to stdout.
+
+  Args:
+    initialize_args: arguments of `jax.distributed.initialize`, from `processes.find_initialize_args`. None: one process
+      alone, and nothing happens.
   """
-  if place is None:
+  if initialize_args is None:
     yield
     return
   try:
-    watcher = _start(place)
+    watcher = _connect(initialize_args)
     yield
     jax.distributed.shutdown()  # waits for all, and ends the watcher's call
     watcher.join(10)  # a thread inside of a call when Python ends would abort the process
   except BaseException as error:
-    _end_all(error)
+    _abort_all(error)
 
 
-def _start(place) -> threading.Thread:
-  if place.get("process_id") == 0:
-    _check_free(place["coordinator_address"])
+def _connect(initialize_args: dict[str, Any]) -> threading.Thread:
+  """Runs `jax.distributed.initialize` and returns the thread that watches for failures of other processes."""
+  if initialize_args.get("process_id") == 0:
+    _check_port_is_free(initialize_args["coordinator_address"])
   # jax's handler would swallow SIGTERM.
   jax.config.update("jax_enable_preemption_service", False)
-  late = threading.Timer(MEET_SECONDS, _end_unmet, [place])  # jax's own timeout ends in a page of C++
-  late.daemon = True
-  late.start()
-  jax.distributed.initialize(**place, **TIMEOUTS, initialization_timeout=2 * MEET_SECONDS)
-  late.cancel()
-  if _jax.global_state.process_id:
+  # jax's own timeout ends in a page of C++, so ours comes first.
+  timeout = threading.Timer(CONNECT_SECONDS, _exit_unconnected, [initialize_args])
+  timeout.daemon = True
+  timeout.start()
+  jax.distributed.initialize(
+    **initialize_args,
+    heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+    initialization_timeout=2 * CONNECT_SECONDS,
+  )
+  timeout.cancel()
+  if _jax_distributed.global_state.process_id:
     sys.stdout = open(os.devnull, "w", encoding="utf-8")
-  watcher = threading.Thread(target=_watch, daemon=True)
+  watcher = threading.Thread(target=_watch_for_failures, daemon=True)
   watcher.start()
   return watcher
 
 
-def _check_free(coordinator):
+def _check_port_is_free(coordinator: str) -> None:
   """Raises ConfigError where process 0 cannot listen at its port: jax 0.12 crashes on that."""
   port = coordinator.rpartition(":")[2]
   try:
     socket.create_server(("", int(port))).close()
   except OSError as error:
     raise ConfigError(
-      f"process 0 cannot listen at port {port}: {os.strerror(error.errno)}; give another --coordinator"
+      f"process 0 cannot listen at port {port}: {os.strerror(error.errno or 0)}; give another --coordinator"
     ) from None
 
 
-def _end_unmet(place):
-  where = place.get("coordinator_address", "the scheduler's")
+def _exit_unconnected(initialize_args: dict[str, Any]) -> None:
+  coordinator = initialize_args.get("coordinator_address", "the scheduler's")
   print(
-    f"error: the processes of this run did not meet within {MEET_SECONDS} s (coordinator: {where}): start all of them, "
-    "with one coordinator that all can reach and whose port is free",
+    f"error: the processes of this run did not connect within {CONNECT_SECONDS} s (coordinator: {coordinator}): start all "
+    "of them, with one coordinator that all can reach and whose port is free",
     file=sys.stderr,
     flush=True,
   )
   os._exit(2)
 
 
-def _watch():
-  """Ends this process when another one says that it has failed: the main thread may be waiting for that one for good."""
-  state = _jax.global_state
+def _client() -> Any:
+  """jax's client of the coordinator and its key-value store; None in a process alone."""
+  return _jax_distributed.global_state.client
+
+
+def _watch_for_failures() -> None:
+  """Ends this process when another one has failed: the main thread may wait for that one in a collective forever."""
   try:
-    failed, code, why = json.loads(state.client.blocking_key_value_get(_FAILED, 365 * _DAY_MS))
+    failed, code, reason = json.loads(_client().blocking_key_value_get(_FAILURE_KEY, 365 * _DAY_MS))
   except jax.errors.JaxRuntimeError:
     return  # the run is over
-  if failed != state.process_id:
-    print_error(f"error: process {failed} failed ({why}): all end")
+  if failed != _jax_distributed.global_state.process_id:
+    print_error(f"error: process {failed} failed ({reason}): all end")
     _exit(code)
 
 
-def _end_all(error):
-  code = 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
-  if code == 1:
-    time.sleep(_ECHO_SECONDS)  # it may be the echo of another process's end, of which the watcher hears and tells
-  brief = "interrupted" if code == 130 else f"{type(error).__name__}: {error}".splitlines()[0]
-  text = f"error: {error}" if code == 2 else brief if code == 130 else "".join(traceback.format_exception(error))
+def _abort_all(error: BaseException) -> None:
+  """Prints `error`, tells the other processes, and ends this one."""
+  reason = f"{type(error).__name__}: {error}".splitlines()[0]
+  if isinstance(error, UserError):
+    code, text = 2, f"error: {error}"
+  elif isinstance(error, KeyboardInterrupt):
+    code, text = 130, "interrupted"
+    reason = text
+  else:
+    code, text = 1, "".join(traceback.format_exception(error))
+    # The cause may be another process's end. Then the watcher reads it from the store and reports it.
+    time.sleep(_PROPAGATION_SECONDS)
   print_error(text)
-  state = _jax.global_state
+  client, process_id = _client(), _jax_distributed.global_state.process_id
   try:
-    if state.client:
-      state.client.key_value_set(_FAILED, json.dumps([state.process_id, code, brief]), allow_overwrite=True)
+    if client:
+      client.key_value_set(_FAILURE_KEY, json.dumps([process_id, code, reason]), allow_overwrite=True)
   finally:
     _exit(code)
 
 
-def print_error(text):
-  """Prints `text` to stderr, on another process than the first behind its number."""
-  number = _jax.global_state.process_id
-  prefix = f"process {number}: " if number else ""
+def print_error(text: str) -> None:
+  """Prints `text` to stderr; each line starts with the process's number, except on process 0."""
+  process_id = _jax_distributed.global_state.process_id
+  prefix = f"process {process_id}: " if process_id else ""
   print("\n".join(prefix + line for line in text.splitlines()), file=sys.stderr, flush=True)
 
 
-def _exit(code):
+def _exit(code: int) -> None:
   sys.stdout.flush()
   sys.stderr.flush()
-  if _jax.global_state.process_id == 0:
-    time.sleep(_ECHO_SECONDS)  # the board is in this process: the others read it first
+  if _jax_distributed.global_state.process_id == 0:
+    time.sleep(_PROPAGATION_SECONDS)  # the key-value store is in this process: let the others read it first
   os._exit(code)
 
 
 def process_count() -> int:
-  """Processes of the run. Unlike jax.process_count() this opens no device."""
-  return _jax.global_state.num_processes or 1
+  """Number of processes of the run. Unlike jax.process_count() this opens no device."""
+  return _jax_distributed.global_state.num_processes or 1
 
 
-def barrier(what):
-  """Returns when all processes have come to the place in the program that alone is called `what`; within a day."""
+def barrier(name: str) -> None:
+  """Waits until all processes have called this with `name`, at most a day. Each barrier of a run needs its own `name`."""
   if jax.process_count() > 1:
-    _jax.global_state.client.wait_at_barrier(f"deepseek_jax/{what}", _DAY_MS)
+    _client().wait_at_barrier(f"deepseek_jax/{name}", _DAY_MS)
 
 
-def broadcast_from_process0(make):
-  """What `make()`, which process 0 alone calls, gives there, on every process: what JSON can hold. All have to call this.
+def broadcast_from_process0(compute: Callable[[], Any]) -> Any:
+  """Calls `compute()` on process 0 and returns its result on every process. All processes have to call this.
 
-  A UserError that it raises, all raise. It may take a day: the others wait at the notice board, not in a collective, which
-  would time out.
+  The result must be JSON. A UserError of `compute` is raised on every process. It may take a day: the other processes wait
+  at jax's key-value store and not in a collective, which would time out.
   """
-  board = _jax.global_state.client
-  if board is None:
-    return make()
-  key = f"deepseek_jax/said/{next(_SAID)}"
-  if _jax.global_state.process_id:  # jax.process_index() would open the devices
-    error, said = json.loads(board.blocking_key_value_get(key, _DAY_MS))
-    if error:
-      raise getattr(errors, error)(f"process 0: {said}")
-    return said
+  store = _client()
+  if store is None:
+    return compute()
+  key = f"deepseek_jax/broadcast/{next(_broadcast_ids)}"
+  if _jax_distributed.global_state.process_id:  # jax.process_index() would open the devices
+    error_type, result = json.loads(store.blocking_key_value_get(key, _DAY_MS))
+    if error_type:
+      raise getattr(errors, error_type)(f"process 0: {result}")
+    return result
   try:
-    said = make()
+    result = compute()
   except UserError as error:
-    board.key_value_set(key, json.dumps([type(error).__name__, str(error)]))
+    store.key_value_set(key, json.dumps([type(error).__name__, str(error)]))
     raise
-  board.key_value_set(key, json.dumps([None, said]))
-  return said
+  store.key_value_set(key, json.dumps([None, result]))
+  return result
 
 
-def to_host(array) -> np.ndarray:
-  """The whole `array` on every process; all of them have to call this."""
+def gather_to_host(array: jax.typing.ArrayLike) -> np.ndarray:
+  """The global `array` as NumPy on every process: an all-gather where it is sharded over processes. All have to call this."""
   if isinstance(array, jax.Array) and not array.is_fully_addressable:
     array = multihost_utils.process_allgather(array, tiled=True)
   return np.asarray(array)

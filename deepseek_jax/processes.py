@@ -1,21 +1,23 @@
-"""Which of a run's processes this one is: by its flags, its environment, or the scheduler that started it."""
+"""Which process of a run this one is: from its flags, its environment, or the scheduler that started it."""
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
 from deepseek_jax.errors import ConfigError
 
 FLAGS = ("--coordinator", "--processes", "--process")
-VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+ENV_VARS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
-def define_flags(flag_values):
-  """The flags by which a process is told its place in a run of several."""
+def define_process_flags(flag_values: flags.FlagValues) -> None:
+  """Defines --coordinator, --processes and --process."""
   flags.DEFINE_string(
     "coordinator",
     None,
-    f"HOST:PORT where process 0 of several listens. Without these three flags {', '.join(VARIABLES)} count, without "
+    f"HOST:PORT where process 0 of several listens. Without these three flags {', '.join(ENV_VARS)} count, without "
     "them what Slurm, Open MPI, a TPU pod or an indexed Kubernetes job says, and else this process is alone",
     flag_values=flag_values,
   )
@@ -25,16 +27,20 @@ def define_flags(flag_values):
   flags.DEFINE_integer("process", None, "which of them this one is, from 0", flag_values=flag_values)
 
 
-def find_place(coordinator=None, processes=None, process=None) -> dict | None:
-  """Arguments of `jax.distributed.initialize` by the values of the flags, or else the environment; None: alone.
+def find_initialize_args(
+  coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> dict[str, Any] | None:
+  """Arguments of `jax.distributed.initialize`, from the values of the flags or else from the environment.
 
-  Nothing is started. Raises ConfigError where some are missing, malformed or contradict each other.
+  None: this process is alone. Nothing is started. Raises ConfigError where values are missing, malformed or contradict each
+  other.
   """
-  names, given = FLAGS, (coordinator, processes, process)
-  if not any(value is not None for value in given):
-    names, given = VARIABLES, [os.environ.get(variable) for variable in VARIABLES]
-    if not any(value is not None for value in given):
-      return _scheduled()
+  names: Sequence[str] = FLAGS
+  given: Sequence[Any] = (coordinator, processes, process)
+  if all(value is None for value in given):
+    names, given = ENV_VARS, [os.environ.get(variable) for variable in ENV_VARS]
+    if all(value is None for value in given):
+      return _find_scheduler_args()
   pairs = list(zip(names, given, strict=True))
   got = ", ".join(f"{name}={value}" for name, value in pairs if value is not None)
   try:
@@ -60,8 +66,8 @@ def find_place(coordinator=None, processes=None, process=None) -> dict | None:
   }
 
 
-def _scheduled():
-  """`find_place` by what a scheduler has set, as jax reads it."""
+def _find_scheduler_args() -> dict[str, Any] | None:
+  """`find_initialize_args` from the environment of a scheduler, as jax detects it."""
   # No public name tells the number of processes without starting them.
   from jax._src.clusters import ClusterEnv, K8sCluster
 

@@ -230,7 +230,7 @@ def elements_per_device(abstract: jax.ShapeDtypeStruct) -> int:
   return math.prod(abstract.sharding.shard_shape(abstract.shape) if abstract.sharding else abstract.shape)
 
 
-def with_concrete_shardings(abstract: PyTree, mesh: Mesh) -> PyTree:
+def with_concrete_shardings(abstract: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
   """A tree of `jax.eval_shape` with shardings on `mesh`, as Orbax and ahead-of-time compilation need them.
 
   `jax.eval_shape` gives replicated arrays no sharding, and the others one on an AbstractMesh.

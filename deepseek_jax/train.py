@@ -14,7 +14,7 @@ from absl import flags
 
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import define_config_flags, file_exists, load_config, parse, run_program
-from deepseek_jax.processes import define_flags, find_place
+from deepseek_jax.processes import define_process_flags, find_initialize_args
 
 
 def program_flags() -> flags.FlagValues:
@@ -53,12 +53,12 @@ def program_flags() -> flags.FlagValues:
     "test the kernels of an accelerator before a new run, and have XLA's forms replace those that fail or are slower (auto)",
     flag_values=values,
   )
-  define_flags(values)
+  define_process_flags(values)
   return values
 
 
-def main(argv) -> int:
-  """The exit code of a training run, --dry_run or --print_config. Raises UserError for what the user can mend."""
+def main(argv: list[str]) -> int:
+  """Returns the exit code of a training run, --dry_run or --print_config. Raises UserError for an error of the user's."""
   values = program_flags()
   overrides = parse(argv, values, __doc__)
   saved = os.path.join(values.workdir or "", "config.json")
@@ -82,7 +82,7 @@ def main(argv) -> int:
       print(config_summary(on_mesh))
     return 0
 
-  place = find_place(values.coordinator, values.processes, values.process)
+  initialize_args = find_initialize_args(values.coordinator, values.processes, values.process)
   from deepseek_jax.distributed import distributed_session, print_error, process_count
   from deepseek_jax.evaluate.heldout import evaluate
   from deepseek_jax.generate.decoding import continue_prompt
@@ -93,7 +93,7 @@ def main(argv) -> int:
     return select_kernels(config, folder, process_count(), values.selftest == "on")
 
   workdir = values.workdir or os.path.join("runs", config.name)
-  with distributed_session(place):
+  with distributed_session(initialize_args):
     try:
       return run(config, workdir, evaluate, continue_prompt, select, values.accept_data_change)
     except Diverged as error:  # all processes see it at the same step

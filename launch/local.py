@@ -2,10 +2,10 @@
 
   python launch/local.py --processes=2 -- python -m deepseek_jax.train --config=tiny --config.mesh.fsdp=2
 
-Each process is told its place by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and has --devices devices:
-virtual ones on a CPU, GPUs of its own on a machine with GPUs. What process 0 prints comes as it is, what the others
-print behind their number. The first that fails takes the others with it: SIGTERM, and SIGKILL 5 s later; its last lines
-are shown, and its exit code is the launcher's. Ctrl-C and SIGTERM are passed on, so that a training run can save.
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID tell each process which one it is. Each has --devices devices:
+virtual ones on a CPU, GPUs of its own on a machine with GPUs. Lines that process N > 0 prints start with [N]. When a process
+fails, the others get SIGTERM, and SIGKILL 5 s later; its last lines are shown, and its exit code is the launcher's. Ctrl-C
+and SIGTERM are passed on, so that a training run can save.
 """
 
 import argparse
@@ -19,13 +19,15 @@ import subprocess
 import sys
 import threading
 import time
+import types
+from collections.abc import Sequence
 
-AFTER_FAILURE_SECONDS = 5
+KILL_AFTER_SECONDS = 5  # after a failure, from SIGTERM to SIGKILL
 LAST_LINES = 20
 
 
-def main(argv) -> int:
-  """The exit code: 0, or that of the first process that failed, 128 + N where signal N ended it."""
+def main(argv: Sequence[str]) -> int:
+  """Returns the exit code: 0, or that of the first process that failed, 128 + N where signal N ended it."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--processes", type=int, required=True, help="how many")
   parser.add_argument("--devices", type=int, default=1, help="devices of each process (default 1)")
@@ -34,7 +36,8 @@ def main(argv) -> int:
   options = parser.parse_args(argv)
   if min(options.processes, options.devices) < 1:
     parser.error(f"--processes and --devices are 1 or more, got {options.processes} and {options.devices}")
-  group, coordinator = Group(options.grace), f"127.0.0.1:{free_port()}"
+  group = ProcessGroup(options.grace)
+  coordinator = f"127.0.0.1:{free_port()}"
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, group.stop)
   try:
@@ -48,33 +51,38 @@ def main(argv) -> int:
     group.kill()
 
 
-def environment(coordinator, processes, index, devices):
-  """The environment of process `index`. By the devices in it programs of this package size XLA's thread pool."""
-  own = range(index * devices, (index + 1) * devices)
+def environment(coordinator: str, processes: int, index: int, devices: int) -> dict[str, str]:
+  """The environment of process `index`. Programs of this package size XLA's thread pool by the number of devices in it."""
+  device_ids = range(index * devices, (index + 1) * devices)
   return os.environ | {
     "JAX_COORDINATOR_ADDRESS": coordinator,
     "JAX_NUM_PROCESSES": str(processes),
     "JAX_PROCESS_ID": str(index),
     "JAX_NUM_CPU_DEVICES": str(devices),
-    "JAX_LOCAL_DEVICE_IDS": ",".join(map(str, own)),  # of the machine's GPUs
+    "JAX_LOCAL_DEVICE_IDS": ",".join(map(str, device_ids)),  # of the machine's GPUs
   }
 
 
-def free_port():
+def free_port() -> int:
   """A port that was free a moment ago."""
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
     return s.getsockname()[1]
 
 
-class Group:
-  """Processes that end together, each in a session of its own: signals reach them through here alone."""
+class ProcessGroup:
+  """Processes that end together. Each has its own session, so that signals reach it only through this class.
 
-  def __init__(self, grace):
-    self._grace, self._deadline, self._stopped = grace, float("inf"), False
-    self._processes = []
+  grace: seconds that the processes have to save after a signal.
+  """
 
-  def start(self, command, environment):
+  def __init__(self, grace: float):
+    self._grace = grace
+    self._deadline = float("inf")  # of time.monotonic(), when all that still run are killed
+    self._stopped = False
+    self._processes: list[subprocess.Popen] = []
+
+  def start(self, command: Sequence[str], environment: dict[str, str]) -> None:
     """Adds a process that runs `command`."""
     first = not self._processes
     process = subprocess.Popen(
@@ -88,9 +96,9 @@ class Group:
     )
     self._processes.append(process)
 
-  def wait(self):
-    """Waits for all and returns the exit code; one that fails, or a stop that takes too long, ends all."""
-    readers = [Reader(process, index) for index, process in enumerate(self._processes)]
+  def wait(self) -> int:
+    """Waits for all and returns the exit code. One that fails, or a stop that takes too long, ends all."""
+    readers = [OutputReader(process, index) for index, process in enumerate(self._processes)]
     failed = None
     while True:
       running = [process for process in self._processes if process.poll() is None]
@@ -98,7 +106,7 @@ class Group:
         failed = next((index for index, process in enumerate(self._processes) if process.returncode), None)
         if failed is not None:
           self._signal(signal.SIGTERM)
-          self._deadline = min(self._deadline, time.monotonic() + AFTER_FAILURE_SECONDS)
+          self._deadline = min(self._deadline, time.monotonic() + KILL_AFTER_SECONDS)
       if not running:
         break
       if time.monotonic() > self._deadline:
@@ -112,38 +120,42 @@ class Group:
     code = 128 - code if code < 0 else code
     if not self._stopped:
       print(f"launch: process {failed} failed with exit code {code}; its last lines:", file=sys.stderr)
-      sys.stderr.write(b"".join(readers[failed].last).decode(errors="replace"))
+      sys.stderr.write(b"".join(readers[failed].last_lines).decode(errors="replace"))
     return code
 
-  def stop(self, number, frame):
-    """Passes a signal on, and sees that it is obeyed; a second one ends all at once."""
+  def stop(self, number: int, frame: types.FrameType | None) -> None:
+    """Signal handler: passes the signal on and sets the deadline. A second signal kills all at once."""
     self._deadline = float("-inf") if self._stopped else time.monotonic() + self._grace
     self._stopped = True
     self._signal(number)
 
-  def kill(self):
-    """Ends what is left, children of the processes too."""
+  def kill(self) -> None:
+    """Kills the processes that are left, and the children of all."""
     self._signal(signal.SIGKILL, also_ended=True)
 
-  def _signal(self, number, also_ended=False):
+  def _signal(self, number: int, also_ended: bool = False) -> None:
     for process in self._processes:
       if also_ended or process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
           os.killpg(process.pid, number)
 
 
-class Reader(threading.Thread):
-  """Copies what a process prints to stderr, behind its number unless that is 0, and keeps the `last` lines."""
+class OutputReader(threading.Thread):
+  """Copies the output of process `index` to stderr, with [index] before each line of any but process 0.
 
-  def __init__(self, process, index):
+  last_lines: the newest lines, as bytes.
+  """
+
+  def __init__(self, process: subprocess.Popen, index: int):
     super().__init__(daemon=True)
-    self.last = collections.deque(maxlen=LAST_LINES)
-    self._prefix, self._stream = (b"[%d] " % index if index else b""), process.stdout or process.stderr
+    self.last_lines: collections.deque[bytes] = collections.deque(maxlen=LAST_LINES)
+    self._prefix = b"[%d] " % index if index else b""
+    self._stream = process.stdout or process.stderr
     self.start()
 
-  def run(self):
+  def run(self) -> None:
     for line in self._stream:
-      self.last.append(line)
+      self.last_lines.append(line)
       sys.stderr.buffer.write(self._prefix + line)
       sys.stderr.buffer.flush()
 
@@ -151,8 +163,8 @@ class Reader(threading.Thread):
 _libc = ctypes.CDLL(None)  # before the fork
 
 
-def die_with_launcher():
-  """For a new process of Linux: it ends with the thread that started it."""
+def die_with_launcher() -> None:
+  """Runs in a new process: on Linux it is killed when the thread that started it ends."""
   if sys.platform == "linux":
     _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: even kill -9 of the launcher leaves nobody behind
 

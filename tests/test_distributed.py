@@ -8,23 +8,23 @@ import time
 
 import pytest
 
-from deepseek_jax.distributed import barrier, broadcast_from_process0, distributed_session, to_host
+from deepseek_jax.distributed import barrier, broadcast_from_process0, distributed_session, gather_to_host
 
 PROGRAM = """
 import os, sys, time
 from deepseek_jax import distributed
 from deepseek_jax.errors import DataError
-from deepseek_jax.processes import find_place
+from deepseek_jax.processes import find_initialize_args
 import jax
 import numpy as np
-distributed.MEET_SECONDS = int(os.environ.get("MEET_SECONDS", 120))
-with distributed.distributed_session(find_place(sys.argv[1], 2, int(sys.argv[2]))):
+distributed.CONNECT_SECONDS = int(os.environ.get("CONNECT_SECONDS", 120))
+with distributed.distributed_session(find_initialize_args(sys.argv[1], 2, int(sys.argv[2]))):
   me = jax.process_index()
   print("joined")
   assert distributed.broadcast_from_process0(lambda: [5 + me, None]) == [5, None]
   mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
   x = jax.make_array_from_callback((2,), jax.NamedSharding(mesh, jax.P("d")), lambda i: np.arange(2)[i])
-  assert distributed.to_host(x).tolist() == [0, 1]
+  assert distributed.gather_to_host(x).tolist() == [0, 1]
   exec(sys.argv[3])
 print("the end of", me, file=sys.stderr)
 """
@@ -55,7 +55,7 @@ def both(coordinator, body):
 def test_a_process_alone_starts_nothing():
   with distributed_session(None):
     assert broadcast_from_process0(lambda: 3) == 3
-    assert to_host([1, 2]).tolist() == [1, 2]
+    assert gather_to_host([1, 2]).tolist() == [1, 2]
     barrier("place")
   with pytest.raises(KeyError), distributed_session(None):
     raise KeyError
@@ -108,8 +108,8 @@ def test_a_port_that_is_taken_is_an_error(coordinator):
 
 
 def test_a_process_whose_others_never_come_says_so(coordinator, monkeypatch):
-  monkeypatch.setenv("MEET_SECONDS", "2")
+  monkeypatch.setenv("CONNECT_SECONDS", "2")
   process = start(coordinator, 1)
   _, err = process.communicate(timeout=100)
   assert process.returncode == 2
-  assert f"error: the processes of this run did not meet within 2 s (coordinator: {coordinator})" in err
+  assert f"error: the processes of this run did not connect within 2 s (coordinator: {coordinator})" in err

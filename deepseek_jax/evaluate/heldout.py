@@ -1,33 +1,43 @@
 """Loss and bits per byte on the held-out split."""
 
 import math
+from collections.abc import Callable
 
+import jax
 import numpy as np
 
-from deepseek_jax.distributed import to_host
+from deepseek_jax.data.pipeline import ConcatSplit
+from deepseek_jax.distributed import gather_to_host
 
 
-def evaluate(row_nats, place, heldout, rows, sequences):
+def evaluate(
+  eval_step: Callable[[jax.Array], jax.Array],
+  load_tokens: Callable[[np.ndarray], jax.Array],
+  heldout: ConcatSplit,
+  batch_size: int,
+  sequences: int,
+) -> dict[str, float | int]:
   """Mean loss over held-out windows, each counted once.
 
   Args:
-    row_nats: placed tokens [rows, seq + 1] -> nats [rows], summed over the sequence.
-    place: window ids [rows] of the held-out split -> tokens on the devices.
-    heldout: the split, with `len()` and `bytes(ids)`.
-    rows: sequences per forward pass.
-    sequences: windows to take, evenly spaced over the split; all if there are no more.
+    eval_step: tokens [batch_size, seq + 1] on the devices -> cross entropy [batch_size] in nats, summed over each sequence.
+    load_tokens: window ids [batch_size] of the held-out split -> their tokens on the devices.
+    heldout: the held-out split.
+    batch_size: sequences per forward pass.
+    sequences: windows to evaluate, evenly spaced over the split; all of them if the split has no more.
 
   Returns:
-    {"loss": nats per token, "bits_per_byte", "sequences"}.
+    {"loss": mean cross entropy in nats per token, "bits_per_byte", "sequences"}.
   """
   count = min(sequences, len(heldout))
-  ids = np.linspace(0, len(heldout), count, endpoint=False).astype(np.int64)
-  nats, tokens = 0.0, 0
-  for start in range(0, count, rows):
-    part = ids[start : start + rows]
-    padded = np.concatenate([part, np.full(rows - len(part), part[0])])
-    batch = place(padded)
-    nats += float(np.sum(to_host(row_nats(batch)).astype(np.float64)[: len(part)]))
-    tokens += len(part) * (batch.shape[1] - 1)
-  bits_per_byte = nats / math.log(2) / int(heldout.target_bytes(ids).sum())
-  return {"loss": nats / tokens, "bits_per_byte": bits_per_byte, "sequences": count}
+  window_ids = np.linspace(0, len(heldout), count, endpoint=False).astype(np.int64)
+  loss_sum, tokens = 0.0, 0
+  for start in range(0, count, batch_size):
+    ids = window_ids[start : start + batch_size]
+    padded_ids = np.concatenate([ids, np.full(batch_size - len(ids), ids[0])])
+    batch = load_tokens(padded_ids)
+    losses = gather_to_host(eval_step(batch)).astype(np.float64)
+    loss_sum += float(np.sum(losses[: len(ids)]))
+    tokens += len(ids) * (batch.shape[1] - 1)
+  bits_per_byte = loss_sum / math.log(2) / int(heldout.target_bytes(window_ids).sum())
+  return {"loss": loss_sum / tokens, "bits_per_byte": bits_per_byte, "sequences": count}

@@ -5,22 +5,24 @@ Loads the newest checkpoint of the run. What is not given comes from the run's o
 
 import dataclasses
 import sys
+from typing import Any
 
 from absl import flags
 
 from deepseek_jax.config import Config, MeshConfig, SampleConfig, check_weights
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import CheckpointError, ConfigError, DataError
 from deepseek_jax.flags import parse, run_program
 from deepseek_jax.schema import from_dict, leaf_paths
 
 
-def main(argv) -> int:
-  """Prints the prompt and its continuation. Raises UserError for what the user can mend."""
+def main(argv: list[str]) -> int:
+  """Prints the prompt and its continuation. Raises UserError for an error of the user's."""
   values = flags.FlagValues()
   flags.DEFINE_string("workdir", None, "folder of the run, or its gs:// or s3:// URL", flag_values=values)
   flags.DEFINE_integer("seed", 0, "seed of the sampling", flag_values=values)
-  flags.DEFINE_integer("devices", 1, "devices over which the parameters are spread", lower_bound=1, flag_values=values)
-  for path, field in leaf_paths(SampleConfig).items():  # as text: the section reads and checks it
+  flags.DEFINE_integer("devices", 1, "devices that the parameters are sharded over", lower_bound=1, flag_values=values)
+  for path, field in leaf_paths(SampleConfig).items():  # as text: SampleConfig parses and checks it
     flags.DEFINE_string(path.removeprefix("sample."), None, field.metadata["doc"], flag_values=values)
   parse(argv, values, __doc__)
   if not values.workdir:
@@ -39,19 +41,26 @@ def main(argv) -> int:
   meta = reader.meta(step)
   config = from_dict(Config, meta["config"])
   tokenizer = load_tokenizer(config.data.tokenizer)
-  if meta["tokenizer_fingerprint"] not in (None, tokenizer.fingerprint):  # None: converted weights saw no text of ours
+  if meta["tokenizer_fingerprint"] not in (None, tokenizer.fingerprint):  # None: converted weights, trained elsewhere
     raise DataError(f"data.tokenizer={config.data.tokenizer} is not the one of the checkpoint: put that one back")
-  given = {name: values[name].value for name in vars(config.sample) if values[name].value is not None}
-  if "prompt" in given:  # bytes of the command line that are no text
-    given["prompt"] = given["prompt"].encode(errors="surrogateescape").decode(errors="replace")
-  settings = dataclasses.replace(config.sample, **given)
+  overrides: dict[str, Any] = {
+    name: values[name].value for name in vars(config.sample) if values[name].value is not None
+  }
+  if "prompt" in overrides:  # the command line may hold bytes that are not UTF-8
+    overrides["prompt"] = overrides["prompt"].encode(errors="surrogateescape").decode(errors="replace")
+  sample = dataclasses.replace(config.sample, **overrides)
   print(f"checkpoint of step {step} in {values.workdir}", file=sys.stderr)
-  print(settings.prompt + continuation(reader, step, config, tokenizer, settings, values.seed, values.devices))
+  print(sample.prompt + sample_from_checkpoint(reader, step, config, tokenizer, sample, values.seed, values.devices))
   return 0
 
 
-def continuation(reader, step, config, tokenizer, settings, seed, devices) -> str:
-  """Text after `settings.prompt`, from the parameters of a checkpoint spread over `devices` devices."""
+def sample_from_checkpoint(
+  reader: Any, step: int, config: Config, tokenizer: Tokenizer, sample: SampleConfig, seed: int, devices: int
+) -> str:
+  """Text that follows `sample.prompt`, by the parameters of the checkpoint of `step`, sharded over `devices` devices.
+
+  reader: as `checkpoint.bucket.open_reader` gives it. Raises ConfigError when there are fewer devices.
+  """
   import jax
 
   from deepseek_jax.generate.decoding import continue_prompt
@@ -73,7 +82,7 @@ def continuation(reader, step, config, tokenizer, settings, seed, devices) -> st
       weights["params"],
       weights["buffers"],
       tokenizer,
-      settings,
+      sample,
       config.data.seq,
       seed,
       mesh,

@@ -6,13 +6,14 @@ import jax.numpy as jnp
 from deepseek_jax.config import SampleConfig
 
 
-def next_token(logits, seen, key, config: SampleConfig):
-  """A token for each row.
+def next_token(logits: jax.Array, seen: jax.Array, key: jax.Array, config: SampleConfig) -> jax.Array:
+  """Samples a token for each sequence.
 
   Args:
-    logits: [batch, vocab] float; -inf for ids that may not come.
+    logits: [batch, vocab] float; -inf for ids that must not be sampled.
     seen: [batch, vocab] bool, ids already in the text, for `repetition_penalty` (Keskar et al. 2019, section 4.1).
-    key: randomness. config: temperature (0: the likeliest), top_k, top_p.
+    key: PRNG key.
+    config: temperature (0: greedy), top_k, top_p, repetition_penalty.
 
   Returns:
     [batch] int32.
@@ -25,16 +26,19 @@ def next_token(logits, seen, key, config: SampleConfig):
   return jax.random.categorical(key, logits).astype(jnp.int32)
 
 
-def top_k(logits, k):
-  """`logits` with all but the k largest of each row at -inf; 0 keeps all."""
+def top_k(logits: jax.Array, k: int) -> jax.Array:
+  """`logits` [batch, vocab] with all but the k largest of each row set to -inf; k = 0 keeps all."""
   if k == 0 or k >= logits.shape[-1]:
     return logits
   threshold = jax.lax.top_k(logits, k)[0][..., -1:]
   return jnp.where(logits < threshold, -jnp.inf, logits)
 
 
-def top_p(logits, p):
-  """`logits` with all but the fewest likeliest tokens that hold probability p at -inf (Holtzman et al. 2020)."""
+def top_p(logits: jax.Array, p: float) -> jax.Array:
+  """Nucleus sampling (Holtzman et al. 2020).
+
+  `logits` [batch, vocab] with all tokens set to -inf but the likeliest ones that together have probability p.
+  """
   if p == 1:
     return logits
   descending = jnp.sort(logits, -1, descending=True)

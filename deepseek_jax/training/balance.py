@@ -1,52 +1,66 @@
-"""Keeping experts equally busy: the papers' balance losses, V3's bias without a loss, and what there is to watch.
+"""Load balancing of experts: the papers' balance losses, V3's auxiliary-loss-free bias, and the metrics to watch.
 
-Everything is per sequence (as in V2's released code and V3 eq. 17 to 20) or a sum over the whole batch, so that neither
-microbatches nor the mesh change it.
+Losses are per sequence (as in V2's released code and V3 eq. 17 to 20) and the bias follows the load of the whole batch, so that
+neither microbatches nor the mesh change them.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import BalanceConfig
+from deepseek_jax.model.router import Routing
 from deepseek_jax.model_config import ModelConfig, MoEConfig
 from deepseek_jax.sharding import psum
+from deepseek_jax.typing import Params, PyTree
 
 
-def make_observe(moe: MoEConfig, balance: BalanceConfig):
-  """For the model's `observe`, of a device's part of the batch: a layer's {load: [experts] int32 choices; loss: [batch], the
-  weighted balance losses; overflow: [] int32, assignments that overflowed the expert buffer}."""
+def make_layer_aux(moe: MoEConfig, balance: BalanceConfig) -> Callable[[Routing | None, PyTree], PyTree]:
+  """The training step's aux output of a layer: a function (routing, cache) -> aux, which is None for a dense layer.
 
-  def observe(routing, kept):
+  aux is of one device's part of the batch:
+    load: [experts] int32, assignments to each expert.
+    loss: [batch], the weighted sum of balance losses of each sequence.
+    overflow: [] int32, assignments that overflowed the expert buffer.
+  """
+
+  def layer_aux(routing, cache):
     if routing is None:
       return None
     counts = expert_counts(routing.indices, moe.num_routed_experts)  # [batch, experts]
     loss = balance_loss(routing, counts, moe, balance)
     return {"load": counts.sum(0, dtype=jnp.int32), "loss": loss, "overflow": routing.overflow}
 
-  return observe
+  return layer_aux
 
 
-def expert_counts(indices, experts):
-  """[batch, experts] int32: how many choices of `indices` [batch, seq, experts per token] each expert has.
+def expert_counts(indices: jax.Array, experts: int) -> jax.Array:
+  """[batch, experts] int32: how many tokens of each full sequence chose each expert.
 
-  Of the whole sequence, whatever part of it a device has.
+  indices: [batch, seq, experts per token] int, of the positions that this device has.
   """
   return psum((indices[..., None] == jnp.arange(experts)).sum((1, 2), dtype=jnp.int32), "seq")
 
 
-def balance_loss(routing, counts, moe: MoEConfig, balance: BalanceConfig):
-  """[batch]: the weighted sum of the losses of `balance`, each of a whole sequence.
+def balance_loss(routing: Routing, counts: jax.Array, moe: MoEConfig, balance: BalanceConfig) -> jax.Array:
+  """[batch]: the weighted sum of the losses of `balance`, each of a full sequence. f and P are those of V3 eq. 17 to 20.
 
-  f counts the choices as they were made. V3 eq. 18 counts the best raw scores instead; implementations count as here.
+  f counts the experts that were chosen. V3 eq. 18 counts the highest scores without the bias instead; published
+  implementations count as here.
+
+  counts: [batch, experts], of `expert_counts`.
   """
-  here = jnp.ones((1, routing.indices.shape[1]), bool) if routing.token_mask is None else routing.token_mask
-  here = here.astype(routing.scores.dtype)  # [batch or 1, seq]
-  tokens = psum(here.sum(1, keepdims=True), "seq")  # [batch or 1, 1]
+  token_mask = routing.token_mask
+  if token_mask is None:
+    token_mask = jnp.ones((1, routing.indices.shape[1]), bool)
+  token_mask = token_mask.astype(routing.scores.dtype)  # [batch or 1, seq]
+  tokens = psum(token_mask.sum(1, keepdims=True), "seq")  # [batch or 1, 1]
 
   def mean(x):
-    """Of `x` [batch, seq, ...] over the tokens of each sequence."""
-    weight = here.reshape(*here.shape, *(1,) * (x.ndim - 2))
+    """Mean of `x` [batch, seq, ...] over the tokens of each full sequence."""
+    weight = token_mask.reshape(*token_mask.shape, *(1,) * (x.ndim - 2))
     return psum((x * weight).sum(1), "seq") / tokens.reshape(-1, *(1,) * (x.ndim - 2))
 
   scores = routing.scores / routing.scores.sum(-1, keepdims=True)  # V3 eq. 19; a softmax has this sum already
@@ -60,44 +74,48 @@ def balance_loss(routing, counts, moe: MoEConfig, balance: BalanceConfig):
     loss += balance.device_loss * (f.reshape(device_p.shape + (-1,)).mean(-1) * device_p).sum(-1)
   if balance.communication_loss:
     device = routing.indices // (moe.num_routed_experts // groups)
-    sent = (device[..., None] == jnp.arange(groups)).any(2)  # [batch, seq, groups]: tokens, however many experts
-    loss += balance.communication_loss * (groups / moe.topk_groups * mean(sent) * device_p).sum(-1)
+    sent_to = (device[..., None] == jnp.arange(groups)).any(2)  # [batch, seq, groups]: a token counts once a device
+    loss += balance.communication_loss * (groups / moe.topk_groups * mean(sent_to) * device_p).sum(-1)
   if balance.router_z_loss:
     loss += balance.router_z_loss * mean(jnp.square(jax.nn.logsumexp(routing.logits, -1)))
   return loss
 
 
-def update_router_bias(buffers, loads, speed):
-  """`buffers` with each router's bias moved by `speed`: up where the load is below the mean, down where above.
+def update_router_bias(buffers: Params, load: dict[str, jax.Array], update_rate: jax.Array) -> Params:
+  """`buffers` with each router bias changed by `update_rate`: up where the load is below the mean, down where above.
 
-  V3 section 2.1.2. `loads`: {name of the stack: [layers, experts] choices of the whole batch}.
+  V3 section 2.1.2. `load`: {stack: [layers, experts] int32, assignments of the whole batch}.
   """
 
-  def moved(path, bias):
-    load = loads[path[0].key].astype(bias.dtype)
-    return bias + speed.astype(bias.dtype) * jnp.sign(load.mean(-1, keepdims=True) - load)
+  def leaf(path, bias):
+    stack_load = load[path[0].key].astype(bias.dtype)
+    return bias + update_rate.astype(bias.dtype) * jnp.sign(stack_load.mean(-1, keepdims=True) - stack_load)
 
-  return jax.tree.map_with_path(moved, buffers)
+  return jax.tree.map_with_path(leaf, buffers)
 
 
-def load_metrics(model: ModelConfig, loads):
-  """Scalars and shares to log, from the loads of a step as NumPy arrays.
+def load_metrics(
+  model: ModelConfig, load: dict[str, np.ndarray]
+) -> tuple[dict[str, float | int], dict[str, np.ndarray]]:
+  """What is logged of `load`, {stack: [layers, experts] int}, the assignments of a step.
 
   Returns:
-    (scalars, {name of the layer: [experts] share of its choices}). max_vio is max / mean - 1 (0: balanced), entropy is
-    that of the shares over its maximum (1: balanced), dead_experts were chosen by no token.
+    ({name: scalar}, {name: [experts] fraction of the layer's assignments}). max_vio is max / mean - 1 (0: balanced; Wang et al.
+    2024, arXiv:2408.15664), entropy is that of the fractions over its maximum (1: balanced), dead_experts were chosen by no
+    token.
   """
-  names = {"moe_layers": ("layer", model.num_dense_layers), "mtp_layers": ("mtp", 1)}
-  scalars, shares = {}, {}
-  for stack, load in loads.items():
-    name, first = names[stack]
-    for i, layer in enumerate(np.asarray(load, np.float64), first):
-      share = layer / layer.sum()
-      shares[f"router/{name}_{i}/load"] = share
-      positive = share[share > 0]
-      scalars[f"router/{name}_{i}/max_vio"] = float(share.max() * share.size - 1)
-      scalars[f"router/{name}_{i}/entropy"] = float(-(positive * np.log(positive)).sum() / np.log(max(share.size, 2)))
-      scalars[f"router/{name}_{i}/dead_experts"] = int(share.size - positive.size)
+  layer_names = {"moe_layers": ("layer", model.num_dense_layers), "mtp_layers": ("mtp", 1)}
+  scalars: dict[str, float | int] = {}
+  fractions = {}
+  for stack, stack_load in load.items():
+    name, first = layer_names[stack]
+    for i, layer_load in enumerate(np.asarray(stack_load, np.float64), first):
+      fraction = layer_load / layer_load.sum()
+      fractions[f"router/{name}_{i}/load"] = fraction
+      used = fraction[fraction > 0]
+      scalars[f"router/{name}_{i}/max_vio"] = float(fraction.max() * fraction.size - 1)
+      scalars[f"router/{name}_{i}/entropy"] = float(-(used * np.log(used)).sum() / np.log(max(fraction.size, 2)))
+      scalars[f"router/{name}_{i}/dead_experts"] = int(fraction.size - used.size)
   if scalars:
     scalars["max_vio"] = float(np.mean([v for key, v in scalars.items() if key.endswith("max_vio")]))
-  return scalars, shares
+  return scalars, fractions

@@ -1,45 +1,60 @@
-"""The numbers of a run on disk: `metrics.jsonl`, `events.jsonl`, and a mirror for TensorBoard.
+"""The metrics of a run on disk: `metrics.jsonl`, `events.jsonl`, and a copy for TensorBoard.
 
 Both files hold one JSON object per line. A float that is not finite is written as null, because JSON has no NaN: a key
-that is absent was not measured, a key that is null was measured and is not a number.
+that is absent was not measured, a key that is null was measured and was not finite.
 """
 
 import json
 import math
 import os
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
 
 from deepseek_jax.errors import DataError
 
 METRICS, EVENTS, SELFTEST = "metrics.jsonl", "events.jsonl", "selftest.json"
-RESUMED = METRICS, EVENTS, SELFTEST  # what a resume reads or adds to
+RESUME_FILES = METRICS, EVENTS, SELFTEST  # what a resume reads or appends to
 
-# What happened to the process stays true after a restore; what was measured past the restored step is measured again.
+# These stay when a run is restored to an earlier step. Other events past that step are measured again.
 PROCESS_EVENTS = ("start", "resume", "end")
 
 
 class MetricsWriter:
-  """Appends to the metrics and events of `workdir`, from one process, each line flushed when it is written.
+  """Appends to the metrics and events of `workdir`, and flushes each line. Only one process may write.
 
-  `resume_step` is the number of completed updates that the run starts from (0: a fresh start). Lines past it and a
-  torn last line are cut on opening, so that no step is counted twice. Raises DataError for a file that is no JSONL.
+  Lines past `resume_step` and an incomplete last line are cut on opening, so that no step is counted twice.
+
+  Args:
+    workdir: a local folder.
+    tensorboard: whether to write to TensorBoard as well.
+    resume_step: completed updates that the run starts from; 0: a fresh start.
+
+  Raises:
+    DataError: a file that is not JSONL.
   """
 
-  def __init__(self, workdir, tensorboard, resume_step):
+  def __init__(self, workdir: str | os.PathLike[str], tensorboard: bool, resume_step: int):
     os.makedirs(workdir, exist_ok=True)
     metrics, events = os.path.join(workdir, METRICS), os.path.join(workdir, EVENTS)
-    _cut(metrics, lambda line: line["step"] <= resume_step)
-    _cut(events, lambda line: line["event"] in PROCESS_EVENTS or line["step"] <= resume_step)
+    _keep_lines(metrics, lambda line: line["step"] <= resume_step)
+    _keep_lines(events, lambda line: line["event"] in PROCESS_EVENTS or line["step"] <= resume_step)
     self._metrics, self._events = open(metrics, "ab"), open(events, "ab")
     self._tensorboard = _summary_writer(os.path.join(workdir, "tensorboard"), resume_step) if tensorboard else None
 
-  def write(self, step, values, histograms=None):
-    """One line of metrics at `step` completed updates; `values` maps names to Python, NumPy or JAX scalars.
+  def write(
+    self, step: int, values: Mapping[str, Any], histograms: Mapping[str, Sequence[float] | np.ndarray] | None = None
+  ) -> None:
+    """Writes one line of metrics.
 
-    `histograms` maps names to the heights of bars 0, 1, ..., for TensorBoard alone: in the file they would outweigh all
-    the rest.
+    Args:
+      step: completed updates.
+      values: {name: Python, NumPy or JAX scalar}.
+      histograms: {name: heights of bars 0, 1, ...}, written to TensorBoard only: they would be most of the file.
     """
-    values = _plain(values)
+    values = _to_json(values)
     _append(self._metrics, {"step": step, **values})
     if self._tensorboard:
       for name, heights in (histograms or {}).items():
@@ -48,22 +63,23 @@ class MetricsWriter:
           sum_squares=sum(i**2 * h for i, h in enumerate(heights)),
           bucket_limits=range(1, len(heights) + 1), bucket_counts=heights, global_step=step,
         )  # fmt: skip
-    self._mirror(step, values)
+    self._write_tensorboard(step, values)
 
-  def event(self, name, step, **values):
-    """One line of events, stamped with the time in Unix seconds. Evaluations and samples go to TensorBoard as well."""
-    values = _plain(values)
+  def event(self, name: str, step: int, **values: Any) -> None:
+    """Writes one event with the time in Unix seconds. Evaluations and samples go to TensorBoard as well."""
+    values = _to_json(values)
     _append(self._events, {"event": name, "step": step, "time": time.time(), **values})
     if name not in PROCESS_EVENTS:
-      self._mirror(step, values, name + "/")
+      self._write_tensorboard(step, values, name + "/")
 
-  def close(self):
+  def close(self) -> None:
+    """Closes all files."""
     self._metrics.close()
     self._events.close()
     if self._tensorboard:
       self._tensorboard.close()
 
-  def _mirror(self, step, values, prefix=""):
+  def _write_tensorboard(self, step: int, values: Mapping[str, Any], prefix: str = "") -> None:
     if not self._tensorboard:
       return
     for name, value in values.items():
@@ -74,26 +90,34 @@ class MetricsWriter:
     self._tensorboard.flush()
 
 
-class NoWriter:
-  """Stands for a MetricsWriter in the processes of a run that leave writing to the first."""
+class NullWriter(MetricsWriter):
+  """A MetricsWriter that writes nothing, for all processes but process 0."""
 
-  def write(self, step, values, histograms=None): ...
+  def __init__(self) -> None:
+    pass
 
-  def event(self, name, step, **values): ...
+  def write(
+    self, step: int, values: Mapping[str, Any], histograms: Mapping[str, Sequence[float] | np.ndarray] | None = None
+  ) -> None:
+    pass
 
-  def close(self): ...
+  def event(self, name: str, step: int, **values: Any) -> None:
+    pass
+
+  def close(self) -> None:
+    pass
 
 
-def read(path):
-  """The objects of a JSONL file, in order; [] where there is no file. A torn last line is left out.
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+  """The objects of metrics.jsonl or events.jsonl, in order; [] where there is no file. An incomplete last line is left out.
 
   Raises DataError, with the line's number, for any other line that is not an object with an integer `step`.
   """
   return [line for _, line in _lines(path)]
 
 
-def _lines(path):
-  """Yields (bytes, object) of each whole line: one at a time, since a long run's file need not fit in memory twice."""
+def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[bytes, dict[str, Any]]]:
+  """Yields (bytes, object) of each complete line, one at a time: a long run's file need not fit in memory twice."""
   if not os.path.exists(path):
     return
   with open(path, "rb") as file:
@@ -113,8 +137,8 @@ def _lines(path):
       yield raw, line
 
 
-def _cut(path, keep):
-  """Rewrites `path` with its whole lines for which `keep` holds; atomic, and untouched if that is all of it."""
+def _keep_lines(path: str, keep: Callable[[dict[str, Any]], bool]) -> None:
+  """Rewrites `path` atomically with its complete lines for which `keep` is true. Leaves it untouched if it keeps all."""
   if not os.path.exists(path):
     return
   partial = path + ".partial"
@@ -128,25 +152,25 @@ def _cut(path, keep):
     os.replace(partial, path)
 
 
-def _append(file, line):
+def _append(file: BinaryIO, line: dict[str, Any]) -> None:
   file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
   file.flush()
 
 
-def _plain(value):
-  """`value` as JSON can hold it: scalars of NumPy and JAX unwrapped, floats that are not finite as None."""
+def _to_json(value: Any) -> Any:
+  """`value` for JSON: NumPy and JAX scalars as Python's, floats that are not finite as None."""
   if isinstance(value, dict):
-    return {name: _plain(item) for name, item in value.items()}
+    return {name: _to_json(item) for name, item in value.items()}
   if isinstance(value, (list, tuple)):
-    return [_plain(item) for item in value]
+    return [_to_json(item) for item in value]
   if hasattr(value, "item"):
     value = value.item()
   return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _summary_writer(folder, resume_step):
-  from tensorboardX import SummaryWriter  # here, because it costs 0.2 s that a run without TensorBoard need not pay
+def _summary_writer(folder: str, resume_step: int) -> Any:
+  from tensorboardX import SummaryWriter  # imported here: it takes 0.2 s, which a run without TensorBoard saves
 
-  # Event files are only appended to: TensorBoard itself hides what earlier ones hold from purge_step on. Their names
-  # hold the time in seconds, so that without the suffix a quick restart would overwrite the file before it.
+  # TensorBoard hides the steps of earlier event files from purge_step on. Names of event files have the time in seconds, so
+  # that without the suffix a quick restart would overwrite the file before it.
   return SummaryWriter(folder, purge_step=resume_step + 1, filename_suffix=f".from_step_{resume_step}")

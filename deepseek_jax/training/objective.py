@@ -1,7 +1,7 @@
-"""What is optimised: next-token and multi-token prediction losses and the balance of experts, of what one device has.
+"""What is optimised: next-token and multi-token prediction losses and the balance losses of experts, on one device.
 
-Everything here is inside `spmd`. A value that several devices compute alike enters the objective as each one's
-share of it, so that the objective is the sum over all devices, and so are its gradients.
+Everything here runs inside `spmd`. Where several devices compute the same value, each adds its share of that value to its
+local objective. The objective is then the sum of the local objectives over all devices, and so are its gradients.
 """
 
 import dataclasses
@@ -10,124 +10,157 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import Config
+from deepseek_jax.model.batch_context import BatchContext
 from deepseek_jax.model.context import zigzag
 from deepseek_jax.model.linear import at_least_float32
+from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.sharding import all_gather_sequence, axis_index, axis_size, psum
-from deepseek_jax.training.balance import make_observe
+from deepseek_jax.training.balance import make_layer_aux
 from deepseek_jax.training.loss import cross_entropy
+from deepseek_jax.typing import PyTree
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Inputs:
-  """What a device reads of its sequences: `ids` and `targets` [batch, seq] int at `places` [seq] of them.
+class LocalInputs:
+  """The positions that one device has of its sequences; `seq` is their number.
 
-  ahead, targets_ahead: [depth, batch, seq], the same k + 1 positions on for k = 0, 1, ...; -1 past the sequence.
-  segment_ids, positions: [batch, seq], or None where attention crosses documents.
+  ids, targets: [batch, seq] int.
+  position_ids: [seq] int, positions in the sequence.
+  mtp_ids, mtp_targets: [depth, batch, seq], `ids` and `targets` k + 1 positions on for k = 0, 1, ...; -1 past the end.
+  segment_ids: [batch, seq] int, the document of each position. None: attention crosses documents.
+  rope_positions: [batch, seq] int, positions in the document. None: attention crosses documents.
   """
 
   ids: jax.Array
   targets: jax.Array
-  places: jax.Array
-  ahead: jax.Array
-  targets_ahead: jax.Array
+  position_ids: jax.Array
+  mtp_ids: jax.Array
+  mtp_targets: jax.Array
   segment_ids: jax.Array | None
-  positions: jax.Array | None
+  rope_positions: jax.Array | None
 
 
-def document_positions(tokens, bos):
-  """(segment_ids, positions), each [batch, seq], of `tokens` [batch, seq] in which `bos` starts each document."""
-  starts = tokens == bos
-  index = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1)
-  # Batched associative scans: a row's own running count and running start.
+def document_positions(ids: jax.Array, bos: int | None) -> tuple[jax.Array, jax.Array]:
+  """(segment_ids, positions in the document), each [batch, seq], of `ids` [batch, seq] where `bos` starts each document."""
+  starts = ids == bos
+  index = jax.lax.broadcasted_iota(jnp.int32, ids.shape, 1)
+  # Batched associative scans along the sequence: the number of starts so far, and the index of the last start.
   segment_ids = jnp.cumsum(starts, 1, dtype=jnp.int32)
   return segment_ids, index - jax.lax.cummax(jnp.where(starts, index, 0), 1)
 
 
 class Objective:
-  """The objective of a config; `bos` starts each document."""
+  """The objective of a config. `bos` is the token that starts each document."""
 
-  def __init__(self, config: Config, bos):
+  def __init__(self, config: Config, bos: int | None):
     self.config, self.bos = config, bos
-    self.observe = make_observe(config.model.moe, config.balance)
+    self.layer_aux = make_layer_aux(config.model.moe, config.balance)
 
-  def inputs(self, tokens):
-    """Inputs of this device's part of the whole sequences `tokens` [batch, seq + 1]."""
+  def local_inputs(self, tokens: jax.Array) -> LocalInputs:
+    """This device's positions of the full sequences `tokens` [batch, seq + 1] int."""
     seq, depths = tokens.shape[1] - 1, self.config.model.num_mtp_layers
-    places = jnp.asarray(zigzag(seq, axis_size("seq")))[axis_index("seq")]
+    position_ids = jnp.asarray(zigzag(seq, axis_size("seq")))[axis_index("seq")]
     ids, targets = tokens[:, :-1], tokens[:, 1:]
-    facts = document_positions(ids, self.bos) if self.config.data.mask_documents else (None, None)
-    segment_ids, positions = (f if f is None else f[:, places] for f in facts)
+    segment_ids = rope_positions = None
+    if self.config.data.mask_documents:
+      segment_ids, rope_positions = document_positions(ids, self.bos)
+      segment_ids, rope_positions = segment_ids[:, position_ids], rope_positions[:, position_ids]
     # [batch, seq + depths]: -1 past the end
-    longer, longer_targets = (jnp.pad(a, ((0, 0), (0, depths)), constant_values=-1) for a in (ids, targets))
-    shifts = jnp.arange(1, depths + 1)[:, None] + places  # [depth, seq]
-    return Inputs(
-      ids[:, places], targets[:, places], places,
-      longer[:, shifts].swapaxes(0, 1), longer_targets[:, shifts].swapaxes(0, 1),
-      segment_ids, positions,
+    padded_ids, padded_targets = (jnp.pad(a, ((0, 0), (0, depths)), constant_values=-1) for a in (ids, targets))
+    mtp_position_ids = jnp.arange(1, depths + 1)[:, None] + position_ids  # [depth, seq]
+    return LocalInputs(
+      ids[:, position_ids], targets[:, position_ids], position_ids,
+      padded_ids[:, mtp_position_ids].swapaxes(0, 1), padded_targets[:, mtp_position_ids].swapaxes(0, 1),
+      segment_ids, rope_positions,
     )  # fmt: skip
 
-  def batch_context(self, model, inputs, key):
+  def batch_context(self, model: Transformer, inputs: LocalInputs, key: jax.Array | None) -> BatchContext:
     """The BatchContext of `inputs`."""
-    exempting = key if self.config.model.moe.dispatch == "capacity" else None
-    return model.batch_context(inputs.ids, inputs.places, inputs.positions, inputs.segment_ids, exempting)
+    no_drop_key = key if self.config.model.moe.dispatch == "capacity" else None
+    return model.batch_context(inputs.ids, inputs.position_ids, inputs.rope_positions, inputs.segment_ids, no_drop_key)
 
-  def losses(self, model, x, targets):
-    """(nats [batch], objective []) of hidden states `x` [batch, stream, embed] and `targets` [batch, seq]."""
+  def head_loss(self, model: Transformer, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(cross entropy [batch], objective []) of `hidden` [batch, stream, embed] and `targets` [batch, seq], as `cross_entropy`."""
     train = self.config.train
     head = model.output_embedding()
-    return cross_entropy(head, all_gather_sequence(x), targets, train.loss_chunk, train.label_smoothing, train.z_loss)
+    return cross_entropy(
+      head, all_gather_sequence(hidden), targets, train.loss_chunk, train.label_smoothing, train.z_loss
+    )
 
-  def __call__(self, model, tokens, key=None, mtp_weight=0.0):
-    """(nats [batch], share of the objective [], observed) of whole sequences `tokens` [batch, seq + 1]."""
-    inputs = self.inputs(tokens)
-    facts = self.batch_context(model, inputs, key)
-    hidden, stacks = model(inputs.ids, facts, key, self.observe)  # [batch, stream, embed]
-    nats, share, observed = self.heads(model, hidden, inputs, facts, key, mtp_weight)
-    for name, seen in stacks.items():
-      if seen is not None:
-        balance, observed = self.balanced(seen, name, observed, tokens.shape[1] - 1)
-        share += balance
-    return nats, share, observed
+  def __call__(
+    self,
+    model: Transformer,
+    tokens: jax.Array,
+    key: jax.Array | None = None,
+    mtp_weight: jax.Array | float = 0.0,
+  ) -> tuple[jax.Array, jax.Array, PyTree]:
+    """(loss_sums [batch], local_objective [], metrics) of the full sequences `tokens` [batch, seq + 1], as `head_losses`."""
+    inputs = self.local_inputs(tokens)
+    batch_context = self.batch_context(model, inputs, key)
+    hidden, aux_by_stack = model(inputs.ids, batch_context, key, self.layer_aux)  # [batch, stream, embed]
+    loss_sums, local_objective, metrics = self.head_losses(model, hidden, inputs, batch_context, key, mtp_weight)
+    for stack, aux in aux_by_stack.items():
+      if aux is not None:
+        balance_objective, metrics = self.add_layer_aux(metrics, aux, stack, tokens.shape[1] - 1)
+        local_objective += balance_objective
+    return loss_sums, local_objective, metrics
 
-  def heads(self, model, hidden, inputs, facts, key, mtp_weight):
-    """(nats [batch], share of the objective [], observed) of the final `hidden`: all that comes after the main model.
+  def head_losses(
+    self,
+    model: Transformer,
+    hidden: jax.Array,
+    inputs: LocalInputs,
+    batch_context: BatchContext,
+    key: jax.Array | None,
+    mtp_weight: jax.Array | float,
+  ) -> tuple[jax.Array, jax.Array, PyTree]:
+    """The losses of the main model's final `hidden` [batch, stream, embed], and those of multi-token prediction.
 
-    nats is the cross entropy summed over each whole sequence. observed: sums over the batch that this device has, of `mtp_loss`
-    [depth], `balance_loss` [], `load` {stack: [layers, experts] int32}, `overflow` [] int32.
+    Returns:
+      loss_sums: [batch], cross entropy in nats summed over each full sequence.
+      local_objective: [], this device's term of the objective, summed over the batch.
+      metrics: sums over this device's part of the batch, of mtp_loss [depth], balance_loss [], load {stack: [layers, experts]
+        int32}, overflow [] int32. A model without MTP or experts lacks theirs.
     """
-    observed = self.nothing_observed()
-    nats, objective = self.losses(model, hidden, inputs.targets)
-    depths = model.mtp(hidden, inputs.ahead, facts, key, self.observe)
-    mtp_nats, seq = [], inputs.ids.shape[1] * axis_size("seq")
-    for depth, ((hidden, _), targets) in enumerate(zip(depths, inputs.targets_ahead, strict=True), 1):
-      nats_ahead, objective_ahead = self.losses(model, hidden, targets)
+    metrics = self.zero_metrics()
+    loss_sums, objective = self.head_loss(model, hidden, inputs.targets)
+    depths = model.mtp(hidden, inputs.mtp_ids, batch_context, key, self.layer_aux)
+    mtp_losses, seq = [], inputs.ids.shape[1] * axis_size("seq")
+    for depth, ((mtp_hidden, _), targets) in enumerate(zip(depths, inputs.mtp_targets, strict=True), 1):
+      mtp_loss_sums, mtp_objective = self.head_loss(model, mtp_hidden, targets)
       # A mean over the seq - depth targets that there are (V3 eq. 24 divides by seq), and over depths (eq. 25).
-      mean = seq / (seq - depth)
-      objective += mtp_weight / len(depths) * mean * objective_ahead
-      mtp_nats.append(mean * psum(nats_ahead.sum(), "seq"))
-    share = objective / axis_size("vocab")
-    if mtp_nats:
-      observed["mtp_loss"] = jnp.stack(mtp_nats)
+      scale = seq / (seq - depth)
+      objective += mtp_weight / len(depths) * scale * mtp_objective
+      mtp_losses.append(scale * psum(mtp_loss_sums.sum(), "seq"))
+    local_objective = objective / axis_size("vocab")
+    if mtp_losses:
+      metrics["mtp_loss"] = jnp.stack(mtp_losses)
     if depths and depths[0][1] is not None:
-      seen = jax.tree.map(lambda *depth: jnp.stack(depth), *(seen for _, seen in depths))
-      balance, observed = self.balanced(seen, "mtp_layers", observed, seq)
-      share += balance
-    return psum(nats, "seq"), share, observed
+      aux = jax.tree.map(lambda *of_depths: jnp.stack(of_depths), *(aux for _, aux in depths))
+      balance_objective, metrics = self.add_layer_aux(metrics, aux, "mtp_layers", seq)
+      local_objective += balance_objective
+    return psum(loss_sums, "seq"), local_objective, metrics
 
-  def nothing_observed(self):
-    """Zeros that `balanced` adds to."""
+  def zero_metrics(self) -> PyTree:
+    """Zeros that `add_layer_aux` adds to."""
     model = self.config.model
     if not model.moe.num_routed_experts:
       return {"load": {}}
     zero = jnp.zeros((), at_least_float32(model.compute_dtype))
     return {"load": {}, "balance_loss": zero, "overflow": jnp.zeros((), jnp.int32)}
 
-  def balanced(self, seen, name, observed, seq):
-    """(share of the objective, `observed` with what the experts of the layers of stack `name` showed added), of sequences of `seq`."""
-    loss = seq * seen["loss"].sum()  # of [layers, batch]
-    return loss / axis_size("stream"), observed | {
-      "balance_loss": observed["balance_loss"] + loss,
-      "overflow": observed["overflow"] + seen["overflow"].sum(dtype=jnp.int32),
-      "load": observed["load"] | {name: seen["load"]},
+  def add_layer_aux(self, metrics: PyTree, aux: PyTree, stack: str, seq: int) -> tuple[jax.Array, PyTree]:
+    """(local objective [], `metrics` with `aux` added).
+
+    Args:
+      aux: outputs of `balance.make_layer_aux` with a leading layers dimension.
+      stack: name of the stack that these layers are.
+      seq: length of the full sequences.
+    """
+    loss = seq * aux["loss"].sum()  # of [layers, batch]
+    return loss / axis_size("stream"), metrics | {
+      "balance_loss": metrics["balance_loss"] + loss,
+      "overflow": metrics["overflow"] + aux["overflow"].sum(dtype=jnp.int32),
+      "load": metrics["load"] | {stack: aux["load"]},
     }

@@ -1,35 +1,39 @@
 """AdamW as an Optax chain without its learning rate, which the step applies: the schedule lives on the host."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from deepseek_jax.config import OptimizerConfig
+from deepseek_jax.typing import Params, PyTree
 
 
-def weight_decay_mask(params):
+def weight_decay_mask(params: Params) -> PyTree:
   """Tree of bools: True for matrices, False for norm scales (what DeepSeek excludes from decay is not published)."""
   return jax.tree.map_with_path(lambda path, _: path[-1].key != "scale", params)
 
 
-def with_state_dtype(dtype, transformation):
-  """`transformation` with the floating arrays of its state kept in `dtype` between updates, used in the params' dtype."""
+def with_state_dtype(dtype: Any, transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+  """`transformation` with the floating-point arrays of its state stored in `dtype`, and computed in the dtype of the updates."""
 
-  def cast(tree, to):
-    return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+  def cast(tree, dtype):
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
   def init(params):
     return cast(transformation.init(params), dtype)
 
   def update(updates, state, params=None):
-    updates, state = transformation.update(updates, cast(state, jax.tree.leaves(updates)[0].dtype), params)
+    compute_dtype = jax.tree.leaves(updates)[0].dtype
+    updates, state = transformation.update(updates, cast(state, compute_dtype), params)
     return updates, cast(state, dtype)
 
   return optax.GradientTransformation(init, update)
 
 
-def place_opt_state(space: jax.memory.Space, opt_state):
-  """`opt_state` with its moments, whole or abstract, in the host's or in the devices' memory."""
+def place_opt_state(space: Any, opt_state: optax.OptState) -> optax.OptState:
+  """`opt_state` with its moments in the memory `space`, a jax.memory.Space: Host or Device. Arrays may be abstract."""
 
   def leaf(x):
     if not x.ndim:
@@ -43,7 +47,7 @@ def place_opt_state(space: jax.memory.Space, opt_state):
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-  """Clip by global norm, Adam, decoupled weight decay. Its updates are to be multiplied by minus the learning rate."""
+  """Clip by global norm, Adam, decoupled weight decay (AdamW). The caller multiplies its updates by minus the learning rate."""
   return optax.chain(
     optax.clip_by_global_norm(config.clip),
     with_state_dtype(jnp.dtype(config.moments_dtype), optax.scale_by_adam(config.beta1, config.beta2, config.eps)),

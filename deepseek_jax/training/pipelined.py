@@ -1,16 +1,20 @@
-"""Gradients of a batch whose microbatches pass through stages: the model cut into what a pipeline takes.
+"""The model cut into pipeline stages: what `parallel.pipeline` runs of it on one device.
 
-The layers of the last stack, which is most of a model, are in the stages. Embedding and dense layers of an MoE model come
-before them, final norm, head and multi-token prediction after; all stages share that work. Parameters are kept as without
-a pipeline, where `stage` is one more axis of shards: each step lays the stages' layers out, and their gradients back.
+The layers of the last stack, which is most of a model, are in the stages. The embedding and the dense layers of an MoE model
+come before them; final norm, head and multi-token prediction after. All stages share that work. Parameters are stored as
+without a pipeline, with `stage` as one more axis of shards: each step moves the layers to their stages, and their gradients
+back.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from deepseek_jax.config import Config
-from deepseek_jax.model.transformer import layer_keys, no_aux
+from deepseek_jax.model.transformer import Transformer, layer_keys, no_aux
 from deepseek_jax.parallel.pipeline import interleaved_1f1b, layer_assignment, to_stage_params
 from deepseek_jax.sharding import (
   FSDP_AXES,
@@ -24,111 +28,141 @@ from deepseek_jax.sharding import (
   rules,
 )
 from deepseek_jax.training.objective import Objective
+from deepseek_jax.typing import Params, PyTree
 
 
-def pipeline_stack(config: Config):
-  """(name of the stack in the stages, which layers are where: int32 [stages, virtual_stages, slots], past the last in empty slots).
+def pipeline_stack(config: Config) -> tuple[str, np.ndarray]:
+  """(name of the stack that is in the stages, layer ids of each stage), for the mesh that is set.
 
-  Of the mesh that is set, whose sizes the config may leave open.
+  Layer ids are int32 [stages, virtual_stages, slots]; an empty slot has the number of layers.
   """
   model, parallel = config.model, config.parallel
-  name = "moe_layers" if model.num_moe_layers else "dense_layers"
-  layers = getattr(model, f"num_{name}")
-  return name, layer_assignment(layers, axis_size("stages"), parallel.virtual_stages, parallel.stage_layers)[0]
+  stack = "moe_layers" if model.num_moe_layers else "dense_layers"
+  num_layers = getattr(model, f"num_{stack}")
+  # The mesh is asked for its size, since a config may leave it open.
+  return stack, layer_assignment(num_layers, axis_size("stages"), parallel.virtual_stages, parallel.stage_layers)[0]
 
 
-def to_stage_layout(layers, names, table, make_whole):
-  """Parameters of a stack as this stage has them, [virtual_stages, slots, ...]; also whole in their other shards if `make_whole`.
-
-  layers: [layers, ...], of logical axes `names`, as they are kept. Empty slots are zeros: such blocks do nothing.
-  """
-
-  def leaf(param, names):
-    kept = [i for i, name in enumerate(names) if name in FSDP_AXES]
-    param = to_stage_params(param, table, mesh_axes("stages")[0], kept[0] if kept else None)
-    return all_gather_params(param, None, *names) if make_whole else param
-
-  with rules(STAGE_LOCAL):
-    return jax.tree.map(leaf, layers, names)
-
-
-class PipelineSchedule:
-  """What a pipeline asks of the model, on one device.
+def to_stage_layout(layers: Params, axes: PyTree, table: np.ndarray, gather: bool) -> Params:
+  """Parameters of this stage's layers, [virtual_stages, slots, ...]. Empty slots are zeros: such blocks do nothing.
 
   Args:
-    buffers: all of them. read: microbatch -> (tokens [batch, seq + 1], dropout key or None).
-    placeholders: a tree like all parameters, of what stands for those that a part of the pipeline does not use.
-    whole: whether parameters in use are whole; otherwise each use gathers them.
+    layers: shards of a stack's parameters [layers, ...].
+    axes: their logical axes.
+    table: layer ids, of `pipeline_stack`.
+    gather: whether to all-gather the other FSDP axes as well.
   """
 
-  def __init__(self, config: Config, graphdef, objective: Objective, buffers, read, mtp_weight, placeholders, whole):
-    self.graphdef, self.objective, self.read, self.mtp_weight = graphdef, objective, read, mtp_weight
-    self.buffers, self.placeholders, self.virtual_stages = buffers, placeholders, config.parallel.virtual_stages
+  def leaf(param, axes):
+    fsdp_dimensions = [i for i, name in enumerate(axes) if name in FSDP_AXES]
+    param = to_stage_params(param, table, mesh_axes("stages")[0], fsdp_dimensions[0] if fsdp_dimensions else None)
+    return all_gather_params(param, None, *axes) if gather else param
+
+  with rules(STAGE_LOCAL):
+    return jax.tree.map(leaf, layers, axes)
+
+
+class PipelineStage:
+  """What one device computes of the model as a pipeline stage.
+
+  Args:
+    buffers: of the whole model.
+    get_microbatch: index -> (tokens [batch, seq + 1], dropout key or None).
+    mtp_weight: [], of the multi-token prediction loss.
+    placeholders: a tree with the structure of all parameters, which stands for those that a part of the pipeline does not use.
+    gathered: whether parameters come gathered. Otherwise the model gathers them where it uses them.
+  """
+
+  def __init__(
+    self,
+    config: Config,
+    graphdef: nnx.GraphDef,
+    objective: Objective,
+    buffers: Params,
+    get_microbatch: Callable[[jax.Array], tuple[jax.Array, jax.Array | None]],
+    mtp_weight: jax.Array,
+    placeholders: Params,
+    gathered: bool,
+  ):
+    self.graphdef, self.objective, self.mtp_weight = graphdef, objective, mtp_weight
+    self.get_microbatch, self.buffers, self.placeholders = get_microbatch, buffers, placeholders
+    self.virtual_stages = config.parallel.virtual_stages
     self.stack, table = pipeline_stack(config)
-    self.own = jnp.asarray(table)[axis_index("stages")]  # [virtual_stages, slots]
-    self.layers = getattr(config.model, f"num_{self.stack}")
-    self.first_layer = config.model.layers - self.layers
-    self.around = UNSHARDED_PARAMS if whole else {}
-    self.inside = UNSHARDED_PARAMS if whole else STAGE_LOCAL
+    self.layer_ids = jnp.asarray(table)[axis_index("stages")]  # [virtual_stages, slots]
+    self.num_layers = getattr(config.model, f"num_{self.stack}")  # of the stack
+    self.first_layer = config.model.layers - self.num_layers
+    self.outer_rules = UNSHARDED_PARAMS if gathered else {}
+    self.layer_rules = UNSHARDED_PARAMS if gathered else STAGE_LOCAL
 
-  def gradients(self, params, layers, microbatches):
-    """(of params, of layers, what the step reports): sums over `microbatches` of what this device did.
+  def grads(self, outer_params: Params, layers: Params, microbatches: jax.Array | int) -> tuple[Params, Params, PyTree]:
+    """(gradients of outer_params, gradients of layers, metrics): sums over `microbatches` of what this device computed.
 
-    params: all but the stack's, in use. layers: of `to_stage_layout`, in use.
+    Args:
+      outer_params: all parameters but the stack's.
+      layers: of `to_stage_layout`.
     """
-    (grads, of_layers, (_, within, after)) = interleaved_1f1b(
-      self.before, self.within, self.after, params, layers, microbatches,
+    (grads, layer_grads, (_, chunk_metrics, metrics)) = interleaved_1f1b(
+      self.embed, self.run_chunk, self.loss, outer_params, layers, microbatches,
       axis=mesh_axes("stages")[0], virtual_stages=self.virtual_stages,
     )  # fmt: skip
-    load = within.pop("load")  # {} or {stack: [virtual_stages, slots, experts]}
-    whole = {name: jnp.zeros((self.layers, x.shape[-1]), x.dtype) for name, x in load.items()}
-    whole = {name: pvary(whole[name]).at[self.own].add(x, mode="drop") for name, x in load.items()}
-    reported = {name: value + within.pop(name).sum(0) if name in within else value for name, value in after.items()}
-    return grads, of_layers, reported | {"load": reported["load"] | whole}
+    load = chunk_metrics.pop("load")  # {} or {stack: [virtual_stages, slots, experts]}
+    stack_load = {name: jnp.zeros((self.num_layers, x.shape[-1]), x.dtype) for name, x in load.items()}
+    stack_load = {name: pvary(stack_load[name]).at[self.layer_ids].add(x, mode="drop") for name, x in load.items()}
+    metrics = {name: x + chunk_metrics.pop(name).sum(0) if name in chunk_metrics else x for name, x in metrics.items()}
+    return grads, layer_grads, metrics | {"load": metrics["load"] | stack_load}
 
-  def model(self, params, layers=None, buffers=None):
-    """The model with the blocks `layers` and their `buffers` for its stack, or without it."""
+  def model(self, params: Params, layers: Params | None = None, buffers: Params | None = None) -> Transformer:
+    """The model with the blocks `layers` and their `buffers` as its stack, or without the stack."""
     params = self.placeholders | params | ({self.stack: layers} if layers else {})
     return nnx.merge(self.graphdef, params, self.buffers | ({self.stack: buffers} if buffers else {}))
 
-  def before(self, params, microbatch):
-    """(stream [batch, stream, embed] that enters the stages, nothing observed)."""
-    tokens, key = self.read(microbatch)
-    with rules(self.around):
-      model, inputs = self.model(params), self.objective.inputs(tokens)
+  def embed(self, params: Params, microbatch: jax.Array) -> tuple[jax.Array, tuple[()]]:
+    """(hidden states [batch, stream, embed] that enter the stages, no metrics)."""
+    tokens, key = self.get_microbatch(microbatch)
+    with rules(self.outer_rules):
+      model, inputs = self.model(params), self.objective.local_inputs(tokens)
       x = model.embed_tokens(inputs.ids)
-      facts = self.objective.batch_context(model, inputs, key)
+      batch_context = self.objective.batch_context(model, inputs, key)
       for name, layers in model.stacks():
         if name != self.stack:
-          x, _ = model.run_layers(layers, x, facts, layer_keys(key, jnp.arange(self.first_layer)), no_aux)
+          x, _ = model.run_layers(layers, x, batch_context, layer_keys(key, jnp.arange(self.first_layer)), no_aux)
     return x, ()
 
-  def within(self, layers, virtual_stage, microbatch, x):
-    """(stream, share of the objective, observed) after the blocks `layers` [slots, ...]."""
-    (tokens, key), numbers = self.read(microbatch), self.own[virtual_stage]
-    full = numbers < self.layers
-    own = self.buffers.get(self.stack)
-    buffers = jax.tree.map(lambda b: b.at[numbers].get(mode="fill", fill_value=0), own) if own else None
-    with rules(self.inside):
-      model, inputs = self.model({}, layers, buffers), self.objective.inputs(tokens)
-      facts = self.objective.batch_context(model, inputs, key)
-      keys = layer_keys(key, self.first_layer + numbers)
-      x, seen = model.run_layers(getattr(model, self.stack), x, facts, keys, self.objective.observe)
-    if seen is None:
-      return x, pvary(jnp.zeros((), x.dtype)), {"load": {}, "total_loss": pvary(jnp.zeros((), x.dtype))}
-    seen = jax.tree.map(lambda a: jnp.where(full.reshape(-1, *(1,) * (a.ndim - 1)), a, 0), seen)
-    share, observed = self.objective.balanced(seen, self.stack, self.objective.nothing_observed(), tokens.shape[1] - 1)
-    # Each device's share of a sum, also where all have the same: its type decides how often it counts.
-    share = pvary(share)
-    return x, share, observed | {"total_loss": share}
+  def run_chunk(
+    self, layers: Params, virtual_stage: jax.Array, microbatch: jax.Array, x: jax.Array
+  ) -> tuple[jax.Array, jax.Array, PyTree]:
+    """(hidden states, local_objective [], metrics) after the blocks `layers` [slots, ...] of one virtual stage.
 
-  def after(self, params, microbatch, x):
-    """(share of the objective, observed) of the stream `x` that leaves the stages."""
-    tokens, key = self.read(microbatch)
-    with rules(self.around):
-      model, inputs = self.model(params), self.objective.inputs(tokens)
-      facts = self.objective.batch_context(model, inputs, key)
+    x: [batch, stream, embed].
+    """
+    (tokens, key), layer_ids = self.get_microbatch(microbatch), self.layer_ids[virtual_stage]
+    is_used = layer_ids < self.num_layers  # [slots]
+    buffers = self.buffers.get(self.stack)
+    if buffers:
+      buffers = jax.tree.map(lambda b: b.at[layer_ids].get(mode="fill", fill_value=0), buffers)
+    with rules(self.layer_rules):
+      model, inputs = self.model({}, layers, buffers), self.objective.local_inputs(tokens)
+      batch_context = self.objective.batch_context(model, inputs, key)
+      keys = layer_keys(key, self.first_layer + layer_ids)
+      x, aux = model.run_layers(getattr(model, self.stack), x, batch_context, keys, self.objective.layer_aux)
+    if aux is None:
+      return x, pvary(jnp.zeros((), x.dtype)), {"load": {}, "total_loss": pvary(jnp.zeros((), x.dtype))}
+    aux = jax.tree.map(lambda a: jnp.where(is_used.reshape(-1, *(1,) * (a.ndim - 1)), a, 0), aux)
+    zeros = self.objective.zero_metrics()
+    local_objective, metrics = self.objective.add_layer_aux(zeros, aux, self.stack, tokens.shape[1] - 1)
+    # Typed as varying also where all devices have the same value: by its type the pipeline sums it over the devices.
+    local_objective = pvary(local_objective)
+    return x, local_objective, metrics | {"total_loss": local_objective}
+
+  def loss(self, params: Params, microbatch: jax.Array, x: jax.Array) -> tuple[jax.Array, PyTree]:
+    """(local_objective [], metrics) of the hidden states `x` [batch, stream, embed] that leave the stages."""
+    tokens, key = self.get_microbatch(microbatch)
+    with rules(self.outer_rules):
+      model, inputs = self.model(params), self.objective.local_inputs(tokens)
+      batch_context = self.objective.batch_context(model, inputs, key)
       hidden = model.final_norm(x)
-      nats, share, observed = self.objective.heads(model, hidden, inputs, facts, key, self.mtp_weight)
-    share = pvary(share)
-    return share, observed | {"loss": nats.sum(), "total_loss": share}
+      loss_sums, local_objective, metrics = self.objective.head_losses(
+        model, hidden, inputs, batch_context, key, self.mtp_weight
+      )
+    local_objective = pvary(local_objective)
+    return local_objective, metrics | {"loss": loss_sums.sum(), "total_loss": local_objective}

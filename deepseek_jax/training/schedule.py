@@ -1,45 +1,58 @@
-"""What changes over a run: plain functions of steps and tokens, computed on the host and handed to each step."""
+"""Schedules: functions of steps and tokens, computed on the host and passed to each step."""
 
 import bisect
 import math
+from collections.abc import Callable
 
 from deepseek_jax.config import Config, ScheduleConfig
 
+# Each of SCHEDULE gives the learning rate as a factor of its peak. `progress` is the fraction of the schedule that is done,
+# `start` the fraction at which warm-up ends.
 
-def constant(config, progress, start):
+
+def constant(config: ScheduleConfig, progress: float, start: float) -> float:
+  """Always 1."""
   return 1.0
 
 
-def warmup_cosine(config, progress, start):
-  """Cosine from the end of warm-up (`start`) to factors[0] at the end of the schedule."""
+def warmup_cosine(config: ScheduleConfig, progress: float, start: float) -> float:
+  """Cosine from 1 at the end of warm-up (`start`) to factors[0] at the end of the schedule."""
   return cosine(progress, start, 1.0, config.factors[0])
 
 
-def multi_step(config, progress, start):
+def multi_step(config: ScheduleConfig, progress: float, start: float) -> float:
   """factors[i] from milestones[i] on (DeepSeek LLM section 2.3: 0.316 from 80%, 0.1 from 90% of the tokens)."""
   return (1.0, *config.factors)[bisect.bisect_right(config.milestones, progress)]
 
 
-def wsd(config, progress, start):
-  """Constant, cosine between milestones[0] and [1] to factors[0], constant, then factors[i] from milestones[i + 1] on.
+def wsd(config: ScheduleConfig, progress: float, start: float) -> float:
+  """Warm-up, stable, decay: 1, then cosine between milestones[0] and [1] to factors[0], then factors[i] from milestones[i + 1] on.
 
   DeepSeek-V3 section 4.2: constant to 10T tokens, cosine over 4.3T, constant for 333B, lower for 167B.
   """
-  drop = bisect.bisect_right(config.milestones, progress) - 2
-  return config.factors[drop] if drop >= 0 else cosine(progress, *config.milestones[:2], config.factors[0])
+  factor = bisect.bisect_right(config.milestones, progress) - 2
+  if factor >= 0:
+    return config.factors[factor]
+  start, end = config.milestones[:2]
+  return cosine(progress, start, end, config.factors[0])
 
 
-def cosine(progress, start, end, final):
+def cosine(progress: float, start: float, end: float, final: float) -> float:
   """1 until `start`, half a cosine down to `final` at `end`."""
-  share = min(max((progress - start) / max(end - start, 1e-12), 0.0), 1.0)
-  return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * share))
+  fraction = min(max((progress - start) / max(end - start, 1e-12), 0.0), 1.0)
+  return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * fraction))
 
 
-SCHEDULE = {"constant": constant, "warmup_cosine": warmup_cosine, "multi_step": multi_step, "wsd": wsd}
+SCHEDULE: dict[str, Callable[[ScheduleConfig, float, float], float]] = {
+  "constant": constant,
+  "warmup_cosine": warmup_cosine,
+  "multi_step": multi_step,
+  "wsd": wsd,
+}
 
 
-def learning_rate(config: ScheduleConfig, step, tokens, batch_tokens):
-  """Rate of the update that follows `step` updates on `tokens` tokens, with a batch of `batch_tokens`."""
+def learning_rate(config: ScheduleConfig, step: int, tokens: int | float, batch_tokens: int | float) -> float:
+  """Learning rate of the update that follows `step` updates on `tokens` tokens, with a batch of `batch_tokens`."""
   if config.warmup_tokens:
     warmup = min(1.0, (tokens + batch_tokens) / config.warmup_tokens)
   else:
@@ -51,13 +64,12 @@ def learning_rate(config: ScheduleConfig, step, tokens, batch_tokens):
   return config.peak * warmup * SCHEDULE[config.kind](config, progress, start)
 
 
-def schedules(config: Config, step, tokens, batch_tokens):
-  """learning_rate, mtp_weight and bias_update_rate of that update, as Python floats."""
+def schedule_values(config: Config, step: int, tokens: int, batch_tokens: int) -> dict[str, float]:
+  """{"learning_rate", "mtp_weight", "bias_update_rate"} of the update that `learning_rate` describes."""
   balance = config.balance
+  bias_is_fixed = balance.bias_update_tokens and tokens >= balance.bias_update_tokens
   return {
     "learning_rate": learning_rate(config.schedule, step, tokens, batch_tokens),
     "mtp_weight": config.mtp.weights[bisect.bisect_right(config.mtp.tokens, tokens)],
-    "bias_update_rate": 0.0
-    if balance.bias_update_tokens and tokens >= balance.bias_update_tokens
-    else balance.bias_update_rate,
+    "bias_update_rate": 0.0 if bias_is_fixed else balance.bias_update_rate,
   }

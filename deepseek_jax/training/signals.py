@@ -1,26 +1,34 @@
-"""Ctrl-C and SIGTERM as a flag that the loop reads between steps."""
+"""SIGINT (Ctrl-C) and SIGTERM as a flag that the loop reads between steps."""
 
 import contextlib
+import dataclasses
 import signal
-import types
+from collections.abc import Iterator
 
 import jax
 
 
-@contextlib.contextmanager
-def stop_requests():
-  """Yields an object whose `.received` is None until SIGINT or SIGTERM comes. A second SIGINT interrupts at once.
+@dataclasses.dataclass
+class StopRequest:
+  """Whether to stop, and by which signal."""
 
-  `.signal` is what to stop for: of a process alone what it received, of several what the loop makes them agree on.
-  """
-  request, alone = types.SimpleNamespace(received=None, signal=None), jax.process_count() == 1
+  received: signal.Signals | None = None  # by this process
+  stop_signal: signal.Signals | None = (
+    None  # to stop for; with several processes the loop sets it at the same step on all
+  )
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+  """Handles SIGINT and SIGTERM while the block lasts. A second SIGINT raises KeyboardInterrupt at once."""
+  request, single_process = StopRequest(), jax.process_count() == 1
 
   def handle(number, frame):
     if request.received is not None and number == signal.SIGINT:
       raise KeyboardInterrupt
     request.received = signal.Signals(number)
-    if alone:
-      request.signal = request.received
+    if single_process:
+      request.stop_signal = request.received
 
   previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
   try:

@@ -1,4 +1,4 @@
-"""The training state: plain nested dicts, born sharded."""
+"""The training state: nested dicts of sharded arrays."""
 
 import dataclasses
 import functools
@@ -10,35 +10,36 @@ import numpy as np
 import optax
 
 from deepseek_jax.config import Config
-from deepseek_jax.distributed import to_host
+from deepseek_jax.distributed import gather_to_host
 from deepseek_jax.model.transformer import init_params
 from deepseek_jax.sharding import with_concrete_shardings
 from deepseek_jax.training.optimizer import make_optimizer, place_opt_state
+from deepseek_jax.typing import Params, PyTree
 
-GATHERED_BYTES = 2**30  # of an array that each device and process may hold whole
-# Far apart: of seeds that differ in low bits one would see neighbours exchanged as another does.
-SEEDS = (0x9E3779B9, 0x3C6EF372, 0xDAA66D2B, 0x78DDE6E4)
+MAX_GATHERED_BYTES = 2**30  # of an array that is all-gathered to every device and process for its hash
+# Far apart: with seeds that differ in low bits only, exchanged neighbours could cancel in all sums alike.
+HASH_SEEDS = (0x9E3779B9, 0x3C6EF372, 0xDAA66D2B, 0x78DDE6E4)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """Everything that an update reads and writes. `skipped` counts updates that were skipped: total, in a row."""
+  """Everything that an update reads and writes."""
 
-  step: jax.Array
-  params: dict
-  buffers: dict
+  step: jax.Array  # [] int32
+  params: Params
+  buffers: Params
   opt_state: optax.OptState
-  skipped: dict
+  skipped: dict[str, jax.Array]  # counts [] int32 of skipped updates: "total", "in_a_row"
 
 
-def init_state(config: Config, key) -> TrainState:
-  """State before the first update. Run it under `jax.jit`, so that every array is born sharded."""
-  return first_state(config, *init_params(config.model, key))
+def init_state(config: Config, key: jax.Array) -> TrainState:
+  """State before the first update. Run it under `jax.jit`, so that every array is created sharded."""
+  return state_from_params(config, *init_params(config.model, key))
 
 
-def first_state(config: Config, params, buffers) -> TrainState:
-  """State before the first update of these weights, its moments sharded as they are. Run it under `jax.jit`."""
+def state_from_params(config: Config, params: Params, buffers: Params) -> TrainState:
+  """State before the first update of the given parameters. Run it under `jax.jit`: moments are sharded as `params`."""
   zero, opt_state = jnp.zeros((), jnp.int32), make_optimizer(config.optimizer).init(params)
   return TrainState(
     step=zero,
@@ -49,46 +50,49 @@ def first_state(config: Config, params, buffers) -> TrainState:
   )
 
 
-def abstract_state(config: Config, mesh) -> TrainState:
-  """Shapes, dtypes and shardings of the state; nothing is allocated. Needs `mesh` set."""
+def abstract_state(config: Config, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> TrainState:
+  """The state as ShapeDtypeStructs with shardings; nothing is allocated. `mesh` is the mesh that is set."""
   state = with_concrete_shardings(jax.eval_shape(lambda: init_state(config, jax.random.key(0))), mesh)
-  if config.optimizer.offload:  # which eval_shape does not tell
+  if config.optimizer.offload:  # eval_shape loses the memory kind
     state = dataclasses.replace(state, opt_state=place_opt_state(jax.memory.Space.Host, state.opt_state))
   return state
 
 
-def state_sha256(state) -> str:
-  """Hash over the path, dtype, shape and content of every array, the same on every mesh that holds the same values."""
+def state_sha256(state: PyTree) -> str:
+  """Hash over path, dtype, shape and content of every array; the same on every mesh. All processes have to call this."""
   digest = hashlib.sha256()
   for path, array in jax.tree.leaves_with_path(state):
     digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-    digest.update(_content(array).reshape(-1).view(np.uint8).data)
+    digest.update(_hash_input(array).reshape(-1).view(np.uint8).data)
   return digest.hexdigest()
 
 
-def _content(array) -> np.ndarray:
-  """What is hashed of an array: its bytes, or of more than GATHERED_BYTES, which stay where they are, four sums."""
-  if array.nbytes <= GATHERED_BYTES:
-    return np.ascontiguousarray(to_host(array))
-  return np.array([to_host(_sum(array, np.uint32(seed))) for seed in SEEDS])
+def _hash_input(array: jax.Array | np.ndarray) -> np.ndarray:
+  """What is hashed of an array: its elements, or of more than MAX_GATHERED_BYTES four sums that need no all-gather."""
+  if array.nbytes <= MAX_GATHERED_BYTES:
+    return np.ascontiguousarray(gather_to_host(array))
+  return np.array([gather_to_host(_sum_of_hashes(array, np.uint32(seed))) for seed in HASH_SEEDS])
 
 
 @jax.jit
-def _sum(array, seed):
-  """The sum, modulo 2**32, of a hash of each element's bits and place: exact in any order, and so on any mesh.
+def _sum_of_hashes(array, seed):
+  """The sum, modulo 2**32, of a hash of each element's bits and index: exact in any order, and so on any mesh.
 
-  `seed`, uint32, makes another hash. It tells apart what chance or a mistake makes differ, not what an adversary does.
+  `seed` uint32 selects the hash. It detects accidental differences, not those of an adversary.
   """
   array = jax.device_put(array, jax.memory.Space.Device)  # from the host, where an offloaded moment is
   unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
-  bits = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)  # of 8 bytes: two words, on a last axis
+  bits = jax.lax.bitcast_convert_type(array, unsigned).astype(
+    jnp.uint32
+  )  # elements of 8 bytes: two words, on a last axis
   sharding = jax.typeof(bits).sharding
-  places = [jax.lax.broadcasted_iota(jnp.uint32, bits.shape, i, out_sharding=sharding) for i in range(bits.ndim)]
-  return jnp.sum(functools.reduce(lambda mixed, word: _mix(mixed ^ word), [*places, bits], seed), dtype=jnp.uint32)
+  index = [jax.lax.broadcasted_iota(jnp.uint32, bits.shape, i, out_sharding=sharding) for i in range(bits.ndim)]
+  hashes = functools.reduce(lambda hashed, word: _mix(hashed ^ word), [*index, bits], seed)
+  return jnp.sum(hashes, dtype=jnp.uint32)
 
 
-def _mix(word):
-  """MurmurHash3's finalizer, in which every bit of a uint32 changes half of the others."""
+def _mix(word: jax.Array) -> jax.Array:
+  """MurmurHash3's finalizer of uint32: each bit changes half of the others."""
   word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
   word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)
   return word ^ (word >> 16)

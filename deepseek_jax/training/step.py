@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from deepseek_jax.config import Config
 from deepseek_jax.model.transformer import graphdef, param_axes
@@ -29,205 +30,264 @@ from deepseek_jax.sharding import (
 from deepseek_jax.training.balance import update_router_bias
 from deepseek_jax.training.objective import Objective
 from deepseek_jax.training.optimizer import make_optimizer, place_opt_state
-from deepseek_jax.training.pipelined import PipelineSchedule, pipeline_stack, to_stage_layout
+from deepseek_jax.training.pipelined import PipelineStage, pipeline_stack, to_stage_layout
 from deepseek_jax.training.state import TrainState, abstract_state
+from deepseek_jax.typing import Params, PyTree
 
 
-def partition_specs(tree):
+def partition_specs(tree: PyTree) -> PyTree:
   """PartitionSpecs of the arrays in `tree`."""
   return jax.tree.map(lambda array: jax.typeof(array).sharding.spec, tree)
 
 
-def make_eval_step(config: Config, graphdef, bos):
-  """`(params, buffers, tokens [batch, seq + 1]) -> nats [batch]`, the cross entropy summed over each sequence.
+def make_eval_step(
+  config: Config, graphdef: nnx.GraphDef, bos: int | None
+) -> Callable[[Params, Params, jax.Array], jax.Array]:
+  """`(params, buffers, tokens [batch, seq + 1]) -> [batch]`: the cross entropy in nats, summed over each sequence.
 
-  They are NaN where assignments overflowed an expert buffer: nothing is dropped in silence.
+  It is NaN where assignments overflowed an expert buffer, so that nothing is dropped unnoticed.
   """
   objective = Objective(config, bos)
 
   def local(params, buffers, tokens):
-    nats, _, observed = objective(nnx.merge(graphdef, params, buffers), tokens)
-    lost = psum(observed.get("overflow", 0), "batch", "seq")
-    return jnp.where(lost == 0, nats, jnp.nan)
+    loss_sums, _, metrics = objective(nnx.merge(graphdef, params, buffers), tokens)
+    overflow = psum(metrics.get("overflow", 0), "batch", "seq")
+    return jnp.where(overflow == 0, loss_sums, jnp.nan)
 
-  def row_nats(params, buffers, tokens):
+  def eval_step(params, buffers, tokens):
     with rules(LATENT_RULES[config.parallel.mla_latent]):
-      layout = partition_specs(params), partition_specs(buffers), spec("batch", None)
-      return spmd(local, layout, spec("batch"), differentiable=False)(params, buffers, tokens)
+      in_specs = partition_specs(params), partition_specs(buffers), spec("batch", None)
+      return spmd(local, in_specs, spec("batch"), differentiable=False)(params, buffers, tokens)
 
-  return row_nats
-
-
-def cast(params, names, dtype):
-  """The matrices of `params` in the model's compute `dtype`; but for the router's, which it uses as they are."""
-
-  def leaf(path, param, names):
-    return param.astype(dtype) if any(names) and all(part.key != "router" for part in path) else param
-
-  return jax.tree.map_with_path(leaf, params, names)
+  return eval_step
 
 
-def cast_and_gather(params, names, dtype):
-  """`params`, of logical axes `names`, as the model uses them: in `dtype`, and whole."""
-  return jax.tree.map(lambda param, names: all_gather_params(param, *names), cast(params, names, dtype), names)
+def cast(params: Params, axes: PyTree, dtype: Any) -> Params:
+  """`params` with their matrices in the model's compute `dtype`, except the router's, which stay in the parameter dtype."""
+
+  def leaf(path, param, axes):
+    is_router = any(entry.key == "router" for entry in path)
+    return param.astype(dtype) if any(axes) and not is_router else param
+
+  return jax.tree.map_with_path(leaf, params, axes)
 
 
-def make_gradients(config: Config, graphdef, bos):
-  """`(state, batch, microbatches, mtp_weight) -> (gradients laid out as state.params, what the step reports)`."""
-  objective, names = Objective(config, bos), param_axes(config.model)
-  model, whole = config.model, config.parallel.zero < 3
-  random = model.dropout > 0 or model.attention.dropout > 0 or model.moe.dispatch == "capacity"
+def cast_and_gather(params: Params, axes: PyTree, dtype: Any) -> Params:
+  """`params`, with logical axes `axes`, as the model uses them: in `dtype`, and gathered over FSDP_AXES."""
+  return jax.tree.map(lambda param, axes: all_gather_params(param, *axes), cast(params, axes, dtype), axes)
+
+
+def make_gradients(
+  config: Config, graphdef: nnx.GraphDef, bos: int | None
+) -> Callable[[TrainState, jax.Array, jax.Array | int, jax.Array], tuple[Params, PyTree]]:
+  """`(state, batch, microbatches, mtp_weight) -> (gradients, metrics)`, both means over the tokens of the batch.
+
+  Gradients have the layout of state.params. Arguments and metrics are as in `make_train_step`; counts are sums.
+  """
+  objective, axes = Objective(config, bos), param_axes(config.model)
+  model, gather_once = config.model, config.parallel.zero < 3
+  needs_key = model.dropout > 0 or model.attention.dropout > 0 or model.moe.dispatch == "capacity"
 
   def local(microbatches, params, buffers, batch, mtp_weight, step):
-    """As one device sees it: `batch` [microbatch, its sequences, seq + 1]."""
+    """The program of one device: `batch` [microbatch, its sequences, seq + 1]."""
     params, buffers, batch, mtp_weight = pvary((params, buffers, batch, mtp_weight))
 
-    def read(i):
-      key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), step), i) if random else None
-      return jax.lax.dynamic_index_in_dim(batch, i, keepdims=False), key  # tokens [sequences, seq + 1]
+    def get_microbatch(i):
+      key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), step), i) if needs_key else None
+      return jax.lax.dynamic_index_in_dim(batch, i, keepdims=False), key
 
-    work = StepContext(config, graphdef, objective, names, whole, params, buffers, read, mtp_weight, microbatches)
-    grads, reported = (pipeline_grads if axis_size("stages") > 1 else accumulate_grads)(work)
-    grads = jax.tree.map(lambda g, names: psum_replicated(g, *names), grads, names)
-    total = psum(reported.pop("total_loss"), "batch", "stream", "stages")
-    if "overflow" in reported:
-      reported["overflow"] = psum(reported["overflow"], "seq")
-    return grads, as_replicated({"total_loss": total} | psum(reported, "batch", "stages"))
+    context = StepContext(
+      config, graphdef, objective, axes, gather_once, params, buffers, get_microbatch, mtp_weight, microbatches
+    )
+    grads, metrics = (pipeline_grads if axis_size("stages") > 1 else accumulate_grads)(context)
+    grads = jax.tree.map(lambda g, axes: psum_replicated(g, *axes), grads, axes)
+    total_loss = psum(metrics.pop("total_loss"), "batch", "stream", "stages")
+    if "overflow" in metrics:
+      metrics["overflow"] = psum(metrics["overflow"], "seq")
+    return grads, as_replicated({"total_loss": total_loss} | psum(metrics, "batch", "stages"))
 
   def gradients(state, batch, microbatches, mtp_weight):
     tokens_in_batch = microbatches * batch.shape[1] * (batch.shape[2] - 1)
     with rules(LATENT_RULES[config.parallel.mla_latent]):
-      layout = partition_specs(state.params), partition_specs(state.buffers), spec(None, "batch", None), spec(), spec()
+      in_specs = (
+        partition_specs(state.params),
+        partition_specs(state.buffers),
+        spec(None, "batch", None),
+        spec(),
+        spec(),
+      )
+      out_specs = partition_specs(state.params), spec()
       arguments = state.params, state.buffers, batch, mtp_weight, state.step
-      if isinstance(microbatches, int):  # a constant of the program: XLA makes one microbatch no loop
-        found = spmd(functools.partial(local, microbatches), layout, (partition_specs(state.params), spec()))
-        grads, reported = found(*arguments)
+      if isinstance(microbatches, int):  # a constant of the program, so that XLA removes the loop over one microbatch
+        grads, metrics = spmd(functools.partial(local, microbatches), in_specs, out_specs)(*arguments)
       else:
-        found = spmd(local, (spec(), *layout), (partition_specs(state.params), spec()))
-        grads, reported = found(microbatches, *arguments)
-    # Divided by the whole batch, so that microbatches add up to the large batch's gradient.
-    return jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.integer) else x / tokens_in_batch, (grads, reported))
+        grads, metrics = spmd(local, (spec(), *in_specs), out_specs)(microbatches, *arguments)
+
+    def mean_over_tokens(x):
+      return x if jnp.issubdtype(x.dtype, jnp.integer) else x / tokens_in_batch
+
+    # Divided by the tokens of all microbatches, so that they add up to the gradient of the global batch.
+    return jax.tree.map(mean_over_tokens, (grads, metrics))
 
   return gradients
 
 
 @dataclasses.dataclass(frozen=True)
 class StepContext:
-  """What one device does in a step: `read` gives (tokens [sequences, seq + 1], key) of a microbatch; `whole`: ZeRO 1 or 2."""
+  """The inputs of one device's part of a step."""
 
   config: Config
   graphdef: nnx.GraphDef
   objective: Objective
-  names: dict
-  whole: bool
-  params: dict
-  buffers: dict
-  read: Callable
+  axes: PyTree  # logical axes of each parameter
+  gather_once: bool  # ZeRO 1 and 2: parameters are gathered once a step; ZeRO 3: where they are used
+  params: Params
+  buffers: Params
+  # index -> (tokens [batch, seq + 1], dropout key or None)
+  get_microbatch: Callable[[jax.Array | int], tuple[jax.Array, jax.Array | None]]
   mtp_weight: jax.Array
   microbatches: jax.Array | int
 
 
-def accumulate_grads(work: StepContext):
-  """(gradients in the shards of the parameters, reported): sums over microbatches that are done one after the other."""
-  zero = work.config.parallel.zero
-  weights = cast_and_gather(work.params, work.names, work.config.model.compute_dtype) if work.whole else work.params
+def accumulate_grads(context: StepContext) -> tuple[Params, PyTree]:
+  """(gradients in the shards of the parameters, metrics): sums over microbatches, one after the other."""
+  zero, axes, gather_once = context.config.parallel.zero, context.axes, context.gather_once
+  weights = context.params
+  if gather_once:
+    weights = cast_and_gather(weights, axes, context.config.model.compute_dtype)
 
-  def share(weights, tokens, key):
-    with rules(UNSHARDED_PARAMS if work.whole else {}):
-      model = nnx.merge(work.graphdef, weights, work.buffers)
-      nats, share, observed = work.objective(model, tokens, key, work.mtp_weight)
-    return share, {"loss": nats.sum(), **observed}
+  def loss(weights, tokens, key):
+    with rules(UNSHARDED_PARAMS if gather_once else {}):
+      model = nnx.merge(context.graphdef, weights, context.buffers)
+      loss_sums, local_objective, metrics = context.objective(model, tokens, key, context.mtp_weight)
+    return local_objective, {"loss": loss_sums.sum(), **metrics}
 
-  @functools.partial(jax.jit, inline=True)  # traced once for the shapes and for the loop
-  def one(i):
-    (total, observed), grads = jax.value_and_grad(share, has_aux=True)(weights, *work.read(i))
-    return pvary((shards(grads) if zero == 2 else grads, {"total_loss": total, **observed}))
+  @functools.partial(jax.jit, inline=True)  # traced once, for the shapes and for the loop
+  def microbatch_grads(i):
+    (total_loss, metrics), grads = jax.value_and_grad(loss, has_aux=True)(weights, *context.get_microbatch(i))
+    return pvary((reduce_scatter(grads) if zero == 2 else grads, {"total_loss": total_loss, **metrics}))
 
-  def shards(grads):
-    return jax.tree.map(lambda g, names: reduce_scatter_grads(g, *names), grads, work.names)
+  def reduce_scatter(grads):
+    return jax.tree.map(lambda g, axes: reduce_scatter_grads(g, *axes), grads, axes)
 
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))
-  # Summed in the dtype of the parameters, whatever that of the weights in use.
-  zeros = jax.tree.map(lambda z, p: z.astype(p.dtype), zeros[0], work.params), zeros[1]
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(microbatch_grads, 0))
+  # Gradients are summed in the dtype of the parameters, whatever the dtype of `weights`.
+  zeros = jax.tree.map(lambda z, p: z.astype(p.dtype), zeros[0], context.params), zeros[1]
 
-  def add(i, sums):
-    # The barrier: XLA for TPUs wants to add up first and reduce after the loop, which takes whole gradients in memory, and
+  def add_microbatch(i, sums):
+    # The barrier: XLA for TPUs moves the reduce-scatter behind the loop. That takes memory for unsharded gradients, and it
     # stops with an internal error over ours (libtpu 0.0.50).
-    return jax.tree.map(jnp.add, sums, jax.lax.optimization_barrier(one(i)))
+    return jax.tree.map(jnp.add, sums, jax.lax.optimization_barrier(microbatch_grads(i)))
 
-  grads, reported = jax.lax.fori_loop(0, work.microbatches, add, pvary(zeros))
-  return shards(grads) if zero == 1 else grads, reported
+  grads, metrics = jax.lax.fori_loop(0, context.microbatches, add_microbatch, pvary(zeros))
+  return reduce_scatter(grads) if zero == 1 else grads, metrics
 
 
-def pipeline_grads(work: StepContext):
-  """As `accumulate_grads`, of microbatches that pass through stages."""
-  stack, table = pipeline_stack(work.config)
-  dtype, names = work.config.model.compute_dtype, work.names
-  rest = {name: params for name, params in work.params.items() if name != stack}
-  rest_names = {name: tree for name, tree in names.items() if name != stack}
+def pipeline_grads(context: StepContext) -> tuple[Params, PyTree]:
+  """As `accumulate_grads`, with microbatches that pass through pipeline stages."""
+  stack, table = pipeline_stack(context.config)
+  dtype, axes, gather_once = context.config.model.compute_dtype, context.axes, context.gather_once
+  outer_params = {name: params for name, params in context.params.items() if name != stack}
+  outer_axes = {name: tree for name, tree in axes.items() if name != stack}
 
-  def lay(layers):
-    return to_stage_layout(layers, names[stack], table, work.whole)
+  def stage_layout(layers):
+    return to_stage_layout(layers, axes[stack], table, gather_once)
 
-  layers = lay(cast(work.params[stack], names[stack], dtype))
-  around = cast_and_gather(rest, rest_names, dtype) if work.whole else rest
-  placeholders = jax.tree.map(lambda _: jnp.zeros(()), work.params)
-  stages = PipelineSchedule(
-    work.config, work.graphdef, work.objective, work.buffers, work.read, work.mtp_weight, placeholders, work.whole
+  layers = stage_layout(cast(context.params[stack], axes[stack], dtype))
+  outer_weights = cast_and_gather(outer_params, outer_axes, dtype) if gather_once else outer_params
+  placeholders = jax.tree.map(lambda _: jnp.zeros(()), context.params)
+  stage = PipelineStage(
+    context.config,
+    context.graphdef,
+    context.objective,
+    context.buffers,
+    context.get_microbatch,
+    context.mtp_weight,
+    placeholders,
+    gather_once,
   )
-  grads, of_layers, reported = stages.gradients(around, layers, work.microbatches)
-  if work.whole:
-    grads = jax.tree.map(lambda g, names: reduce_scatter_grads(g, *names), grads, rest_names)
-  (of_layers,) = jax.vjp(lay, work.params[stack])[1](of_layers)
-  return grads | {stack: of_layers}, reported
+  grads, layer_grads, metrics = stage.grads(outer_weights, layers, context.microbatches)
+  if gather_once:
+    grads = jax.tree.map(lambda g, axes: reduce_scatter_grads(g, *axes), grads, outer_axes)
+  # The transpose of the layout puts the gradients of this stage's layers back into the shards of the parameters.
+  (layer_grads,) = jax.vjp(stage_layout, context.params[stack])[1](layer_grads)
+  return grads | {stack: layer_grads}, metrics
 
 
-def make_train_step(config: Config, graphdef, bos):
-  """The update, to be jitted with `donate_argnames="state"`.
+def make_apply_gradients(config: Config) -> Callable[[TrainState, Params, PyTree, PyTree], tuple[TrainState, PyTree]]:
+  """`(state, grads, metrics, schedules) -> (state, metrics)`: optimizer and router biases, unless the update is skipped.
 
-  Returns:
-    `(state, batch, microbatches, rates) -> (state, metrics)`. `batch` [microbatch, sequence, seq + 1] int32; its first
-    `microbatches` are used (a batch ramp changes this number and no shape). `rates` are those of `schedule.schedules`.
-    `metrics`: loss (mean nats per token), total_loss (what is optimised), grad_norm, balance_loss, mtp_loss [depth],
-    load {stack: [layers, experts]}, overflow (assignments that overflowed an expert buffer), and the counts of skipped updates.
+  An update is skipped when the gradient norm is not finite or assignments overflowed an expert buffer. Then params, buffers and
+  optimizer state stay, and `step` is counted.
+
+  grads, metrics: of `make_gradients`. schedules: as in `make_train_step`. The metrics gain grad_norm and skipped.
   """
-  gradients, tx = make_gradients(config, graphdef, bos), make_optimizer(config.optimizer)
-  offload = config.optimizer.offload
+  tx, offload = make_optimizer(config.optimizer), config.optimizer.offload
 
-  def train_step(state, batch, microbatches, rates):
-    grads, metrics = gradients(state, batch, microbatches, rates["mtp_weight"])
+  def apply_gradients(state, grads, metrics, schedules):
     grad_norm = optax.tree.norm(grads)
-    good = jnp.isfinite(grad_norm) & (metrics.get("overflow", 0) == 0)
-    old_moments = place_opt_state(jax.memory.Space.Device, state.opt_state) if offload else state.opt_state
-    updates, opt_state = tx.update(grads, old_moments, state.params)
-    rate = rates["learning_rate"]
-    params = jax.tree.map(lambda p, u: p - rate.astype(p.dtype) * u, state.params, updates)
-    buffers = update_router_bias(state.buffers, metrics["load"], rates["bias_update_rate"])
-    new, old = (params, buffers, opt_state), (state.params, state.buffers, old_moments)
-    params, buffers, opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
+    is_good = jnp.isfinite(grad_norm) & (metrics.get("overflow", 0) == 0)
+    old_opt_state = place_opt_state(jax.memory.Space.Device, state.opt_state) if offload else state.opt_state
+    updates, opt_state = tx.update(grads, old_opt_state, state.params)
+    learning_rate = schedules["learning_rate"]
+    params = jax.tree.map(lambda p, u: p - learning_rate.astype(p.dtype) * u, state.params, updates)
+    buffers = update_router_bias(state.buffers, metrics["load"], schedules["bias_update_rate"])
+    new, old = (params, buffers, opt_state), (state.params, state.buffers, old_opt_state)
+    params, buffers, opt_state = jax.tree.map(lambda new, old: jnp.where(is_good, new, old), new, old)
     opt_state = place_opt_state(jax.memory.Space.Host, opt_state) if offload else opt_state
-    bad = 1 - good.astype(jnp.int32)
-    skipped = {"total": state.skipped["total"] + bad, "in_a_row": bad * (state.skipped["in_a_row"] + 1)}
-    metrics |= {"grad_norm": grad_norm, "skipped": skipped}
+    is_skipped = 1 - is_good.astype(jnp.int32)
+    skipped = {
+      "total": state.skipped["total"] + is_skipped,
+      "in_a_row": is_skipped * (state.skipped["in_a_row"] + 1),
+    }
+    metrics = metrics | {"grad_norm": grad_norm, "skipped": skipped}
     return TrainState(state.step + 1, params, buffers, opt_state, skipped), metrics
+
+  return apply_gradients
+
+
+def make_train_step(
+  config: Config, graphdef: nnx.GraphDef, bos: int | None
+) -> Callable[[TrainState, jax.Array, jax.Array | int, dict[str, jax.Array]], tuple[TrainState, PyTree]]:
+  """The update, to be jitted with `donate_argnames="state"`: `(state, batch, microbatches, schedules) -> (state, metrics)`.
+
+  Its arguments:
+    batch: [microbatch, sequence, seq + 1] int32.
+    microbatches: how many of the batch's microbatches are used, the first ones. A batch ramp changes this number and no shape.
+    schedules: {name: value} of `schedule.schedule_values`, [] in the parameter dtype.
+
+  Its metrics:
+    loss: cross entropy, the mean in nats per token.
+    total_loss: what is optimised.
+    grad_norm: before clipping.
+    balance_loss, mtp_loss [depth]: means per token; with experts, with MTP.
+    load: {stack: [layers, experts] int32}, assignments to each expert.
+    overflow: assignments that overflowed an expert buffer.
+    skipped: {"total", "in_a_row"}, counts of skipped updates.
+  """
+  gradients, apply_gradients = make_gradients(config, graphdef, bos), make_apply_gradients(config)
+
+  def train_step(state, batch, microbatches, schedules):
+    grads, metrics = gradients(state, batch, microbatches, schedules["mtp_weight"])
+    return apply_gradients(state, grads, metrics, schedules)
 
   return train_step
 
 
-def abstract_step(config: Config, mesh):
-  """(the update with a full batch, its abstract arguments (state, batch, rates)), to be traced or compiled where nothing runs.
+def abstract_step(config: Config, mesh: Mesh | AbstractMesh) -> tuple[Callable, tuple[TrainState, PyTree, PyTree]]:
+  """(update, (state, batch, schedules)): the update of a full batch, and its abstract arguments, to trace or compile.
 
-  `mesh` is set, and may be abstract or of devices that are not here. The number of microbatches is a constant, also where a
-  ramp of the batch makes it an argument.
+  Nothing is allocated or run. `mesh` is the mesh that is set. It may be abstract, or of devices that are not here. The number of
+  microbatches is a constant of the program, also where a batch ramp makes it an argument in training.
   """
   state, microbatch = abstract_state(config, mesh), config.train.microbatch or config.train.global_batch
   microbatches = config.train.global_batch // microbatch
   shape = microbatches, microbatch, config.data.seq + 1
   batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, spec(None, "batch", None)))
-  rate = jax.ShapeDtypeStruct((), config.model.param_dtype, sharding=NamedSharding(mesh, spec()))
-  update = make_train_step(config, graphdef(config.model), bos=0)
+  scalar = jax.ShapeDtypeStruct((), config.model.param_dtype, sharding=NamedSharding(mesh, spec()))
+  train_step = make_train_step(config, graphdef(config.model), bos=0)
 
-  def step(state, batch, rates):
-    return update(state, batch, microbatches, rates)
+  def step(state, batch, schedules):
+    return train_step(state, batch, microbatches, schedules)
 
-  return step, (state, batch, dict.fromkeys(("learning_rate", "mtp_weight", "bias_update_rate"), rate))
+  return step, (state, batch, dict.fromkeys(("learning_rate", "mtp_weight", "bias_update_rate"), scalar))

@@ -257,7 +257,7 @@ from jax.sharding import AxisType, NamedSharding
 from deepseek_jax import distributed
 from deepseek_jax.checkpoint.bucket import BucketCheckpointer, open_checkpointer
 from deepseek_jax.config import CheckpointConfig
-from deepseek_jax.processes import find_place
+from deepseek_jax.processes import find_initialize_args
 
 def slow_in_process_0(name):
   method = getattr(BucketCheckpointer, name)
@@ -267,7 +267,7 @@ def slow_in_process_0(name):
     return method(*arguments)
   setattr(BucketCheckpointer, name, slow)
 
-with distributed.distributed_session(find_place(sys.argv[1], 2, int(sys.argv[2]))):
+with distributed.distributed_session(find_initialize_args(sys.argv[1], 2, int(sys.argv[2]))):
   mesh = jax.make_mesh((2,), ("a",), axis_types=(AxisType.Explicit,))
   value = {"x": np.arange(8192, dtype=np.float32).reshape(4, 2048), "step": np.int32(7)}
   specs = {"x": jax.P(None, "a"), "step": jax.P()}
@@ -314,7 +314,7 @@ def test_no_process_waits_in_a_collective_while_the_first_completes_or_verifies_
   body = """
 slow_in_process_0("_complete")
 slow_in_process_0("_verify")
-meet = lambda: distributed.to_host(state["x"])  # a collective
+meet = lambda: distributed.gather_to_host(state["x"])  # a collective
 meet()
 save(1)
 checkpointer.wait()

@@ -14,26 +14,26 @@ class Split:
   def __len__(self):
     return 11
 
-  def bytes(self, ids):
+  def target_bytes(self, ids):
     return np.asarray(ids) + 1
 
 
-@pytest.mark.parametrize("rows", [1, 4, 11, 16])
+@pytest.mark.parametrize("batch_size", [1, 4, 11, 16])
 @pytest.mark.parametrize("sequences", [3, 11, 99])
-def test_each_window_counts_once(rows, sequences):
-  seen, nats_of = [], lambda ids: 2.0 * ids + 1
+def test_each_window_counts_once(batch_size, sequences):
+  seen, loss_of = [], lambda ids: 2.0 * ids + 1
 
-  def place(ids):
-    assert len(ids) == rows
+  def load_tokens(ids):
+    assert len(ids) == batch_size
     return np.repeat(ids[:, None], 6, 1)
 
-  def row_nats(tokens):
+  def eval_step(tokens):
     seen.append(tokens[:, 0])
-    return nats_of(tokens[:, 0])
+    return loss_of(tokens[:, 0])
 
-  result = evaluate(row_nats, place, Split(), rows, sequences)
+  result = evaluate(eval_step, load_tokens, Split(), batch_size, sequences)
   count = min(sequences, 11)
   ids = np.concatenate(seen)[:count]
   assert len(set(ids)) == count == result["sequences"]
-  assert result["loss"] == pytest.approx(nats_of(ids).sum() / (5 * count))
-  assert result["bits_per_byte"] == pytest.approx(nats_of(ids).sum() / math.log(2) / (ids + 1).sum())
+  assert result["loss"] == pytest.approx(loss_of(ids).sum() / (5 * count))
+  assert result["bits_per_byte"] == pytest.approx(loss_of(ids).sum() / math.log(2) / (ids + 1).sum())

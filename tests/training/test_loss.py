@@ -29,22 +29,22 @@ def inputs(dtype=jnp.float32):
 
 
 def reference(head, hidden, targets, smoothing=0.0, z_loss=0.0):
-  """(nats [batch], objective) by the definition, from whole logits in float64."""
+  """(loss_sums [batch], objective) by the definition, from whole logits in float64."""
   logits = hidden.astype(jnp.float64) @ head.astype(jnp.float64)
   log_z = jax.nn.logsumexp(logits, -1)
   log_p = logits - log_z[..., None]
-  counts = targets >= 0
-  nats = -jnp.take_along_axis(log_p, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
-  objective = (1 - smoothing) * nats - smoothing * log_p.mean(-1) + z_loss * log_z**2
-  return jnp.where(counts, nats, 0).sum(1), jnp.where(counts, objective, 0).sum()
+  valid = targets >= 0
+  losses = -jnp.take_along_axis(log_p, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
+  objective = (1 - smoothing) * losses - smoothing * log_p.mean(-1) + z_loss * log_z**2
+  return jnp.where(valid, losses, 0).sum(1), jnp.where(valid, objective, 0).sum()
 
 
 def derivative(function, *arguments):
-  """((nats, objective), (gradient of 3 * objective by head, by hidden)); 3, so that a scale that is lost is seen."""
+  """((loss_sums, objective), (gradient of 3 * objective by head, by hidden)); 3, so that a scale that is lost is seen."""
 
   def scaled(head, hidden):
-    nats, objective = function(head, hidden, *arguments)
-    return 3 * objective, (nats, objective)
+    loss_sums, objective = function(head, hidden, *arguments)
+    return 3 * objective, (loss_sums, objective)
 
   def of(head, hidden):
     (_, sums), gradients = jax.value_and_grad(scaled, (0, 1), has_aux=True)(head, hidden)
@@ -80,9 +80,9 @@ def test_every_mesh_equals_one_device(axes):
       def local(head, hidden, targets):
         head, hidden, targets = pvary((head, hidden, targets))
         share = lambda *arrays: tuple(x / axis_size("vocab") for x in cross_entropy(*arrays, 4, 0.1, 0.01))
-        (nats, objective), (dhead, dhidden) = derivative(share, targets)(head, hidden)
+        (loss_sums, objective), (dhead, dhidden) = derivative(share, targets)(head, hidden)
         objective = psum(objective, "batch", "seq", "vocab")
-        sums = psum(nats, "seq", "vocab"), objective
+        sums = psum(loss_sums, "seq", "vocab"), objective
         return sums, (psum_replicated(dhead, "embed", "vocab"), psum(dhidden, "vocab"))
 
       sums = spec("batch"), spec()

@@ -230,7 +230,7 @@ def test_choices_without_room_skip_the_step_and_say_so():
     batch = jax.device_put(tokens(0), NamedSharding(mesh, spec(None, "batch", None)))
     rates = {name: np.float32(0.01) for name in ("learning_rate", "mtp_weight", "bias_update_rate")}
     after, metrics = jax.block_until_ready(step(state, batch, MICROBATCHES, rates))
-    nats = jax.jit(make_eval_step(config, graphdef(config.model), bos=0))(state.params, state.buffers, batch[0])
+    losses = jax.jit(make_eval_step(config, graphdef(config.model), bos=0))(state.params, state.buffers, batch[0])
   assert int(metrics["overflow"]) > 0 and np.isfinite(metrics["grad_norm"])
-  assert int(after.skipped["total"]) == 1 and np.isnan(nats).all()
+  assert int(after.skipped["total"]) == 1 and np.isnan(losses).all()
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.params), jax.device_get(state.params))

@@ -11,7 +11,7 @@ from deepseek_jax.training import metrics
 
 
 def _steps(path):
-  return [line["step"] for line in metrics.read(path)]
+  return [line["step"] for line in metrics.read_jsonl(path)]
 
 
 def _write(path, steps):
@@ -31,7 +31,7 @@ def test_floats_keep_every_bit(tmp_path):
   }
   writer = metrics.MetricsWriter(tmp_path, tensorboard=False, resume_step=0)
   writer.write(1, values)
-  (line,) = metrics.read(tmp_path / "metrics.jsonl")  # before close: each line is flushed
+  (line,) = metrics.read_jsonl(tmp_path / "metrics.jsonl")  # before close: each line is flushed
   writer.close()
   assert line == {"step": 1} | {name: float(value) for name, value in values.items()}
   assert type(line["n"]) is int
@@ -42,9 +42,9 @@ def test_values_that_are_not_finite_are_null(tmp_path):
   writer.write(1, {"loss": math.nan, "grad_norm": jnp.inf, "tokens": 5})
   writer.event("eval", 1, loss=np.float32("-inf"), nested={"values": [1.0, math.nan]})
   writer.close()
-  (line,) = metrics.read(tmp_path / "metrics.jsonl")
+  (line,) = metrics.read_jsonl(tmp_path / "metrics.jsonl")
   assert line == {"step": 1, "loss": None, "grad_norm": None, "tokens": 5}
-  (event,) = metrics.read(tmp_path / "events.jsonl")
+  (event,) = metrics.read_jsonl(tmp_path / "events.jsonl")
   assert (event["loss"], event["nested"]) == (None, {"values": [1.0, None]})
 
 
@@ -75,7 +75,7 @@ def test_of_events_past_the_restored_step_only_those_of_the_process_stay(tmp_pat
     writer.event(name, step, loss=1.0)
   writer.close()
   metrics.MetricsWriter(tmp_path, tensorboard=False, resume_step=5).close()
-  events = metrics.read(tmp_path / "events.jsonl")
+  events = metrics.read_jsonl(tmp_path / "events.jsonl")
   assert [(e["event"], e["step"]) for e in events] == [("start", 0), ("eval", 5), ("end", 10)]
 
 
@@ -84,14 +84,14 @@ def test_a_line_that_is_no_record_names_file_and_line(tmp_path, bad):
   path = tmp_path / "metrics.jsonl"
   path.write_bytes(b'{"step": 1}\n' + bad + b'{"step": 2}\n')
   with pytest.raises(DataError, match=r"metrics\.jsonl, line 2: expected"):
-    metrics.read(path)
+    metrics.read_jsonl(path)
   with pytest.raises(DataError, match="line 2"):
     metrics.MetricsWriter(tmp_path, tensorboard=False, resume_step=9)
   assert path.read_bytes().count(b"\n") == 3  # the file is left as it was
 
 
 def test_a_missing_file_reads_as_empty(tmp_path):
-  assert metrics.read(tmp_path / "metrics.jsonl") == []
+  assert metrics.read_jsonl(tmp_path / "metrics.jsonl") == []
 
 
 def test_tensorboard_mirrors_numbers_and_hides_what_is_run_again(tmp_path):

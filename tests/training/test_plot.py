@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from deepseek_jax.training.plot import SCALES, Series, compact, line_chart, log_ticks, thin, ticks
+from deepseek_jax.training.plot import SCALES, Series, downsample, format_compact, line_chart, log_ticks, ticks
 
 
 def _parse(svg):
@@ -41,35 +41,35 @@ def test_log_ticks_are_round_and_few():
     (0.25, 1, "0.25"), (-3, 3, "-3"), (1e20, 0, "1e20"),
   ],
 )  # fmt: skip
-def test_compact(value, largest, expected):
-  assert compact(value, largest) == expected
+def test_format_compact(value, largest, expected):
+  assert format_compact(value, largest) == expected
 
 
-def test_thinning_keeps_every_extreme_and_the_order():
+def test_downsampling_keeps_every_extreme_and_the_order():
   points = [(step, math.sin(step / 300)) for step in range(1, 100_001)]
   points[54_321] = (54_322, 1e3)
   points[77_000] = (77_001, -1e3)
-  kept = thin(points)
-  assert len(kept) <= 1000 and kept == sorted(kept)
-  assert points[54_321] in kept and points[77_000] in kept
-  assert set(kept) <= set(points)
+  sampled = downsample(points)
+  assert len(sampled) <= 1000 and sampled == sorted(sampled)
+  assert points[54_321] in sampled and points[77_000] in sampled
+  assert set(sampled) <= set(points)
 
 
-def test_thinning_keeps_a_stretch_without_finite_values():
+def test_downsampling_keeps_a_stretch_without_finite_values():
   points = [(step, None if 4000 <= step < 6000 else 1.0) for step in range(10_000)]
-  lost = [step for step, value in thin(points) if value is None]
-  assert lost and 4000 <= min(lost) and max(lost) < 6000 and len(thin(points)) <= 1000
+  nonfinite = [step for step, value in downsample(points) if value is None]
+  assert nonfinite and 4000 <= min(nonfinite) and max(nonfinite) < 6000 and len(downsample(points)) <= 1000
 
 
-def test_short_series_are_not_thinned():
+def test_short_series_are_not_downsampled():
   points = [(step, float(step)) for step in range(1000)]
-  assert thin(points) == points
+  assert downsample(points) == points
 
 
 def test_a_value_that_is_not_finite_breaks_the_line_and_is_marked():
   svg = line_chart([Series("train", [(1, 3.0), (2, 2.0), (3, None), (4, 1.5), (5, 1.4)])])
   assert len(_of_class(svg, "curve")) == 2
-  assert len(_of_class(svg, "lost")) == 1
+  assert len(_of_class(svg, "nonfinite")) == 1
   assert "not finite at step 3" in svg
 
 

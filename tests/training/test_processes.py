@@ -36,7 +36,7 @@ cache_key._hash_accelerator_config = key_of_process_0
 # Some arrays are as those too large to gather when the state is hashed.
 LARGE_ARRAYS = """
 from deepseek_jax.training import state
-state.GATHERED_BYTES = 20_000
+state.MAX_GATHERED_BYTES = 20_000
 """
 # Faults of one process, named by the variable FAULT.
 FAULTS = """
@@ -54,7 +54,7 @@ if fault and process == "1":
   if fault == "data":
     loop.open_data = raising
   elif fault == "code":
-    loop.Run.first_state = raising
+    loop.Run.restore_or_init = raising
   else:
     import resource
     from deepseek_jax.checkpoint.manager import Checkpointer

@@ -63,7 +63,7 @@ def make_run(path, steps=40, config=None, losses=None, evals=(20, 40), resumes=(
 
 
 def make_page(path):
-  assert report.write(path) == str(path / "report.html")
+  assert report.write_report(path) == str(path / "report.html")
   return Page((path / "report.html").read_text(encoding="utf-8"))
 
 
@@ -183,5 +183,5 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path, content):
   if content is not None:
     (tmp_path / "config.json").write_bytes(content)
   with pytest.raises(DataError, match=r"config\.json: expected"):
-    report.write(tmp_path)
+    report.write_report(tmp_path)
   assert not (tmp_path / "report.html").exists()

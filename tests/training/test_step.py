@@ -223,7 +223,7 @@ def test_document_positions():
 
 @pytest.mark.parametrize("gathered_bytes", [1 << 30, 2000])
 def test_state_hash_sees_every_bit_and_no_mesh(gathered_bytes, monkeypatch):
-  monkeypatch.setattr("deepseek_jax.training.state.GATHERED_BYTES", gathered_bytes)
+  monkeypatch.setattr("deepseek_jax.training.state.MAX_GATHERED_BYTES", gathered_bytes)
   hashes = []
   for mesh_config in (MeshConfig(data=1), MESHES["fsdp=2 x tensor=2"]):
     mesh = make_mesh(mesh_config, jax.devices()[: int(np.prod(dataclasses.astuple(mesh_config)))])

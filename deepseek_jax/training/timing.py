@@ -1,0 +1,56 @@
+"""Throughput: where the time between two lines of metrics goes, and how many tokens were trained on in it."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+from jax.sharding import Mesh
+
+from deepseek_jax.plan.topology import peak_flops
+
+BESIDE_STEPS = ("data", "eval", "checkpoint")  # what a run does between steps
+
+
+class IntervalTimer:
+  """Tokens and seconds since `reset`.
+
+  tokens: targets of the steps; the caller adds them.
+  seconds: {name: seconds} of BESIDE_STEPS, as `measure` found them. The rest of the time is that of the steps.
+  """
+
+  def __init__(self) -> None:
+    self.reset()
+
+  def reset(self) -> None:
+    """Starts a new interval now."""
+    self.tokens = 0
+    self.seconds = dict.fromkeys(BESIDE_STEPS, 0.0)
+    self._start = time.monotonic()
+
+  @contextlib.contextmanager
+  def measure(self, name: str) -> Iterator[None]:
+    """Counts the time of the block as `name`, one of BESIDE_STEPS."""
+    start = time.monotonic()
+    yield
+    self.seconds[name] += time.monotonic() - start
+
+  def throughput(self) -> dict[str, float]:
+    """{"tokens_per_second", "step_seconds", "data_seconds", "eval_seconds", "checkpoint_seconds"} of the interval so far.
+
+    Tokens per second count the time of steps and of waiting for data.
+    """
+    step_seconds = max(time.monotonic() - self._start - sum(self.seconds.values()), 1e-9)
+    tokens_per_second = self.tokens / (step_seconds + self.seconds["data"])
+    beside = {f"{name}_seconds": seconds for name, seconds in self.seconds.items()}
+    return {"tokens_per_second": tokens_per_second, "step_seconds": step_seconds, **beside}
+
+
+def device_metrics(mesh: Mesh, flops_per_second: float) -> dict[str, float | int]:
+  """Model FLOP/s of the whole mesh, and MFU and peak memory in bytes where the kind of device is known or tells."""
+  metrics: dict[str, float | int] = {"model_flops_per_second": flops_per_second}
+  device = mesh.devices.flat[0]
+  if peak := peak_flops(device.device_kind):
+    metrics["mfu"] = flops_per_second / (peak * mesh.size)
+  if memory := mesh.local_devices[0].memory_stats():
+    metrics["memory_bytes"] = memory["peak_bytes_in_use"]
+  return metrics
