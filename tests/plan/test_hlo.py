@@ -1,4 +1,4 @@
-"""What is read from optimized HLO: loops that run often, messages by axis, products in all their forms."""
+"""Optimized HLO: trip counts of loops, collectives by mesh axis, and FLOPs of matmuls in all their forms."""
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def test_axes_of_a_group(groups, axes):
     ("ROOT %r = f32[8,32]{1,0} convolution(%p, %k), dim_labels=bf_io->bf", 2 * 8 * 16 * 32),
   ],
 )
-def test_products(instruction, flops):
+def test_matmuls(instruction, flops):
   assert HloProgram(module(instruction), SIZES).matmul_flops() == flops
 
 
@@ -66,8 +66,8 @@ def test_products(instruction, flops):
   ['{"flops":"8192","bytes_accessed":"4096"}', '{\n"bytes_accessed":4096,\n"flops":8192\n}, "format": 1'],
   ids=["alone", "fused"],
 )
-def test_kernels_say_what_they_do(cost, name, counted):
-  """As libtpu 0.0.42 and 0.0.50 write it; those by groups do as much as there are rows."""
+def test_flops_of_kernels_by_group_fill(cost, name, counted):
+  """As libtpu 0.0.42 and 0.0.50 write it; grouped ones count by their fill."""
   text = module(
     f'%{name} = f32[8,32]{{1,0}} custom-call(%p, %k), custom_call_target="tpu_custom_call", backend_config='
     f'{{"custom_call_config":{{"body":"TUzv", "cost_estimate": {cost}}}}}\n'
@@ -76,7 +76,7 @@ def test_kernels_say_what_they_do(cost, name, counted):
   assert HloProgram(text, SIZES).matmul_flops(grouped_matmul_fill=0.5) == 8192 * (1 + counted)
 
 
-def test_a_message_of_a_sparse_core_counts():
+def test_collectives_of_a_sparse_core_count():
   """As libtpu writes it for tpu7x: a call on another core."""
   text = module('%start = ((), (), (s32[1]{0})) call-start(), async_execution_thread="sparsecore", to_apply=%sent')
   message = "ROOT %r = f32[64,2]{1,0} all-reduce(%q), replica_groups={}, to_apply=%add"
@@ -86,8 +86,8 @@ def test_a_message_of_a_sparse_core_counts():
 
 
 @pytest.mark.parametrize(("name", "flops"), [("splash_mha_dq", 1000), ("tgmm.3", 500)])
-def test_a_kernel_says_what_it_costs(name, flops):
-  """As it is in libtpu's HLO, on several lines; of a product by groups half of the rows are full here."""
+def test_flops_of_kernels_from_several_lines(name, flops):
+  """As it is in libtpu's HLO, on several lines; half of the rows of a grouped matmul are full."""
   config = '{"custom_call_config":{"body":"TUzv","cost_estimate":{"flops":"1000","bytes_accessed":"8"}}}'
   config = f'{{kernel_metadata={{\n"xprof_metadata":"1"\n}}}}, frontend_attributes={config}'
   text = module(
@@ -104,7 +104,7 @@ def convolution(left, right, out, labels, window):
   return HloProgram(text.replace("  \n}\n", f"  {line}\n}}\n"), SIZES).matmul_flops()
 
 
-def test_convolutions_that_are_products_by_batch():
+def test_convolutions_that_are_batched_matmuls():
   """As XLA writes them for TPUs: scores of 128 heads, a contraction over heads, and heads as a window of the kernel."""
   batched = convolution("64,128,32", "64,128,32", "128,64,64", "b0f_o0i->0bf", "size=128 stride=127 lhs_dilate=128")
   assert batched == 2 * 128 * 64 * 64 * 32
@@ -114,8 +114,8 @@ def test_convolutions_that_are_products_by_batch():
   assert window == 2 * 64 * 96 * 12
 
 
-def test_a_compiled_loop_counts_as_often_as_it_runs():
-  """Seven layers on four devices: a gather, a product and a reduction each, and one sum after them."""
+def test_a_loop_counts_as_often_as_it_runs():
+  """Seven layers on four devices: an all-gather and a matmul each, and one all-reduce after them."""
   layers, rows, width = 7, 8, 32
   mesh = make_mesh(MeshConfig(data=1, fsdp=4), jax.devices()[:4])
 

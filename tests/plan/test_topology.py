@@ -1,4 +1,4 @@
-"""Machines by name: what they have, and what cannot be one."""
+"""Topologies by name: devices, bandwidths, and errors."""
 
 import pytest
 
@@ -25,12 +25,12 @@ def test_sizes(text, devices, slices):
     ("2*h100:4x8", "nodes x GPUs"), ("v5p:0x2x2", "1 or more"), ("h100:12", "at most 8"), ("", "KIND:SHAPE"), ("v5p:", "KIND:SHAPE"),
   ],
 )  # fmt: skip
-def test_what_is_no_machine_says_what_to_write(text, word):
+def test_user_errors(text, word):
   with pytest.raises(ConfigError, match=word):
     parse_topology(text)
 
 
-def test_bandwidth_of_a_group():
+def test_collective_bandwidth():
   """All three dimensions of a torus have six links; of GPUs the network is slower, and eight cards are shared."""
   pod, gpus = parse_topology("v5p:8x8x8"), parse_topology("h100:64x8")
   link = pod.chip.link_bandwidth
@@ -39,7 +39,7 @@ def test_bandwidth_of_a_group():
   assert gpus.collective_bandwidth(64, 8) == 50e9  # one GPU of each node
 
 
-def test_peaks_by_the_kind_that_jax_says():
+def test_peak_flops_by_device_kind():
   kinds = {
     "NVIDIA H200": 989e12,
     "TPU v5p": 459e12,
