@@ -47,9 +47,8 @@ class RuntimeAssumptions:
   """What the trace does not know, since it depends on data or on the schedule."""
 
   trip_count: float = 1  # of loops without a constant trip count
-  branch_fractions: tuple[
-    float, ...
-  ] = ()  # how often the larger branch of each `cond` runs, in program order; () is always
+  # How often the larger branch of each `cond` runs, in program order; () is always.
+  branch_fractions: tuple[float, ...] = ()
   grouped_matmul_fill: float = 1  # share of the rows of grouped matmuls that hold tokens
   ragged_fill: float = 1  # share of the rows of a ragged all-to-all's buffer that are sent
 
