@@ -24,6 +24,7 @@ exclude_patterns = ["_ext"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3  # links to headings, as GitHub has them
 
+napoleon_use_ivar = True  # attributes in a docstring may be properties with docs of their own
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
