@@ -1,4 +1,7 @@
-"""Several processes as one run: connect, broadcast from process 0, barrier, and a joint exit. One process alone needs none of it."""
+"""Several processes as one run: connect, broadcast from process 0, barrier, and a joint exit.
+
+In a run of one process all of this does nothing.
+"""
 
 import contextlib
 import itertools
@@ -33,8 +36,8 @@ _PROPAGATION_SECONDS = 1  # until every process has read a failure from the key-
 def distributed_session(initialize_args: dict[str, Any] | None) -> Iterator[None]:
   """Connects to the other processes of the run while the block lasts. Only process 0 writes to stdout.
 
-  An exception is printed. It ends this process, and within seconds all others, with one exit code: 2 for a UserError, 130
-  for Ctrl-C, else 1. jax by itself would wait at its exit for the others, while they wait for this one in a step.
+  An exception is printed. It ends this process, and within seconds all others, with one exit code: 2 for a UserError,
+  130 for Ctrl-C, else 1. jax by itself would wait at its exit for the others, while they wait for this one in a step.
 
   Args:
     initialize_args: arguments of `jax.distributed.initialize`, from `processes.find_initialize_args`. None: one process
@@ -90,8 +93,8 @@ def _check_port_is_free(coordinator: str) -> None:
 def _exit_unconnected(initialize_args: dict[str, Any]) -> None:
   coordinator = initialize_args.get("coordinator_address", "the scheduler's")
   print(
-    f"error: the processes of this run did not connect within {CONNECT_SECONDS} s (coordinator: {coordinator}): start all "
-    "of them, with one coordinator that all can reach and whose port is free",
+    f"error: the processes of this run did not connect within {CONNECT_SECONDS} s (coordinator: {coordinator}): "
+    "start all of them, with one coordinator that all can reach and whose port is free",
     file=sys.stderr,
     flush=True,
   )
@@ -156,7 +159,7 @@ def process_count() -> int:
 
 
 def barrier(name: str) -> None:
-  """Waits until all processes have called this with `name`, at most a day. Each barrier of a run needs its own `name`."""
+  """Waits until all processes have called this, at most a day. Each barrier of a run needs its own `name`."""
   if jax.process_count() > 1:
     _client().wait_at_barrier(f"deepseek_jax/{name}", _DAY_MS)
 
@@ -164,8 +167,8 @@ def barrier(name: str) -> None:
 def broadcast_from_process0(compute: Callable[[], Any]) -> Any:
   """Calls `compute()` on process 0 and returns its result on every process. All processes have to call this.
 
-  The result must be JSON. A UserError of `compute` is raised on every process. It may take a day: the other processes wait
-  at jax's key-value store and not in a collective, which would time out.
+  The result must be JSON. A UserError of `compute` is raised on every process. It may take a day: the other processes
+  wait at jax's key-value store and not in a collective, which would time out.
   """
   store = _client()
   if store is None:
@@ -186,7 +189,7 @@ def broadcast_from_process0(compute: Callable[[], Any]) -> Any:
 
 
 def gather_to_host(array: jax.typing.ArrayLike) -> np.ndarray:
-  """The global `array` as NumPy on every process: an all-gather where it is sharded over processes. All have to call this."""
+  """The global `array` as NumPy on every process; all-gathered where needed. All processes have to call this."""
   if isinstance(array, jax.Array) and not array.is_fully_addressable:
     array = multihost_utils.process_allgather(array, tiled=True)
   return np.asarray(array)

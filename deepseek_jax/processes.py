@@ -32,8 +32,8 @@ def find_initialize_args(
 ) -> dict[str, Any] | None:
   """Arguments of `jax.distributed.initialize`, from the values of the flags or else from the environment.
 
-  None: this process is alone. Nothing is started. Raises ConfigError where values are missing, malformed or contradict each
-  other.
+  None: this process is alone. Nothing is started. Raises ConfigError where values are missing, malformed or contradict
+  each other.
   """
   names: Sequence[str] = FLAGS
   given: Sequence[Any] = (coordinator, processes, process)

@@ -2,10 +2,10 @@
 
   python launch/local.py --processes=2 -- python -m deepseek_jax.train --config=tiny --config.mesh.fsdp=2
 
-JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID tell each process which one it is. Each has --devices devices:
-virtual ones on a CPU, GPUs of its own on a machine with GPUs. Lines that process N > 0 prints start with [N]. When a process
-fails, the others get SIGTERM, and SIGKILL 5 s later; its last lines are shown, and its exit code is the launcher's. Ctrl-C
-and SIGTERM are passed on, so that a training run can save.
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID tell each process which one it is. Each has --devices
+devices: virtual ones on a CPU, GPUs of its own on a machine with GPUs. Lines that process N > 0 prints start with [N].
+When a process fails, the others get SIGTERM, and SIGKILL 5 s later; its last lines are shown, and its exit code is the
+launcher's. Ctrl-C and SIGTERM are passed on, so that a training run can save.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def environment(coordinator: str, processes: int, index: int, devices: int) -> dict[str, str]:
-  """The environment of process `index`. Programs of this package size XLA's thread pool by the number of devices in it."""
+  """The environment of process `index`. By its number of devices this package sizes XLA's thread pool."""
   device_ids = range(index * devices, (index + 1) * devices)
   return os.environ | {
     "JAX_COORDINATOR_ADDRESS": coordinator,

@@ -20,8 +20,8 @@ def evaluate(
   """Mean loss over held-out windows, each counted once.
 
   Args:
-    eval_step: tokens [batch_size, seq + 1] on the devices -> cross entropy [batch_size] in nats, summed over each sequence.
-    load_tokens: window ids [batch_size] of the held-out split -> their tokens on the devices.
+    eval_step: tokens [batch_size, seq + 1] -> cross entropy [batch_size] in nats, summed over each sequence.
+    load_tokens: window ids [batch_size] of the held-out split -> their tokens, on the devices.
     heldout: the held-out split.
     batch_size: sequences per forward pass.
     sequences: windows to evaluate, evenly spaced over the split; all of them if the split has no more.

@@ -61,8 +61,8 @@ def generate_local_tokens(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """Generates tokens from `position` up to `end`; stops early when the newest token of every sequence is `eos`.
 
-  One forward pass over the window makes the cache. Each token is then one step of `Transformer.decode`. Entries of the cache
-  past `position` are overwritten before they are read.
+  One forward pass over the window makes the cache. Each token is then one step of `Transformer.decode`. Entries of the
+  cache past `position` are overwritten before they are read.
 
   Args:
     tokens: [batch, window] int32, the prompt up to `position`.

@@ -1,7 +1,7 @@
 """Load balancing of experts: the papers' balance losses, V3's auxiliary-loss-free bias, and the metrics to watch.
 
-Losses are per sequence (as in V2's released code and V3 eq. 17 to 20) and the bias follows the load of the whole batch, so that
-neither microbatches nor the mesh change them.
+Losses are per sequence (as in V2's released code and V3 eq. 17 to 20) and the bias follows the load of the whole batch,
+so that neither microbatches nor the mesh change them.
 """
 
 from collections.abc import Callable
@@ -45,9 +45,9 @@ def expert_counts(indices: jax.Array, experts: int) -> jax.Array:
 
 
 def balance_loss(routing: Routing, counts: jax.Array, moe: MoEConfig, balance: BalanceConfig) -> jax.Array:
-  """[batch]: the weighted sum of the losses of `balance`, each of a full sequence. f and P are those of V3 eq. 17 to 20.
+  """[batch]: the weighted sum of the losses of `balance`, each of a full sequence.
 
-  f counts the experts that were chosen. V3 eq. 18 counts the highest scores without the bias instead; published
+  f and P are those of V3 eq. 17 to 20. f counts the experts that were chosen. V3 eq. 18 counts the highest scores without the bias instead; published
   implementations count as here.
 
   counts: [batch, experts], of `expert_counts`.
@@ -100,9 +100,10 @@ def load_metrics(
   """What is logged of `load`, {stack: [layers, experts] int}, the assignments of a step.
 
   Returns:
-    ({name: scalar}, {name: [experts] fraction of the layer's assignments}). max_vio is max / mean - 1 (0: balanced; Wang et al.
-    2024, arXiv:2408.15664), entropy is that of the fractions over its maximum (1: balanced), dead_experts were chosen by no
-    token.
+    ({name: scalar}, {name: [experts] fraction of the layer's assignments}). The scalars of each layer:
+      max_vio: max / mean - 1 (0: balanced; Wang et al. 2024, arXiv:2408.15664).
+      entropy: of the fractions, divided by its maximum (1: balanced).
+      dead_experts: experts that no token chose.
   """
   layer_names = {"moe_layers": ("layer", model.num_dense_layers), "mtp_layers": ("mtp", 1)}
   scalars: dict[str, float | int] = {}

@@ -35,8 +35,8 @@ def load_windows(split: ConcatSplit, ids: np.ndarray, width: int, sharding: jax.
 def load_batch(data: Data, train: TrainConfig, ids: np.ndarray, sharding: jax.sharding.Sharding) -> Batch:
   """The Batch of the training windows `ids` [sequences], on the devices of `sharding`.
 
-  During a batch ramp there are fewer than `train.global_batch` windows. The microbatches that are missing are then copies of the
-  first, which the step does not use.
+  During a batch ramp there are fewer than `train.global_batch` windows. The microbatches that are missing are then
+  copies of the first, which the step does not use.
   """
   microbatch_size = train.microbatch or train.global_batch
   by_microbatch = ids.reshape(-1, microbatch_size)

@@ -61,8 +61,8 @@ def run(
     workdir: a folder or a URL. A run continues from the newest checkpoint in it.
     evaluate: as `evaluate.heldout.evaluate`.
     sample: as `generate.decoding.continue_prompt`.
-    select_kernels: (config, local folder of the run) -> (functions, calls) of the Replacements. Process 0 calls it before any
-      device is opened.
+    select_kernels: (config, local folder of the run) -> (functions, calls) of the Replacements. Process 0 calls it
+      before any device is opened.
     accept_data_change: resume although the data differs from the checkpoint's.
 
   Raises:
@@ -223,7 +223,7 @@ class Run:
       raise ConfigError(f"cannot write {error.filename}: {error.strerror}; use another --workdir") from None
 
   def train_and_finish(self) -> int:
-    """Trains to the last step or a stop signal, saves, and writes the last events and the report. Returns the exit code."""
+    """Trains to the last step or a stop signal, saves, and writes the report. Returns the exit code."""
     self.writer.event(
       "resume" if self.step else "start",
       self.step,
@@ -317,7 +317,7 @@ class Run:
   def log_step(self, request: StopRequest, step: int, samples: int, batch: Batch, step_metrics: dict[str, Any]) -> None:
     """Reads the metrics of a step, shows them, and writes a line every `log.every` steps.
 
-    Sets `request.stop_signal` where a process of the run received a signal. Raises Diverged after too many skipped updates.
+    Sets `request.stop_signal` where a process of the run received a signal. Raises Diverged as `check_skipped`.
 
     step, samples: completed updates and consumed sequences after the step. step_metrics: of `dispatch_step`.
     """

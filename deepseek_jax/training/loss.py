@@ -20,11 +20,11 @@ def cross_entropy(
   label_smoothing: float = 0.0,
   z_loss: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
-  """(loss_sums [batch], objective []): the cross entropy in nats summed over positions; and what is optimised, summed over all.
+  """(loss_sums [batch], objective []): the cross entropy in nats, summed over positions, and what is optimised.
 
-  objective = (1 - label_smoothing) * cross entropy + label_smoothing * mean over vocab of -log p + z_loss * log(Z)^2. Only the
-  objective has a gradient. Both are of the sequences and positions that this device has, and the same on all devices that
-  share `vocab`.
+  The objective is summed over batch and positions. objective = (1 - label_smoothing) * cross entropy + label_smoothing * mean over vocab of -log p + z_loss * log(Z)^2.
+  Only the objective has a gradient. Both are of the sequences and positions that this device has, and the same on all
+  devices that share `vocab`.
 
   Args:
     head: [embed, vocab], this device's shard of the parameter.
@@ -79,12 +79,14 @@ def _chunked_cross_entropy(kernel, hidden, targets, chunk_size, label_smoothing,
 def token_losses(
   logits: jax.Array, targets: jax.Array, label_smoothing: float, z_loss: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """(cross entropy [batch, seq] in nats, objective [batch, seq], gradient of objective by logits), 0 for negative targets.
+  """(cross entropy in nats, objective, gradient of the objective by logits): [batch, seq], [batch, seq], as `logits`.
+
+  All are 0 for negative targets.
 
   Args:
     logits: [batch, seq, this device's shard of vocab].
-    targets: [batch, seq] int, ids of the whole vocabulary. They are compared with the shard's ids, since a target may be in
-      another device's shard.
+    targets: [batch, seq] int, ids of the whole vocabulary. They are compared with the shard's ids, since a target may
+      be in another device's shard.
   """
   valid, shard_size = targets >= 0, logits.shape[-1]
   vocab = shard_size * axis_size("vocab")

@@ -109,7 +109,7 @@ class NullWriter(MetricsWriter):
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-  """The objects of metrics.jsonl or events.jsonl, in order; [] where there is no file. An incomplete last line is left out.
+  """The objects of metrics.jsonl or events.jsonl, in order, without an incomplete last line. [] where there is no file.
 
   Raises DataError, with the line's number, for any other line that is not an object with an integer `step`.
   """
@@ -138,7 +138,7 @@ def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[bytes, dict[str, Any]
 
 
 def _keep_lines(path: str, keep: Callable[[dict[str, Any]], bool]) -> None:
-  """Rewrites `path` atomically with its complete lines for which `keep` is true. Leaves it untouched if it keeps all."""
+  """Rewrites `path` atomically with the complete lines for which `keep` is true. Untouched if those are all."""
   if not os.path.exists(path):
     return
   partial = path + ".partial"
@@ -171,6 +171,6 @@ def _to_json(value: Any) -> Any:
 def _summary_writer(folder: str, resume_step: int) -> Any:
   from tensorboardX import SummaryWriter  # imported here: it takes 0.2 s, which a run without TensorBoard saves
 
-  # TensorBoard hides the steps of earlier event files from purge_step on. Names of event files have the time in seconds, so
-  # that without the suffix a quick restart would overwrite the file before it.
+  # TensorBoard hides the steps of earlier event files from purge_step on. Names of event files have the time in
+  # seconds, so that without the suffix a quick restart would overwrite the file before it.
   return SummaryWriter(folder, purge_step=resume_step + 1, filename_suffix=f".from_step_{resume_step}")

@@ -1,7 +1,7 @@
 """What is optimised: next-token and multi-token prediction losses and the balance losses of experts, on one device.
 
-Everything here runs inside `spmd`. Where several devices compute the same value, each adds its share of that value to its
-local objective. The objective is then the sum of the local objectives over all devices, and so are its gradients.
+Everything here runs inside `spmd`. Where several devices compute the same value, each adds its share of that value to
+its local objective. The objective is then the sum of the local objectives over all devices, and so are its gradients.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ class LocalInputs:
 
 
 def document_positions(ids: jax.Array, bos: int | None) -> tuple[jax.Array, jax.Array]:
-  """(segment_ids, positions in the document), each [batch, seq], of `ids` [batch, seq] where `bos` starts each document."""
+  """(segment_ids, positions in the document), each [batch, seq], of `ids` [batch, seq]. `bos` starts each document."""
   starts = ids == bos
   index = jax.lax.broadcasted_iota(jnp.int32, ids.shape, 1)
   # Batched associative scans along the sequence: the number of starts so far, and the index of the last start.
@@ -81,7 +81,7 @@ class Objective:
     return model.batch_context(inputs.ids, inputs.position_ids, inputs.rope_positions, inputs.segment_ids, no_drop_key)
 
   def head_loss(self, model: Transformer, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(cross entropy [batch], objective []) of `hidden` [batch, stream, embed] and `targets` [batch, seq], as `cross_entropy`."""
+    """`cross_entropy` of `hidden` [batch, stream, embed] and `targets` [batch, seq]: (loss_sums [batch], objective [])."""
     train = self.config.train
     head = model.output_embedding()
     return cross_entropy(
@@ -95,7 +95,7 @@ class Objective:
     key: jax.Array | None = None,
     mtp_weight: jax.Array | float = 0.0,
   ) -> tuple[jax.Array, jax.Array, PyTree]:
-    """(loss_sums [batch], local_objective [], metrics) of the full sequences `tokens` [batch, seq + 1], as `head_losses`."""
+    """(loss_sums [batch], local_objective [], metrics), as `head_losses`, of full sequences `tokens` [batch, seq + 1]."""
     inputs = self.local_inputs(tokens)
     batch_context = self.batch_context(model, inputs, key)
     hidden, aux_by_stack = model(inputs.ids, batch_context, key, self.layer_aux)  # [batch, stream, embed]
@@ -120,8 +120,8 @@ class Objective:
     Returns:
       loss_sums: [batch], cross entropy in nats summed over each full sequence.
       local_objective: [], this device's term of the objective, summed over the batch.
-      metrics: sums over this device's part of the batch, of mtp_loss [depth], balance_loss [], load {stack: [layers, experts]
-        int32}, overflow [] int32. A model without MTP or experts lacks theirs.
+      metrics: sums over this device's part of the batch. With MTP: mtp_loss [depth]. With experts: balance_loss [],
+        load {stack: [layers, experts] int32}, overflow [] int32.
     """
     metrics = self.zero_metrics()
     loss_sums, objective = self.head_loss(model, hidden, inputs.targets)

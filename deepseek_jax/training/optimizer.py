@@ -16,7 +16,7 @@ def weight_decay_mask(params: Params) -> PyTree:
 
 
 def with_state_dtype(dtype: Any, transformation: optax.GradientTransformation) -> optax.GradientTransformation:
-  """`transformation` with the floating-point arrays of its state stored in `dtype`, and computed in the dtype of the updates."""
+  """`transformation` whose floating-point state is stored in `dtype`, and computed in the dtype of the updates."""
 
   def cast(tree, dtype):
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
@@ -47,7 +47,7 @@ def place_opt_state(space: Any, opt_state: optax.OptState) -> optax.OptState:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-  """Clip by global norm, Adam, decoupled weight decay (AdamW). The caller multiplies its updates by minus the learning rate."""
+  """AdamW: clip by global norm, Adam, decoupled weight decay. The caller multiplies updates by -learning_rate."""
   return optax.chain(
     optax.clip_by_global_norm(config.clip),
     with_state_dtype(jnp.dtype(config.moments_dtype), optax.scale_by_adam(config.beta1, config.beta2, config.eps)),

@@ -1,7 +1,7 @@
 """Line charts as inline SVG: the little that a report needs, so that no plotting library has to be installed.
 
-Colours come from the page's style sheet by class name. Long series are downsampled to the minimum and the maximum of each of
-500 bins, so that a single spike stays visible; hovering shows the values themselves.
+Colours come from the page's style sheet by class name. Long series are downsampled to the minimum and the maximum of
+each of 500 bins, so that a single spike stays visible; hovering shows the values themselves.
 """
 
 import dataclasses

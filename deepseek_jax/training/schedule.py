@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from deepseek_jax.config import Config, ScheduleConfig
 
-# Each of SCHEDULE gives the learning rate as a factor of its peak. `progress` is the fraction of the schedule that is done,
-# `start` the fraction at which warm-up ends.
+# Each of SCHEDULE gives the learning rate as a factor of its peak. `progress` is the fraction of the schedule that is
+# done, `start` the fraction at which warm-up ends.
 
 
 def constant(config: ScheduleConfig, progress: float, start: float) -> float:
@@ -26,7 +26,7 @@ def multi_step(config: ScheduleConfig, progress: float, start: float) -> float:
 
 
 def wsd(config: ScheduleConfig, progress: float, start: float) -> float:
-  """Warm-up, stable, decay: 1, then cosine between milestones[0] and [1] to factors[0], then factors[i] from milestones[i + 1] on.
+  """Warm-up, stable, decay: cosine between milestones[0] and [1] to factors[0], factors[i] from milestones[i + 1] on.
 
   DeepSeek-V3 section 4.2: constant to 10T tokens, cosine over 4.3T, constant for 333B, lower for 167B.
   """

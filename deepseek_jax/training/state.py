@@ -59,7 +59,7 @@ def abstract_state(config: Config, mesh: jax.sharding.Mesh | jax.sharding.Abstra
 
 
 def state_sha256(state: PyTree) -> str:
-  """Hash over path, dtype, shape and content of every array; the same on every mesh. All processes have to call this."""
+  """Hash of path, dtype, shape and content of every array; the same on every mesh. All processes have to call this."""
   digest = hashlib.sha256()
   for path, array in jax.tree.leaves_with_path(state):
     digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())

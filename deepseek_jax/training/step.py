@@ -30,7 +30,7 @@ from deepseek_jax.sharding import (
 from deepseek_jax.training.balance import update_router_bias
 from deepseek_jax.training.objective import Objective
 from deepseek_jax.training.optimizer import make_optimizer, place_opt_state
-from deepseek_jax.training.pipelined import PipelineStage, pipeline_stack, to_stage_layout
+from deepseek_jax.training.pipeline_stage import PipelineStage, pipeline_stack, to_stage_layout
 from deepseek_jax.training.state import TrainState, abstract_state
 from deepseek_jax.typing import Params, PyTree
 
@@ -63,7 +63,7 @@ def make_eval_step(
 
 
 def cast(params: Params, axes: PyTree, dtype: Any) -> Params:
-  """`params` with their matrices in the model's compute `dtype`, except the router's, which stay in the parameter dtype."""
+  """`params` with their matrices in the model's compute `dtype`, except the router's, which keep their dtype."""
 
   def leaf(path, param, axes):
     is_router = any(entry.key == "router" for entry in path)
@@ -175,8 +175,8 @@ def accumulate_grads(context: StepContext) -> tuple[Params, PyTree]:
   zeros = jax.tree.map(lambda z, p: z.astype(p.dtype), zeros[0], context.params), zeros[1]
 
   def add_microbatch(i, sums):
-    # The barrier: XLA for TPUs moves the reduce-scatter behind the loop. That takes memory for unsharded gradients, and it
-    # stops with an internal error over ours (libtpu 0.0.50).
+    # The barrier: XLA for TPUs moves the reduce-scatter behind the loop. That takes memory for unsharded gradients, and
+    # it stops with an internal error over ours (libtpu 0.0.50).
     return jax.tree.map(jnp.add, sums, jax.lax.optimization_barrier(microbatch_grads(i)))
 
   grads, metrics = jax.lax.fori_loop(0, context.microbatches, add_microbatch, pvary(zeros))
@@ -215,10 +215,10 @@ def pipeline_grads(context: StepContext) -> tuple[Params, PyTree]:
 
 
 def make_apply_gradients(config: Config) -> Callable[[TrainState, Params, PyTree, PyTree], tuple[TrainState, PyTree]]:
-  """`(state, grads, metrics, schedules) -> (state, metrics)`: optimizer and router biases, unless the update is skipped.
+  """`(state, grads, metrics, schedules) -> (state, metrics)`: the optimizer and the update of router biases.
 
-  An update is skipped when the gradient norm is not finite or assignments overflowed an expert buffer. Then params, buffers and
-  optimizer state stay, and `step` is counted.
+  An update is skipped when the gradient norm is not finite or assignments overflowed an expert buffer. Then params,
+  buffers and optimizer state stay, and `step` is counted.
 
   grads, metrics: of `make_gradients`. schedules: as in `make_train_step`. The metrics gain grad_norm and skipped.
   """
@@ -249,11 +249,11 @@ def make_apply_gradients(config: Config) -> Callable[[TrainState, Params, PyTree
 def make_train_step(
   config: Config, graphdef: nnx.GraphDef, bos: int | None
 ) -> Callable[[TrainState, jax.Array, jax.Array | int, dict[str, jax.Array]], tuple[TrainState, PyTree]]:
-  """The update, to be jitted with `donate_argnames="state"`: `(state, batch, microbatches, schedules) -> (state, metrics)`.
+  """`(state, batch, microbatches, schedules) -> (state, metrics)`: the update. Jit it with `donate_argnames="state"`.
 
   Its arguments:
     batch: [microbatch, sequence, seq + 1] int32.
-    microbatches: how many of the batch's microbatches are used, the first ones. A batch ramp changes this number and no shape.
+    microbatches: how many of the batch's are used, the first ones. A batch ramp changes this number and no shape.
     schedules: {name: value} of `schedule.schedule_values`, [] in the parameter dtype.
 
   Its metrics:
@@ -277,8 +277,8 @@ def make_train_step(
 def abstract_step(config: Config, mesh: Mesh | AbstractMesh) -> tuple[Callable, tuple[TrainState, PyTree, PyTree]]:
   """(update, (state, batch, schedules)): the update of a full batch, and its abstract arguments, to trace or compile.
 
-  Nothing is allocated or run. `mesh` is the mesh that is set. It may be abstract, or of devices that are not here. The number of
-  microbatches is a constant of the program, also where a batch ramp makes it an argument in training.
+  Nothing is allocated or run. `mesh` is the mesh that is set. It may be abstract, or of devices that are not here. The
+  number of microbatches is a constant of the program, also where a batch ramp makes it an argument in training.
   """
   state, microbatch = abstract_state(config, mesh), config.train.microbatch or config.train.global_batch
   microbatches = config.train.global_batch // microbatch

@@ -35,7 +35,7 @@ class IntervalTimer:
     self.seconds[name] += time.monotonic() - start
 
   def throughput(self) -> dict[str, float]:
-    """{"tokens_per_second", "step_seconds", "data_seconds", "eval_seconds", "checkpoint_seconds"} of the interval so far.
+    """tokens_per_second, step_seconds, data_seconds, eval_seconds and checkpoint_seconds of the interval so far.
 
     Tokens per second count the time of steps and of waiting for data.
     """

@@ -1,9 +1,9 @@
 """The model cut into pipeline stages: what `parallel.pipeline` runs of it on one device.
 
-The layers of the last stack, which is most of a model, are in the stages. The embedding and the dense layers of an MoE model
-come before them; final norm, head and multi-token prediction after. All stages share that work. Parameters are stored as
-without a pipeline, with `stage` as one more axis of shards: each step moves the layers to their stages, and their gradients
-back.
+The layers of the last stack, which is most of a model, are in the stages. The embedding and the dense layers of an MoE
+model come before them; final norm, head and multi-token prediction after. All stages share that work. Parameters are
+stored as without a pipeline, with `stage` as one more axis of shards: each step moves the layers to their stages, and
+their gradients back.
 """
 
 from collections.abc import Callable
@@ -69,7 +69,7 @@ class PipelineStage:
     buffers: of the whole model.
     get_microbatch: index -> (tokens [batch, seq + 1], dropout key or None).
     mtp_weight: [], of the multi-token prediction loss.
-    placeholders: a tree with the structure of all parameters, which stands for those that a part of the pipeline does not use.
+    placeholders: the structure of all parameters; stands for those that a part of the pipeline does not use.
     gathered: whether parameters come gathered. Otherwise the model gathers them where it uses them.
   """
 
