@@ -42,7 +42,7 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 FSDP_AXES = ("embed", "latent", "expert_embed")
 
-# Changes to the table, for `rules`.
+# Changes to the table, for `axis_rules`.
 UNSHARDED_PARAMS: dict[str, tuple[str, ...]] = {name: () for name in FSDP_AXES}  # all-gathered before the model runs
 STAGE_LOCAL = {name: tuple(axis for axis in RULES[name] if axis != "stage") for name in FSDP_AXES}
 UNSHARDED_SEQUENCE: dict[str, tuple[str, ...]] = {
@@ -55,11 +55,11 @@ LATENT_RULES: dict[str, dict[str, tuple[str, ...]]] = {
   "sharded": {"latent_seq": ("context", "tensor")},
 }
 
-_rules = contextvars.ContextVar("rules", default=RULES)
+_rules = contextvars.ContextVar("axis_rules", default=RULES)
 
 
 @contextlib.contextmanager
-def rules(changes: Mapping[str, tuple[str, ...]]) -> Iterator[None]:
+def axis_rules(changes: Mapping[str, tuple[str, ...]]) -> Iterator[None]:
   """Context in which `changes`, {logical axis: mesh axes}, replace rows of the table. It acts at trace time."""
   token = _rules.set({**_rules.get(), **changes})
   try:

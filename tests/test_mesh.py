@@ -7,7 +7,7 @@ import pytest
 from deepseek_jax.config import Config, MeshConfig
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.mesh import AXES, make_mesh, mesh_sizes, resolve_mesh
-from deepseek_jax.sharding import RULES, num_batch_shards, rules, spec
+from deepseek_jax.sharding import RULES, axis_rules, num_batch_shards, spec
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,6 @@ def test_axes_are_explicit_and_logical_names_resolve():
   with jax.set_mesh(mesh):
     assert spec("embed", None, "mlp") == jax.P("fsdp", None, "tensor")
     assert spec("batch", "stream", "heads") == jax.P("fsdp", "tensor", "tensor")
-    with rules({"stream": ()}):
+    with axis_rules({"stream": ()}):
       assert spec("batch", "stream") == jax.P("fsdp", None)
   assert {axis for value in RULES.values() for axis in value} == set(AXES)

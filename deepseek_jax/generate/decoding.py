@@ -13,7 +13,7 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.distributed import gather_to_host
 from deepseek_jax.generate.sampling import next_token
 from deepseek_jax.model.transformer import Transformer
-from deepseek_jax.sharding import UNSHARDED_SEQUENCE, num_batch_shards, psum, rules, spec, spmd
+from deepseek_jax.sharding import UNSHARDED_SEQUENCE, axis_rules, num_batch_shards, psum, spec, spmd
 from deepseek_jax.typing import Params
 
 
@@ -42,7 +42,7 @@ def generate_tokens(
   by_batch, replicated = spec("batch", None), spec()
   in_specs = param_specs, buffer_specs, by_batch, by_batch, replicated, replicated, replicated
   out_specs = by_batch, by_batch, replicated, replicated
-  with rules(UNSHARDED_SEQUENCE):
+  with axis_rules(UNSHARDED_SEQUENCE):
     program = spmd(local, in_specs, out_specs, differentiable=False)
     return program(params, buffers, tokens, seen, position, end, key)
 

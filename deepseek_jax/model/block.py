@@ -25,15 +25,15 @@ class Block(nnx.Module):
   halves: each all-gathers its input and reduce-scatters its output over the sequence (Korthikanti et al. 2022).
   """
 
-  def __init__(self, config: ModelConfig, rngs: nnx.Rngs, experts: bool = False):
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs, is_moe: bool = False):
     self.attn_norm = RMSNorm(config.embed, config)
     self.attn = ATTENTION[config.attention.kind](config, rngs)
     self.mlp_norm = RMSNorm(config.embed, config)
-    if experts:
+    if is_moe:
       self.moe = MoE(config, rngs)
     else:
       self.mlp = SwiGLU(config.mlp, config, rngs)
-    self.dropout, self.experts = config.dropout, experts
+    self.dropout, self.is_moe = config.dropout, is_moe
 
   def __call__(
     self, x: jax.Array, batch_context: BatchContext, dropout_key: jax.Array | None = None
@@ -48,7 +48,7 @@ class Block(nnx.Module):
   def feed_forward(self, x: jax.Array, batch_context: BatchContext | None = None) -> tuple[jax.Array, Routing | None]:
     """(partial sums [batch, seq, embed], Routing or None in a dense block); x is [batch, stream, embed]."""
     x = all_gather_sequence(x)
-    return self.moe(x, batch_context) if self.experts else (self.mlp(x), None)
+    return self.moe(x, batch_context) if self.is_moe else (self.mlp(x), None)
 
   def residual_dropout(self, y: jax.Array, batch_context: BatchContext, key: jax.Array | None) -> jax.Array:
     """`y` [batch, stream, embed] after dropout."""

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from deepseek_jax.kernels.fp8_linear import Recipe
 from deepseek_jax.kernels.grouped_matmul.api import block_rows
 from deepseek_jax.kernels.rows import rows_at, sums_at
-from deepseek_jax.model.linear import grouped_linear, swiglu
+from deepseek_jax.model.linear import apply_swiglu, grouped_linear
 from deepseek_jax.model_config import MoEConfig
 
 
@@ -38,7 +38,7 @@ def dense(
   implementation: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
   """Every expert on every row, weighted with zero where it was not chosen: the reference. Nothing overflows."""
-  h = swiglu((jnp.einsum("td,edf->tef", x, gate), jnp.einsum("td,edf->tef", x, up)))  # [rows, experts, mlp]
+  h = apply_swiglu((jnp.einsum("td,edf->tef", x, gate), jnp.einsum("td,edf->tef", x, up)))  # [rows, experts, mlp]
   y = jnp.einsum("tef,efd->ted", h, down)  # [rows, experts, embed]
   chosen = indices[..., None] == jnp.arange(gate.shape[0])  # [rows, experts per token, experts]
   expert_weights = jnp.where(chosen, weights[..., None], 0).sum(1)  # [rows, experts]

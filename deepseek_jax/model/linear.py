@@ -90,7 +90,7 @@ def fused_linear(equation: str, x: jax.Array, *layers: Linear) -> list[jax.Array
 def linear(recipe: Recipe | None, equation: str, x: LinearInput, *weights: jax.Array) -> list[jax.Array]:
   """The einsum of `x` with each of `weights`: FP8 GEMMs by `recipe`, or in their own dtype without one."""
   if recipe is None:
-    return [jnp.einsum(equation, swiglu(x), w) for w in weights]
+    return [jnp.einsum(equation, apply_swiglu(x), w) for w in weights]
   x_dims, w_dims, y_dims = equation.replace("->", ",").split(",")
   contracted = sum(name in x_dims for name in w_dims)
   assert y_dims == x_dims[:-contracted] + w_dims[contracted:] and x_dims[-contracted:] == w_dims[:contracted], equation
@@ -118,12 +118,12 @@ def grouped_linear(
   group_sizes, block: as in `grouped_matmul`. implementation: of grouped matmuls without a recipe, which has its own.
   """
   if recipe is None:
-    x = swiglu(x)
+    x = apply_swiglu(x)
     return [grouped_matmul(x, w, group_sizes, block=block, implementation=implementation) for w in weights]
   return fp8_ragged_linear(x, *weights, group_sizes=group_sizes, step=block, recipe=recipe)
 
 
-def swiglu(x: LinearInput) -> jax.Array:
+def apply_swiglu(x: LinearInput) -> jax.Array:
   """silu(gate) * up of a pair (gate, up) (Shazeer 2020), or `x` itself."""
   return jax.nn.silu(x[0]) * x[1] if isinstance(x, tuple) else x
 

@@ -52,14 +52,14 @@ class MoE(nnx.Module):
     if token_mask is not None:  # masked tokens choose no expert
       indices = jnp.where(token_mask[..., None], indices, config.num_routed_experts)
     x_tokens, token_indices, token_weights = (a.reshape(batch * seq, -1) for a in (x, indices, routing.weights))
-    y, overflow = self.routed(x_tokens, token_indices, token_weights, no_drop)
+    y, overflow = self.routed_experts(x_tokens, token_indices, token_weights, no_drop)
     y = y.reshape(x.shape)
     if config.num_shared_experts:
       # This needs nothing that is sent, so that the scheduler can overlap it with the all-to-all.
       y = y + self.shared(x)
     return y, dataclasses.replace(routing, indices=indices, token_mask=token_mask, overflow=overflow)
 
-  def routed(
+  def routed_experts(
     self, x: jax.Array, indices: jax.Array, weights: jax.Array, no_drop: jax.Array | None
   ) -> tuple[jax.Array, jax.Array]:
     """Output of the routed experts: (y [tokens, embed], overflow [] int32), as in `expert_parallel`.

@@ -26,7 +26,7 @@ class MTPLayer(nnx.Module):
     self.hidden_norm = RMSNorm(config.embed, config)
     # The FP8 releases keep this one in bfloat16.
     self.proj = Linear((2 * config.embed, config.embed), ("embed", None), config, rngs, precision="bf16")
-    self.block = Block(config, rngs, experts=config.moe.num_routed_experts > 0)
+    self.block = Block(config, rngs, is_moe=config.moe.num_routed_experts > 0)
     self.norm = RMSNorm(config.embed, config)
 
   def __call__(

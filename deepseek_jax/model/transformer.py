@@ -59,7 +59,7 @@ class Transformer(nnx.Module):
     if config.num_dense_layers:
       self.dense_layers = init_stack(lambda rngs: Block(config, rngs), config.num_dense_layers, keys[1])
     if config.num_moe_layers:
-      self.moe_layers = init_stack(lambda rngs: Block(config, rngs, experts=True), config.num_moe_layers, keys[3])
+      self.moe_layers = init_stack(lambda rngs: Block(config, rngs, is_moe=True), config.num_moe_layers, keys[3])
     self.final_norm = RMSNorm(config.embed, config)
     if not config.tied_embeddings:
       self.head = Linear((config.embed, config.vocab), ("embed", "vocab"), config, nnx.Rngs(keys[2]))

@@ -14,7 +14,7 @@ from deepseek_jax.model_config import ModelConfig, MoEConfig
 from deepseek_jax.parallel.pipeline import layer_assignment
 from deepseek_jax.plan.flops import abstract_params
 from deepseek_jax.plan.topology import Chip
-from deepseek_jax.sharding import UNSHARDED_PARAMS, elements_per_device, num_batch_shards, rules
+from deepseek_jax.sharding import UNSHARDED_PARAMS, axis_rules, elements_per_device, num_batch_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ def estimate_memory(config: Config, chip: Chip | None = None) -> MemoryEstimate:
 @functools.cache  # a search asks for few meshes, each with many microbatches and remat policies
 def _params_per_device(model: ModelConfig, mesh: MeshConfig, unsharded: bool = False, stack: str | None = None) -> int:
   """Parameters on one device, of one stack or of all. `unsharded`: as ZeRO 1 and 2 gather them for a step."""
-  with rules(UNSHARDED_PARAMS if unsharded else {}):
+  with axis_rules(UNSHARDED_PARAMS if unsharded else {}):
     params = abstract_params(model, mesh)[0]
     return sum(elements_per_device(leaf) for leaf in jax.tree.leaves(params[stack] if stack else params))
 

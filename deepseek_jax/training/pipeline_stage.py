@@ -22,10 +22,10 @@ from deepseek_jax.sharding import (
   UNSHARDED_PARAMS,
   all_gather_params,
   axis_index,
+  axis_rules,
   axis_size,
   mesh_axes,
   pvary,
-  rules,
 )
 from deepseek_jax.training.objective import Objective
 from deepseek_jax.typing import Params, PyTree
@@ -58,7 +58,7 @@ def to_stage_layout(layers: Params, axes: PyTree, table: np.ndarray, gather: boo
     param = to_stage_params(param, table, mesh_axes("stages")[0], fsdp_dimensions[0] if fsdp_dimensions else None)
     return all_gather_params(param, None, *axes) if gather else param
 
-  with rules(STAGE_LOCAL):
+  with axis_rules(STAGE_LOCAL):
     return jax.tree.map(leaf, layers, axes)
 
 
@@ -119,7 +119,7 @@ class PipelineStage:
   def embed(self, params: Params, microbatch: jax.Array) -> tuple[jax.Array, tuple[()]]:
     """(hidden states [batch, stream, embed] that enter the stages, no metrics)."""
     tokens, key = self.get_microbatch(microbatch)
-    with rules(self.outer_rules):
+    with axis_rules(self.outer_rules):
       model, inputs = self.model(params), self.objective.local_inputs(tokens)
       x = model.embed_tokens(inputs.ids)
       batch_context = self.objective.batch_context(model, inputs, key)
@@ -140,7 +140,7 @@ class PipelineStage:
     buffers = self.buffers.get(self.stack)
     if buffers:
       buffers = jax.tree.map(lambda b: b.at[layer_ids].get(mode="fill", fill_value=0), buffers)
-    with rules(self.layer_rules):
+    with axis_rules(self.layer_rules):
       model, inputs = self.model({}, layers, buffers), self.objective.local_inputs(tokens)
       batch_context = self.objective.batch_context(model, inputs, key)
       keys = layer_keys(key, self.first_layer + layer_ids)
@@ -157,7 +157,7 @@ class PipelineStage:
   def loss(self, params: Params, microbatch: jax.Array, x: jax.Array) -> tuple[jax.Array, PyTree]:
     """(local_objective [], metrics) of the hidden states `x` [batch, stream, embed] that leave the stages."""
     tokens, key = self.get_microbatch(microbatch)
-    with rules(self.outer_rules):
+    with axis_rules(self.outer_rules):
       model, inputs = self.model(params), self.objective.local_inputs(tokens)
       batch_context = self.objective.batch_context(model, inputs, key)
       hidden = model.final_norm(x)

@@ -18,12 +18,12 @@ from deepseek_jax.sharding import (
   UNSHARDED_PARAMS,
   all_gather_params,
   as_replicated,
+  axis_rules,
   axis_size,
   psum,
   psum_replicated,
   pvary,
   reduce_scatter_grads,
-  rules,
   spec,
   spmd,
 )  # fmt: skip
@@ -55,7 +55,7 @@ def make_eval_step(
     return jnp.where(overflow == 0, loss_sums, jnp.nan)
 
   def eval_step(params, buffers, tokens):
-    with rules(LATENT_RULES[config.parallel.mla_latent]):
+    with axis_rules(LATENT_RULES[config.parallel.mla_latent]):
       in_specs = partition_specs(params), partition_specs(buffers), spec("batch", None)
       return spmd(local, in_specs, spec("batch"), differentiable=False)(params, buffers, tokens)
 
@@ -108,7 +108,7 @@ def make_gradients(
 
   def gradients(state, batch, microbatches, mtp_weight):
     tokens_in_batch = microbatches * batch.shape[1] * (batch.shape[2] - 1)
-    with rules(LATENT_RULES[config.parallel.mla_latent]):
+    with axis_rules(LATENT_RULES[config.parallel.mla_latent]):
       in_specs = (
         partition_specs(state.params),
         partition_specs(state.buffers),
@@ -157,7 +157,7 @@ def accumulate_grads(context: StepContext) -> tuple[Params, PyTree]:
     weights = cast_and_gather(weights, axes, context.config.model.compute_dtype)
 
   def loss(weights, tokens, key):
-    with rules(UNSHARDED_PARAMS if gather_once else {}):
+    with axis_rules(UNSHARDED_PARAMS if gather_once else {}):
       model = nnx.merge(context.graphdef, weights, context.buffers)
       loss_sums, local_objective, metrics = context.objective(model, tokens, key, context.mtp_weight)
     return local_objective, {"loss": loss_sums.sum(), **metrics}
