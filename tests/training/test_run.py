@@ -141,8 +141,10 @@ def test_a_run_shows_and_leaves_what_it_should(folder, uninterrupted):
   for words in (
     "parameters ", "FLOPs per token", "tokens planned", "memory estimate", "devices  1 x cpu", str(workdir), "from scratch",
     "model.embed = 32", f"step {STEPS}/{STEPS}", "held-out loss", "sample\ndef ", "report.html", "--config.train.steps=24",
+    "fields differ from the defaults", "--config=small",
   ):  # fmt: skip
     assert words in out, words
+  assert "model.norm_eps" not in out  # a default: config.json has it, and --print_config prints it
   metrics = lines(folder, "reference")
   assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
   assert losses[-1] < losses[0]
@@ -165,7 +167,8 @@ def test_a_run_shows_and_leaves_what_it_should(folder, uninterrupted):
     assert all(key in line for line in metrics), key
   assert [line["samples"] for line in metrics][:4] == [4, 8, 12, 16] and metrics[-1]["samples"] > 4 * STEPS  # the ramp
   assert {e["event"] for e in lines(folder, "reference", "events.jsonl")} == {"start", "eval", "sample", "end"}
-  assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == STEPS
+  saved = json.loads((workdir / "config.json").read_text())
+  assert saved["train"]["steps"] == STEPS and saved["model"]["norm_eps"] == 1e-6
   assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
   assert "<svg" in (workdir / "report.html").read_text()
   assert sorted(p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()) == ["12", "6", "9"]
