@@ -5,7 +5,7 @@ Loads the newest checkpoint of the run. What is not given comes from the run's o
 
 import dataclasses
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -14,6 +14,9 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import CheckpointError, ConfigError, DataError
 from deepseek_jax.flags import parse, run_program
 from deepseek_jax.schema import from_dict, leaf_paths
+
+if TYPE_CHECKING:  # it imports jax
+  from deepseek_jax.checkpoint.manager import CheckpointReader
 
 
 def main(argv: list[str]) -> int:
@@ -55,11 +58,17 @@ def main(argv: list[str]) -> int:
 
 
 def sample_from_checkpoint(
-  reader: Any, step: int, config: Config, tokenizer: Tokenizer, sample: SampleConfig, seed: int, devices: int
+  reader: "CheckpointReader",
+  step: int,
+  config: Config,
+  tokenizer: Tokenizer,
+  sample: SampleConfig,
+  seed: int,
+  devices: int,
 ) -> str:
   """Text that follows `sample.prompt`, by the parameters of the checkpoint of `step`, sharded over `devices` devices.
 
-  reader: as `checkpoint.bucket.open_reader` gives it. Raises ConfigError when there are fewer devices.
+  Raises ConfigError when there are fewer devices.
   """
   import jax
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -15,10 +16,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from deepseek_jax.checkpoint.bucket import open_checkpointer, open_reader
+from deepseek_jax.checkpoint.bucket import BucketCheckpointer, open_checkpointer, open_reader
 from deepseek_jax.checkpoint.compatibility import check_compatible, check_fits
-from deepseek_jax.checkpoint.manager import FORMAT_VERSION
-from deepseek_jax.checkpoint.weights import WorkdirWeights, open_weights
+from deepseek_jax.checkpoint.manager import FORMAT_VERSION, Checkpointer
+from deepseek_jax.checkpoint.weights import HuggingFaceWeights, WorkdirWeights, open_weights
 from deepseek_jax.config import Config
 from deepseek_jax.data.pipeline import Data, iterate_batches, load_model_tokenizer, open_data
 from deepseek_jax.distributed import barrier, broadcast_from_process0
@@ -122,10 +123,10 @@ class Run:
     run_folder: RunFolder,
     mesh: Mesh,
     data: Data,
-    checkpointer: Any,
+    checkpointer: Checkpointer | BucketCheckpointer,
     evaluate: Callable[..., dict[str, float | int]],
     sample: Callable[..., str],
-    weights: Any,
+    weights: HuggingFaceWeights | WorkdirWeights | None,
     flops_per_token: float,
     replaced_kernels: Sequence[str],
   ):
@@ -269,7 +270,7 @@ class Run:
     The metrics of a step are read while the device works on the next one. Raises Diverged as `log_step`.
     """
     train, steps = self.config.train, self.config.train.steps - self.step
-    load = lambda ids: load_batch(self.data, train, ids, self.batch_sharding)
+    load = functools.partial(load_batch, self.data, train, sharding=self.batch_sharding)
     data_iterator = iterate_batches(self.data, train, self.samples, steps, load)
     pending = None
     self.is_compiled = False

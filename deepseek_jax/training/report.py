@@ -30,7 +30,7 @@ CHARTS = (
   ("Gradient norm", "before clipping, log scale", "grad_norm", None, "log"),
   ("Throughput", "tokens per second", "tokens_per_second", None, "from zero"),
   ("Model FLOP/s", "", "model_flops_per_second", None, "from zero"),
-  ("MFU", "share of the chip's peak", "mfu", None, "from zero"),
+  ("MFU", "fraction of the chip's peak FLOP/s", "mfu", None, "from zero"),
   ("Device memory", "bytes", "memory_bytes", None, "from zero"),
 )
 TIMES = {
