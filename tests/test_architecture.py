@@ -57,6 +57,26 @@ BANNED = {
 BANNED_METHODS = {"sow": "an argument or a result"}
 LONGEST_MODULE, LONGEST_FUNCTION = 400, 70
 
+# tests/X/test_Y.py tests deepseek_jax/X/Y.py or the package deepseek_jax/X/Y, and so for the other folders of code. Test files
+# that test no single module, with what they test instead; a folder stands for all of its files.
+MIRRORED = (PACKAGE, "benchmarks", "launch")
+UNMIRRORED = {
+  "test_architecture.py": "rules for all of the code",
+  "end_to_end": "whole runs in processes, through the command line",
+  "parity": "the public API against transformers",
+  "tpu": "whole programs compiled for TPUs, which are not here",
+  "kernels/test_attention_gpu.py": "kernels/attention/pallas_gpu.py",
+  "kernels/test_compiled_gpu.py": "machine code of all kernels for Hopper",
+  "kernels/test_compiled_tpu.py": "machine code of all kernels for TPUs",
+  "kernels/test_fp8.py": "the operations of FP8 and their implementations, by the same cases",
+  "kernels/test_races.py": "the race detector of the interpreter, which the other tests of kernels rely on",
+  "kernels/test_shipped.py": "all kernels, through the checks of selftest",
+  "selftest/test_select.py": "selftest/run.py and selftest/machine.py: which results count",
+  "training/test_collectives.py": "collectives of the compiled step, layout by layout",
+  "training/test_fp8.py": "the whole step in FP8",
+  "training/test_meshes.py": "the whole step in every layout",
+}
+
 
 def names_used(tree):
   """(line, dotted name) of every import and of every attribute chain that starts at an imported name."""
@@ -266,3 +286,39 @@ def test_a_source_that_keeps_the_rule_passes(check, path, source):
 def test_every_layer_is_named_once():
   names = [name for layer in LAYERS for name in layer]
   assert len(names) == len(set(names))
+
+
+def without_module(tests, modules, exceptions):
+  """Paths of test files, relative to tests/, that have neither a module of their name in `modules` nor an exception."""
+  for path in map(pathlib.PurePosixPath, tests):
+    module = path.with_name(path.name.removeprefix("test_"))
+    if not {str(module), str(module.with_suffix(""))} & modules and not {str(path), path.parts[0]} & set(exceptions):
+      yield str(path)
+
+
+def test_each_test_file_is_named_after_the_module_that_it_tests():
+  tests = {path.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("test_*.py")}
+  modules = set()
+  for folder in MIRRORED:
+    base = ROOT if folder != PACKAGE else ROOT / PACKAGE
+    paths = [path.relative_to(base) for path in (ROOT / folder).rglob("*.py")]
+    modules |= {path.as_posix() for path in paths} | {path.parent.as_posix() for path in paths if path.parent.parts}
+  lost = list(without_module(sorted(tests), modules, UNMIRRORED))
+  assert not lost, f"no module has the name of {', '.join(lost)}"
+  needless = [name for name in UNMIRRORED if name not in tests and not (ROOT / "tests" / name).is_dir()]
+  needless += [name for name in UNMIRRORED if name in tests and not list(without_module([name], modules, ()))]
+  assert not needless, f"exceptions for what is not there or has its module: {', '.join(needless)}"
+
+
+def test_a_test_file_without_its_module_is_found():
+  modules, exceptions = {"data/packing.py", "kernels/attention", "train.py"}, {"parity", "data/test_runs.py"}
+  tests = (
+    "data/test_packing.py",
+    "kernels/test_attention.py",
+    "test_train.py",
+    "parity/test_live.py",
+    "data/test_runs.py",
+  )
+  assert not list(without_module(tests, modules, exceptions))
+  lost = ("model/test_packing.py", "test_packing.py", "data/test_parity.py", "kernels/attention/test_train.py")
+  assert list(without_module((*tests, *lost), modules, exceptions)) == list(lost)

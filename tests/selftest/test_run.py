@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from tests.training.test_run import environment, finish, lines
+from tests.end_to_end.test_run import environment, finish, lines
 
 HERE, ROOT = pathlib.Path(__file__).parent, pathlib.Path(__file__).parents[2]
 CONFIG = """

@@ -23,7 +23,7 @@ from deepseek_jax.plan.plan import make_plan
 from deepseek_jax.plan.topology import parse_topology
 from deepseek_jax.training.step import abstract_step
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 OLD = jax.__version_info__ < (0, 11)  # kernels for GPUs need a newer jax, so that their tiles cannot be tuned
 
 

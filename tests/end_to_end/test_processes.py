@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from tests.training.test_run import CONFIG, environment, finish, lines, wait_for_step
+from tests.end_to_end.test_run import CONFIG, environment, finish, lines, wait_for_step
 
 LAUNCHER = pathlib.Path(__file__).parents[2] / "launch" / "local.py"
 STEPS = 12

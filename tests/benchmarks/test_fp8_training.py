@@ -17,7 +17,7 @@ from benchmarks import fp8_controls, fp8_training
 from deepseek_jax.kernels.fp8_linear import Recipe
 from deepseek_jax.kernels.quantize import xla
 from deepseek_jax.model import linear
-from tests.test_benchmarks import ROOT, benchmark, text  # noqa: F401 (a fixture)
+from tests.benchmarks.programs import ROOT, benchmark
 
 EXACT = Recipe(forward=False, dgrad=False, wgrad=False)
 SIZES = (
@@ -128,7 +128,7 @@ def test_report(tmp_path, capsys, monkeypatch, fp8, per_tensor, more, code):
   ElementTree.parse(tmp_path / "curves.svg")
 
 
-def test_controls_train(text, tmp_path):  # noqa: F811
+def test_controls_train(text, tmp_path):
   settings = (*SIZES, "train.steps=1", "model.precision=fp8", f"data.sources={text}", f"data.cache={tmp_path}")
   arguments = ("--config=benchmarks/fp8_training.py", f"--workdir={tmp_path}/run", "--outliers", "--per_tensor")
   out, _ = benchmark("fp8_controls", *arguments, *(f"--config.{setting}" for setting in settings))
@@ -136,7 +136,7 @@ def test_controls_train(text, tmp_path):  # noqa: F811
 
 
 @pytest.mark.chaos
-def test_killed_and_started_again_it_gives_the_same(text, tmp_path):  # noqa: F811
+def test_killed_and_started_again_it_gives_the_same(text, tmp_path):
   settings = (f"data.sources={text}", f"data.cache={tmp_path}", *SIZES)
   arguments = ("--seeds=1", *(f"--config.{setting}" for setting in settings))
   whole, _ = benchmark("fp8_training", f"--workdir={tmp_path}/whole", *arguments, codes=(0, 1))
