@@ -12,9 +12,9 @@ def test_fp8_matmul():
     "grouped",
     "grouped wgrad",
     "wgrad",
-    "quantise both",
+    "quantize both",
     "SwiGLU both",
-    "a layer's training",
+    "linear layer",
   ]
   assert len(rows) == len(names) and all(row.startswith(name) for row, name in zip(rows, names, strict=True))
   errors = [float(row.split()[-1]) for row in rows[:-1]]

@@ -29,19 +29,18 @@ from deepseek_jax.config import CheckpointConfig, Config, DataConfig, MeshConfig
 from deepseek_jax.errors import CheckpointError
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import init_params
-from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
+from deepseek_jax.model_config import AttentionConfig
 from deepseek_jax.sharding import with_concrete_shardings
+from tests import configs
 
-MLA = AttentionConfig(
-  kind="mla", heads=2, q_lora_rank=12, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6
-)  # fmt: skip
-MOE = MoEConfig(
-  num_routed_experts=4, num_shared_experts=2, num_experts_per_token=2, mlp=12, score="sigmoid", num_expert_groups=2,
-  topk_groups=1, group_score="top2_sum", router_bias=True, norm_topk_prob=True,
-)  # fmt: skip
-V3 = ModelConfig(vocab=272, embed=16, layers=3, first_dense_layers=1, num_mtp_layers=1, mlp=24, attention=MLA, moe=MOE)
-DENSE = ModelConfig(
-  vocab=272, embed=16, layers=2, mlp=24, compute_dtype="float32", attention=AttentionConfig(heads=4, kv_heads=2, head_dim=4)
+DENSE = dataclasses.replace(
+  configs.DENSE, vocab=272, embed=16, mlp=24, attention=AttentionConfig(heads=4, kv_heads=2, head_dim=4)
+)
+V3 = dataclasses.replace(
+  configs.V3, vocab=272, embed=16, mlp=24, compute_dtype="bfloat16",
+  attention=dataclasses.replace(configs.MLA, heads=2, q_lora_rank=12),
+  moe=dataclasses.replace(configs.MOE, num_routed_experts=4, num_shared_experts=2, mlp=12, num_expert_groups=2, topk_groups=1,
+                          num_experts_per_token=2, route_scale=1.0),
 )  # fmt: skip
 MODELS = {"v3": V3, "dense": DENSE, "tied": dataclasses.replace(DENSE, tied_embeddings=True)}
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

@@ -1,5 +1,6 @@
 """Names and folders of Hugging Face checkpoints: one table both ways, checked reading, FP8, streamed writing."""
 
+import dataclasses
 import json
 
 import ml_dtypes
@@ -11,16 +12,12 @@ from safetensors.numpy import save_file
 from deepseek_jax.checkpoint.hf_files import HFReader, write_tensors
 from deepseek_jax.checkpoint.hf_names import Entry, entries
 from deepseek_jax.errors import CheckpointError
-from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
+from tests import configs
 
-V3 = ModelConfig(
-  vocab=32, embed=24, layers=3, first_dense_layers=1, num_mtp_layers=1, mlp=20,
-  attention=AttentionConfig(
-    kind="mla", heads=2, q_lora_rank=10, kv_lora_rank=6, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=3
-  ),
-  moe=MoEConfig(
-    num_routed_experts=4, num_shared_experts=2, num_experts_per_token=2, mlp=5, score="sigmoid", router_bias=True
-  ),
+V3 = dataclasses.replace(
+  configs.V3, vocab=32, embed=24, mlp=20,
+  attention=dataclasses.replace(configs.MLA, heads=2, q_lora_rank=10, kv_lora_rank=6, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=3),
+  moe=dataclasses.replace(configs.MOE, num_routed_experts=4, num_shared_experts=2, mlp=5),
 )  # fmt: skip
 F32 = np.dtype(np.float32)
 
@@ -59,7 +56,7 @@ def test_names_of_v3():
     "model.layers.3.shared_head.head.weight",
   ]
   assert "lm_head.weight" in table and "lm_head.weight" not in {
-    e.name for e in entries(ModelConfig(tied_embeddings=True))
+    e.name for e in entries(dataclasses.replace(V3, tied_embeddings=True))
   }
 
 

@@ -12,7 +12,8 @@ import time
 
 import pytest
 
-from tests.end_to_end.test_run import CONFIG, environment, finish, lines, wait_for_step
+from tests.configs import RUN
+from tests.end_to_end.test_run import environment, finish, lines, wait_for_step
 
 LAUNCHER = pathlib.Path(__file__).parents[2] / "launch" / "local.py"
 STEPS = 12
@@ -70,7 +71,7 @@ def folder(tmp_path_factory):
   (folder / "text").mkdir()
   for i in range(30):
     (folder / "text" / f"{i}.txt").write_text(" ".join(f"def f{i * j % 17} ( x ) = y + {j % 7}" for j in range(40)))
-  config = CONFIG.format(source=str(folder / "text"), cache=str(folder / "cache"), steps=STEPS)
+  config = RUN.format(source=str(folder / "text"), cache=str(folder / "cache"), steps=STEPS)
   config = config.replace("layers=3", "layers=2").replace("log=dict(", "log=dict(tensorboard=False, ")
   (folder / "config.py").write_text(ONE_KEY + LARGE_ARRAYS + FAULTS + config)
   return folder

@@ -13,35 +13,12 @@ import numpy as np
 import pytest
 
 from deepseek_jax.checkpoint.hf_files import HFReader
+from tests.configs import RUN
 from tests.parity.cases import V3, Case
 from tests.parity.weights import write_folder
 
 STEPS = 12
-CONFIG = """
-from ml_collections import ConfigDict
-
-def get_config():
-  return ConfigDict(dict(
-    name="process",
-    model=dict(vocab=264, embed=32, layers=3, first_dense_layers=1, num_mtp_layers=1, mlp=48, init_std=0.1,
-               compute_dtype="float32", remat="none",
-               attention=dict(kind="mla", heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8,
-                              qk_rope_head_dim=4, v_head_dim=8),
-               moe=dict(num_routed_experts=4, num_shared_experts=1, num_experts_per_token=2, mlp=16, score="sigmoid",
-                        router_bias=True, norm_topk_prob=True)),
-    balance=dict(bias_update_rate=0.01, expert_loss=1e-3),
-    mtp=dict(weights=(0.3, 0.1), tokens=(1000,)),
-    data=dict(sources=({source!r},), cache={cache!r}, seq=32, heldout_fraction=0.2),
-    schedule=dict(kind="warmup_cosine", peak=3e-3, warmup_steps=4, steps={steps}, factors=(0.1,)),
-    train=dict(steps={steps}, global_batch=8, microbatch=4, batch_ramp_from=4, batch_ramp_tokens=800),
-    checkpoint=dict(every=3, keep=3),
-    eval=dict(every=5, sequences=8, final_sequences=20),
-    log=dict(every=1),
-    sample=dict(max_tokens=5),
-  ))
-"""
-
-# The config.json of the model of CONFIG.
+# The config.json of the model of RUN.
 HUGGING_FACE = V3 | {
   "vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 3, "num_nextn_predict_layers": 1, "intermediate_size": 48,
   "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
@@ -59,7 +36,7 @@ def folder(tmp_path_factory):
   for i in range(30):
     words = " ".join(rng.choice(["def", "return", "x", "y", "+", "=", "(", ")"]) for _ in range(300))
     (folder / "text" / f"{i}.txt").write_text(words)
-  config = CONFIG.format(source=str(folder / "text"), cache=str(folder / "cache"), steps=STEPS)
+  config = RUN.format(source=str(folder / "text"), cache=str(folder / "cache"), steps=STEPS)
   (folder / "config.py").write_text(config)
   return folder
 

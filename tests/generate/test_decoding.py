@@ -1,5 +1,7 @@
 """Decoding against the model asked one token at a time, on one device and on a mesh."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,12 +13,9 @@ from deepseek_jax.data import tokenizer
 from deepseek_jax.generate.decoding import continue_prompt
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import graphdef, init_params
-from deepseek_jax.model_config import AttentionConfig, ModelConfig
+from tests.configs import DENSE
 
-MODEL = ModelConfig(
-  vocab=260, embed=32, layers=2, mlp=48, init_std=0.3, compute_dtype="float32",
-  attention=AttentionConfig(heads=4, kv_heads=2, head_dim=8),
-)  # fmt: skip
+MODEL = dataclasses.replace(DENSE, vocab=260, init_std=0.3)
 GREEDY = SampleConfig(prompt="ab", max_tokens=9, temperature=0.0)
 BYTES = tokenizer.load_tokenizer("byte")
 

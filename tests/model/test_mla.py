@@ -13,21 +13,13 @@ from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.mla import softmax_scale
 from deepseek_jax.model.rope import apply_rope, rope_cos_sin, rope_frequencies
 from deepseek_jax.model.transformer import graphdef, init_params
-from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
+from deepseek_jax.model_config import AttentionConfig, YarnConfig
+from tests import configs
 
-MLA = AttentionConfig(
-  kind="mla", heads=4, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=6, v_head_dim=10
-)
-V3 = ModelConfig(
-  vocab=64, embed=32, layers=3, first_dense_layers=1, mlp=48, init_std=0.3, compute_dtype="float32", remat="none",
-  attention=MLA,
-  moe=MoEConfig(
-    num_routed_experts=8, num_shared_experts=1, num_experts_per_token=2, mlp=16, score="sigmoid", num_expert_groups=4,
-    topk_groups=2, group_score="top2_sum", router_bias=True, norm_topk_prob=True, route_scale=2.5,
-  ),
-)  # fmt: skip
+MLA = dataclasses.replace(configs.MLA, heads=4, qk_rope_head_dim=6, v_head_dim=10)
+V3 = dataclasses.replace(configs.V3, num_mtp_layers=0, init_std=0.3, remat="none", attention=MLA)
 YARN = YarnConfig(factor=40.0, original_seq=8, mscale=1.3, mscale_all_dim=0.6)
-GQA = AttentionConfig(heads=4, kv_heads=2, head_dim=8)
+GQA = dataclasses.replace(configs.GQA, heads=4, kv_heads=2)
 ATTENTIONS = {
   "mla": MLA,
   "mla without q_lora": dataclasses.replace(MLA, q_lora_rank=0),

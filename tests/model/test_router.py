@@ -11,12 +11,10 @@ from flax import nnx
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.router import Router
-from deepseek_jax.model_config import ModelConfig, MoEConfig
+from deepseek_jax.model_config import ModelConfig
+from tests.configs import MOE
 
-V3 = MoEConfig(
-  num_routed_experts=12, num_experts_per_token=3, mlp=8, score="sigmoid", num_expert_groups=4, topk_groups=2,
-  group_score="top2_sum", router_bias=True, norm_topk_prob=True, route_scale=2.5,
-)  # fmt: skip
+V3 = dataclasses.replace(MOE, num_routed_experts=12)
 V2 = dataclasses.replace(
   V3, score="softmax", group_score="max", router_bias=False, norm_topk_prob=False, route_scale=16.0
 )

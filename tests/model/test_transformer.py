@@ -13,13 +13,19 @@ from deepseek_jax.config import MeshConfig
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.attention import attention_with_dropout
 from deepseek_jax.model.transformer import graphdef, init_params
-from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
+from deepseek_jax.model_config import AttentionConfig, MoEConfig
 from deepseek_jax.training.loss import cross_entropy
+from tests.configs import DENSE
 
-TINY = ModelConfig(
-  vocab=64, embed=24, layers=3, mlp=40, init_std=0.2, compute_dtype="float32", remat="none",
+TINY = dataclasses.replace(
+  DENSE,
+  embed=24,
+  layers=3,
+  mlp=40,
+  init_std=0.2,
+  remat="none",
   attention=AttentionConfig(heads=6, kv_heads=2, head_dim=8),
-)  # fmt: skip
+)
 
 
 @pytest.fixture(autouse=True)

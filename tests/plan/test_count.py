@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from deepseek_jax.config import Config, DataConfig, MeshConfig, ParallelConfig, TrainConfig
+from deepseek_jax.config import DataConfig, MeshConfig, ParallelConfig, TrainConfig
 from deepseek_jax.kernels.fp8_grouped_matmul.api import fp8_grouped_matmul
 from deepseek_jax.kernels.fp8_matmul.api import fp8_matmul
 from deepseek_jax.kernels.quantize.api import quantize
 from deepseek_jax.mesh import AXES, make_mesh
-from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
+from deepseek_jax.model_config import AttentionConfig, MoEConfig
 from deepseek_jax.plan.count import RuntimeAssumptions, count_operations
 from deepseek_jax.plan.flops import training_flops
 from deepseek_jax.plan.hlo import HloProgram
@@ -19,20 +19,15 @@ from deepseek_jax.plan.plan import runtime_assumptions, trace_operations, with_x
 from deepseek_jax.plan.roofline import matmul_seconds
 from deepseek_jax.plan.topology import parse_topology
 from deepseek_jax.training.step import abstract_step
+from tests import configs
 
-DENSE = Config(
-  model=ModelConfig(vocab=272, embed=64, layers=3, mlp=96, remat="none", attention=AttentionConfig(heads=4, kv_heads=2, head_dim=16)),
-  data=DataConfig(seq=64),
-  train=TrainConfig(global_batch=16, microbatch=8),
-  mesh=MeshConfig(data=1),
+MODEL = dataclasses.replace(
+  configs.DENSE, vocab=272, embed=64, layers=3, mlp=96, compute_dtype="bfloat16", remat="none",
+  attention=AttentionConfig(heads=4, kv_heads=2, head_dim=16),
 )  # fmt: skip
-MOE = dataclasses.replace(
-  DENSE,
-  model=dataclasses.replace(
-    DENSE.model, first_dense_layers=1,
-    moe=MoEConfig(num_routed_experts=8, num_experts_per_token=2, mlp=32, score="sigmoid", norm_topk_prob=True),
-  ),
-)  # fmt: skip
+EXPERTS = MoEConfig(num_routed_experts=8, num_experts_per_token=2, mlp=32, score="sigmoid", norm_topk_prob=True)
+DENSE = configs.make_config(MODEL, seq=64, global_batch=16, microbatch=8)
+MOE = configs.with_model(DENSE, first_dense_layers=1, moe=EXPERTS)
 
 
 def on(config, **sizes):

@@ -21,20 +21,24 @@ from deepseek_jax.plan.summary import planned_tokens
 from deepseek_jax.training.loss import cross_entropy
 from deepseek_jax.training.state import init_state
 from deepseek_jax.training.step import make_train_step
+from tests import configs
 
-SMALL = ModelConfig(
-  vocab=512, embed=128, layers=1, mlp=256, compute_dtype="float32", remat="none",
+SMALL = dataclasses.replace(
+  configs.DENSE,
+  vocab=512,
+  embed=128,
+  layers=1,
+  mlp=256,
+  remat="none",
   attention=AttentionConfig(heads=4, kv_heads=2, head_dim=32),
-)  # fmt: skip
+)
 BATCH, SEQ = 2, 64
 
 
 # Two depths of multi-token prediction; every token goes to all 4 experts, so that the dense dispatch does no idle work.
 V3 = dataclasses.replace(
   SMALL, layers=3, first_dense_layers=1, num_mtp_layers=2,
-  attention=AttentionConfig(
-    kind="mla", heads=4, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=24, qk_rope_head_dim=8, v_head_dim=20
-  ),
+  attention=dataclasses.replace(configs.MLA, heads=4, qk_nope_head_dim=24, v_head_dim=20),
   moe=MoEConfig(
     num_routed_experts=4, num_shared_experts=1, num_experts_per_token=4, mlp=48, score="sigmoid", router_bias=True,
     dispatch="dense",

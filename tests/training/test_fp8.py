@@ -9,27 +9,25 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from deepseek_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from deepseek_jax.config import MeshConfig
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import graphdef
-from deepseek_jax.model_config import AttentionConfig, Fp8Config, ModelConfig, MoEConfig
+from deepseek_jax.model_config import AttentionConfig, Fp8Config, MoEConfig
 from deepseek_jax.sharding import spec
 from deepseek_jax.training.state import init_state
-from deepseek_jax.training.step import abstract_step, make_train_step
+from deepseek_jax.training.step import abstract_step
+from tests import configs
+from tests.configs import make_config
+from tests.steps import make_step_with_grads
 
 SEQ, BATCH = 64, 8
 # On a mesh of fsdp=2 and tensor=2 a device has 256 rows, and 128 of the columns that two share.
-DENSE = Config(
-  model=ModelConfig(
-    vocab=64, embed=128, layers=1, mlp=256, init_std=0.04, compute_dtype="float32", precision="fp8", remat="none",
-    attention=AttentionConfig(heads=8, kv_heads=8, head_dim=32),
-  ),
-  data=DataConfig(seq=SEQ, tokenizer="tokenizer.json"),
-  train=TrainConfig(global_batch=BATCH),
-  mesh=MeshConfig(data=1),
-  optimizer=OptimizerConfig(beta1=0.0, clip=1e9),  # so that Adam's first moment is the gradient
+MODEL = dataclasses.replace(
+  configs.DENSE, embed=128, layers=1, mlp=256, init_std=0.04, precision="fp8", remat="none",
+  attention=AttentionConfig(heads=8, kv_heads=8, head_dim=32),
 )  # fmt: skip
+DENSE = make_config(MODEL, SEQ, BATCH)
 MOE = dataclasses.replace(
   DENSE.model, moe=MoEConfig(num_routed_experts=4, num_shared_experts=1, num_experts_per_token=2, mlp=64)
 )
@@ -44,11 +42,11 @@ def train(config, steps):
   gradients, losses = [], []
   with jax.set_mesh(mesh):
     state = jax.block_until_ready(jax.jit(init_state, static_argnums=0)(config, jax.random.key(0)))
-    step = jax.jit(make_train_step(config, graphdef(config.model), bos=0), static_argnums=2)
+    step = jax.jit(make_step_with_grads(config), static_argnums=2)
     batch = jax.device_put(ids, NamedSharding(mesh, spec(None, "batch", None)))
     for _ in range(steps):
-      state, metrics = jax.block_until_ready(step(state, batch, 1, rates))
-      gradients.append(jax.device_get(state.opt_state[1].mu))
+      state, metrics, grads = jax.block_until_ready(step(state, batch, 1, rates))
+      gradients.append(jax.device_get(grads))
       losses.append(float(metrics["loss"]))
   return gradients, losses
 

@@ -8,57 +8,20 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from deepseek_jax.config import (
-  BalanceConfig,
-  Config,
-  DataConfig,
-  MeshConfig,
-  OptimizerConfig,
-  ParallelConfig,
-  TrainConfig,
-)
+from deepseek_jax.config import BalanceConfig, MeshConfig, ParallelConfig
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import graphdef
-from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
 from deepseek_jax.sharding import spec
 from deepseek_jax.training.state import abstract_state, init_state
 from deepseek_jax.training.step import make_eval_step, make_train_step
+from tests import configs
+from tests.configs import float64, make_config, with_moe
+from tests.steps import make_step_with_grads
 
 SEQ, BATCH, MICROBATCHES = 16, 16, 2
-GRADIENTS = OptimizerConfig(beta1=0.0, clip=1e9)  # so that Adam's first moment is the gradient
-DENSE = Config(
-  model=ModelConfig(
-    vocab=64, embed=32, layers=4, mlp=48, init_std=0.1, compute_dtype="float32",
-    attention=AttentionConfig(heads=8, kv_heads=4, head_dim=8),
-  ),
-  data=DataConfig(seq=SEQ, tokenizer="tokenizer.json"),
-  train=TrainConfig(global_batch=BATCH, microbatch=BATCH // MICROBATCHES, loss_chunk=5),
-  mesh=MeshConfig(data=1),
-  optimizer=GRADIENTS,
-)  # fmt: skip
-# V3 in small: latent attention, a dense layer, groups of experts with a bias, every balance loss, multi-token prediction.
-V3 = dataclasses.replace(
-  DENSE,
-  model=dataclasses.replace(
-    DENSE.model, layers=5, first_dense_layers=1, num_mtp_layers=1,
-    attention=AttentionConfig(
-      kind="mla", heads=8, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6
-    ),
-    moe=MoEConfig(
-      num_routed_experts=8, num_shared_experts=1, num_experts_per_token=3, mlp=16, score="sigmoid", num_expert_groups=4,
-      topk_groups=2, group_score="top2_sum", router_bias=True, norm_topk_prob=True, route_scale=2.5,
-    ),
-  ),
-  balance=BalanceConfig(
-    expert_loss=0.01, device_loss=0.02, communication_loss=0.03, router_z_loss=0.001, bias_update_rate=0.01
-  ),
-)  # fmt: skip
+MODELS = dataclasses.replace(configs.DENSE, layers=4), dataclasses.replace(configs.V3, layers=5)
+DENSE, V3 = (make_config(model, SEQ, BATCH, BATCH // MICROBATCHES, loss_chunk=5) for model in MODELS)
 CONFIGS = {"dense": DENSE, "v3": V3}
-
-
-def float64(config):
-  model = dataclasses.replace(config.model, param_dtype="float64", compute_dtype="float64")
-  return dataclasses.replace(config, model=model, optimizer=dataclasses.replace(GRADIENTS, moments_dtype="float64"))
 
 
 def tokens(step):
@@ -85,11 +48,11 @@ def train(config, steps, first=None):
       state = jax.device_put(first, jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh)))
     state = jax.block_until_ready(state)
     first = jax.device_get(state)
-    step = jax.jit(make_train_step(config, graphdef(config.model), bos=0), static_argnums=2)
+    step = jax.jit(make_step_with_grads(config), static_argnums=2)
     for i in range(steps):
       batch = jax.device_put(tokens(i), NamedSharding(mesh, spec(None, "batch", None)))
-      state, metrics = jax.block_until_ready(step(state, batch, MICROBATCHES, rates))
-      found.append(jax.device_get(state.opt_state[1].mu))
+      state, metrics, grads = jax.block_until_ready(step(state, batch, MICROBATCHES, rates))
+      found.append(jax.device_get(grads))
       reported.append(jax.device_get(metrics))
     return found, reported, jax.device_get(state), first
 
@@ -217,9 +180,9 @@ def test_ten_steps_in_float32_of_a_dense_model_equal_one_device():
 
 def test_choices_without_room_skip_the_step_and_say_so():
   """A router that sends every token to the same three experts, the first device's and the second's."""
-  moe = dataclasses.replace(V3.model.moe, buffer_factor=1.0, num_expert_groups=1, topk_groups=1)
   balance = BalanceConfig(bias_update_rate=0.01)
-  model = dataclasses.replace(V3.model, moe=moe, layers=2, num_mtp_layers=0)
+  model = with_moe(V3.model, buffer_factor=1.0, num_expert_groups=1, topk_groups=1)
+  model = dataclasses.replace(model, layers=2, num_mtp_layers=0)
   config = dataclasses.replace(V3, model=model, balance=balance)
   config = changed(config, dict(expert=4))
   with jax.set_mesh(make_mesh(config.mesh)) as _:
