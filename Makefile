@@ -1,5 +1,6 @@
 ## make train   build .venv, train configs/tiny.py on real text, write runs/tiny/report.html; again: resume
 ## make test    build .venv with the test requirements, check style, run the tests that are not long
+## make test-jax  the part of `make test` that depends on the version of jax, and whole runs: for a second interpreter
 ## make chaos   the long tests that kill training processes
 ## make parity  the long tests against transformers, which run in an environment of their own, .venv-parity
 ## make meshes  the long tests of every layout on 8 virtual devices
@@ -20,9 +21,10 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 PART ?= 1 2
+IN_PARALLEL = -n auto --maxprocesses 4 --dist worksteal
 IN_VENV = $(VENV)/bin/python
 
-.PHONY: help train test chaos parity meshes tpu kernels gpu docs lint clean environment test-environment
+.PHONY: help train test test-jax chaos parity meshes tpu kernels gpu docs lint clean environment test-environment
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -31,7 +33,10 @@ train: environment
 	$(IN_VENV) -m deepseek_jax.train --config=tiny $(ARGS)
 
 test: lint
-	$(IN_VENV) -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+	$(IN_VENV) -m pytest $(IN_PARALLEL) $(ARGS)
+
+test-jax: test-environment
+	$(IN_VENV) -m pytest $(IN_PARALLEL) -m 'jax_version and not (chaos or parity or meshes or tpu or kernels)' $(ARGS)
 
 chaos: test-environment
 	$(IN_VENV) -m pytest -m chaos $(ARGS)

@@ -25,6 +25,41 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(_cache, "deepsee
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
+# Folders whose every test depends on jax's version; other files say `pytestmark = pytest.mark.jax_version`.
+JAX_VERSION = ("kernels", "end_to_end")
+_workers = {}  # CPU seconds of the workers of xdist that have ended
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+  for item in items:
+    if item.path.parent.name in JAX_VERSION:
+      item.add_marker(pytest.mark.jax_version)
+
+
+def _cpu_seconds():
+  """Of this process and of those that it started and waited for."""
+  times = os.times()
+  return times.user + times.system + times.children_user + times.children_system
+
+
+def pytest_sessionfinish(session):
+  if hasattr(session.config, "workeroutput"):
+    session.config.workeroutput["cpu_seconds"] = _cpu_seconds()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+  _workers[node.gateway.id] = getattr(node, "workeroutput", {}).get("cpu_seconds", 0.0)
+
+
+def pytest_terminal_summary(terminalreporter):
+  times = os.times()
+  # The children of a process with workers are the workers, which have counted themselves.
+  total = times.user + times.system + sum(_workers.values()) if _workers else _cpu_seconds()
+  terminalreporter.write_line(f"CPU time: {total / 60:.1f} minutes, of all processes")
+
+
 @pytest.fixture(scope="session")
 def bucket_server():
   """A server of gs:// and s3:// on this machine, and the environment that leads there; TensorStore reads it once."""

@@ -21,6 +21,8 @@ from deepseek_jax.checkpoint.hf_model import to_model_config
 from deepseek_jax.checkpoint.hf_names import entries
 from deepseek_jax.errors import CheckpointError, ConfigError
 
+pytestmark = pytest.mark.jax_version
+
 SHAPE = {
   "vocab_size": 40, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2,
 }  # fmt: skip

@@ -17,7 +17,7 @@ from tests import configs
 V3 = dataclasses.replace(
   configs.V3, vocab=32, embed=24, mlp=20,
   attention=dataclasses.replace(configs.MLA, heads=2, q_lora_rank=10, kv_lora_rank=6, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=3),
-  moe=dataclasses.replace(configs.MOE, num_routed_experts=4, num_shared_experts=2, mlp=5),
+  moe=dataclasses.replace(configs.MOE, num_routed_experts=4, num_shared_experts=2, mlp=5, num_expert_groups=1, topk_groups=1),
 )  # fmt: skip
 F32 = np.dtype(np.float32)
 

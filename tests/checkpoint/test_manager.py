@@ -17,6 +17,8 @@ from deepseek_jax.checkpoint.manager import FORMAT_VERSION, Checkpointer, Checkp
 from deepseek_jax.config import CheckpointConfig
 from deepseek_jax.errors import CheckpointError
 
+pytestmark = pytest.mark.jax_version
+
 META = {"format_version": FORMAT_VERSION, "config": {"name": "run"}, "samples": 160, "data_fingerprint": "ab"}
 
 

@@ -13,9 +13,11 @@ from deepseek_jax.data import tokenizer
 from deepseek_jax.generate.decoding import continue_prompt
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import graphdef, init_params
-from tests.configs import DENSE
+from tests.configs import DENSE, GQA
 
-MODEL = dataclasses.replace(DENSE, vocab=260, init_std=0.3)
+pytestmark = pytest.mark.jax_version
+
+MODEL = dataclasses.replace(DENSE, vocab=260, init_std=0.3, attention=dataclasses.replace(GQA, heads=4, kv_heads=2))
 GREEDY = SampleConfig(prompt="ab", max_tokens=9, temperature=0.0)
 BYTES = tokenizer.load_tokenizer("byte")
 

@@ -27,6 +27,8 @@ from deepseek_jax.model.context import (
 from deepseek_jax.model_config import AttentionConfig
 from deepseek_jax.sharding import spec, spmd
 
+pytestmark = pytest.mark.jax_version
+
 BATCH, SEQ, HEADS, KV_HEADS, WIDTH, ROPE = 2, 32, 4, 2, 6, 2
 SHARED = jax.P("data", "context")
 KINDS = pytest.mark.parametrize("kind", KV_COMM)

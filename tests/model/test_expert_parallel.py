@@ -13,6 +13,8 @@ from deepseek_jax.model import expert_parallel
 from deepseek_jax.model.dispatch import DISPATCH
 from deepseek_jax.sharding import psum, pvary, spec, spmd
 
+pytestmark = pytest.mark.jax_version
+
 TOKENS, EXPERTS, CHOSEN, EMBED, MLP = 12, 8, 3, 4, 5  # tokens of each of 4 devices
 
 

@@ -12,6 +12,8 @@ from deepseek_jax.errors import ConfigError
 from deepseek_jax.parallel.pipeline import bubble_fraction, interleaved_1f1b, layer_assignment, to_stage_params
 from deepseek_jax.sharding import pvary
 
+pytestmark = pytest.mark.jax_version
+
 VOCAB, EMBED, ROWS, ROOM = 11, 8, 3, 9  # ROOM: microbatches that tokens are made for
 UNEVEN = (2, 0, 1, 1, 1, 1, 2, 1)
 

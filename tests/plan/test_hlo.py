@@ -9,6 +9,8 @@ from deepseek_jax.mesh import AXES, make_mesh
 from deepseek_jax.plan.hlo import HloProgram
 from deepseek_jax.sharding import spmd
 
+pytestmark = pytest.mark.jax_version
+
 SIZES = dict.fromkeys(AXES, 1) | {"fsdp": 4, "expert": 16}
 
 

@@ -15,6 +15,8 @@ import pytest
 
 from tests.end_to_end.test_run import environment, finish, lines
 
+pytestmark = pytest.mark.jax_version
+
 HERE, ROOT = pathlib.Path(__file__).parent, pathlib.Path(__file__).parents[2]
 CONFIG = """
 from ml_collections import ConfigDict

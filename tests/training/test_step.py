@@ -20,6 +20,8 @@ from tests import configs
 from tests.configs import float64, make_config, with_model, with_moe
 from tests.steps import make_step_with_grads
 
+pytestmark = pytest.mark.jax_version
+
 SEQ = 24
 CONFIG, V3 = (make_config(model, SEQ, global_batch=8, loss_chunk=7) for model in (configs.DENSE, configs.V3))
 CONFIGS = {"dense": CONFIG, "v3": V3}
