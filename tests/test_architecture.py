@@ -62,6 +62,9 @@ LONGEST_MODULE, LONGEST_FUNCTION = 400, 70
 MIRRORED = (PACKAGE, "benchmarks", "launch")
 UNMIRRORED = {
   "test_architecture.py": "rules for all of the code",
+  "test_configs.py": "the files of configs/",
+  "test_docs.py": "what README.md and docs/ name",
+  "checkpoint/test_saved_before_renames.py": "a checkpoint of an older commit, through the command line",
   "end_to_end": "whole runs in processes, through the command line",
   "parity": "the public API against transformers",
   "tpu": "whole programs compiled for TPUs, which are not here",
