@@ -64,7 +64,7 @@ def resolve_implementation(shape: Shape, implementation: str) -> str | None:
   import jax
   import jax.numpy as jnp
 
-  from deepseek_jax.kernels.implementations import chosen
+  from deepseek_jax.kernels.implementations import resolve_implementation
 
   if implementation not in ("auto", "pallas"):
     return implementation
@@ -74,7 +74,7 @@ def resolve_implementation(shape: Shape, implementation: str) -> str | None:
     jax.eval_shape(attention_function(shape, "pallas", False), *operands)
   except ValueError:
     return "xla"
-  return chosen("attention", "pallas")
+  return resolve_implementation("attention", "pallas")
 
 
 def attention_calls(shape: Shape, implementation: str, backward: bool) -> Calls:

@@ -82,10 +82,10 @@ def quantize_per_tensor(x: jax.Array, tile: tuple[int, int], pow2_scales: bool) 
   """As `quantize`, but with the same scale for all tiles of a matrix."""
   import jax.numpy as jnp
 
-  from deepseek_jax.kernels.qtensor import FP8, QTensor, greatest_of, scales_of, tiles_of
+  from deepseek_jax.kernels.qtensor import FP8, QTensor, compute_absmax, compute_scales, tile_counts
 
-  scales = scales_of(greatest_of(x.astype(jnp.float32), (-2, -1)), pow2_scales)[..., None, None]
-  tile_scales = jnp.broadcast_to(scales, (*x.shape[:-2], *tiles_of(x.shape, tile)))
+  scales = compute_scales(compute_absmax(x.astype(jnp.float32), (-2, -1)), pow2_scales)[..., None, None]
+  tile_scales = jnp.broadcast_to(scales, (*x.shape[:-2], *tile_counts(x.shape, tile)))
   return QTensor((x / scales).astype(FP8), tile_scales, tile)
 
 

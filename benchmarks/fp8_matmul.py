@@ -105,7 +105,7 @@ def gemm_error(y: jax.Array, a: QTensor, b: QTensor) -> jax.Array:
   import jax.numpy as jnp
 
   first = dataclasses.replace(a, values=a.values[:128], scales=a.scales[:128])
-  exact = jnp.dot(first.dequantized(), b.dequantized().T, precision=jax.lax.Precision.HIGHEST)
+  exact = jnp.dot(first.dequantize(), b.dequantize().T, precision=jax.lax.Precision.HIGHEST)
   return jnp.linalg.norm(y[:128].astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from deepseek_jax.errors import ConfigError
+from deepseek_jax.errors import ConfigError, format_exception
 
 UNFINISHED = 3  # exit code: rows remain, and the same command continues with them
 MAX_TRIES = 2  # of a row that never ends, before it counts as failed
@@ -96,11 +96,6 @@ class Results:
     self.rows[row["name"]] = row
     if self.path:
       write_json(self.path, {**self.conditions, "rows": list(self.rows.values())})
-
-
-def format_exception(e: Exception) -> str:
-  """Type and first line of an exception."""
-  return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
 
 
 def read_json(path: str | os.PathLike) -> Any:

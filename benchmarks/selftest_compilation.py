@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
   from deepseek_jax.mesh import min_devices, resolve_mesh
   from deepseek_jax.model.linear import matmul_precision
   from deepseek_jax.selftest.cases import make_cases, program_calls
-  from deepseek_jax.selftest.check import traceable_forms
+  from deepseek_jax.selftest.check import traceable_functions
 
   target = {"platform": "cuda", "topology_name": "h200", "topology": "1x1x1"}
   topology = topologies.get_topology_desc(target_config=gpu_without_one.H200, **target)
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
   step_seconds = clock.lap()
   seconds: dict[str, dict[str, float]] = {}  # {case: {phase: CPU seconds}}
   for case in cases:
-    inputs, forms = traceable_forms(case, lambda: matmul_precision(config.model))
+    inputs, forms = traceable_functions(case, lambda: matmul_precision(config.model))
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in inputs]
     phases = {"inputs": clock.lap()}
     for file, form in forms.items():

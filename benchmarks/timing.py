@@ -10,7 +10,7 @@ from absl import flags
 
 from benchmarks.results import Results
 from deepseek_jax.flags import parse
-from deepseek_jax.selftest.timing import seconds_a_call
+from deepseek_jax.selftest.timing import seconds_per_call
 
 CACHE_BYTES = 200 * 2**20  # several times an H200's L2 cache
 UNIT_SCALES = {"TFLOP/s": 1e12, "GB/s": 1e9}
@@ -81,12 +81,12 @@ def measure_row(row: Row) -> dict[str, Any]:
   for name, (function, arguments) in row.make_calls().items():
     if name == "torch":
       with contextlib.suppress(RuntimeError):  # torch does not support these sizes or dtypes
-        rates[name] = row.work / seconds_a_call(function, arguments, lambda _: torch_on_gpu().cuda.synchronize())
+        rates[name] = row.work / seconds_per_call(function, arguments, lambda _: torch_on_gpu().cuda.synchronize())
       continue
     function = jax.jit(function)
     if name == "ours" and row.error:
       result["error"] = float(jax.jit(row.error)(function(*arguments[0]), *arguments[0]))
-    rates[name] = row.work / seconds_a_call(function, arguments, jax.block_until_ready)
+    rates[name] = row.work / seconds_per_call(function, arguments, jax.block_until_ready)
   if row.unit in UNIT_SCALES:
     return result | {name: rate / UNIT_SCALES[row.unit] for name, rate in rates.items()}
   return result | {"ours": rates["ours"] / rates[row.unit.removeprefix("times ")]}

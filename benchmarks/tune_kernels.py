@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from benchmarks import fp8_matmul
-from benchmarks.results import Results, format_exception, write_json
+from benchmarks.results import Results, write_json
 from benchmarks.timing import Calls
-from deepseek_jax.errors import ConfigError
+from deepseek_jax.errors import ConfigError, format_exception
 from deepseek_jax.flags import parse, run_program
-from deepseek_jax.selftest.timing import seconds_a_call
+from deepseek_jax.selftest.timing import seconds_per_call
 
 if TYPE_CHECKING:  # jax is imported after the flags are parsed
-  from deepseek_jax.kernels.tiles import Tiles
+  from deepseek_jax.kernels.tiles import TileConfig
 
 BANDS = (4, 8, 16)
 
@@ -93,9 +93,9 @@ class Gemm:
 
 def format_best(row: dict[str, Any]) -> str:
   """The fastest tiles of a row, and their rate."""
-  from deepseek_jax.kernels.tiles import Tiles
+  from deepseek_jax.kernels.tiles import TileConfig
 
-  return f"{Tiles(**row['tiles'])}, {row['rate']:.4g} TFLOP/s"
+  return f"{TileConfig(**row['tiles'])}, {row['rate']:.4g} TFLOP/s"
 
 
 def tune(gemm: Gemm, small: bool) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def tune(gemm: Gemm, small: bool) -> dict[str, Any]:
   }  # fmt: skip
 
 
-def time_candidates(gemm: Gemm, small: bool) -> dict[Tiles, float]:
+def time_candidates(gemm: Gemm, small: bool) -> dict[TileConfig, float]:
   """{tiles: seconds per call} of the candidates that compile and run."""
   import jax
 
@@ -125,7 +125,7 @@ def time_candidates(gemm: Gemm, small: bool) -> dict[Tiles, float]:
 
   candidates = CANDIDATES["fp8_wgrad" if "wgrad" in gemm.operation else "fp8_matmul"]
   function, arguments = gemm.make_call()
-  seconds: dict[Tiles, float] = {}
+  seconds: dict[TileConfig, float] = {}
 
   def compile_tiles(tiles):
     """The compiled function, or None if it does not compile: the others are still timed."""
@@ -143,8 +143,8 @@ def time_candidates(gemm: Gemm, small: bool) -> dict[Tiles, float]:
       if call is None:
         continue
       try:
-        options = {"least": 0, "rounds": 1} if small else {"least": 0.02}
-        seconds[tiles] = seconds_a_call(call, arguments, jax.block_until_ready, **options)
+        options = {"min_seconds": 0, "rounds": 1} if small else {"min_seconds": 0.02}
+        seconds[tiles] = seconds_per_call(call, arguments, jax.block_until_ready, **options)
       except Exception as e:
         print(f"  {tiles}: {format_exception(e)}", flush=True)
 
@@ -170,7 +170,7 @@ def gemms(small: bool) -> Iterator[Gemm]:
 
   from deepseek_jax.kernels.fp8_grouped_matmul import pallas_gpu as grouped
   from deepseek_jax.kernels.fp8_matmul import pallas_gpu as dense
-  from deepseek_jax.kernels.tiles import key
+  from deepseek_jax.kernels.tiles import table_key
 
   def with_operands_of(make_calls: Callable[[], Calls], function: Callable, **options: Any):
     """`Gemm.make_call` for a kernel, with the operands that fp8_matmul times it with."""
@@ -179,7 +179,7 @@ def gemms(small: bool) -> Iterator[Gemm]:
   if small:
     make_calls = functools.partial(fp8_matmul.dense_calls, 128, 128, 128, "xla")
     make_call = with_operands_of(make_calls, dense.matmul, out_dtype=jnp.bfloat16)
-    yield Gemm("fp8_matmul", key(jnp.bfloat16, 128, 128, 128, 1), "small", 2 * 128**3, make_call)
+    yield Gemm("fp8_matmul", table_key(jnp.bfloat16, 128, 128, 128, 1), "small", 2 * 128**3, make_call)
     return
   for (m, n, k), wgrad in [
     *zip(fp8_matmul.DENSE, itertools.repeat(False)),
@@ -189,16 +189,16 @@ def gemms(small: bool) -> Iterator[Gemm]:
     out, kind = (jnp.float32, "wgrad") if wgrad else (jnp.bfloat16, "forward or dgrad")
     operation = "fp8_wgrad" if wgrad else "fp8_matmul"
     make_call = with_operands_of(make_calls, dense.matmul, out_dtype=out)
-    yield Gemm(operation, key(out, m, n, k, 1), f"{kind} {m} x {n} x {k}", 2 * m * n * k, make_call)
+    yield Gemm(operation, table_key(out, m, n, k, 1), f"{kind} {m} x {n} x {k}", 2 * m * n * k, make_call)
   for groups, m, n, k in fp8_matmul.GROUPED:
     flops, sizes = 2 * groups * m * n * k, f"{groups} x {m} x {n} x {k}"
     make_calls = functools.partial(fp8_matmul.grouped_calls, groups, m, n, k, "xla")
     make_call = with_operands_of(make_calls, grouped.matmul, step=128, out_dtype=jnp.bfloat16)
-    tiles_key = key(jnp.bfloat16, groups * m, n, k, groups)
+    tiles_key = table_key(jnp.bfloat16, groups * m, n, k, groups)
     yield Gemm("fp8_grouped_matmul", tiles_key, f"grouped {sizes}", flops, make_call)
     make_calls = functools.partial(fp8_matmul.grouped_wgrad_calls, groups, m, n, k, "xla")
     make_call = with_operands_of(make_calls, grouped.wgrad, step=128, out_dtype=jnp.float32)
-    tiles_key = key(jnp.float32, groups * k, n, groups * m, groups)
+    tiles_key = table_key(jnp.float32, groups * k, n, groups * m, groups)
     yield Gemm("fp8_grouped_wgrad", tiles_key, f"grouped wgrad {sizes}", flops, make_call)
 
 

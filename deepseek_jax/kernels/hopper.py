@@ -1,44 +1,48 @@
-"""A product of tiled eight-bit matrices for Hopper GPUs: what the dense and the grouped kernels share.
+"""FP8 GEMM for Hopper GPUs: what the dense and the grouped kernels share.
 
-One thread block a multiprocessor takes tiles of the result until none is left. A warpgroup copies operands (TMA) into a ring
-of stages; two warpgroups multiply them (wgmma, e4m3), each half of the tile's rows. wgmma adds up in fewer bits than float32
-has, so each `block` of the contraction starts from zero and is scaled and added in registers (V3 report, section 3.3.2).
+The kernel is persistent: one thread block a multiprocessor takes output tiles until none is left. It is warp-specialized: one
+warpgroup copies operands with TMA into a ring buffer of stages, two multiply them with wgmma (e4m3), each half of the tile's
+rows. wgmma accumulates in fewer bits than float32 has. So each block of the contraction starts from zero, is scaled, and is added
+to the accumulator in float32 registers: it is promoted (V3 report, section 3.3.2).
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 from deepseek_jax.kernels import _compat
-from deepseek_jax.kernels.fp8_matmul.xla import padded
-from deepseek_jax.kernels.implementations import Unsupported, vary
+from deepseek_jax.kernels._compat import Ref
+from deepseek_jax.kernels.fp8_matmul.xla import pad_with_zeros
+from deepseek_jax.kernels.implementations import Unsupported, match_vma
 from deepseek_jax.kernels.qtensor import FP8, QTensor
-from deepseek_jax.kernels.tiles import BLOCK, MULTIPROCESSORS, WARPGROUPS, WAVE
+from deepseek_jax.kernels.tiles import BLOCK, MMA_WARPGROUPS, MULTIPROCESSORS, WGMMA_ROWS, TileConfig
 
-COPYING, MULTIPLYING = 24, 240  # registers of a thread
+COPY_REGISTERS, MMA_REGISTERS = 24, 240  # of a thread, by what its warpgroup does
 SWIZZLE = 128  # bytes
-# Of operands' rows: copies start at multiples of 8 rows, and stores have 64 columns at a time, rows of b being columns.
-ROWS, COLUMNS = 8, 64
+# Rows of operands are padded to multiples of these: copies start at multiples of 8 rows, and stores have 64 columns at a time,
+# which are rows of b.
+ROW_ALIGNMENT, COLUMN_ALIGNMENT = 8, 64
 
 
-class Tile(NamedTuple):
-  """What a cluster does next: int32 scalars.
+class WorkTile(NamedTuple):
+  """The output tile that a cluster computes next: int32 scalars.
 
-  row, column: the first in a and in b. group: of b and of the result, where they have groups. first, steps: blocks of the
-  contraction. start, end: the group's own rows of a, or terms of the contraction.
+  row, column: the first in a and in b. group: of b and of the result, where they have groups. first_block, steps: blocks of the
+  contraction. start, end: the group's own rows of a, or its own k of the contraction.
   """
 
   row: jax.Array
   column: jax.Array
-  first: jax.Array
+  first_block: jax.Array
   steps: jax.Array
   group: jax.Array | None = None
   start: jax.Array | None = None
@@ -46,282 +50,315 @@ class Tile(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
-  """count(*tables): the number of tiles; tile(i, *tables): the i-th. most: no less than the number of tiles."""
+class TileSchedule:
+  """The order of output tiles.
 
-  count: Callable
-  tile: Callable
-  most: int
+  count: (*tables) -> the number of tiles. tile: (i, *tables) -> the i-th. max_tiles: an upper bound of their number.
+  """
+
+  count: Callable[..., Any]
+  tile: Callable[..., WorkTile]
+  max_tiles: int
 
 
-def transforms(dtype):
-  """Of shared memory that TMA and wgmma read alike: 8 rows of 128 bytes, swizzled."""
+def smem_transforms(dtype: DTypeLike) -> tuple[Any, Any]:
+  """The layout of shared memory that both TMA and wgmma read: 8 rows of 128 bytes, swizzled."""
   return plgpu.TilingTransform((8, SWIZZLE // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(SWIZZLE)
 
 
-def banded(i, down, across, band):
-  """(tile down, tile across) of the i-th of `down` * `across` tiles, in bands of `band` down."""
-  of_band = band * across
-  above = i // of_band * band
+def banded_order(i: jax.Array, down: int | jax.Array, across: int, band: int) -> tuple[jax.Array, jax.Array]:
+  """(tile down, tile across) of the i-th of `down` * `across` tiles, in bands of `band` tiles down."""
+  band_tiles = band * across
+  above = i // band_tiles * band
   height = jnp.minimum(band, down - above)
-  within = lax.rem(i, of_band)
+  within = lax.rem(i, band_tiles)
   return above + lax.rem(within, height), within // height
 
 
-def operand(q, name, multiple, heights=(1,)):
-  """`q` as TMA reads it, with zeros up to whole blocks of the contraction and a `multiple` of rows.
+def prepare_operand(q: QTensor, name: str, multiple: int, tile_rows: tuple[int, ...] = (1,)) -> QTensor:
+  """`q` as TMA reads it, with zeros up to full blocks of the contraction and a `multiple` of rows.
+
+  name: of the operand, for messages.
 
   Raises:
-    Unsupported: its tiles are not of `heights` rows by BLOCK, or it is not in FP8.
+    Unsupported: its tiles are not of `tile_rows` rows by BLOCK, or it is not in FP8.
   """
   _compat.check_mosaic_gpu()
-  if q.values.dtype != FP8 or q.tile[1] != BLOCK or q.tile[0] not in heights or not q.values.size:
+  if q.values.dtype != FP8 or q.tile[1] != BLOCK or q.tile[0] not in tile_rows or not q.values.size:
     raise Unsupported(
-      f"{name}: kernels for Hopper multiply {jnp.dtype(FP8)} in tiles of {' or '.join(map(str, heights))} x {BLOCK}, and this is "
+      f"{name}: kernels for Hopper multiply {jnp.dtype(FP8)} in tiles of {' or '.join(map(str, tile_rows))} x {BLOCK}, and this is "
       f"{q.values.dtype} {q.shape} in tiles of {q.tile[0]} x {q.tile[1]}"
     )
   missing = -q.shape[-2] % multiple
-  values = padded(padded(q.values, -1, -q.shape[-1] % BLOCK), -2, missing)
-  return QTensor(values, padded(q.scales, -2, missing) if q.tile[0] == 1 else q.scales, q.tile)
+  values = pad_with_zeros(pad_with_zeros(q.values, -1, -q.shape[-1] % BLOCK), -2, missing)
+  return QTensor(values, pad_with_zeros(q.scales, -2, missing) if q.tile[0] == 1 else q.scales, q.tile)
 
 
-def result(shape, dtype):
-  """The type of a product.
+def output_type(shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+  """The type of a result.
 
   Raises:
-    Unsupported: the dtype is none that is stored.
+    Unsupported: a dtype that is not stored.
   """
   if dtype not in (jnp.float32, jnp.bfloat16):
     raise Unsupported(f"Hopper kernels make float32 and bfloat16, not {jnp.dtype(dtype)}")
   return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def product(tables, a, b, out, schedule, tiles, store, masked=False):
-  """The kernel's call: `out` (shape and dtype) from `a` [m, k] and the transpose of `b` [(groups,) n, k], QTensors.
+def pallas_matmul(
+  tables: tuple[jax.Array, ...],
+  a: QTensor,
+  b: QTensor,
+  out: jax.ShapeDtypeStruct,
+  schedule: TileSchedule,
+  tiles: TileConfig,
+  store: "type[FullTileStore] | type[RowRangeStore]",
+  masked: bool = False,
+) -> jax.Array:
+  """Calls the kernel: `a` [m, k] times the transpose of `b` [(groups,) n, k], an array of the type `out`.
 
   Args:
     tables: int32 arrays that the schedule reads.
-    store: which of STORES writes a tile.
-    masked: values of `a` outside a tile's terms [start, end) count as zeros.
+    store: how a tile is written.
+    masked: values of `a` outside a tile's k [start, end) count as zeros.
   """
-  of_rows = b.tile[0] == 1
+  b_has_row_scales = b.tile[0] == 1
   # TMA reads a stage's scales in one piece.
-  scales_a, scales_b = a.scales.T, b.scales.T if of_rows else b.scales
-  staging, staging_bytes = STORES[store].scratch(tiles, out.dtype)
+  a_scales, b_scales = a.scales.T, b.scales.T if b_has_row_scales else b.scales
+  staging, staging_bytes = store.scratch(tiles, out.dtype)
   stages, m, n = tiles.stages(staging_bytes), tiles.m, tiles.n
-  blocks = min(MULTIPROCESSORS // tiles.cluster, schedule.most)
-  ring = functools.partial(plgpu.SMEM, dtype=FP8, transforms=transforms(FP8))
-  empty = {"num_arrivals": WARPGROUPS, "num_barriers": stages}
+  blocks = min(MULTIPROCESSORS // tiles.cluster, schedule.max_tiles)
+  ring = functools.partial(plgpu.SMEM, dtype=FP8, transforms=smem_transforms(FP8))
+  empty: dict[str, Any] = {"num_arrivals": MMA_WARPGROUPS, "num_barriers": stages}
   scratch = {
     "a_ring": ring((stages, m, BLOCK)),
     "b_ring": ring((stages, n, BLOCK)),
     "scales_a_ring": plgpu.SMEM((stages, m), jnp.float32),
-    "scales_b_ring": plgpu.SMEM((stages, n), jnp.float32) if of_rows else None,
+    "scales_b_ring": plgpu.SMEM((stages, n), jnp.float32) if b_has_row_scales else None,
     "staging": staging,
-    "full": plgpu.Barrier(num_arrivals=3 + of_rows, num_barriers=stages),
+    "full": plgpu.Barrier(num_arrivals=3 + b_has_row_scales, num_barriers=stages),
     "empty": plgpu.ClusterBarrier(collective_axes=("cluster",), **empty)
     if tiles.cluster > 1
     else plgpu.Barrier(**empty),
   }
-  cluster = {"cluster": (tiles.cluster,), "cluster_names": ("cluster",)} if tiles.cluster > 1 else {}
+  cluster: dict[str, Any] = {"cluster": (tiles.cluster,), "cluster_names": ("cluster",)} if tiles.cluster > 1 else {}
   kernel = plgpu.kernel(
-    functools.partial(_kernel, len(tables), schedule, tiles, stages, blocks, STORES[store].write, masked),
+    functools.partial(_kernel, len(tables), schedule, tiles, stages, blocks, store.write, masked),
     out_type=out,
     scratch_types=scratch,
     grid=(blocks,),
     grid_names=("block",),
-    num_threads=WARPGROUPS + 1,
+    num_threads=MMA_WARPGROUPS + 1,
     thread_name="warpgroup",
     compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     **cluster,
   )
-  # Over which axes of a mesh it varies is not said by the call.
-  return vary(kernel(*tables, a.values, scales_a, b.values, scales_b), a.values)[0]
+  # The call does not type its result as varying over mesh axes.
+  return match_vma(kernel(*tables, a.values, a_scales, b.values, b_scales), a.values)[0]
 
 
-def _kernel(tables, schedule, tiles, stages, blocks, write, masked, *refs, full, empty, staging, **rings):
-  tables, (a, scales_a, b, scales_b, out) = refs[:tables], refs[tables:]
+def _kernel(num_tables, schedule, tiles, stages, blocks, write, masked, *refs, full, empty, staging, **rings):
+  tables, (a, a_scales, b, b_scales, out) = refs[:num_tables], refs[num_tables:]
   block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
   member = lax.axis_index("cluster") if tiles.cluster > 1 else 0
 
-  def each_tile(visit):
-    """Steps that visit(tile, steps before it) was called for, over this block's tiles."""
+  def for_each_tile(process):
+    """Calls process(tile, steps_done) for each of this block's tiles; returns the steps of all."""
 
-    def body(i, done):
+    def body(i, steps_done):
       tile = schedule.tile(block + i * blocks, *tables)
       tile = tile._replace(row=tile.row + member * tiles.m)
-      visit(tile, done)
-      return done + tile.steps
+      process(tile, steps_done)
+      return steps_done + tile.steps
 
     return lax.fori_loop(0, (schedule.count(*tables) - block + blocks - 1) // blocks, body, jnp.int32(0))
 
-  @pl.when(warpgroup == WARPGROUPS)
-  def _():
-    plgpu.set_max_registers(COPYING, action="decrease")
-    copies = functools.partial(_copies, tiles, stages, a, scales_a, b, scales_b, full, empty, rings)
-    done = each_tile(copies)
-    # No one may arrive at a barrier of a block that has ended.
+  @pl.when(warpgroup == MMA_WARPGROUPS)
+  def producer():
+    plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+    copy_operands = functools.partial(_copy_operands, tiles, stages, a, a_scales, b, b_scales, full, empty, rings)
+    steps_done = for_each_tile(copy_operands)
+    # A block must not end while other warpgroups or blocks may still arrive at its barriers.
     lax.fori_loop(
-      jnp.maximum(done - stages, 0), done,
+      jnp.maximum(steps_done - stages, 0), steps_done,
       lambda step, _: plgpu.barrier_wait(empty.at[lax.rem(step, stages)]), None,
     )  # fmt: skip
 
-  @pl.when(warpgroup < WARPGROUPS)
-  def _():
-    plgpu.set_max_registers(MULTIPLYING, action="increase")
+  @pl.when(warpgroup < MMA_WARPGROUPS)
+  def consumer():
+    plgpu.set_max_registers(MMA_REGISTERS, action="increase")
 
-    def visit(tile, done):
-      sums = _sums(tiles, stages, warpgroup, tile, done, scales_b, full, empty, rings, masked)
-      first = warpgroup * WAVE * tiles.waves
-      write(staging, out, tile, warpgroup, tile.row + first, sums)
+    def compute_tile(tile, steps_done):
+      sums = _multiply_operands(tiles, stages, warpgroup, tile, steps_done, b_scales, full, empty, rings, masked)
+      first_row = tile.row + warpgroup * WGMMA_ROWS * tiles.waves
+      write(staging, out, tile, warpgroup, first_row, sums)
 
-    each_tile(visit)
+    for_each_tile(compute_tile)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _copies(tiles, stages, a, scales_a, b, scales_b, full, empty, rings, tile, done):
+def _copy_operands(tiles, stages, a, a_scales, b, b_scales, full, empty, rings, tile, steps_done):
   """Copies a tile's operands into the ring, each step as soon as its stage is free."""
   rows, columns = pl.ds(tile.row, tiles.m), pl.ds(tile.column, tiles.n)
   b = b if tile.group is None or len(b.shape) == 2 else b.at[tile.group]
-  shared = {"collective_axes": "cluster"} if tiles.cluster > 1 else {}
+  multicast = {"collective_axes": "cluster"} if tiles.cluster > 1 else {}
 
   def step(i, _):
-    stage, k = lax.rem(done + i, stages), tile.first + i
-    terms = pl.ds(k * BLOCK, BLOCK)
-    pl.when(done + i >= stages)(lambda: plgpu.barrier_wait(empty.at[stage]))
-    copy = lambda source, ring, **how: plgpu.copy_gmem_to_smem(source, rings[ring].at[stage], full.at[stage], **how)
-    copy(a.at[rows, terms], "a_ring")
-    copy(b.at[columns, terms], "b_ring", **shared)
-    copy(scales_a.at[k, rows], "scales_a_ring")
+    stage, k = lax.rem(steps_done + i, stages), tile.first_block + i
+    k_block = pl.ds(k * BLOCK, BLOCK)
+    pl.when(steps_done + i >= stages)(lambda: plgpu.barrier_wait(empty.at[stage]))
+
+    def copy(source, ring, **multicast):
+      plgpu.copy_gmem_to_smem(source, rings[ring].at[stage], full.at[stage], **multicast)
+
+    copy(a.at[rows, k_block], "a_ring")
+    copy(b.at[columns, k_block], "b_ring", **multicast)
+    copy(a_scales.at[k, rows], "scales_a_ring")
     if rings["scales_b_ring"] is not None:
-      copy(scales_b.at[k, columns], "scales_b_ring", **shared)
+      copy(b_scales.at[k, columns], "scales_b_ring", **multicast)
 
   lax.fori_loop(0, tile.steps, step, None)
 
 
-def _sums(tiles, stages, warpgroup, tile, done, scales_b, full, empty, rings, masked):
-  """The warpgroup's rows of a tile, float32: for each wave pieces of columns, [WAVE, width] each."""
-  waves = [pl.ds((warpgroup * tiles.waves + wave) * WAVE, WAVE) for wave in range(tiles.waves)]
-  of_rows = rings["scales_b_ring"]
-  # Of a piece's columns all lie in one block of b.
-  width = tiles.n if of_rows is not None else math.gcd(tiles.n, BLOCK)
+def _multiply_operands(tiles, stages, warpgroup, tile, steps_done, b_scales, full, empty, rings, masked):
+  """The warpgroup's rows of a tile, float32: for each wgmma tile of rows a list of column pieces [WGMMA_ROWS, width]."""
+  row_slices = [pl.ds((warpgroup * tiles.waves + wave) * WGMMA_ROWS, WGMMA_ROWS) for wave in range(tiles.waves)]
+  b_row_scales = rings["scales_b_ring"]
+  # The columns of a piece lie in one block of b, and so have one scale.
+  width = tiles.n if b_row_scales is not None else math.gcd(tiles.n, BLOCK)
   pieces = range(0, tiles.n, width)
 
   def step(i, sums):
-    stage, k = lax.rem(done + i, stages), tile.first + i
+    stage, k = lax.rem(steps_done + i, stages), tile.first_block + i
     plgpu.barrier_wait(full.at[stage])
     if masked:
       pl.when((k * BLOCK < tile.start) | ((k + 1) * BLOCK > tile.end))(
-        lambda: _mask(rings["a_ring"].at[stage], waves, tile.start - k * BLOCK, tile.end - k * BLOCK)
+        lambda: _zero_outside(rings["a_ring"].at[stage], row_slices, tile.start - k * BLOCK, tile.end - k * BLOCK)
       )
-    if of_rows is None:
-      of_group = () if len(scales_b.shape) == 2 else (tile.group,)
-      last = scales_b.shape[-2] - 1  # a tile may stick out
-      scales = [scales_b[*of_group, jnp.minimum((tile.column + piece) // BLOCK, last), k] for piece in pieces]
-    new = []
-    for wave, rows in enumerate(waves):
+    if b_row_scales is None:
+      group_index = () if len(b_scales.shape) == 2 else (tile.group,)
+      last_block = b_scales.shape[-2] - 1  # a tile may extend beyond b
+      scales = [b_scales[*group_index, jnp.minimum((tile.column + piece) // BLOCK, last_block), k] for piece in pieces]
+    new_sums = []
+    for wave, rows in enumerate(row_slices):
 
       def multiply(accumulator, rows=rows, last=wave == tiles.waves - 1):
         plgpu.wgmma(accumulator, rings["a_ring"].at[stage, rows], rings["b_ring"].at[stage].T)
-        # While it multiplies. The next copy to this stage is another proxy's, which the commit orders after the reads.
-        down = plgpu.load(rings["scales_a_ring"].at[stage, rows], layout=plgpu.Layout.WGMMA.reduce(1))
-        across = None if of_rows is None else plgpu.load(of_rows.at[stage], layout=plgpu.Layout.WGMMA.reduce(0))
+        # Loads while wgmma runs. The next copy to this stage is the async proxy's; the commit orders it after these loads.
+        row_scale = _compat.load_smem(rings["scales_a_ring"].at[stage, rows], plgpu.Layout.WGMMA.reduce(1))
+        column_scale = None
+        if b_row_scales is not None:
+          column_scale = _compat.load_smem(b_row_scales.at[stage], plgpu.Layout.WGMMA.reduce(0))
         if last:
           plgpu.commit_smem()
-        return accumulator[...], down, across
+        return accumulator[...], row_scale, column_scale
 
-      terms, down, across = pl.run_scoped(multiply, plgpu.ACC((WAVE, tiles.n), jnp.float32))
+      product, row_scale, column_scale = pl.run_scoped(multiply, plgpu.ACC((WGMMA_ROWS, tiles.n), jnp.float32))
       if wave == tiles.waves - 1:
         plgpu.barrier_arrive(empty.at[stage])
-      if of_rows is None:
-        new.append([
-          total + terms[:, piece : piece + width] * lax.broadcast_in_dim(down * scale, total.shape, (0,))
+      if b_row_scales is None:
+        new_sums.append([
+          total + product[:, piece : piece + width] * lax.broadcast_in_dim(row_scale * scale, total.shape, (0,))
           for piece, scale, total in zip(pieces, scales, sums[wave], strict=True)
         ])  # fmt: skip
       else:
-        down, across = (lax.broadcast_in_dim(x, terms.shape, (i,)) for i, x in enumerate((down, across)))
-        new.append([sums[wave][0] + terms * across * down])
-    return new
+        row_scale, column_scale = (
+          lax.broadcast_in_dim(x, product.shape, (i,)) for i, x in enumerate((row_scale, column_scale))
+        )
+        new_sums.append([sums[wave][0] + product * column_scale * row_scale])
+    return new_sums
 
   zeros = [
-    [plgpu.layout_cast(jnp.zeros((WAVE, width), jnp.float32), plgpu.Layout.WGMMA) for _ in pieces] for _ in waves
+    [plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, width), jnp.float32), plgpu.Layout.WGMMA) for _ in pieces]
+    for _ in row_slices
   ]
   return lax.fori_loop(0, tile.steps, step, zeros)
 
 
-def _mask(values, waves, start, end):
-  """Zeros where `values` [rows, BLOCK] are outside columns [start, end)."""
-  for rows in waves:
-    x = plgpu.load(values.at[rows], layout=plgpu.Layout.WGMMA_8BIT)
+def _zero_outside(values, row_slices, start, end):
+  """Zeroes `values` [rows, BLOCK] outside columns [start, end)."""
+  for rows in row_slices:
+    x = _compat.load_smem(values.at[rows], plgpu.Layout.WGMMA_8BIT)
     column = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=plgpu.Layout.WGMMA_8BIT)
-    keep = jnp.where((column >= start) & (column < end), -1, 0).astype(jnp.int8)
-    bits = lax.bitcast_convert_type(x, jnp.int8)  # bitwise operations are the ones that exist for 8-bit types
-    values[rows] = lax.bitcast_convert_type(bits & keep, x.dtype)
+    mask = jnp.where((column >= start) & (column < end), -1, 0).astype(jnp.int8)
+    bits = lax.bitcast_convert_type(x, jnp.int8)  # of 8-bit types only bitwise operations exist
+    values[rows] = lax.bitcast_convert_type(bits & mask, x.dtype)
   plgpu.commit_smem()
 
 
-def _store_wave(staging, out, row, column, pieces):
-  """`pieces` of columns, staged by this warpgroup, to `out` from (row, column) on: TMA leaves out what lies outside."""
-  plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the wave before
+def _store_rows(staging, out, row, column, pieces):
+  """Stores WGMMA_ROWS rows, `pieces` of columns, to `out` from (row, column) on. TMA leaves out what lies outside `out`."""
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the store before has read `staging`
   width = pieces[0].shape[1]
   for i, piece in enumerate(pieces):
     staging[:, i * width : (i + 1) * width] = piece.astype(staging.dtype)
   plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(staging, out.at[pl.ds(row, WAVE), pl.ds(column, staging.shape[1])])
+  plgpu.copy_smem_to_gmem(staging, out.at[pl.ds(row, WGMMA_ROWS), pl.ds(column, staging.shape[1])])
 
 
-class Whole:
-  """Tiles of which every row that exists is the tile's own."""
-
-  @staticmethod
-  def scratch(tiles, dtype):
-    """(what `write` stages, its bytes)."""
-    shape = WARPGROUPS, WAVE, tiles.n
-    return plgpu.SMEM(shape, dtype, transforms=transforms(dtype)), math.prod(shape) * jnp.dtype(dtype).itemsize
+class FullTileStore:
+  """Stores tiles all of whose rows belong to the tile, but for those outside the result."""
 
   @staticmethod
-  def write(staging, out, tile, warpgroup, first, sums):
+  def scratch(tiles: TileConfig, dtype: DTypeLike) -> tuple[Any, int]:
+    """(shared memory in which `write` stages rows, its bytes)."""
+    shape = MMA_WARPGROUPS, WGMMA_ROWS, tiles.n
+    return plgpu.SMEM(shape, dtype, transforms=smem_transforms(dtype)), math.prod(shape) * jnp.dtype(dtype).itemsize
+
+  @staticmethod
+  def write(
+    staging: Ref, out: Ref, tile: WorkTile, warpgroup: jax.Array, first_row: jax.Array, sums: list[list[jax.Array]]
+  ) -> None:
+    """Writes `sums`, this warpgroup's rows of `tile`, to `out` from `first_row` on."""
     out = out if len(out.shape) == 2 else out.at[tile.group]
     for wave, pieces in enumerate(sums):
-      _store_wave(staging.at[warpgroup], out, first + wave * WAVE, tile.column, pieces)
+      _store_rows(staging.at[warpgroup], out, first_row + wave * WGMMA_ROWS, tile.column, pieces)
 
 
-class Ragged:
-  """Tiles of which rows [start, end) are written, and no others."""
-
-  @staticmethod
-  def scratch(tiles, dtype):
-    whole, bytes_ = Whole.scratch(tiles, dtype)
-    part = plgpu.SMEM((WARPGROUPS, WAVE, SWIZZLE // jnp.dtype(dtype).itemsize), dtype)
-    return (whole, part), bytes_ + WARPGROUPS * WAVE * SWIZZLE
+class RowRangeStore:
+  """Stores rows [start, end) of tiles, and no others: these are another group's."""
 
   @staticmethod
-  def write(staging, out, tile, warpgroup, first, sums):
-    whole, part = (x.at[warpgroup] for x in staging)
+  def scratch(tiles: TileConfig, dtype: DTypeLike) -> tuple[Any, int]:
+    """As `FullTileStore.scratch`, with a second buffer for single rows."""
+    full, full_bytes = FullTileStore.scratch(tiles, dtype)
+    partial = plgpu.SMEM((MMA_WARPGROUPS, WGMMA_ROWS, SWIZZLE // jnp.dtype(dtype).itemsize), dtype)
+    return (full, partial), full_bytes + MMA_WARPGROUPS * WGMMA_ROWS * SWIZZLE
+
+  @staticmethod
+  def write(
+    staging: tuple[Ref, Ref],
+    out: Ref,
+    tile: WorkTile,
+    warpgroup: jax.Array,
+    first_row: jax.Array,
+    sums: list[list[jax.Array]],
+  ) -> None:
+    """As `FullTileStore.write`, of the rows in [start, end) alone."""
+    assert tile.start is not None and tile.end is not None  # as tiles of groups have them
+    full, partial = (x.at[warpgroup] for x in staging)
     for wave, pieces in enumerate(sums):
-      row = first + wave * WAVE
-      own = (tile.start <= row) & (row + WAVE <= tile.end)
-      pl.when(own)(functools.partial(_store_wave, whole, out, row, tile.column, pieces))
-      low, high = (jnp.clip(limit - row, 0, WAVE) for limit in (tile.start, tile.end))
-      pl.when(~own & (high > low))(functools.partial(_store_rows, part, out, row, low, high - low, tile.column, pieces))
+      row = first_row + wave * WGMMA_ROWS
+      inside = (tile.start <= row) & (row + WGMMA_ROWS <= tile.end)
+      pl.when(inside)(functools.partial(_store_rows, full, out, row, tile.column, pieces))
+      low, high = (jnp.clip(limit - row, 0, WGMMA_ROWS) for limit in (tile.start, tile.end))
+      overlaps = ~inside & (high > low)
+      pl.when(overlaps)(functools.partial(_store_some_rows, partial, out, row, low, high - low, tile.column, pieces))
 
 
-def _store_rows(part, out, row, low, count, column, pieces):
-  """`count` < WAVE rows from `low` on. Shapes of copies are fixed: rows are copied by the bits of `count`."""
-  (_, chunk), width = part.shape, pieces[0].shape[1]
+def _store_some_rows(staging, out, row, low, count, column, pieces):
+  """Stores `count` < WGMMA_ROWS rows from `low` on. Copies have fixed shapes: rows are copied by the bits of `count`."""
+  (_, chunk), width = staging.shape, pieces[0].shape[1]
   for i, piece in enumerate(pieces):
-    for at in range(0, width, chunk):
+    for offset in range(0, width, chunk):
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      _compat.store(part, piece[:, at : at + chunk].astype(part.dtype))
+      _compat.store_smem(staging, piece[:, offset : offset + chunk].astype(staging.dtype))
       plgpu.commit_smem()
-      columns, start = pl.ds(column + i * width + at, chunk), low
+      columns, start = pl.ds(column + i * width + offset, chunk), low
       for rows in (32, 16, 8, 4, 2, 1):
 
         @pl.when(count & rows != 0)
-        def _(start=start, rows=rows, columns=columns):
-          plgpu.copy_smem_to_gmem(part.at[pl.ds(start, rows)], out.at[pl.ds(row + start, rows), columns])
+        def copy(start=start, rows=rows, columns=columns):
+          plgpu.copy_smem_to_gmem(staging.at[pl.ds(start, rows)], out.at[pl.ds(row + start, rows), columns])
 
         start += count & rows
-
-
-STORES = {"whole": Whole, "ragged": Ragged}

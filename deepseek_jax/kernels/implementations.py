@@ -1,4 +1,4 @@
-"""Which implementation of a kernel runs, which calls a program makes, and types that all kernels need inside shard_map."""
+"""Selects the implementation of a kernel, records the kernel calls of a program, and types arrays inside shard_map."""
 
 import contextlib
 import contextvars
@@ -14,17 +14,19 @@ from typing import Any
 import jax
 import numpy as np
 
+from deepseek_jax.typing import PyTree
+
 IMPLEMENTATIONS = ("xla", "reference", "pallas_tpu", "pallas_gpu")  # files in a kernel's folder
 _log = logging.getLogger(__name__)
 
 
 class Unsupported(ValueError):
-  """An implementation does not do what is asked; the message says what it does, and names the shapes that came."""
+  """An implementation does not support the operands; the message says what it supports, and what came."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-  """A call of `kernels/<kernel>/<file>.py`'s `function`, by what fixes its program: arrays are ShapeDtypeStructs."""
+  """A call of `function` of `kernels/<kernel>/<file>.py`, by what fixes its program: arrays are ShapeDtypeStructs."""
 
   kernel: str
   function: str
@@ -38,12 +40,15 @@ class Call:
   @property
   def key(self) -> str:
     """Unique among calls, and readable: `fp8_matmul.matmul(float8_e4m3fn[8192,7168]/1x128, ..)`."""
-    return f"{self.name}({', '.join(_shown(x) for x in self.arguments)})"
+    return f"{self.name}({', '.join(_describe(x) for x in self.arguments)})"
 
 
 @dataclasses.dataclass(frozen=True)
 class Replacements:
-  """Calls that XLA's form is to serve where a Pallas kernel would: of `functions` ("kernel.function") any, and `calls`."""
+  """Pallas kernel calls that XLA's implementation is to replace.
+
+  functions: "kernel.function", every call of which is replaced. calls: keys of single calls, see `Call.key`.
+  """
 
   functions: frozenset[str] = frozenset()
   calls: frozenset[str] = frozenset()
@@ -54,12 +59,12 @@ class Replacements:
 
 NO_REPLACEMENTS = Replacements()
 _replacements = contextvars.ContextVar("replacements", default=NO_REPLACEMENTS)
-_recorded: contextvars.ContextVar[dict[str, Call] | None] = contextvars.ContextVar("recorded", default=None)
+_recorded_calls: contextvars.ContextVar[dict[str, Call] | None] = contextvars.ContextVar("recorded_calls", default=None)
 
 
 @contextlib.contextmanager
 def replace_kernels(replacements: Replacements) -> Iterator[None]:
-  """Programs that are traced in the block have XLA's form in place of the kernels that `replacements` names."""
+  """Programs that are traced in the block fall back to XLA for the kernel calls that `replacements` names."""
   token = _replacements.set(replacements)
   try:
     yield
@@ -69,50 +74,50 @@ def replace_kernels(replacements: Replacements) -> Iterator[None]:
 
 @contextlib.contextmanager
 def record_calls() -> Iterator[dict[str, Call]]:
-  """Gives a dict that gets the calls of Pallas kernels that are traced in the block, by their keys.
+  """Gives a dict to which the Pallas kernel calls that are traced in the block are added, by their keys.
 
-  The program has XLA's forms in their place, so that a kernel that cannot even be traced is in the list and ends nothing.
+  The program has XLA's implementations in their place. So a kernel that cannot even be traced is recorded, and raises nothing.
   """
   calls: dict[str, Call] = {}
-  token = _recorded.set(calls)
+  token = _recorded_calls.set(calls)
   try:
     yield calls
   finally:
-    _recorded.reset(token)
+    _recorded_calls.reset(token)
 
 
-def run(kernel: str, function: str, name: str, *args: Any) -> Any:
-  """What `function` of `kernels/<kernel>/<name>.py` makes of `args`.
+def call_kernel(kernel: str, function: str, implementation: str, *args: Any) -> Any:
+  """The result of `function` of `kernels/<kernel>/<implementation>.py` for `args`.
 
   Args:
-    name: one of IMPLEMENTATIONS; "pallas": the platform's own kernel; "auto": likewise, and XLA's where there is none,
-      where it does not do these shapes, which is logged once, or where `replace_kernels` says so.
+    implementation: one of IMPLEMENTATIONS; "pallas": the platform's Pallas kernel; "auto": likewise, with a fallback to XLA
+      where there is none, where it does not support these shapes, which is logged once, or where `replace_kernels` says so.
 
   Raises:
-    ValueError: there is none of that name, or on this platform none.
-    Unsupported: the one that was named does not do these shapes, or is replaced.
+    ValueError: no such implementation, or none for this platform.
+    Unsupported: the implementation that was named does not support these shapes, or is replaced.
   """
-  call = Call(kernel, function, chosen(kernel, name), jax.tree.map(_abstract, args))
+  call = Call(kernel, function, resolve_implementation(kernel, implementation), jax.tree.map(_abstract, args))
   if not call.file.startswith("pallas"):
     return load_function(kernel, function, call.file)(*args)
   if call in _replacements.get():
-    if name == "auto":
+    if implementation == "auto":
       return load_function(kernel, function, "xla")(*args)
     raise Unsupported(f"the self-test replaced {call.name}")
   try:
-    if (recorded := _recorded.get()) is None:
+    if (recorded := _recorded_calls.get()) is None:
       return load_function(kernel, function, call.file)(*args)
     if call.key not in recorded:
       _record(call, args, recorded)
   except Unsupported as e:
-    if name != "auto":
+    if implementation != "auto":
       raise
     log_once(f"{call.name}: falling back to XLA: {e}")
   return load_function(kernel, function, "xla")(*args)
 
 
-def _record(call, args, recorded):
-  """Adds `call` to `recorded`. Raises Unsupported as its kernel does; what else it raises is for the self-test to find."""
+def _record(call: Call, args: tuple, recorded: dict[str, Call]) -> None:
+  """Adds `call` to `recorded`. Raises Unsupported as its kernel does; other errors are left to the self-test to find."""
   try:
     load_function(call.kernel, call.function, call.file)(*args)
   except Unsupported:
@@ -122,40 +127,44 @@ def _record(call, args, recorded):
   recorded[call.key] = call
 
 
-def chosen(kernel: str, name: str) -> str:
-  """The file, of IMPLEMENTATIONS, that `run` takes of `kernel` for `name`. Raises ValueError as `run` does."""
-  there = [file for file in IMPLEMENTATIONS if importlib.util.find_spec(f"deepseek_jax.kernels.{kernel}.{file}")]
+def resolve_implementation(kernel: str, implementation: str) -> str:
+  """The file, of IMPLEMENTATIONS, that `call_kernel` takes for `implementation`. Raises ValueError as `call_kernel` does."""
+  available = [file for file in IMPLEMENTATIONS if importlib.util.find_spec(f"deepseek_jax.kernels.{kernel}.{file}")]
   native = native_file(device_kind())
-  native = native if native in there else None
-  if name == "pallas" and native is None:
+  if native not in available:
+    native = None
+  if implementation == "pallas" and native is None:
     raise ValueError(f"{kernel}: no Pallas kernel for {device_kind()}: use auto or xla")
-  if name not in (*there, "auto", "pallas"):
-    raise ValueError(f"{kernel} has no implementation {name!r}: use auto, pallas, {', '.join(there)}")
-  return native or "xla" if name in ("auto", "pallas") else name
+  if implementation not in (*available, "auto", "pallas"):
+    raise ValueError(f"{kernel} has no implementation {implementation!r}: use auto, pallas, {', '.join(available)}")
+  if implementation in ("auto", "pallas"):
+    return native or "xla"
+  return implementation
 
 
-def import_libraries():
-  """Imports what this platform's kernels call, before a program is traced.
+def import_libraries() -> None:
+  """Imports the libraries that this platform's kernels call, before a program is traced.
 
-  tokamax changes settings of jax when it is imported, and jax then traces again what it has traced: V3's step twice (jax 0.12).
+  tokamax changes settings of jax when it is imported. jax then traces again: V3's step twice (jax 0.12).
   """
   if native_file(device_kind()) == "pallas_gpu":
     load_function("attention", "import_library", "pallas_gpu")()
 
 
 def device_kind() -> str:
-  """Of the devices that the program is traced for, such as "cpu", "TPU v5", "NVIDIA H200"."""
+  """The kind of device that the program is traced for, such as "cpu", "TPU v5", "NVIDIA H200"."""
   return (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).device_kind
 
 
 def native_file(device_kind: str) -> str | None:
-  """The file of a platform's own kernels, or None: those for GPUs are for Hopper's tensor cores."""
+  """The file of a platform's Pallas kernels, or None. Those for GPUs need Hopper's tensor cores."""
   if device_kind.startswith("TPU"):
     return "pallas_tpu"
   return "pallas_gpu" if is_hopper(device_kind) else None
 
 
 def is_hopper(device_kind: str) -> bool:
+  """Whether such a device is an H100, H200, GH200 or the like."""
   return bool(re.search(r"\bG?H\d+\b", device_kind))
 
 
@@ -166,36 +175,38 @@ def load_function(kernel: str, function: str, file: str) -> Callable:
 
 
 @functools.cache
-def log_once(message: str):
+def log_once(message: str) -> None:
+  """Logs a warning the first time that this process calls it with `message`."""
   _log.warning(message)
 
 
-def vary(*trees):
-  """`trees` typed as varying over all manual axes that any of their arrays varies over, as loops over them need it.
+def match_vma(*trees: PyTree) -> PyTree:
+  """`trees`, a tuple, typed as varying over all manual mesh axes that any of their arrays varies over.
 
-  The transpose of this cast is the sum of the gradients that the devices contribute.
+  Loops need it of what they carry: their input and output types must agree. Backward, the cast sums the devices' gradients.
   """
   varying = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in jax.tree.leaves(trees)))
 
-  def leaf(a):
+  def match_leaf(a):
     missing = tuple(varying - jax.typeof(a).manual_axis_type.varying)
     return jax.lax.pcast(a, missing, to="varying") if missing else a
 
-  return jax.tree.map(leaf, trees)
+  return jax.tree.map(match_leaf, trees)
 
 
-def _abstract(leaf):
-  """Arrays that may be traced as their shape and dtype; NumPy's, which are constants of a program, and all else as is."""
+def _abstract(leaf: Any) -> Any:
+  """The shape and dtype of a jax.Array. NumPy arrays, which are constants of a program, and all else stay as they are."""
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array) else leaf
 
 
-def _shown(x) -> str:
+def _describe(x: Any) -> str:
+  """An argument in `Call.key`."""
   if isinstance(x, jax.ShapeDtypeStruct):
     return f"{jax.numpy.dtype(x.dtype).name}[{','.join(map(str, x.shape))}]"
   if isinstance(x, np.ndarray):
     return f"{x.dtype}[{','.join(map(str, x.shape))}]#{zlib.crc32(x.tobytes()):08x}"
   if isinstance(x, tuple):
-    return f"({', '.join(map(_shown, x))})"
+    return f"({', '.join(map(_describe, x))})"
   if hasattr(x, "tile"):  # a QTensor
-    return f"{_shown(x.values)}/{x.tile[0]}x{x.tile[1]}"
+    return f"{_describe(x.values)}/{x.tile[0]}x{x.tile[1]}"
   return jax.numpy.dtype(x).name if isinstance(x, (type, np.dtype)) else repr(x)

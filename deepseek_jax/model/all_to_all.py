@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.kernels.implementations import vary
+from deepseek_jax.kernels.implementations import match_vma
 from deepseek_jax.sharding import axis_index, mesh_axes
 
 
@@ -78,7 +78,7 @@ def ragged_all_to_all(rows: jax.Array, plan: AllToAllPlan, max_rows: int, return
     send_sizes, recv_sizes = recv_sizes, send_sizes
     input_offsets, output_offsets = plan.recv_offsets[:, device], plan.send_offsets[:, device]
     out_rows = return_rows
-  out, rows = vary(jnp.zeros((out_rows, rows.shape[1]), rows.dtype), rows)
+  out, rows = match_vma(jnp.zeros((out_rows, rows.shape[1]), rows.dtype), rows)
   return jax.lax.ragged_all_to_all(
     rows, out, input_offsets, send_sizes, output_offsets, recv_sizes, axis_name=plan.axis
   )

@@ -9,7 +9,7 @@ from flax import nnx
 
 from deepseek_jax.kernels.attention import xla
 from deepseek_jax.kernels.attention.api import attention
-from deepseek_jax.kernels.implementations import Unsupported, chosen, log_once
+from deepseek_jax.kernels.implementations import Unsupported, log_once, resolve_implementation
 from deepseek_jax.model.batch_context import BatchContext
 from deepseek_jax.model.context import all_gather_kv_attention, context_parallel_attention
 from deepseek_jax.model.dropout import dropout, fold_in_grid
@@ -41,7 +41,7 @@ def attention_with_dropout(
   def drop(probabilities):
     return dropout(probabilities, dropout_rate, dropout_keys.reshape(probabilities.shape[:3]))
 
-  return xla.causal_attention(q, k, v, segment_ids, scale, drop)
+  return xla.causal_dot_product_attention(q, k, v, segment_ids, scale, drop)
 
 
 def causal_self_attention(
@@ -65,7 +65,7 @@ def causal_self_attention(
   segment_ids = batch_context.segment_ids
   if mesh_axes("seq"):
     axis = mesh_axes("seq")[0]
-    kernel = chosen("attention", config.implementation)
+    kernel = resolve_implementation("attention", config.implementation)
     if config.kv_comm == "gather" and kernel != "xla":
       try:
         return all_gather_kv_attention(
@@ -110,8 +110,10 @@ class Attention(nnx.Module):
     self.q = Linear((config.embed, a.heads, a.head_dim), ("embed", "heads", "head_dim"), config, rngs)
     self.k = Linear((config.embed, a.kv_heads, a.head_dim), ("embed", *kv_axes), config, rngs)
     self.v = Linear((config.embed, a.kv_heads, a.head_dim), ("embed", *kv_axes), config, rngs)
-    # Not cached in FP8: attention's backward pass keeps this input too. V3 has it in E5M6, which JAX lacks.
-    self.o = Linear((a.heads, a.head_dim, config.embed), ("heads", "head_dim", "embed"), config, rngs, cached=False)
+    # Not saved in FP8: attention's backward pass saves this input too. V3 has it in E5M6, which JAX lacks.
+    self.o = Linear(
+      (a.heads, a.head_dim, config.embed), ("heads", "head_dim", "embed"), config, rngs, fp8_residual=False
+    )
     self.config = a
 
   def project_qkv(self, x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.kernels.fp8_linear import Recipe
 from deepseek_jax.kernels.grouped_matmul.api import block_rows
-from deepseek_jax.kernels.rows import rows_at, sums_at
+from deepseek_jax.kernels.row_gather import gather_rows, gather_sum_rows
 from deepseek_jax.model.linear import apply_swiglu, grouped_linear
 from deepseek_jax.model_config import MoEConfig
 
@@ -66,12 +66,12 @@ def ragged(
   assignment = jnp.full((sorted_rows,), indices.size).at[slots].set(jnp.arange(indices.size), mode="drop")
   row = assignment // indices.shape[1]  # [sorted_rows], the row of x of each sorted row
   row_slots = slots.reshape(indices.shape)  # [rows, experts per token], the sorted rows of each row of x
-  sorted_x = rows_at(x, row, row_slots)  # [sorted_rows, embed]
+  sorted_x = gather_rows(x, row, row_slots)  # [sorted_rows, embed]
   gate, up = grouped_linear(recipe, sorted_x, (gate, up), group_sizes, block, implementation)  # [sorted_rows, mlp]
   (y,) = grouped_linear(recipe, (gate, up), (down,), group_sizes, block, implementation)  # [sorted_rows, embed]
   # The weight multiplies after down, as in the released models; the sum is in at least float32.
-  y = y * rows_at(weights.reshape(-1, 1), assignment, slots[:, None])
-  return sums_at(y, row, row_slots).astype(x.dtype), jnp.maximum(num_assignments - capacity, 0)
+  y = y * gather_rows(weights.reshape(-1, 1), assignment, slots[:, None])
+  return gather_sum_rows(y, row, row_slots).astype(x.dtype), jnp.maximum(num_assignments - capacity, 0)
 
 
 def assign_slots(indices: jax.Array, num_experts: int, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.kernels.fp8_linear import Recipe
 from deepseek_jax.kernels.implementations import device_kind
-from deepseek_jax.kernels.rows import rows_at, sums_at
+from deepseek_jax.kernels.row_gather import gather_rows, gather_sum_rows
 from deepseek_jax.model.all_to_all import (
   AllToAllPlan,
   has_ragged_all_to_all,
@@ -80,7 +80,9 @@ def expert_parallel(
   chosen = indices.at[source].get(mode="fill", fill_value=num_experts)  # [send_rows, experts per token]
   is_local = chosen // experts_per_device == destination[:, None]
   local_experts = jnp.where(is_local, chosen - destination[:, None] * experts_per_device, experts_per_device)
-  local_experts, weights = compact_local_assignments(local_experts, rows_at(weights, source, slots), experts_per_device)
+  local_experts, weights = compact_local_assignments(
+    local_experts, gather_rows(weights, source, slots), experts_per_device
+  )
   # As one array: integers of this size are exact in float32.
   assignments = jnp.concatenate([weights, local_experts.astype(weights.dtype)], -1)  # [send_rows, 2 n]
 
@@ -113,16 +115,16 @@ def dispatch(
 
   Args:
     token_values: (x [tokens, embed], assignments [send_rows, n]).
-    source: int [send_rows], the token of each row. slots: int [tokens, n], the rows of each token. As in `rows_at`.
+    source: int [send_rows], the token of each row. slots: int [tokens, n], the rows of each token. As in `gather_rows`.
 
   Returns:
     (x [recv_rows, embed], assignments [recv_rows, n]) of the rows that arrived.
   """
   (all_to_all, recipe), (x, assignments) = transport, token_values
   values, scales = quantize_for_dispatch(recipe, x)
-  values = all_to_all(rows_at(values, source, slots), plan)
+  values = all_to_all(gather_rows(values, source, slots), plan)
   width = assignments.shape[1]
-  assignments = jnp.concatenate([assignments, rows_at(scales, source, slots).astype(assignments.dtype)], 1)
+  assignments = jnp.concatenate([assignments, gather_rows(scales, source, slots).astype(assignments.dtype)], 1)
   assignments = all_to_all(assignments, plan) if assignments.shape[1] else assignments
   return dequantize(recipe, values, assignments[:, width:], x.dtype), assignments[:, :width]
 
@@ -135,7 +137,7 @@ def combine(transport: Transport, y: jax.Array, plan: AllToAllPlan, source: jax.
   """
   all_to_all, _ = transport
   rows = all_to_all(y, plan, return_rows=source.size)  # [send_rows, embed]
-  return sums_at(rows, source, slots).astype(y.dtype)
+  return gather_sum_rows(rows, source, slots).astype(y.dtype)
 
 
 def _dispatch_fwd(transport: Transport, token_values, plan: AllToAllPlan, source: jax.Array, slots: jax.Array) -> Any:

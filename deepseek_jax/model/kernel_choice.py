@@ -1,7 +1,7 @@
 """Which config field chooses the implementation of each kernel, and whether the devices have what it asks for."""
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.kernels.implementations import chosen
+from deepseek_jax.kernels.implementations import resolve_implementation
 from deepseek_jax.model_config import ModelConfig
 
 
@@ -21,6 +21,6 @@ def check_kernels(config: ModelConfig) -> None:
   for kernel, (field, implementation) in implementation_fields(config).items():
     if implementation == "pallas":  # otherwise devices are not looked at: several processes may not have met yet
       try:
-        chosen(kernel, implementation)
+        resolve_implementation(kernel, implementation)
       except ValueError as e:
         raise ConfigError(f"{field}={implementation}: {e}") from e

@@ -52,7 +52,7 @@ class Linear(nnx.Module):
   Args:
     shape, axes: of the kernel: sizes and logical axes.
     precision: bf16 or fp8, default `config.precision`.
-    cached: as in Recipe.
+    fp8_residual: as in Recipe.
   """
 
   def __init__(
@@ -62,11 +62,11 @@ class Linear(nnx.Module):
     config: ModelConfig,
     rngs: nnx.Rngs,
     precision: str | None = None,
-    cached: bool = True,
+    fp8_residual: bool = True,
   ):
     self.kernel = normal_param(shape, axes, config, rngs)
     self.axes = axes
-    recipe = Recipe(**dataclasses.asdict(config.fp8), cached=cached)
+    recipe = Recipe(**dataclasses.asdict(config.fp8), fp8_residual=fp8_residual)
     self.recipe = recipe if (precision or config.precision) == "fp8" else None
 
   def weight(self, dtype: DTypeLike) -> jax.Array:
@@ -153,4 +153,4 @@ def dequantize(recipe: Recipe | None, values: jax.Array, scales: jax.Array, dtyp
     return values
   # The barrier keeps libtpu from relaying out the message as float32, four times its bytes.
   values = jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(values), FP8)
-  return QTensor(values, scales, (1, recipe.block)).dequantized().astype(dtype)
+  return QTensor(values, scales, (1, recipe.block)).dequantize().astype(dtype)

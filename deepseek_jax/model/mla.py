@@ -39,8 +39,10 @@ class MLA(nnx.Module):
     self.kv_norm = RMSNorm(a.kv_lora_rank, config, a.latent_norm_eps)
     key_value = (a.heads, a.qk_nope_head_dim + a.v_head_dim)
     self.kv_b = Linear((a.kv_lora_rank, *key_value), ("latent", "heads", "head_dim"), config, rngs)
-    # Not cached in FP8: attention's backward pass keeps this input too. V3 has it in E5M6, which JAX lacks.
-    self.o = Linear((a.heads, a.v_head_dim, config.embed), ("heads", "head_dim", "embed"), config, rngs, cached=False)
+    # Not saved in FP8: attention's backward pass saves this input too. V3 has it in E5M6, which JAX lacks.
+    self.o = Linear(
+      (a.heads, a.v_head_dim, config.embed), ("heads", "head_dim", "embed"), config, rngs, fp8_residual=False
+    )
 
   def project_latents(
     self, x: jax.Array, rotation: tuple[jax.Array, jax.Array]

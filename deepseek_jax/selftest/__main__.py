@@ -1,13 +1,14 @@
-"""Tests each kernel that a config takes on the accelerator at hand:  python -m deepseek_jax.selftest --config=v3
+"""Tests each kernel that a config uses on the local accelerator:  python -m deepseek_jax.selftest --config=v3
 
-Kernels and shapes are those of the config's own training step, cut to a slice where they are large. Each is compared with
-XLA's form of it, forward and backward, and timed beside it. One that crashes or hangs is found too: kernels run in a process
-of their own. Results are kept in the cache folder; a second call tests what is missing. Any field of the config can be set:
---config.model.precision=fp8. Exit codes: 0 all pass or there is nothing to test, 1 one does not (wrong, failed, crashed, hung, slower
-than XLA's form, or not to be compared), 2 a config that cannot run, 3 not all were reached, and the same command goes on.
+Kernels and shapes are those of the config's own training step; large ones are cut to a slice. Each kernel is compared with XLA's
+implementation, forward and backward, and timed beside it. Kernels run in a process of their own, so that one that crashes or
+hangs is found too. Results are saved in the cache folder; a second call tests what is missing. Any field of the config can be
+set: --config.model.precision=fp8. Exit codes: 0 all pass or there is nothing to test, 1 one does not (wrong, failed, crashed,
+hung, slower than XLA, or not comparable), 2 a config that cannot run, 3 not all were reached: run the same command again.
 """
 
 import json
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -17,7 +18,7 @@ from deepseek_jax.flags import define_config_flags, load_config, parse, run_prog
 UNFINISHED = 3
 
 
-def main(argv) -> int:
+def main(argv: Sequence[str]) -> int:
   values = flags.FlagValues()
   define_config_flags(values, "v3")
   flags.DEFINE_integer(
@@ -27,8 +28,10 @@ def main(argv) -> int:
     lower_bound=1,
     flag_values=values,
   )
-  flags.DEFINE_float("seconds", 0, "after which no further kernel is begun; 0: all are tested", flag_values=values)
-  flags.DEFINE_boolean("again", False, "test also what the cache folder has results of", flag_values=values)
+  flags.DEFINE_float("seconds", 0, "after which no further kernel is started; 0: all are tested", flag_values=values)
+  flags.DEFINE_boolean(
+    "again", False, "also test kernels whose results are saved in the cache folder", flag_values=values
+  )
   flags.DEFINE_string(
     "json", None, "also write the report to this file; - for stdout, and nothing else", flag_values=values
   )
@@ -40,29 +43,35 @@ def main(argv) -> int:
 
   from deepseek_jax.model.kernel_choice import check_kernels
   from deepseek_jax.selftest import table
-  from deepseek_jax.selftest.check import OK
+  from deepseek_jax.selftest.check import OK, Result
   from deepseek_jax.selftest.machine import accelerators, describe_device
   from deepseek_jax.selftest.run import results_folder
   from deepseek_jax.selftest.supervise import ChildFailed, Report, run_selftest
 
-  quiet, shown = values.json == "-", []
+  quiet = values.json == "-"
+  header_printed = False
 
-  def on_result(report, result):
-    if not quiet:
-      print(table.row(result) if shown else f"{table.header(report)}\n{table.row(result)}", flush=True)
-    shown.append(result)
+  def on_result(report: Report, result: Result) -> None:
+    nonlocal header_printed
+    if quiet:
+      return
+    if not header_printed:
+      print(table.header(report))
+      header_printed = True
+    print(table.row(result), flush=True)
 
-  if not accelerators():
+  chips = accelerators()
+  if not chips:
     check_kernels(config.model)
     report = Report(describe_device(jax.devices()[0], config.model.compute_dtype))
   else:
     try:
       report = run_selftest(
-        config, results_folder(config), devices=values.devices or 0, any_mesh=True, seconds=values.seconds,
-        again=values.again, on_result=on_result,
+        config, results_folder(config), chips, devices=values.devices or 0, any_mesh=True, seconds=values.seconds,
+        retest=values.again, on_result=on_result,
       )  # fmt: skip
     except ChildFailed as error:
-      raise ConfigError(f"the process that tests kernels ended before it came to one: {error}") from None
+      raise ConfigError(f"the process that tests kernels ended before it reached one: {error}") from None
   if report.refused:
     raise ConfigError(report.refused)
   if not quiet:

@@ -1,4 +1,4 @@
-"""Which kernels a run takes, at which shapes: read off its own training step, traced for the device."""
+"""Which kernels a run uses, at which shapes: recorded from its own training step, traced for the device."""
 
 import dataclasses
 from collections import Counter, defaultdict
@@ -9,23 +9,27 @@ from jax.sharding import AbstractDevice
 from deepseek_jax.config import Config
 from deepseek_jax.kernels.implementations import Call, import_libraries, record_calls
 from deepseek_jax.mesh import abstract_mesh
-from deepseek_jax.selftest.operations import OPERATIONS
+from deepseek_jax.selftest.operations import OPERATIONS, Operation
 from deepseek_jax.training.step import abstract_step
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """A call to test, and which calls of the program it stands for: the same one, larger ones, and of some kernels smaller ones."""
+  """A call to test.
+
+  covers: keys of the program's calls for which it is tested: the same call, larger ones, and of some kernels smaller ones.
+  """
 
   call: Call
-  stands_for: tuple[str, ...]
+  covers: tuple[str, ...]
 
   @property
-  def operation(self):
+  def operation(self) -> Operation:
     return OPERATIONS[self.name]
 
   @property
   def name(self) -> str:
+    """ "kernel.function"."""
     return self.call.name
 
   @property
@@ -34,14 +38,14 @@ class Case:
 
   @property
   def work(self) -> float:
-    """FLOPs or bytes."""
+    """FLOPs or bytes, see `Operation.unit`."""
     return self.operation.work(*self.call.arguments)
 
 
 def program_calls(config: Config, device: AbstractDevice) -> list[Call]:
-  """The Pallas kernels that a training step of `config`, whose mesh is resolved, calls on such devices, each once.
+  """The Pallas kernel calls of a training step of `config`, whose mesh is resolved, on such devices, each once.
 
-  Nothing runs and the devices need not be here. Raises ConfigError as the step does.
+  Nothing runs, and the devices need not be here. Raises ConfigError as the step does.
   """
   mesh = abstract_mesh(config.mesh, device)
   with jax.sharding.use_abstract_mesh(mesh), record_calls() as calls:
@@ -52,25 +56,31 @@ def program_calls(config: Config, device: AbstractDevice) -> list[Call]:
 
 
 def make_cases(calls: list[Call]) -> list[Case]:
-  """What to test, the most important first: of each function the case with the most work, then the second of each ..."""
+  """The cases to test, most important first: the largest of each function, then the second largest of each, and so on."""
   groups = defaultdict(list)
   for call in calls:
     operation = OPERATIONS[call.name]
-    cut = dataclasses.replace(call, arguments=operation.cut(*call.arguments))
-    groups[_without_sizes(cut) if operation.merge else cut.key].append((cut, call.key))
+    smaller = dataclasses.replace(call, arguments=operation.shrink(*call.arguments))
+    groups[_key_without_tiles(smaller) if operation.largest_only else smaller.key].append((smaller, call.key))
   cases = []
   for members in groups.values():
-    largest = max((cut for cut, _ in members), key=lambda cut: Case(cut, ()).work)
-    cases.append(Case(largest, tuple(name for _, name in members)))
-  rank, ranks = Counter(), {}
+    largest = max((smaller for smaller, _ in members), key=lambda call: Case(call, ()).work)
+    cases.append(Case(largest, tuple(key for _, key in members)))
+  next_rank: Counter[str] = Counter()
+  ranks = {}
   for case in sorted(cases, key=lambda case: -case.work):
-    ranks[case.key] = rank[case.name]
-    rank[case.name] += 1
+    ranks[case.key] = next_rank[case.name]
+    next_rank[case.name] += 1
   return sorted(cases, key=lambda case: (ranks[case.key], -case.work))
 
 
-def _without_sizes(call: Call) -> str:
-  """As `call.key`, but of array dimensions only what is beyond whole tiles of 128."""
-  rest = lambda x: jax.ShapeDtypeStruct((*(1,) * (x.ndim - 2), *(n % 128 for n in x.shape[-2:])), x.dtype)
-  arguments = (rest(x) if isinstance(x, jax.ShapeDtypeStruct) else x for x in call.arguments)
-  return dataclasses.replace(call, arguments=tuple(arguments)).key
+def _key_without_tiles(call: Call) -> str:
+  """As `call.key`, with array dimensions modulo 128: calls are equal that differ in their number of full tiles alone."""
+
+  def remainder(x):
+    if not isinstance(x, jax.ShapeDtypeStruct):
+      return x
+    leading = (1,) * (x.ndim - 2)
+    return jax.ShapeDtypeStruct((*leading, *(n % 128 for n in x.shape[-2:])), x.dtype)
+
+  return dataclasses.replace(call, arguments=tuple(map(remainder, call.arguments))).key

@@ -1,7 +1,7 @@
 """The process that opens the device:  python -m deepseek_jax.selftest.child REQUEST.json
 
-It may crash or hang at any kernel. So it says in a journal, line by line, what it is about to do and what it found, and
-`supervise.py`, which reads that, starts it again behind the kernel at fault.
+It may crash or hang at any kernel. So it writes to a journal, line by line, what it is about to do and the results. `supervise.py`
+reads the journal, and starts another process for the cases after the kernel at fault.
 """
 
 import concurrent.futures
@@ -14,24 +14,33 @@ import pathlib
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from deepseek_jax.config import Config
 from deepseek_jax.data.cache import read_json_dict
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.schema import from_dict
 
-BATCH = 8  # cases that are compiled at once; their inputs wait in the host's memory
+if TYPE_CHECKING:  # it imports jax
+  from deepseek_jax.selftest.cases import Case
+
+COMPILE_BATCH = 8  # cases that are compiled at once; their inputs wait in the host's memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
   """What to test. JSON in a file.
 
-  config: as `dataclasses.asdict` gives it. devices: of the mesh; 0: those that this process sees, `processes` times.
-  any_mesh: where those do not fit the mesh, as few as it allows. cuda_devices: the GPUs that this process may see, as
-  jax_cuda_visible_devices. journal: the file that lines are appended to. results: a folder of known ones, or "". skip: keys of
-  cases that are done. compile_alone: of those that are compiled one by one. deadline: seconds since the epoch after which no
-  kernel is begun; 0: none. parent: the process that asks.
+  config: as `dataclasses.asdict` gives it.
+  devices: of the mesh; 0: those that this process sees, times `processes`.
+  any_mesh: where those do not fit the mesh, use as few devices as it allows.
+  cuda_devices: the GPUs that this process may see, as jax_cuda_visible_devices.
+  journal: the file that lines are appended to.
+  results: a folder of saved results, or "".
+  skip: keys of cases that are done. compile_alone: keys of cases that are compiled one by one.
+  deadline: seconds since the epoch after which no kernel is started; 0: none.
+  parent: id of the process that asks.
   """
 
   config: dict
@@ -53,27 +62,29 @@ class Journal:
   def __init__(self, path: str):
     self._file = open(path, "a", encoding="utf-8")
 
-  def write(self, **event):
+  def write(self, **event: Any) -> None:
     self._file.write(json.dumps(event) + "\n")
     self._file.flush()
 
-  def begin(self, keys, phase: str):
+  def begin(self, keys: Iterable[str], phase: str) -> None:
+    """Writes that `phase` begins for the cases `keys`."""
     self.write(begin=list(keys), phase=phase)
 
 
-def main(path: str):
+def main(path: str) -> None:
   request = Request(**json.loads(pathlib.Path(path).read_text()))
-  die_with(request.parent)
+  exit_with_parent(request.parent)
   journal = Journal(request.journal)
   try:
-    test(request, journal)
+    test_kernels(request, journal)
   except Exception as error:  # for a message in one line; the traceback is on stderr
     journal.write(failed=f"{type(error).__name__}: {error}")
     raise
 
 
-def test(request: Request, journal: Journal):
-  # Imported late, so that the journal is there whatever an import does.
+def test_kernels(request: Request, journal: Journal) -> None:
+  """Tests the cases of `request`, and writes each event to `journal`."""
+  # Imported late: an import may crash, and the journal must exist before.
   import jax
 
   from deepseek_jax.mesh import check_x64
@@ -90,78 +101,78 @@ def test(request: Request, journal: Journal):
   abstract = jax.sharding.AbstractDevice(device.device_kind, 1, device.platform)
   try:
     check_x64(config.model)
-    cases = make_cases(program_calls(_on_mesh(config, request, len(jax.devices())), abstract))
+    cases = make_cases(program_calls(_resolve_mesh(config, request, len(jax.devices())), abstract))
   except ConfigError as error:
     journal.write(refused=str(error))
     return
-  journal.write(cases={case.key: [case.name, *case.stands_for] for case in cases})
+  journal.write(cases={case.key: [case.name, *case.covers] for case in cases})
   known = read_results(request.results, results_key(machine)) if request.results else {}
   for case in cases:
     if case.key in known and case.key not in request.skip:
       journal.write(result=known[case.key], key=case.key, known=True)
   todo = [case for case in cases if case.key not in known and case.key not in request.skip]
-  _check_all(todo, request, journal, functools.partial(matmul_precision, config.model))
+  _check_cases(todo, request, journal, functools.partial(matmul_precision, config.model))
   journal.write(end=True)
 
 
-def _on_mesh(config, request, here):
-  """`config` with its mesh resolved, for a process that sees `here` devices."""
+def _resolve_mesh(config: Config, request: Request, local_devices: int) -> Config:
+  """`config` with its mesh resolved, for a process that sees `local_devices` devices."""
   from deepseek_jax.mesh import min_devices, resolve_mesh
 
   try:
-    return resolve_mesh(config, request.devices or here * request.processes)
+    return resolve_mesh(config, request.devices or local_devices * request.processes)
   except ConfigError:
     if request.devices or not request.any_mesh:
       raise
     return resolve_mesh(config, min_devices(config.mesh))
 
 
-def _check_all(cases, request, journal, precision):
-  """Compiles a few cases at once, then runs them one after the other, until all are done or the time is over."""
+def _check_cases(cases: "list[Case]", request: Request, journal: Journal, precision: Callable) -> None:
+  """Compiles a few cases at once, then runs them one after the other, until all are done or the deadline is past."""
   from deepseek_jax.selftest.check import FAILED, check_case, compile_case, device_works
 
-  def compiled(case):
-    return compile_case(case, precision)
-
-  def time_is_over():
+  def deadline_is_past():
     return request.deadline and time.time() > request.deadline
 
   alone = [case for case in cases if case.key in request.compile_alone]
   others = [case for case in cases if case.key not in request.compile_alone]
-  batch = min(os.cpu_count() or 1, BATCH)
+  batch = min(os.cpu_count() or 1, COMPILE_BATCH)
   batches = [[case] for case in alone] + [others[i : i + batch] for i in range(0, len(others), batch)]
   with concurrent.futures.ThreadPoolExecutor(batch) as pool:
     for members in batches:
-      if time_is_over():
+      if deadline_is_past():
         return
       journal.begin([case.key for case in members], "compile")
-      for case, programs in zip(members, list(pool.map(compiled, members)), strict=True):
-        if time_is_over():
+      for case, programs in zip(
+        members, list(pool.map(functools.partial(compile_case, precision=precision), members)), strict=True
+      ):
+        if deadline_is_past():
           return
         result = check_case(case, programs, functools.partial(journal.begin, [case.key]))
         journal.write(result=dataclasses.asdict(result), key=case.key)
         if result.verdict == FAILED:
           journal.begin([], "device")
           if not device_works():
-            os._exit(1)  # a client of a lost device may not come to an end
+            os._exit(1)  # the client of a lost device may never finish
 
 
 def results_path(folder: str, key: str) -> pathlib.Path:
+  """The file of saved results; `key` as `machine.results_key` gives it."""
   return pathlib.Path(folder) / f"results-{key}.json"
 
 
 def read_results(folder: str, key: str) -> dict[str, dict]:
-  """{key of a case: fields of its Result} that were kept for such a machine; none where the file is missing or damaged."""
+  """{key of a case: fields of its Result} that were saved for such a machine; empty where the file is missing or damaged."""
   return {
     name: result for name, result in read_json_dict(results_path(folder, key)).items() if isinstance(result, dict)
   }
 
 
-def die_with(parent: int):
-  """Even a killed parent leaves no process behind that holds the device."""
+def exit_with_parent(parent: int) -> None:
+  """Has Linux kill this process when `parent` ends, so that a killed parent leaves no process that holds the device."""
   if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it ended before
+    if os.getppid() != parent:  # the parent has already ended
       sys.exit(1)
 
 

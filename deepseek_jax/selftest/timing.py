@@ -5,23 +5,32 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 
-def seconds_a_call(
-  function: Callable, arguments: Sequence[Sequence], wait: Callable[[Any], Any], least: float = 0.05, rounds: int = 3
+def seconds_per_call(
+  function: Callable,
+  arguments: Sequence[Sequence],
+  wait: Callable[[Any], Any],
+  min_seconds: float = 0.05,
+  rounds: int = 3,
 ) -> float:
-  """Of calls with each of `arguments` in turn, back to back: the best of `rounds` rounds that take `least` seconds or more.
+  """Seconds of a call of `function`, with each of `arguments` in turn, back to back: the best of some rounds.
 
-  wait: blocks until the result that it gets is there.
+  Args:
+    arguments: one or more tuples of arguments.
+    wait: blocks until the result that it gets is computed.
+    min_seconds: a round has as many calls as take this long.
+    rounds: how many.
   """
-  calls, times = len(arguments), []
+  calls = len(arguments)
+  times: list[float] = []
   wait(function(*arguments[0]))
   while len(times) < rounds:
     started = time.perf_counter()
     for i in range(calls):
       result = function(*arguments[i % len(arguments)])
     wait(result)
-    took = time.perf_counter() - started
-    if took < least:
-      calls = int(calls * min(max(1.2 * least / took, 1.5), 100)) + 1
+    seconds = time.perf_counter() - started
+    if seconds < min_seconds:
+      calls = int(calls * min(max(1.2 * min_seconds / seconds, 1.5), 100)) + 1
     else:
-      times.append(took / calls)
+      times.append(seconds / calls)
   return min(times)

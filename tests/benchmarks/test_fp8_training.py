@@ -69,7 +69,7 @@ def test_one_scale_a_matrix():
   q, tiled = (quantize(x, (1, 128), False) for quantize in (fp8_controls.quantize_per_tensor, xla.quantize))
   assert q.values.shape == tiled.values.shape and q.scales.shape == tiled.scales.shape == (3, 130, 2)
   assert (q.scales == q.scales[:, :1, :1]).all() and (jnp.abs(q.values.astype(jnp.float32)).max((1, 2)) == 448).all()
-  np.testing.assert_allclose(q.dequantized(), x, atol=0.04 * float(jnp.abs(x).max()), rtol=2**-4)
+  np.testing.assert_allclose(q.dequantize(), x, atol=0.04 * float(jnp.abs(x).max()), rtol=2**-4)
 
 
 def test_outliers_cost_a_scale_a_matrix_more_than_a_scale_a_tile():

@@ -1,41 +1,30 @@
-"""Pallas kernels run in its interpreters, with the race detector on; all but the QUICK cases in `make kernels` alone."""
+"""Pallas kernels run in its interpreters, with the race detector on; `make test` runs only the cases that are marked `quick`."""
 
 import pathlib
 
 import jax
 import pytest
 
-# Cases of Pallas kernels that run in `make test`, a few seconds each, and so in every change.
-QUICK = (
-  "test_both_are_the_matrix_and_its_transpose_in_tiles_along_their_rows[bfloat16-pallas_gpu]",
-  "test_swiglu_is_rounded_once[bfloat16-False-pallas_gpu]",
-  "test_every_scale_is_used_where_it_belongs[False-pallas_gpu]",
-  "test_every_scale_is_used_where_it_belongs[True-pallas_gpu]",
-  "test_rows_times_the_matrix_of_their_group[several-pallas_gpu-128]",
-  "test_the_contraction_of_each_group[several-pallas_gpu-128]",
-  "test_both_are_the_matrix_and_its_transpose_in_tiles_along_their_rows[bfloat16-pallas_tpu]",
-  "test_tiles_are_rounded_as_numpy_rounds_them[(2, 129, 127)-True-weights-pallas_tpu]",
-  "test_swiglu_is_rounded_once[bfloat16-False-pallas_tpu]",
-  "test_product_of_the_same_operands[128-True-pallas_tpu]",
-  "test_every_scale_is_used_where_it_belongs[False-pallas_tpu]",
-  "test_rows_times_the_matrix_of_their_group[empty groups-pallas_tpu-128]",
-  "test_the_contraction_of_each_group[empty groups-pallas_tpu-128]",
-  "test_value_and_gradients_by_group[pallas_tpu-32]",
-  "test_a_shape_that_kernels_for_tpus_do_not_do_is_refused",
-)
-
 
 def pytest_collection_modifyitems(config, items):
+  """Marks each case of a Pallas kernel `kernels`, unless a `quick` mark of its test names its parameters.
+
+  `@pytest.mark.quick(implementation="pallas_gpu", step=128)` on a test: its cases with these parameters run in `make test`.
+  """
   here = [item for item in items if item.path.parent == pathlib.Path(__file__).parent]
-  functions = {item.originalname for item in here}
-  gone = [
-    name for name in QUICK if name.partition("[")[0] in functions and not any(i.name.startswith(name) for i in here)
-  ]
-  if gone and not any("::" in argument for argument in config.args):  # else a case was asked for by name
-    raise pytest.UsageError(f"QUICK names cases that are not there: {', '.join(gone)}")
+  marks = {}  # (test, mark) -> whether it names a case
   for item in here:
-    if _implementation(item).startswith("pallas_") and not item.name.startswith(QUICK):
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    names_item = []
+    for mark in item.iter_markers("quick"):
+      names_item.append(all(params[name] == value for name, value in mark.kwargs.items()))
+      key = f"{item.nodeid.partition('[')[0]}: {mark.kwargs}"
+      marks[key] = marks.get(key, False) or names_item[-1]
+    if _implementation(item).startswith("pallas_") and not any(names_item):
       item.add_marker(pytest.mark.kernels)
+  unmatched = [key for key, found in marks.items() if not found]
+  if unmatched and not any("[" in argument for argument in config.args):  # else a case was asked for by its id
+    raise pytest.UsageError(f"quick marks that name no case: {'; '.join(unmatched)}")
 
 
 def _implementation(item):
@@ -66,11 +55,11 @@ def on_tpu(monkeypatch, capsys):
   """Kernels for TPUs run on CPU, in tiles so small that there are several; a race between their copies is an error."""
   from jax.experimental.pallas import tpu as pltpu
 
-  from deepseek_jax.kernels.fp8_matmul import pallas_tpu as products
+  from deepseek_jax.kernels.fp8_matmul import pallas_tpu as matmuls
   from deepseek_jax.kernels.quantize import pallas_tpu as quantizers
 
-  monkeypatch.setattr(products, "TILE", (64, 128))
-  monkeypatch.setattr(products, "STEP_BYTES", 2 * (64 + 128) * 256)  # two blocks of 128
+  monkeypatch.setattr(matmuls, "TILE", (64, 128))
+  monkeypatch.setattr(matmuls, "STEP_BYTES", 2 * (64 + 128) * 256)  # two blocks of 128
   monkeypatch.setattr(quantizers, "ROWS", 64)
   monkeypatch.setattr(quantizers, "STEP_BYTES", 4 * 64 * 256)
   with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")):

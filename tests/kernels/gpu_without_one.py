@@ -56,13 +56,13 @@ def cases():
 
   from deepseek_jax.kernels.fp8_grouped_matmul import pallas_gpu as grouped
   from deepseek_jax.kernels.fp8_matmul import pallas_gpu as dense
-  from deepseek_jax.kernels.qtensor import FP8, QTensor, tiles_of
+  from deepseek_jax.kernels.qtensor import FP8, QTensor, tile_counts
   from deepseek_jax.kernels.quantize import pallas_gpu as quantizers
   from deepseek_jax.kernels.swiglu import pallas_gpu as swiglu
   from deepseek_jax.kernels.tiles import CANDIDATES
 
   def eight_bits(tile, *shape):
-    return QTensor(array(shape, FP8), array((*shape[:-2], *tiles_of(shape, tile)), jnp.float32), tile)
+    return QTensor(array(shape, FP8), array((*shape[:-2], *tile_counts(shape, tile)), jnp.float32), tile)
 
   array = jax.ShapeDtypeStruct
   rows, square = (1, 128), (128, 128)
@@ -107,7 +107,7 @@ def grouped_cases():
 def tokamax_is_here():
   from deepseek_jax.kernels.attention import pallas_gpu
 
-  return pallas_gpu._installed() == pallas_gpu.TOKAMAX
+  return pallas_gpu.installed_tokamax() == pallas_gpu.TOKAMAX_VERSION
 
 
 def attention_cases():

@@ -21,7 +21,8 @@ OLD = pytest.mark.skipif(
   jax.__version_info__ < (0, 11), reason=f"kernels for GPUs need jax 0.11, not {jax.__version__}"
 )
 TOKAMAX = pytest.mark.skipif(
-  pallas_gpu._installed() != pallas_gpu.TOKAMAX, reason="the extra tokamax is not installed: make kernels"
+  pallas_gpu.installed_tokamax() != pallas_gpu.TOKAMAX_VERSION,
+  reason="the extra tokamax is not installed: make kernels",
 )
 
 # batch, seq, heads, kv_heads, width of keys, of values
@@ -246,10 +247,10 @@ def test_traced_inside_shard_map_and_scan_and_checkpoint(name):
 def test_what_is_not_done_is_said(monkeypatch):
   arrays, _ = problem("mla")
   named = functools.partial(attention, scale=1, implementation="pallas_gpu")
-  monkeypatch.setattr(pallas_gpu, "_installed", lambda: None)
+  monkeypatch.setattr(pallas_gpu, "installed_tokamax", lambda: None)
   with pytest.raises(Unsupported, match="here is none: pip install 'tokamax==0.0.17'"):
     named(*arrays[:3])
-  monkeypatch.setattr(pallas_gpu, "_installed", lambda: pallas_gpu.TOKAMAX)
+  monkeypatch.setattr(pallas_gpu, "installed_tokamax", lambda: pallas_gpu.TOKAMAX_VERSION)
   with pytest.raises(Unsupported, match="for bfloat16, not float32"):
     named(*(x.astype(jnp.float32) for x in arrays[:3]))
   with pytest.raises(Unsupported, match="multiple of 128 positions on each device, not 100"):

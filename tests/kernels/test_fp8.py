@@ -83,6 +83,7 @@ def random_scales(q, seed):
 @TILES
 @pytest.mark.parametrize("pow2_scales", [False, True])
 @pytest.mark.parametrize("shape", [(256, 256), (2, 129, 127)], ids=str)
+@pytest.mark.quick(implementation="pallas_tpu", shape=(2, 129, 127), pow2_scales=True, tile=(128, 128))
 def test_tiles_are_rounded_as_numpy_rounds_them(implementation, tile, pow2_scales, shape):
   x = normal(*shape)
   q = quantize(x, tile, pow2_scales=pow2_scales, implementation=implementation)
@@ -150,6 +151,8 @@ def test_a_tile_with_a_value_that_is_not_finite_is_nan_and_no_other(implementati
 
 @EACH
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.quick(implementation="pallas_gpu", dtype=jnp.bfloat16)
+@pytest.mark.quick(implementation="pallas_tpu", dtype=jnp.bfloat16)
 def test_both_are_the_matrix_and_its_transpose_in_tiles_along_their_rows(implementation, dtype):
   x = normal(200, 300).astype(dtype)
   both = quantize_both(x, 128, implementation=implementation)
@@ -161,6 +164,8 @@ def test_both_are_the_matrix_and_its_transpose_in_tiles_along_their_rows(impleme
 @EACH
 @pytest.mark.parametrize("pow2_scales", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.quick(implementation="pallas_gpu", dtype=jnp.bfloat16, pow2_scales=False)
+@pytest.mark.quick(implementation="pallas_tpu", dtype=jnp.bfloat16, pow2_scales=False)
 def test_swiglu_is_rounded_once(implementation, pow2_scales, dtype):
   """To the nearest FP8 value: as near as float32's own error allows, and scales as near."""
   gate, up = (normal(200, 300, seed=seed).astype(dtype) for seed in (0, 1))
@@ -171,7 +176,7 @@ def test_swiglu_is_rounded_once(implementation, pow2_scales, dtype):
     expected = quantize(jnp.asarray(a, jnp.float32), (1, 128), pow2_scales=pow2_scales, implementation="reference")
     np.testing.assert_allclose(q.scales, expected.scales, rtol=0 if pow2_scales else 1e-6)
     unit = np.exp2(np.maximum(np.floor(np.log2(np.abs(np.asarray(q.values, np.float64)) + 1e-30)), -6) - 3)
-    assert (np.abs(float64(q) - a) <= unit * q.scales_of_elements() * (0.5 + 1e-4)).all()
+    assert (np.abs(float64(q) - a) <= unit * q.broadcast_scales() * (0.5 + 1e-4)).all()
 
 
 def test_halves_of_swiglu_that_differ_are_refused():
@@ -185,6 +190,7 @@ def test_halves_of_swiglu_that_differ_are_refused():
 @EACH
 @pytest.mark.parametrize("wgrad", [False, True])
 @pytest.mark.parametrize("k", [128, 384, 1000])
+@pytest.mark.quick(implementation="pallas_tpu", k=128, wgrad=True)
 def test_product_of_the_same_operands(implementation, wgrad, k):
   a, b = operands(k, outliers=True, wgrad=wgrad)
   reference = float64(a) @ float64(b).T
@@ -230,6 +236,8 @@ def test_permuted_rows_are_the_permuted_product_bitwise(implementation):
 
 @EACH
 @pytest.mark.parametrize("wgrad", [False, True])
+@pytest.mark.quick(implementation="pallas_gpu")
+@pytest.mark.quick(implementation="pallas_tpu", wgrad=False)
 def test_every_scale_is_used_where_it_belongs(implementation, wgrad):
   a, b = operands(wgrad=wgrad)
   a, b = random_scales(a, 0), random_scales(b, 1)
@@ -265,6 +273,7 @@ def test_an_implementation_that_does_not_exist_is_refused(op):
 
 
 @pytest.mark.parametrize("implementation", ["pallas_tpu"])
+@pytest.mark.quick(implementation="pallas_tpu")
 def test_a_shape_that_kernels_for_tpus_do_not_do_is_refused(implementation):
   x = normal(64, 64)
   for op in (quantize, quantize_both, fp8_matmul):
@@ -292,6 +301,8 @@ def spans(name):
 
 @GROUPED_IN_STEPS
 @pytest.mark.parametrize("name", SIZES)
+@pytest.mark.quick(implementation="pallas_gpu", name="several")
+@pytest.mark.quick(implementation="pallas_tpu", name="empty groups", step=128)
 def test_rows_times_the_matrix_of_their_group(implementation, name, step):
   a, b, sizes = group_problem(name)
   y = fp8_grouped_matmul(a, b, sizes, step=step, implementation=implementation)
@@ -305,6 +316,8 @@ def test_rows_times_the_matrix_of_their_group(implementation, name, step):
 
 @GROUPED_IN_STEPS
 @pytest.mark.parametrize("name", SIZES)
+@pytest.mark.quick(implementation="pallas_gpu", name="several")
+@pytest.mark.quick(implementation="pallas_tpu", name="empty groups", step=128)
 def test_the_contraction_of_each_group(implementation, name, step):
   a, b = (random_scales(quantize(normal(n, ROWS, seed=n), (1, 128)), n) for n in (K, N))
   sizes = jnp.asarray(SIZES[name], jnp.int32)
@@ -359,13 +372,13 @@ def on(device_kind):
 def test_the_platform_chooses(device_kind, file, monkeypatch):
   monkeypatch.setattr(implementations, "load_function", lambda kernel, function, name: lambda *args: (name, *args))
   with on(device_kind):
-    assert implementations.run("quantize", "quantize", "auto", 1) == (file, 1)
-    assert implementations.run("quantize", "quantize", "reference", 1) == ("reference", 1)
+    assert implementations.call_kernel("quantize", "quantize", "auto", 1) == (file, 1)
+    assert implementations.call_kernel("quantize", "quantize", "reference", 1) == ("reference", 1)
     if file == "xla":
       with pytest.raises(ValueError, match=f"no Pallas kernel for {device_kind}: use auto or xla"):
-        implementations.run("quantize", "quantize", "pallas", 1)
+        implementations.call_kernel("quantize", "quantize", "pallas", 1)
     else:
-      assert implementations.run("quantize", "quantize", "pallas", 1) == (file, 1)
+      assert implementations.call_kernel("quantize", "quantize", "pallas", 1) == (file, 1)
 
 
 FUNCTIONS = {
@@ -379,12 +392,12 @@ FUNCTIONS = {
 @pytest.mark.parametrize("kernel", FUNCTIONS)
 def test_what_is_chosen_is_there(kernel, device_kind):
   with on(device_kind):
-    file = implementations.chosen(kernel, "auto")
+    file = implementations.resolve_implementation(kernel, "auto")
     assert all(callable(implementations.load_function(kernel, function, file)) for function in FUNCTIONS[kernel])
     if kernel == "attention":
       assert file == {"cpu": "xla", "TPU v5": "pallas_tpu", "NVIDIA H200": "pallas_gpu"}[device_kind]
       with pytest.raises(ValueError, match="attention has no implementation 'reference': use auto, pallas, xla"):
-        implementations.chosen(kernel, "reference")
+        implementations.resolve_implementation(kernel, "reference")
 
 
 def test_what_a_kernel_does_not_do_is_an_error_where_it_is_named_and_else_said_once(monkeypatch, caplog):
@@ -396,9 +409,9 @@ def test_what_a_kernel_does_not_do_is_an_error_where_it_is_named_and_else_said_o
   monkeypatch.setattr(implementations, "load_function", function)
   with on("TPU v5"):
     for _ in range(2):
-      assert implementations.run("quantize", "quantize", "auto") == "xla"
+      assert implementations.call_kernel("quantize", "quantize", "auto") == "xla"
     assert [record.getMessage() for record in caplog.records].count(
       "quantize.quantize: falling back to XLA: rows=3: a multiple of 8 is supported"
     ) == 1
     with pytest.raises(implementations.Unsupported, match="rows=3"):
-      implementations.run("quantize", "quantize", "pallas")
+      implementations.call_kernel("quantize", "quantize", "pallas")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from deepseek_jax.kernels.fp8_linear import ACTIVATION, WEIGHT, Recipe, fp8_linear, fp8_ragged_linear
+from deepseek_jax.kernels.fp8_linear import FP8_ACTIVATION, FP8_WEIGHT, Recipe, fp8_linear, fp8_ragged_linear
 from deepseek_jax.kernels.quantize import api as quantizers
-from deepseek_jax.kernels.swiglu.xla import swiglu
+from deepseek_jax.kernels.swiglu.xla import swiglu_float32
 
 ROWS, K, N = 200, 150, 260
 quantize = jax.jit(quantizers.quantize, static_argnames=("tile", "pow2_scales", "implementation"))
@@ -28,7 +28,7 @@ def problem(groups=None, rows=ROWS, k=K, n=N):
 
 def rounded(x, tile, recipe=REPORT, eight_bits=True):
   """`x` in float64, as it is in FP8."""
-  q = quantize(x, tile, pow2_scales=recipe.pow2_scales, implementation="reference").dequantized() if eight_bits else x
+  q = quantize(x, tile, pow2_scales=recipe.pow2_scales, implementation="reference").dequantize() if eight_bits else x
   return np.asarray(q, np.float64)
 
 
@@ -84,6 +84,7 @@ def test_value_and_gradients(implementation, recipe):
 @pytest.mark.parametrize(
   ("implementation", "step"), [("reference", 128), ("xla", 16), ("pallas_gpu", 128), ("pallas_tpu", 32)]
 )
+@pytest.mark.quick(implementation="pallas_tpu")
 def test_value_and_gradients_by_group(implementation, step):
   x, w, dy = problem(len(SIZES))
   recipe, sizes = Recipe(implementation=implementation), jnp.asarray(SIZES, jnp.int32)
@@ -126,8 +127,8 @@ def test_a_swiglu_is_made_again_of_its_inputs_in_eight_bits(groups, wgrad):
   y, (dgate, dup), dw = computed(layer, (gate, up), w, dy)
   again = [jnp.asarray(rounded(a, (1, 128), recipe, wgrad), jnp.float32) for a in (gate, up)]
   w, dw = (a[None] if groups is None else a for a in (w, dw))
-  expected_y, _, _ = expected(swiglu(gate, up), w, dy, recipe, groups or (ROWS,))
-  _, dx, expected_dw = expected(swiglu(*again), w, dy, recipe, groups or (ROWS,))
+  expected_y, _, _ = expected(swiglu_float32(gate, up), w, dy, recipe, groups or (ROWS,))
+  _, dx, expected_dw = expected(swiglu_float32(*again), w, dy, recipe, groups or (ROWS,))
   g, u = (np.asarray(a, np.float64) for a in again)
   sigmoid = 1 / (1 + np.exp(-g))
   assert_close(
@@ -141,7 +142,7 @@ def test_what_is_kept_for_the_backward_pass_does_not_change_the_result():
   of = lambda **how: jax.jit(lambda x, w: fp8_linear(x, w, recipe=Recipe(**how))[0])
   for x in (pair, pair[0]):
     y = of()(x, w)
-    for how in ({"wgrad": False}, {"cached": False}, {"dgrad": False}):
+    for how in ({"wgrad": False}, {"fp8_residual": False}, {"dgrad": False}):
       np.testing.assert_array_equal(of(**how)(x, w), y)
     np.testing.assert_array_equal(jax.jit(lambda x, w: jax.vjp(lambda x: fp8_linear(x, w)[0], x)[0])(x, w), y)
 
@@ -194,14 +195,14 @@ def test_an_activation_that_is_kept_as_it_is_gives_the_same_gradients():
   x, w, dy = problem()
   x = x.astype(jnp.bfloat16)
   layer = lambda recipe: lambda x, w: fp8_linear(x, w, recipe=recipe)[0]
-  itself = layer(Recipe(cached=False))
+  itself = layer(Recipe(fp8_residual=False))
   assert ("bfloat16", (ROWS, K)) in kept(itself, x, w)
   jax.tree.map(
     np.testing.assert_array_equal, *(computed(f, x, w, dy.astype(jnp.bfloat16)) for f in (itself, layer(REPORT)))
   )
 
 
-@pytest.mark.parametrize(("names", "copies"), [((), 0), ((ACTIVATION,), 1), ((ACTIVATION, WEIGHT), 2)])
+@pytest.mark.parametrize(("names", "copies"), [((), 0), ((FP8_ACTIVATION,), 1), ((FP8_ACTIVATION, FP8_WEIGHT), 2)])
 def test_policies_of_rematerialisation_know_the_copies_by_name(names, copies):
   x, w, _ = problem()
   policy = jax.checkpoint_policies.save_only_these_names(*names)

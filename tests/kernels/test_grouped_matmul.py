@@ -47,7 +47,7 @@ def megablox(x, w, sizes, block):
   return grouped_matmul(x, w, sizes, block=block, implementation="pallas_tpu")
 
 
-@pytest.mark.parametrize("product", [xla.blocked, xla.ragged_dot, megablox])
+@pytest.mark.parametrize("product", [xla.blocked_matmul, xla.ragged_dot, megablox])
 @pytest.mark.parametrize("name", SIZES)
 def test_forward_and_backward(product, name):
   (x, w, dy), sizes = problem(SIZES[name])

@@ -15,9 +15,9 @@ from deepseek_jax.kernels.fp8_grouped_matmul import reference as grouped_referen
 from deepseek_jax.kernels.fp8_matmul import pallas_gpu as dense
 from deepseek_jax.kernels.fp8_matmul import reference
 from deepseek_jax.kernels.implementations import Unsupported
-from deepseek_jax.kernels.qtensor import unquantized
+from deepseek_jax.kernels.qtensor import with_unit_scales
 from deepseek_jax.kernels.quantize.xla import quantize
-from deepseek_jax.kernels.tiles import CANDIDATES, Tiles
+from deepseek_jax.kernels.tiles import CANDIDATES, TileConfig
 from deepseek_jax.mesh import abstract_mesh
 from deepseek_jax.training.step import abstract_step
 
@@ -39,7 +39,7 @@ def close(ours, exact):
 
 @pytest.mark.parametrize(("down", "across", "band"), [(1, 1, 8), (7, 3, 4), (8, 5, 4), (16, 2, 16)])
 def test_bands_hold_every_tile_once(down, across, band):
-  row, column = hopper.banded(jnp.arange(down * across), down, across, band)
+  row, column = hopper.banded_order(jnp.arange(down * across), down, across, band)
   assert sorted(zip(row.tolist(), column.tolist(), strict=True)) == [(i, j) for i in range(down) for j in range(across)]
   assert (np.asarray(row)[: min(band, down) * across] < band).all()
 
@@ -50,8 +50,10 @@ def test_visits_are_of_every_row_once(tile, seed):
   rng = np.random.default_rng(seed)
   rows, groups = 2048, int(rng.integers(1, 40))
   sizes = np.diff(np.sort(rng.integers(0, rows + 1, groups + 1))) * rng.integers(0, 2, groups)
-  (total,), (group, row, start, end) = map(np.asarray, grouped._visits(jnp.asarray(sizes, jnp.int32), rows, tile))
-  assert total <= group.size and (row % hopper.ROWS == 0).all()
+  (total,), (group, row, start, end) = map(
+    np.asarray, grouped._group_row_tiles(jnp.asarray(sizes, jnp.int32), rows, tile)
+  )
+  assert total <= group.size and (row % hopper.ROW_ALIGNMENT == 0).all()
   seen, ends = np.zeros(rows, int), np.append(np.cumsum(sizes), rows)
   for g, first, low, high in zip(group[:total], row, start, end, strict=False):
     own = slice(max(first, low), min(first + tile, high))
@@ -65,7 +67,7 @@ def test_visits_are_of_every_row_once(tile, seed):
   [
     (operand(8, 256, (1, 64)), operand(8, 256, (64, 64)), "float32", r"a: .* tiles of 1 x 128, .*\(8, 256\) in tiles of 1 x 64"),
     (operand(8, 256), operand(8, 256, (64, 128)), "float32", "b: .* tiles of 1 or 128 x 128, .* in tiles of 64 x 128"),
-    (unquantized(jnp.ones((8, 256)), (1, 128)), operand(8, 256), "float32", "a: .* float8_e4m3fn .* and this is float32"),
+    (with_unit_scales(jnp.ones((8, 256)), (1, 128)), operand(8, 256), "float32", "a: .* float8_e4m3fn .* and this is float32"),
     (operand(8, 256), operand(8, 256), "float16", "float32 and bfloat16, not float16"),
   ],
 )  # fmt: skip
@@ -117,7 +119,7 @@ def test_a_missing_fence_is_found(monkeypatch, on_gpu, capsys):
   monkeypatch.setattr(hopper.plgpu, "commit_smem", lambda: sys._getframe(1).f_code.co_name == "multiply" or commit())
   a, b = operand(128, 128 * 8), operand(64, 128 * 8)
   try:
-    jax.block_until_ready(jax.jit(lambda a, b: dense.matmul(a, b, jnp.float32, Tiles(n=64)))(a, b))
+    jax.block_until_ready(jax.jit(lambda a, b: dense.matmul(a, b, jnp.float32, TileConfig(n=64)))(a, b))
   except jax.errors.JaxRuntimeError as error:  # so jax 0.12
     assert "RACE DETECTED" in str(error)
   else:

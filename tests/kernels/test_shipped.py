@@ -19,7 +19,7 @@ OURS = [case for case in CASES if case not in LIBRARY]
 
 
 def outcome(name, number, implementation, monkeypatch):
-  monkeypatch.setattr(check, "seconds_a_call", lambda *_: 1.0)
+  monkeypatch.setattr(check, "seconds_per_call", lambda *_: 1.0)
   call = Call(*name.split("."), implementation, CALLS[name][number])
   case = Case(call, (call.key,))
   return check.check_case(case, check.compile_case(case, contextlib.nullcontext))

@@ -1,4 +1,4 @@
-"""One kernel beside XLA's form, in this process: what is an error and what is not, and which shapes are tested."""
+"""One kernel compared with XLA in this process: what is an error and what is not, and which shapes are tested."""
 
 import contextlib
 import dataclasses
@@ -12,11 +12,11 @@ import pytest
 
 from deepseek_jax.flags import load_config
 from deepseek_jax.kernels.implementations import Call
-from deepseek_jax.kernels.qtensor import FP8, QTensor, tiles_of
+from deepseek_jax.kernels.qtensor import FP8, QTensor, tile_counts
 from deepseek_jax.mesh import min_devices, resolve_mesh
 from deepseek_jax.selftest import check
 from deepseek_jax.selftest.cases import Case, make_cases, program_calls
-from deepseek_jax.selftest.operations import GROUPS, OPERATIONS, ROWS, draw, make_inputs, uneven_groups
+from deepseek_jax.selftest.operations import MAX_GROUPS, MAX_ROWS, OPERATIONS, draw_normal, make_inputs, uneven_groups
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 
@@ -26,7 +26,7 @@ def array(*shape, dtype=BF16):
 
 
 def fp8(tile, *shape):
-  return QTensor(array(*shape, dtype=FP8), array(*shape[:-2], *tiles_of(shape, tile), dtype=F32), tile)
+  return QTensor(array(*shape, dtype=FP8), array(*shape[:-2], *tile_counts(shape, tile), dtype=F32), tile)
 
 
 IDS = array(2, 256, dtype=jnp.int32)
@@ -62,7 +62,7 @@ def outcome(call):
 
 @pytest.mark.parametrize(("name", "arguments"), [(name, arguments) for name in CALLS for arguments in CALLS[name]])
 def test_xla_s_form_passes_beside_itself(name, arguments, monkeypatch):
-  monkeypatch.setattr(check, "seconds_a_call", lambda *_: 1.0)
+  monkeypatch.setattr(check, "seconds_per_call", lambda *_: 1.0)
   result = outcome(call(name, arguments))
   assert (result.verdict, result.message) == ("ok", "")
   assert result.error <= 1e-7
@@ -86,7 +86,7 @@ FAULTS = {
 
 
 def with_fault(monkeypatch, fault):
-  """Of a call whose file is "pallas_gpu", which is here XLA's form with a fault."""
+  """The outcome of a call whose file is "pallas_gpu", which is here XLA's implementation with a fault."""
   load = check.load_function
 
   def load_faulty(kernel, function, file):
@@ -116,7 +116,7 @@ def test_another_rounding_is_no_error(monkeypatch):
     up = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(y, jnp.uint16) + 1, y.dtype)
     return jnp.where(jnp.arange(y.size).reshape(y.shape) % 16 == 0, up, y)
 
-  monkeypatch.setattr(check, "seconds_a_call", lambda *_: 1.0)
+  monkeypatch.setattr(check, "seconds_per_call", lambda *_: 1.0)
   result = with_fault(monkeypatch, fault)
   assert result.verdict == "ok" and 1e-4 < result.error < result.bound
 
@@ -133,7 +133,7 @@ def test_a_kernel_whose_reference_fails_is_not_compared_but_run(monkeypatch):
   case = Case(call("fp8_matmul.matmul", PRODUCT), ())
   programs = dataclasses.replace(check.compile_case(case, contextlib.nullcontext), xla=MemoryError("too large"))
   result = check.check_case(case, programs)
-  assert (result.verdict, result.message) == ("no reference", "XLA's form: MemoryError: too large")
+  assert (result.verdict, result.message) == ("no reference", "XLA: MemoryError: too large")
   programs.kernel = lambda *arrays: jnp.full((4, 4), jnp.nan)
   assert check.check_case(case, programs).verdict == "wrong"
 
@@ -143,9 +143,9 @@ def test_a_kernel_whose_reference_fails_is_not_compared_but_run(monkeypatch):
 )
 def test_a_kernel_is_slow_where_two_measurements_say_so(monkeypatch, ratios, verdict):
   times = iter(t for ratio in ratios for t in (ratio, 1.0))
-  monkeypatch.setattr(check, "seconds_a_call", lambda *_: next(times))
+  monkeypatch.setattr(check, "seconds_per_call", lambda *_: next(times))
   result = outcome(call("fp8_matmul.matmul", PRODUCT))
-  assert result.verdict == verdict and (verdict == "ok" or result.message == "1.20 times as long as XLA's form")
+  assert result.verdict == verdict and (verdict == "ok" or result.message == "1.20 times as long as XLA")
 
 
 def test_seconds_are_those_of_a_call():
@@ -153,7 +153,7 @@ def test_seconds_are_those_of_a_call():
     time.sleep(0.01)
     return x
 
-  assert 0.01 <= check.seconds_a_call(call, [(1,)], lambda x: x, 0.02, 2) < 0.05
+  assert 0.01 <= check.seconds_per_call(call, [(1,)], lambda x: x, 0.02, 2) < 0.05
 
 
 def test_inputs_are_what_kernels_take():
@@ -163,14 +163,14 @@ def test_inputs_are_what_kernels_take():
         if isinstance(leaf, QTensor):
           values = np.abs(leaf.values.astype(np.float32))
           assert (leaf.scales > 0).all() and values.max() > 224 and np.isfinite(values).all()
-  a, b = draw(array(512, 128)).astype(np.float32), draw(array(128, 512)).astype(np.float32)
+  a, b = draw_normal(array(512, 128)).astype(np.float32), draw_normal(array(128, 512)).astype(np.float32)
   assert np.unique(a, axis=0).shape == a.shape and np.unique(b, axis=0).shape == b.shape
   sizes = uneven_groups(8, 4096)
   assert sizes.sum() < 4096 and 0 in sizes and len(set(sizes)) > 4 and not (sizes % 8).any()
 
 
 def test_large_shapes_are_cut_and_equal_ones_tested_once():
-  """Rows of tokens are cut, widths are not; quantisers are tested at their largest shape, and at the largest without whole tiles."""
+  """Rows of tokens are cut, widths are not; quantization is tested at its largest shape, and at the largest with partial tiles."""
   wide = [
     call("fp8_matmul.matmul", (fp8((1, 128), rows, 7168), fp8((128, 128), 576, 7168), BF16))
     for rows in (65_536, 16_384)
@@ -194,11 +194,11 @@ def test_large_shapes_are_cut_and_equal_ones_tested_once():
   def shapes(name, count):
     return [tuple(x.shape for x in case.call.arguments[:count]) for case in cases.values() if case.name == name]
 
-  assert shapes("fp8_matmul.matmul", 2) == [((ROWS, 7168), (576, 7168)), ((576, ROWS), (7168, ROWS))]
-  assert shapes("fp8_grouped_matmul.matmul", 2) == [((ROWS, 512), (GROUPS, 256, 512))]
+  assert shapes("fp8_matmul.matmul", 2) == [((MAX_ROWS, 7168), (576, 7168)), ((576, MAX_ROWS), (7168, MAX_ROWS))]
+  assert shapes("fp8_grouped_matmul.matmul", 2) == [((MAX_ROWS, 512), (MAX_GROUPS, 256, 512))]
   assert shapes("attention.attention", 1) == [((1, 4096, 16, 192),)]
-  assert shapes("quantize.quantize", 1) == [((8192, 7168),), ((ROWS, 576),)]
-  assert sorted(len(case.stands_for) for case in cases.values()) == [1, 1, 1, 1, 2, 2]
+  assert shapes("quantize.quantize", 1) == [((8192, 7168),), ((MAX_ROWS, 576),)]
+  assert sorted(len(case.covers) for case in cases.values()) == [1, 1, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a run makes of a report: which results count, where they are kept, and what XLA's forms replace."""
+"""How a run uses a report: which results count, where they are saved, and which kernels fall back to XLA."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ MACHINE = {
   "packages": "jax 0.11.2",
   "kernels": "abc",
 }
-# Calls by case: the second case stands for two calls of the program.
+# Calls by case: the second case covers two calls of the program.
 CASES = {
   "attention.attention(small)": ["attention.attention", "attention.attention(large)"],
   "quantize.quantize(7168)": ["quantize.quantize", "quantize.quantize(7168)", "quantize.quantize(2048)"],
@@ -37,7 +37,7 @@ class FakeSelftest:
     monkeypatch.setattr(run, "run_selftest", self)
     monkeypatch.setattr(run, "accelerators", lambda: ["NVIDIA H200"])
 
-  def __call__(self, config, folder, *, processes, seconds):
+  def __call__(self, config, folder, chips, *, processes, seconds):
     assert folder == self.folder / "cache" / "deepseek_jax" / "selftest" and seconds > 0
     self.calls += 1
     if self.error:
@@ -48,10 +48,10 @@ class FakeSelftest:
       if self.verdicts.get(key) != "not reached"
     }
     report = Report(dict(self.machine), dict(self.cases), results)
-    self.keep(folder, report)
+    self.save(folder, report)
     return report
 
-  def keep(self, folder, report):
+  def save(self, folder, report):
     """As the real one does."""
     path = results_path(str(folder), machine.results_key(report.machine))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,7 +187,7 @@ def test_a_second_test_counts_for_later_runs(tester):
   tester.verdicts = {"attention.attention(small)": "wrong"}
   assert tester.select("first") == (["attention.attention"], [])
   tester.verdicts = {}
-  tester(None, tester.folder / "cache" / "deepseek_jax" / "selftest", processes=1, seconds=1)
+  tester(None, tester.folder / "cache" / "deepseek_jax" / "selftest", ["NVIDIA H200"], processes=1, seconds=1)
   assert tester.select("second") == ([], []) and tester.calls == 2
   assert tester.select("first") == (["attention.attention"], [])
 
@@ -203,7 +203,7 @@ def test_results_of_another_form_are_made_anew(tester):
 def test_that_there_is_nothing_to_test_is_kept_too(tester, capsys):
   tester.cases = {}
   assert tester.select("first") == tester.select("second") == ([], []) and tester.calls == 1
-  assert "0 cases: no kernel of ours for this config on this device" in capsys.readouterr().out
+  assert "0 cases: no Pallas kernels for this config on this device" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"key": 1}'])
@@ -212,7 +212,7 @@ def test_a_damaged_file_is_replaced(tester, content, capsys):
   (tester.folder / "run" / "selftest.json").write_text(content)
   tester.select()
   assert tester.calls == 1 and json.loads((tester.folder / "run" / "selftest.json").read_text())["results"]
-  assert "is damaged: kernels are chosen anew" in capsys.readouterr().out
+  assert "is damaged: kernels are tested again" in capsys.readouterr().out
 
 
 def test_off_tests_nothing_but_keeps_a_choice(tester):
@@ -243,7 +243,7 @@ def test_a_named_kernel_that_fails_is_an_error_and_a_slow_one_is_kept(tester, ca
   tester.verdicts = {"quantize.quantize(7168)": "slow"}
   assert tester.select("slow", **named) == ([], [])
   assert (
-    "quantize.quantize slow on H200 (the reason): kept, since model.fp8.implementation=pallas"
+    "quantize.quantize slow on H200 (the reason): used nevertheless, since model.fp8.implementation=pallas"
     in capsys.readouterr().out
   )
   tester.verdicts = {"quantize.quantize(7168)": "crashed"}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from deepseek_jax.kernels.fp8_linear import ACTIVATION, Recipe, fp8_linear, fp8_ragged_linear
+from deepseek_jax.kernels.fp8_linear import FP8_ACTIVATION, Recipe, fp8_linear, fp8_ragged_linear
 from deepseek_jax.plan.compile import compile_for_tpu
 from deepseek_jax.plan.hlo import HloProgram
 from deepseek_jax.sharding import pvary, spmd
@@ -21,7 +21,7 @@ def loss(by_group, stack, x, sizes):
   recipe = Recipe(implementation="pallas")
   product = functools.partial(fp8_ragged_linear, group_sizes=sizes) if by_group else fp8_linear
 
-  @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(ACTIVATION))
+  @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(FP8_ACTIVATION))
   def layer(x, weights):
     gate, up, down = weights
     gate, up = product(x, gate, up, recipe=recipe)

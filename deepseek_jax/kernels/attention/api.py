@@ -1,30 +1,55 @@
-"""Causal attention of a training step: softmax(scale q k^T) v, each query with the keys of its segment that are not after it."""
+"""Causal attention of a training step: softmax(scale q k^T) v, where a query sees the keys of its segment up to itself."""
 
-from deepseek_jax.kernels.implementations import run
+import jax
+import numpy as np
+
+from deepseek_jax.kernels.implementations import call_kernel
 
 
-def attention(q, k, v, *, scale, segment_ids=None, implementation="auto"):
+def attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  *,
+  scale: float,
+  segment_ids: jax.Array | None = None,
+  implementation: str = "auto",
+) -> jax.Array:
   """[batch, seq, heads, value width] in the dtype of `v`; logits and softmax in at least float32.
 
   Args:
     q: [batch, seq, heads, key width]. k: [batch, seq, kv_heads, key width]. v: [batch, seq, kv_heads, value width].
     scale: factor of the logits.
     segment_ids: [batch, seq] int; positions attend within their segment only, a run of equal numbers.
-    implementation: as in `implementations.run`; "pallas_tpu" is jax's splash attention, "pallas_gpu" that of tokamax, if it
-      is installed; neither holds scores in memory.
+    implementation: as in `call_kernel`; "pallas_tpu" is jax's splash attention, "pallas_gpu" that of tokamax, if it is
+      installed; neither holds scores in memory.
 
   Raises:
-    ValueError: an `implementation` that does not exist, or does not do this.
+    ValueError: an `implementation` that does not exist, or does not support this.
   """
-  return run("attention", "attention", implementation, q, k, v, segment_ids, scale)
+  return call_kernel("attention", "attention", implementation, q, k, v, segment_ids, scale)
 
 
-def attention_of_part(q, k, v, positions, part, *, scale, segment_ids=None, implementation="auto"):
-  """As `attention`, of queries [batch, queries, ..] that are those at `positions[part]` of the sequence of all keys.
+def attention_of_part(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  positions: np.ndarray,
+  part: int | jax.Array,
+  *,
+  scale: float,
+  segment_ids: tuple[jax.Array, jax.Array] | None = None,
+  implementation: str = "auto",
+) -> jax.Array:
+  """`attention` of one context-parallel part: of queries at `positions[part]` of a sequence, to the keys of all of it.
 
   Args:
-    positions: [parts, queries] int32 of NumPy, of each part: each position of the sequence once.
-    part: int, which may be traced.
+    q: [batch, queries, heads, key width]. k and v as in `attention`, of the whole sequence.
+    positions: [parts, queries] int32 of NumPy, which hold each position of the sequence once.
+    part: which row of `positions`; it may be traced.
     segment_ids: (of the queries [batch, queries], of the keys [batch, seq]).
+
+  Raises:
+    ValueError: as `attention`.
   """
-  return run("attention", "attention_of_part", implementation, q, k, v, segment_ids, scale, positions, part)
+  return call_kernel("attention", "attention_of_part", implementation, q, k, v, segment_ids, scale, positions, part)

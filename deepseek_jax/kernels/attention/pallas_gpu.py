@@ -1,8 +1,8 @@
 """tokamax's flash attention for Hopper: blocks of scores stay on the chip, forward and backward.
 
-Its kernels are called as they are, without its interface, which looks at the devices that are here. Segments are runs of
-positions, so that a query sees keys from its segment's first on; forward, blocks before those of all its neighbours are
-passed over, backward they are masked.
+Its kernels are called directly, since its public function asks the local device. A segment is a run of positions, so that a
+query sees the keys from its segment's first on. Forward, blocks that no query of a block sees are skipped; backward they are
+masked.
 """
 
 import functools
@@ -11,84 +11,95 @@ import importlib.metadata
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from deepseek_jax.kernels import _compat
-from deepseek_jax.kernels.implementations import Unsupported, vary
-from deepseek_jax.kernels.libraries import untyped
+from deepseek_jax.kernels.implementations import Unsupported, match_vma
+from deepseek_jax.kernels.libraries import without_vma
 
-TOKAMAX = "0.0.17"  # not any: what is called here is internal to it
-KERNELS = "tokamax._src.ops.attention.pallas_mosaic_gpu"
-ROWS = 128  # two warpgroups of 64 queries, or of 64 keys backward
-WIDTHS = 192, 128  # of keys and of values, at most: more has no room on the chip
-# What tokamax takes of itself for causal attention of these widths on Hopper; not measured by us. For parts it would take a
-# schedule that asks the device that is here.
+TOKAMAX_VERSION = "0.0.17"  # exactly this: what is called here is internal to it
+MODULES = "tokamax._src.ops.attention.pallas_mosaic_gpu"  # prefix of the modules of its kernels
+SEQ_MULTIPLE = 128  # two warpgroups of 64 queries, or of 64 keys backward
+MAX_WIDTHS = 192, 128  # of keys and of values: more does not fit on the chip
+# tokamax's own defaults for causal attention of these widths on Hopper; not measured by us. For context-parallel parts its
+# default is a schedule that asks the local device.
 FORWARD = {"block_q": 64, "block_kv": 128, "num_stages": 2}
 BACKWARD = {"block_q_dkv": 64, "block_kv_dkv": 64, "block_q_dq": 64, "block_kv_dq": 64, "num_stages": 2}
 
 
-def import_library():
+def import_library() -> None:
   """Imports tokamax's kernels, where they are installed."""
-  if _installed() == TOKAMAX:
-    importlib.import_module(f"{KERNELS}_kernel_sm90")
-    importlib.import_module(f"{KERNELS}_vjp_kernel_sm90")
+  if installed_tokamax() == TOKAMAX_VERSION:
+    importlib.import_module(f"{MODULES}_kernel_sm90")
+    importlib.import_module(f"{MODULES}_vjp_kernel_sm90")
 
 
-def attention(q, k, v, segment_ids, scale):
-  _check(q, k, v)
-  return _attention(scale, *vary(q, k, v, _starts(segment_ids), None))
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, scale: float) -> jax.Array:
+  _check_operands(q, k, v)
+  return _attention(scale, *match_vma(q, k, v, _segment_starts(segment_ids), None))
 
 
-def attention_of_part(q, k, v, segment_ids, scale, positions, part):
-  _check(q, k, v)
-  own = jnp.asarray(positions)[part]
-  starts = None if segment_ids is None else _starts(segment_ids[1])[..., own]
-  ends = jnp.broadcast_to(own + 1, (q.shape[0], 1, q.shape[1]))
-  return _attention(scale, *vary(q, k, v, starts, ends))
+def attention_of_part(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segment_ids: tuple[jax.Array, jax.Array] | None,
+  scale: float,
+  positions: np.ndarray,
+  part: int | jax.Array,
+) -> jax.Array:
+  _check_operands(q, k, v)
+  q_positions = jnp.asarray(positions)[part]
+  starts = None if segment_ids is None else _segment_starts(segment_ids[1])[..., q_positions]
+  ends = jnp.broadcast_to(q_positions + 1, (q.shape[0], 1, q.shape[1]))
+  return _attention(scale, *match_vma(q, k, v, starts, ends))
 
 
-def _check(q, k, v):
+def _check_operands(q, k, v):
   _compat.check_mosaic_gpu()
-  if (found := _installed()) != TOKAMAX:
+  if (version := installed_tokamax()) != TOKAMAX_VERSION:
     raise Unsupported(
-      f"attention on Hopper is that of tokamax {TOKAMAX}, and here is {found or 'none'}: pip install 'tokamax=={TOKAMAX}'"
+      f"attention on Hopper is that of tokamax {TOKAMAX_VERSION}, and here is {version or 'none'}: "
+      f"pip install 'tokamax=={TOKAMAX_VERSION}'"
     )
   if any(x.dtype != jnp.bfloat16 for x in (q, k, v)):
     raise Unsupported(f"tokamax's attention is for bfloat16, not {q.dtype}, {k.dtype} and {v.dtype}")
-  if q.shape[1] % ROWS or k.shape[1] % ROWS:
+  if q.shape[1] % SEQ_MULTIPLE or k.shape[1] % SEQ_MULTIPLE:
     raise Unsupported(
-      f"tokamax's attention is for a multiple of {ROWS} positions on each device, not {q.shape[1]} and {k.shape[1]}"
+      f"tokamax's attention is for a multiple of {SEQ_MULTIPLE} positions on each device, not {q.shape[1]} and {k.shape[1]}"
     )
-  if k.shape[-1] > WIDTHS[0] or v.shape[-1] > WIDTHS[1]:
-    raise Unsupported(f"tokamax's attention is for widths up to {WIDTHS}, not {k.shape[-1]} and {v.shape[-1]}")
+  if k.shape[-1] > MAX_WIDTHS[0] or v.shape[-1] > MAX_WIDTHS[1]:
+    raise Unsupported(f"tokamax's attention is for widths up to {MAX_WIDTHS}, not {k.shape[-1]} and {v.shape[-1]}")
 
 
-def _installed():
+def installed_tokamax() -> str | None:
+  """The version of tokamax that is installed."""
   try:
     return importlib.metadata.version("tokamax")
   except importlib.metadata.PackageNotFoundError:
     return None
 
 
-def _starts(segment_ids):
-  """[batch, 1, seq]: of each position the first of its segment."""
+def _segment_starts(segment_ids):
+  """[batch, 1, seq]: for each position the first of its segment."""
   if segment_ids is None:
     return None
   position = jax.lax.broadcasted_iota(jnp.int32, segment_ids.shape, 1)
-  first = jnp.ones_like(segment_ids[:, :1], bool)
-  first = jnp.concatenate([first, segment_ids[:, 1:] != segment_ids[:, :-1]], 1)
-  return jax.lax.cummax(jnp.where(first, position, 0), axis=1)[:, None]
+  is_first = jnp.ones_like(segment_ids[:, :1], bool)
+  is_first = jnp.concatenate([is_first, segment_ids[:, 1:] != segment_ids[:, :-1]], 1)
+  return jax.lax.cummax(jnp.where(is_first, position, 0), axis=1)[:, None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(scale, q, k, v, starts, ends):
-  """Of each query the keys from `starts` to before `ends`, int32 [batch, 1, queries]; None: all, and all not after it."""
+  """Each query sees the keys from `starts` to before `ends`, int32 [batch, 1, queries]; None: from 0, and up to itself."""
   return _forward(scale, q, k, v, starts, ends)[0]
 
 
 def _forward(scale, q, k, v, starts, ends):
   from tokamax._src.ops.attention import pallas_mosaic_gpu_kernel_sm90 as sm90
 
-  @untyped
+  @without_vma
   @jax.vmap
   def kernel(q, k, v, starts, ends):
     return sm90.flash_attention_kernel(
@@ -97,22 +108,22 @@ def _forward(scale, q, k, v, starts, ends):
       return_residuals=True, use_stable_softmax=True, rescale_threshold=1.0, config=sm90.Config(**FORWARD),
     )  # fmt: skip
 
-  y, softmax = kernel(q, k, v, starts, ends)
-  return y, (q, k, v, starts, ends, softmax, y)
+  y, softmax_residuals = kernel(q, k, v, starts, ends)
+  return y, (q, k, v, starts, ends, softmax_residuals, y)
 
 
-def _backward(scale, kept, dy):
+def _backward(scale, residuals, dy):
   from tokamax._src.ops.attention import pallas_mosaic_gpu_vjp_kernel_sm90 as sm90
 
-  @untyped
+  @without_vma
   @jax.vmap
-  def kernel(q, k, v, starts, ends, softmax, y, dy):
+  def kernel(q, k, v, starts, ends, softmax_residuals, y, dy):
     return sm90.flash_attention_vjp_kernel(
-      q, k, v, softmax, y, dy, None, None, starts, ends,
+      q, k, v, softmax_residuals, y, dy, None, None, starts, ends,
       is_causal=ends is None, logits_scale=scale, logits_soft_cap=None, ds_dtype=None, config=sm90.Config(**BACKWARD),
     )[:3]  # fmt: skip
 
-  return *kernel(*kept, dy), None, None
+  return *kernel(*residuals, dy), None, None
 
 
 _attention.defvjp(_forward, _backward)

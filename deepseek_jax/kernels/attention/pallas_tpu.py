@@ -1,4 +1,4 @@
-"""jax's splash attention: blocks of scores stay on the chip, forward and backward, and those after the queries are passed over."""
+"""jax's splash attention: blocks of scores stay on the chip, forward and backward, and those in the future are skipped."""
 
 import math
 
@@ -8,60 +8,75 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from deepseek_jax.kernels.implementations import Unsupported, vary
-from deepseek_jax.kernels.libraries import library
+from deepseek_jax.kernels.implementations import Unsupported, match_vma
+from deepseek_jax.kernels.libraries import tpu_library
 
 LANES = 128
 BLOCK = 512  # of queries and of keys: maxtext's default; not measured by us
 
-# Products of each kernel that have the width of keys, and of values: forward q k and p v; backward the scores again, for the
+# Matmuls of each kernel that have the width of keys, and of values: forward q k and p v; backward the scores again, for the
 # gradient of queries and once more for those of keys and values.
-PRODUCTS = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}
+MATMULS = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}
 
 
-def attention(q, k, v, segment_ids, scale):
-  both = None if segment_ids is None else (segment_ids, segment_ids)
-  return attention_of_part(q, k, v, both, scale, np.arange(q.shape[1], dtype=np.int32)[None], 0)
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, scale: float) -> jax.Array:
+  q_kv_segment_ids = None if segment_ids is None else (segment_ids, segment_ids)
+  return attention_of_part(q, k, v, q_kv_segment_ids, scale, np.arange(q.shape[1], dtype=np.int32)[None], 0)
 
 
-def attention_of_part(q, k, v, segment_ids, scale, positions, part):
+def attention_of_part(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segment_ids: tuple[jax.Array, jax.Array] | None,
+  scale: float,
+  positions: np.ndarray,
+  part: int | jax.Array,
+) -> jax.Array:
   (parts, queries), seq = positions.shape, k.shape[1]
   if q.dtype not in (jnp.bfloat16, jnp.float32):
     raise Unsupported(f"splash attention is for bfloat16 and float32, not {q.dtype}")
   if queries % LANES:
     raise Unsupported(f"splash attention is for a multiple of {LANES} positions on each device, not {queries}")
-  splash = library("splash_attention.splash_attention_kernel", q.dtype.name, _cost)
-  of_queries, of_keys = _blocks(queries, seq)
-  sizes = splash.BlockSizes(*[of_queries, of_keys, of_keys] * 2, of_queries, of_keys)
+  splash = tpu_library("splash_attention.splash_attention_kernel", q.dtype.name, _splash_cost)
+  q_block, kv_block = _block_sizes(queries, seq)
+  sizes = splash.BlockSizes(*[q_block, kv_block, kv_block] * 2, q_block, kv_block)
   mask = masks.CausalMask((seq, seq))
   mask.q_sequence = positions.reshape(-1)
   kernel = splash.make_splash_mha(masks.MultiHeadMask([mask]), block_sizes=sizes, head_shards=1, q_seq_shards=parts)
-  if parts > 1:  # of each part its blocks [1, of queries, of keys], and its positions
-    own = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, part * (x.shape[axis] // parts), x.shape[axis] // parts, axis)
-    kernel = jax.tree.map(lambda x: own(x, 1 if x.ndim == 3 else 0), kernel)
-  q = (q.astype(jnp.float32) * scale).astype(q.dtype)  # there is no scale inside
-  q, k, v, segment_ids = vary(*(x.swapaxes(1, 2) for x in (q, k, v)), segment_ids)  # [batch, heads, seq, width]
+  if parts > 1:  # the part's blocks of the mask [1, q blocks, kv blocks], and its positions
+
+    def slice_part(x):
+      axis = 1 if x.ndim == 3 else 0
+      return jax.lax.dynamic_slice_in_dim(x, part * (x.shape[axis] // parts), x.shape[axis] // parts, axis)
+
+    kernel = jax.tree.map(slice_part, kernel)
+  q = (q.astype(jnp.float32) * scale).astype(q.dtype)  # the kernel has no scale
+  q, k, v, segment_ids = match_vma(*(x.swapaxes(1, 2) for x in (q, k, v)), segment_ids)  # [batch, heads, seq, width]
   return jax.vmap(kernel)(q, k, v, segment_ids and splash.SegmentIds(*segment_ids)).swapaxes(1, 2)
 
 
-def _blocks(queries, seq):
+def _block_sizes(queries, seq):
+  """(queries, keys) of a block."""
   return math.gcd(queries, BLOCK), math.gcd(seq, BLOCK)
 
 
-def _cost(call, operands, results):
-  """Of one kernel, for all heads of a sequence: it makes the blocks of scores with a key that is seen, and reads for each
-  one more block of keys and values, or of queries and gradients; what else it takes and gives is per head."""
+def _splash_cost(call, operands, results):
+  """The cost of one kernel, for all heads of a sequence.
+
+  It computes the blocks of scores that are not masked. For each it reads one more block of keys and values, or of queries and
+  gradients. Its other operands and results are read and written once a head.
+  """
   q, k, v = operands[3:6]  # [heads, positions, width]
-  of_queries, of_keys = _blocks(q.shape[1], k.shape[1])
-  blocks = (
-    q.shape[0] * (q.shape[1] // of_queries) * (k.shape[1] // of_keys + 1) // 2
-  )  # of all parts of a sequence on average
-  with_keys, with_values = next(n for phase, n in PRODUCTS.items() if f"_{phase}_" in call["name"])
-  per_head = [
+  q_block, kv_block = _block_sizes(q.shape[1], k.shape[1])
+  # A part of a sequence has this many on average.
+  blocks = q.shape[0] * (q.shape[1] // q_block) * (k.shape[1] // kv_block + 1) // 2
+  key_matmuls, value_matmuls = next(n for phase, n in MATMULS.items() if f"_{phase}_" in call["name"])
+  head_bytes = [
     x.size // (x.shape[0] if x.ndim == 3 else 1) * x.dtype.itemsize for x in jax.tree.leaves((operands[3:], results))
   ]
   return pl.CostEstimate(
-    flops=2 * blocks * of_queries * of_keys * (with_keys * q.shape[2] + with_values * v.shape[2]),
-    transcendentals=blocks * of_queries * of_keys,
-    bytes_accessed=q.shape[0] * sum(per_head) + blocks * of_keys * (q.shape[2] + v.shape[2]) * q.dtype.itemsize,
+    flops=2 * blocks * q_block * kv_block * (key_matmuls * q.shape[2] + value_matmuls * v.shape[2]),
+    transcendentals=blocks * q_block * kv_block,
+    bytes_accessed=q.shape[0] * sum(head_bytes) + blocks * kv_block * (q.shape[2] + v.shape[2]) * q.dtype.itemsize,
   )

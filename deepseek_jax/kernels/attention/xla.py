@@ -1,46 +1,83 @@
-"""All scores of a sequence in memory, as XLA makes them."""
+"""Attention with all scores of a sequence in memory, as XLA computes it."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
-def attention(q, k, v, segment_ids, scale):
-  # The library's function wants equal widths, and keeps its softmax in float32 in a float64 run.
+def _no_dropout(probabilities: jax.Array) -> jax.Array:
+  return probabilities
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, scale: float) -> jax.Array:
+  # jax.nn.dot_product_attention wants equal widths, and keeps its softmax in float32 in a float64 run.
   if q.shape[-1] == v.shape[-1] and q.dtype != jnp.float64:
-    mask = None if segment_ids is None else _same(segment_ids, segment_ids)
+    mask = None if segment_ids is None else _segment_mask(segment_ids, segment_ids)
     return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=True)
-  return causal_attention(q, k, v, segment_ids, scale)
+  return causal_dot_product_attention(q, k, v, segment_ids, scale)
 
 
-def attention_of_part(q, k, v, segment_ids, scale, positions, part):
+def attention_of_part(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segment_ids: tuple[jax.Array, jax.Array] | None,
+  scale: float,
+  positions: np.ndarray,
+  part: int | jax.Array,
+) -> jax.Array:
   mask = jnp.asarray(positions)[part][:, None] >= jnp.arange(k.shape[1])
-  mask = mask if segment_ids is None else mask & _same(*segment_ids)
+  if segment_ids is not None:
+    mask = mask & _segment_mask(*segment_ids)
   return jax.checkpoint(functools.partial(masked_attention, scale=scale), prevent_cse=False)(mask, q, k, v)
 
 
-def causal_attention(q, k, v, segment_ids, scale, drop=lambda weights: weights):
-  """As `attention`; `drop` is as in `masked_attention`. The backward pass makes the scores again."""
+def causal_dot_product_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segment_ids: jax.Array | None,
+  scale: float,
+  dropout: Callable[[jax.Array], jax.Array] = _no_dropout,
+) -> jax.Array:
+  """As `attention`, with `dropout` as in `masked_attention`. The backward pass recomputes the scores."""
   mask = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool))
-  mask = mask if segment_ids is None else mask & _same(segment_ids, segment_ids)  # [seq, seq] or [batch, 1, seq, seq]
-  return jax.checkpoint(functools.partial(masked_attention, scale=scale, drop=drop), prevent_cse=False)(mask, q, k, v)
+  if segment_ids is not None:
+    mask = mask & _segment_mask(segment_ids, segment_ids)  # [batch, 1, seq, seq]
+  attend = functools.partial(masked_attention, scale=scale, dropout=dropout)
+  return jax.checkpoint(attend, prevent_cse=False)(mask, q, k, v)
 
 
-def masked_attention(mask, q, k, v, *, scale, drop=lambda weights: weights):
-  """Attention of queries to keys of any number: `mask` [queries, keys] or [batch, 1, queries, keys] is True where seen.
+def masked_attention(
+  mask: jax.Array,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  *,
+  scale: float,
+  dropout: Callable[[jax.Array], jax.Array] = _no_dropout,
+) -> jax.Array:
+  """Attention with an explicit mask: [batch, queries, heads, value width] in the dtype of `v`.
 
-  drop: of the softmax [batch, kv_heads, group, queries, keys], in the dtype of `v`, makes what weighs the values.
+  Args:
+    mask: [queries, keys] or [batch, 1, queries, keys] bool, True where a query sees a key.
+    q: [batch, queries, heads, key width]. k: [batch, keys, kv_heads, key width]. v: [batch, keys, kv_heads, value width].
+    scale: factor of the logits.
+    dropout: maps the softmax [batch, kv_heads, group, queries, keys], in the dtype of `v`, to the weights of the values.
   """
   q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])  # [batch, queries, kv_heads, group, key width]
-  accumulated = jnp.promote_types(q.dtype, jnp.float32)
+  accumulator_dtype = jnp.promote_types(q.dtype, jnp.float32)
   # [batch, kv_heads, group, queries, keys]
-  logits = scale * jnp.einsum("bqhgk,bshk->bhgqs", q, k, preferred_element_type=accumulated)
+  logits = scale * jnp.einsum("bqhgk,bshk->bhgqs", q, k, preferred_element_type=accumulator_dtype)
   mask = mask if mask.ndim == 2 else mask[:, :, None]
-  weights = jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(logits.dtype).min))
-  y = jnp.einsum("bhgqs,bshv->bqhgv", drop(weights.astype(v.dtype)), v)
+  probabilities = jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(logits.dtype).min))
+  y = jnp.einsum("bhgqs,bshv->bqhgv", dropout(probabilities.astype(v.dtype)), v)
   return y.reshape(*y.shape[:2], -1, y.shape[-1])  # [batch, queries, heads, value width]
 
 
-def _same(of_queries, of_keys):
-  return of_queries[:, None, :, None] == of_keys[:, None, None, :]  # [batch, 1, queries, keys]
+def _segment_mask(q_segment_ids, kv_segment_ids):
+  """True where a query and a key are of one segment: [batch, 1, queries, keys]."""
+  return q_segment_ids[:, None, :, None] == kv_segment_ids[:, None, None, :]

@@ -1,23 +1,28 @@
-"""The kernel of kernels/hopper.py, with tiles of the result in bands."""
+"""The GEMM of kernels/hopper.py for two matrices, with output tiles in bands."""
 
+import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from deepseek_jax.kernels import hopper
-from deepseek_jax.kernels.implementations import vary
-from deepseek_jax.kernels.tiles import BLOCK, tiles_for
+from deepseek_jax.kernels.implementations import match_vma
+from deepseek_jax.kernels.qtensor import QTensor
+from deepseek_jax.kernels.tiles import BLOCK, TileConfig, select_tile_config
 
 
-def matmul(a, b, out_dtype, tiles=None):
+def matmul(a: QTensor, b: QTensor, out_dtype: DTypeLike, tiles: TileConfig | None = None) -> jax.Array:
   (m, k), n = a.shape, b.shape[0]
-  a, b = vary(hopper.operand(a, "a", hopper.ROWS), hopper.operand(b, "b", hopper.COLUMNS, (1, BLOCK)))
-  tiles = tiles or tiles_for("fp8_wgrad" if b.tile[0] == 1 else "fp8_matmul", out_dtype, m, n, k)
-  height = tiles.m * tiles.cluster
-  down, across, steps = -(-m // height), -(-n // tiles.n), a.scales.shape[1]
+  a = hopper.prepare_operand(a, "a", hopper.ROW_ALIGNMENT)
+  b = hopper.prepare_operand(b, "b", hopper.COLUMN_ALIGNMENT, (1, BLOCK))
+  a, b = match_vma(a, b)
+  tiles = tiles or select_tile_config("fp8_wgrad" if b.tile[0] == 1 else "fp8_matmul", out_dtype, m, n, k)
+  cluster_rows, columns = tiles.m * tiles.cluster, tiles.n
+  down, across, steps, band = -(-m // cluster_rows), -(-n // columns), a.scales.shape[1], tiles.band
 
   def tile(i):
-    row, column = hopper.banded(i, down, across, tiles.band)
-    return hopper.Tile(row * height, column * tiles.n, jnp.int32(0), jnp.int32(steps))
+    row, column = hopper.banded_order(i, down, across, band)
+    return hopper.WorkTile(row * cluster_rows, column * columns, jnp.int32(0), jnp.int32(steps))
 
-  schedule = hopper.Schedule(lambda: down * across, tile, down * across)
-  out = hopper.result((a.shape[0], b.shape[0]), out_dtype)
-  return hopper.product((), a, b, out, schedule, tiles, "whole")[:m, :n]
+  schedule = hopper.TileSchedule(lambda: down * across, tile, down * across)
+  out = hopper.output_type((a.shape[0], b.shape[0]), out_dtype)
+  return hopper.pallas_matmul((), a, b, out, schedule, tiles, hopper.FullTileStore)[:m, :n]

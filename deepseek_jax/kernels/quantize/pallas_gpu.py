@@ -1,11 +1,14 @@
-"""Tiles of 128 x 128, one for each thread block of a Hopper GPU: read once into shared memory, and from there along either way."""
+"""Quantization on Hopper GPUs: each thread block reads a tile of 128 x 128 into shared memory once, for either direction."""
 
-from deepseek_jax.kernels import hopper_tiles
+import jax
+
+from deepseek_jax.kernels import hopper_quantize
+from deepseek_jax.kernels.qtensor import QTensor
 
 
-def quantize(x, tile, pow2_scales):
-  return hopper_tiles.rounded(x, tile, pow2_scales)
+def quantize(x: jax.Array, tile: tuple[int, int], pow2_scales: bool) -> QTensor:
+  return hopper_quantize.quantize_tiles(x, tile, pow2_scales)
 
 
-def quantize_both(x, block, pow2_scales):
-  return hopper_tiles.rounded_both(lambda x: x, [x], block, pow2_scales)
+def quantize_both(x: jax.Array, block: int, pow2_scales: bool) -> tuple[QTensor, QTensor]:
+  return hopper_quantize.fused_quantize_both(lambda x: x, [x], block, pow2_scales)

@@ -1,8 +1,11 @@
-"""The quantiser's kernel, of the product."""
+"""The quantization kernel for Hopper GPUs, with SwiGLU as its prologue."""
 
-from deepseek_jax.kernels import hopper_tiles
-from deepseek_jax.kernels.swiglu.xla import swiglu
+import jax
+
+from deepseek_jax.kernels import hopper_quantize
+from deepseek_jax.kernels.qtensor import QTensor
+from deepseek_jax.kernels.swiglu.xla import swiglu_float32
 
 
-def swiglu_quantize(gate, up, block, pow2_scales):
-  return hopper_tiles.rounded_both(swiglu, [gate, up], block, pow2_scales)
+def swiglu_quantize(gate: jax.Array, up: jax.Array, block: int, pow2_scales: bool) -> tuple[QTensor, QTensor]:
+  return hopper_quantize.fused_quantize_both(swiglu_float32, [gate, up], block, pow2_scales)

@@ -1,8 +1,11 @@
-"""The quantiser's kernel, which reads both halves."""
+"""The quantization kernel for TPUs, with SwiGLU as its prologue."""
 
+import jax
+
+from deepseek_jax.kernels.qtensor import QTensor
 from deepseek_jax.kernels.quantize import pallas_tpu
-from deepseek_jax.kernels.swiglu.xla import swiglu
+from deepseek_jax.kernels.swiglu.xla import swiglu_float32
 
 
-def swiglu_quantize(gate, up, block, pow2_scales):
-  return pallas_tpu.both([gate, up], swiglu, block, pow2_scales)
+def swiglu_quantize(gate: jax.Array, up: jax.Array, block: int, pow2_scales: bool) -> tuple[QTensor, QTensor]:
+  return pallas_tpu.fused_quantize_both(swiglu_float32, [gate, up], block, pow2_scales)

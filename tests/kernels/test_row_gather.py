@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.kernels.rows import rows_at, sums_at
+from deepseek_jax.kernels.row_gather import gather_rows, gather_sum_rows
 
 ROWS, PLACES, EACH, WIDTH = 7, 12, 3, 5
 
@@ -24,7 +24,7 @@ def problem(dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_values_and_gradients_are_those_of_indexing(dtype):
   x, index, inverse, dy = problem(dtype)
-  y, pull = jax.vjp(lambda x: rows_at(x, index, inverse), x)
+  y, pull = jax.vjp(lambda x: gather_rows(x, index, inverse), x)
   expected, plain_pull = jax.vjp(lambda x: x.at[index].get(mode="fill", fill_value=0), x.astype("float32"))
   np.testing.assert_array_equal(y, expected.astype(dtype))
   (dx,), (wanted,) = pull(dy), plain_pull(dy.astype("float32"))
@@ -36,7 +36,7 @@ def test_values_and_gradients_are_those_of_indexing(dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_sums_and_their_gradients_are_those_of_indexing(dtype):
   x, index, inverse, y = problem(dtype)
-  total, pull = jax.vjp(lambda y: sums_at(y, index, inverse), y)
+  total, pull = jax.vjp(lambda y: gather_sum_rows(y, index, inverse), y)
   plain = lambda y: y.at[inverse].get(mode="fill", fill_value=0).sum(1)
   expected, plain_pull = jax.vjp(plain, y.astype("float32"))
   assert total.dtype == "float32"
@@ -45,9 +45,9 @@ def test_sums_and_their_gradients_are_those_of_indexing(dtype):
   np.testing.assert_array_equal(dy, wanted.astype(dtype))
 
 
-@pytest.mark.parametrize("function", [rows_at, sums_at])
+@pytest.mark.parametrize("function", [gather_rows, gather_sum_rows])
 def test_no_pass_has_a_scatter(function):
   x, index, inverse, dy = problem("float32")
-  argument = x if function is rows_at else dy
+  argument = x if function is gather_rows else dy
   text = str(jax.make_jaxpr(jax.grad(lambda a: jnp.sin(function(a, index, inverse)).sum()))(argument))
   assert "gather" in text and "scatter" not in text
