@@ -1,4 +1,4 @@
-"""Counts of traced programs: products, messages and memory, by hand and beside what XLA compiles."""
+"""Counts of traced programs: FLOPs, collective bytes and HBM bytes, against hand counts and compiled programs."""
 
 import dataclasses
 
@@ -34,48 +34,49 @@ def on(config, **sizes):
   return dataclasses.replace(config, mesh=MeshConfig(**({"data": 1} | sizes)))
 
 
-def operations(config, assumptions=None):
+def count_step(config, assumptions=None):
   sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
   return trace_operations(config, abstract_step, sizes, assumptions or runtime_assumptions(config, "TPU v5p"))
 
 
-def total(found, of, kind=""):
-  return sum(o.count * getattr(o, of) for o in found if kind in o.kind)
+def total(operations, amount, kind=""):
+  return sum(o.count * getattr(o, amount) for o in operations if kind in o.kind)
 
 
-def test_products_of_a_step_are_those_of_the_model():
-  """Without recomputation: 2 microbatches of 8 sequences, and the products of attention with every pair of positions."""
-  flops = total(operations(DENSE), "flops")
+def test_flops_of_a_step_are_those_of_the_model():
+  """Without recomputation: 2 microbatches of 8 sequences, and attention between every pair of positions."""
+  flops = total(count_step(DENSE), "flops")
   assert flops == pytest.approx(training_flops(DENSE.model, 64).full * 16 * 64, rel=1e-9)
 
 
-def test_products_are_shared_by_the_devices():
-  one = total(operations(DENSE), "flops")
+def test_flops_are_divided_over_the_devices():
+  one = total(count_step(DENSE), "flops")
   for sizes in (dict(fsdp=4), dict(tensor=2, fsdp=2), dict(data=2, tensor=2)):
-    assert total(operations(on(DENSE, **sizes)), "flops") == pytest.approx(one / 4, rel=1e-9)
+    assert total(count_step(on(DENSE, **sizes)), "flops") == pytest.approx(one / 4, rel=1e-9)
 
 
-def test_a_pipeline_does_the_work_of_its_ticks():
+def test_a_pipeline_counts_its_ticks():
   """Four microbatches through two stages of one layer: five ticks each way for four, and the bubble is counted."""
   config = dataclasses.replace(on(DENSE, stage=2), model=dataclasses.replace(DENSE.model, layers=2, remat="full"))
   config = dataclasses.replace(
     config, train=TrainConfig(global_batch=16, microbatch=4), parallel=ParallelConfig(zero=1)
   )
-  whole = dataclasses.replace(config, mesh=MeshConfig(data=1), parallel=ParallelConfig())
-  attention = [o for o in operations(config) if o.kind == "matmul"]
-  of_layers = 2 * 4 * 64 * (64 * 96)  # one product of the SwiGLU, of a microbatch
-  ticks = [o.count for o in attention if o.flops == of_layers]
+  unsharded = dataclasses.replace(config, mesh=MeshConfig(data=1), parallel=ParallelConfig())
+  matmuls = [o for o in count_step(config) if o.kind == "matmul"]
+  swiglu_flops = 2 * 4 * 64 * (64 * 96)  # one matmul of the SwiGLU, of a microbatch
+  ticks = [o.count for o in matmuls if o.flops == swiglu_flops]
   assert ticks and all(times == pytest.approx(5) for times in ticks)
-  assert total(operations(whole), "flops") / 2 < total(operations(config), "flops") < total(operations(whole), "flops")
+  one_device = total(count_step(unsharded), "flops")
+  assert one_device / 2 < total(count_step(config), "flops") < one_device
 
 
 @pytest.mark.parametrize(
   "sizes", [dict(fsdp=4), dict(fsdp=2, tensor=2), dict(data=2, fsdp=2), dict(fsdp=2, expert=2)], ids=str
 )
-def test_messages_are_those_that_XLA_compiles(sizes):
+def test_collectives_are_those_of_the_compiled_program(sizes):
   """By axes and in bytes."""
   config = on(MOE if "expert" in sizes else DENSE, **sizes)
-  # CPUs have no bfloat16 messages.
+  # XLA for CPUs has no bfloat16 collectives.
   config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype="float32"))
   mesh = make_mesh(config.mesh, jax.devices()[:4])
   with jax.set_mesh(mesh):
@@ -90,13 +91,13 @@ def test_messages_are_those_that_XLA_compiles(sizes):
   for o in ours:
     if o.collective_bytes:
       found[frozenset(o.axes)] = found.get(frozenset(o.axes), 0) + o.count * o.collective_bytes
-  # XLA leaves out gathers of what it finds to be gathered already.
+  # XLA leaves out gathers of arrays that it finds to be gathered already.
   assert set(found) == set(expected)
   assert all(0.8 * found[axes] <= expected[axes] <= 1.001 * found[axes] for axes in found), (found, expected)
 
 
-def test_memory_of_a_product_and_what_is_fused():
-  """An elementwise chain costs nothing by itself; a product reads two arrays and writes one; results are written."""
+def test_hbm_bytes_of_a_matmul_and_of_fusions():
+  """An elementwise chain costs nothing by itself; a matmul reads two arrays and writes one; results are written."""
 
   def function(x, w):
     return jnp.tanh(jnp.exp(x) * 2 @ w)
@@ -104,14 +105,14 @@ def test_memory_of_a_product_and_what_is_fused():
   a = jax.ShapeDtypeStruct((64, 64), jnp.float32)
   found = count_operations(jax.jit(function).trace(a, a).jaxpr, {})
   one = 64 * 64 * 4
-  (product,) = [o for o in found if o.kind == "matmul"]
-  # exp is written once and read by the product, for which x is read; w is read; the product is written ..
-  assert product.hbm_bytes == 5 * one and product.flops == 2 * 64**3
+  (matmul,) = [o for o in found if o.kind == "matmul"]
+  # x is read, exp of it is written and read by the matmul; w is read; the result is written ..
+  assert matmul.hbm_bytes == 5 * one and matmul.flops == 2 * 64**3
   # .. read again, and tanh of it is written.
   assert total(found, "hbm_bytes") == 7 * one
 
 
-def test_kernels_do_what_they_say_and_by_groups_as_much_as_there_are_rows():
+def test_kernels_count_by_their_cost_estimate_and_group_fill():
   m, n, k, groups = 256, 384, 1024, 2
   operand = lambda tile, *shape: jax.eval_shape(lambda: quantize(jnp.zeros(shape), tile, implementation="xla"))
   x, w = operand((1, 128), m, k), operand((128, 128), groups, n, k)
@@ -123,20 +124,20 @@ def test_kernels_do_what_they_say_and_by_groups_as_much_as_there_are_rows():
   def dense(x, w):
     return fp8_matmul(x, w[0], implementation="pallas_tpu")
 
-  (product,) = [o for o in count_operations(jax.jit(dense).trace(x, w).jaxpr, {}) if o.kind == "matmul"]
-  assert product.flops == 2 * m * n * k and product.fp8
-  assert matmul_seconds(product, parse_topology("tpu7x").chip, 256) == product.flops / 1153.5e12 / 0.79
+  (matmul,) = [o for o in count_operations(jax.jit(dense).trace(x, w).jaxpr, {}) if o.kind == "matmul"]
+  assert matmul.flops == 2 * m * n * k and matmul.fp8
+  assert matmul_seconds(matmul, parse_topology("tpu7x").chip, 256) == matmul.flops / 1153.5e12 / 0.79
   # The matrix that is taken out of two is read and written; scales are a thirty-second of values or less, and written anew.
   least = (m * k + n * k + 4 * m * n) + 2 * n * k
-  assert least < product.hbm_bytes < 1.1 * least
+  assert least < matmul.hbm_bytes < 1.1 * least
   found = count_operations(jax.jit(grouped).trace(x, w, sizes).jaxpr, {}, RuntimeAssumptions(grouped_matmul_fill=0.5))
   assert total(found, "flops", "grouped matmul") == total(found, "flops") == m * n * k
 
 
-def test_fused_attention_leaves_no_scores_and_does_the_blocks_that_are_seen():
-  """Two of the products forward and seven backward, where XLA's are two and four, of 3 of 4 blocks."""
+def test_fused_attention_writes_no_scores_and_counts_the_causal_blocks():
+  """Two matmuls forward and seven backward, where XLA has two and four, for 3 of 4 blocks."""
   config = dataclasses.replace(DENSE, data=DataConfig(seq=1024))
-  plain, fused = operations(with_xla_attention(config)), operations(config)
+  plain, fused = count_step(with_xla_attention(config)), count_step(config)
   full = training_flops(config.model, 1024).attention_full * 16 * 1024
   assert total(fused, "flops", "fused attention") == pytest.approx(full * 9 / 6 * 3 / 4, rel=1e-9)
   rows = (
@@ -147,16 +148,16 @@ def test_fused_attention_leaves_no_scores_and_does_the_blocks_that_are_seen():
   assert total(plain, "hbm_bytes") - total(fused, "hbm_bytes") > 3 * scores
 
 
-def test_ragged_messages_carry_rows_and_facts_there_and_back():
+def test_ragged_all_to_alls_of_dispatch_and_combine():
   """2 MoE layers of 2 microbatches, with nothing recomputed: a dispatch and a combine, forward and backward."""
-  found = [o for o in operations(on(MOE, expert=4)) if o.kind == "ragged-all-to-all"]
+  found = [o for o in count_step(on(MOE, expert=4)) if o.kind == "ragged-all-to-all"]
   rows = 2 * 64 * 1.75 * 3 / 4  # of 2 sequences, each for 1.75 devices of 4, of which one is its own
   assert {(o.collective_bytes, o.count) for o in found} == {(rows * 64 * 2, 2 * 2), (rows * 4 * 4, 2 * 2)}
   assert sum(o.collective_bytes == rows * 64 * 2 for o in found) == 4 and len(found) == 6
 
 
-def test_shares_of_rows_that_are_full():
-  """Four devices with two experts each and room for twice an even load."""
+def test_runtime_assumptions_of_expert_buffers():
+  """Four devices with two experts each and buffers for twice an even load."""
   moe = dataclasses.replace(MOE.model.moe, buffer_factor=2.0)
   config = dataclasses.replace(on(MOE, expert=4), model=dataclasses.replace(MOE.model, moe=moe))
   assumptions = runtime_assumptions(config, "TPU v5p")
@@ -164,5 +165,5 @@ def test_shares_of_rows_that_are_full():
   assert assumptions.grouped_matmul_fill == pytest.approx((load + block) / (2 * load + 2 * block))
   # Two choices among four devices fall on 1.75 of them.
   assert assumptions.ragged_fill == pytest.approx(1.75 / 2)
-  # Where there are no ragged messages each of four devices is sent as many rows as there are tokens, of two sorted choices.
+  # A padded all-to-all sends a row per token to each of four devices, where a token has two sorted choices.
   assert runtime_assumptions(config, "TPU v5 lite").ragged_fill == pytest.approx(4 / 2)

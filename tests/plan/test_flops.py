@@ -1,4 +1,4 @@
-"""Counts against the papers, against every product in the traced program, and against XLA's own analysis."""
+"""Parameter counts and FLOPs against the papers, every matmul of the traced program, and XLA's own analysis."""
 
 import dataclasses
 import math
@@ -109,23 +109,23 @@ def loss_and_gradient(config):
   return jax.grad(loss), (params, buffers, jax.ShapeDtypeStruct((BATCH, SEQ + 1), jnp.int32))
 
 
-def dot_general_flops(jaxpr, times=1):
+def dot_general_flops(jaxpr, count=1):
   """2mkn over every dot_general in a jaxpr, loops times their length."""
   total = 0
   for eqn in jaxpr.eqns:
-    inner = times * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
+    inner_count = count * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
     if eqn.primitive.name == "dot_general":
       (contract, _), _ = eqn.params["dimension_numbers"]
       depth = math.prod(eqn.invars[0].aval.shape[i] for i in contract)
-      total += times * 2 * math.prod(eqn.outvars[0].aval.shape) * depth
+      total += count * 2 * math.prod(eqn.outvars[0].aval.shape) * depth
     for value in eqn.params.values():
       if hasattr(value, "jaxpr") or hasattr(value, "eqns"):
-        total += dot_general_flops(getattr(value, "jaxpr", value), inner)
+        total += dot_general_flops(getattr(value, "jaxpr", value), inner_count)
   return total
 
 
 @pytest.mark.parametrize("config", [SMALL, dataclasses.replace(SMALL, layers=3), V3], ids=["one", "three", "v3"])
-def test_equal_to_every_product_in_the_program(config):
+def test_flops_equal_every_matmul_in_the_program(config):
   with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
     function, arguments = loss_and_gradient(config)
     counted = dot_general_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
