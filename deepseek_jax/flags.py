@@ -6,12 +6,15 @@ Plain config_flags rejects `1e3` for integers, hides its suggestion under a trac
 import ast
 import difflib
 import importlib.util
+import io
 import json
 import os
 import pathlib
 import re
 import sys
 import traceback
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -23,9 +26,14 @@ from deepseek_jax.schema import flatten_config, from_dict, leaf_paths, unknown_k
 from deepseek_jax.storage import is_url, read_object
 
 
-def split_overrides(argv):
-  """(arguments without `--config.PATH=VALUE`, {path: text}). A bare boolean field means true."""
-  rest, overrides, leaves = [], {}, leaf_paths(Config)
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+  """(arguments without `--config.PATH=VALUE`, {path: text}). A bare boolean field means true.
+
+  Raises ConfigError for an unknown field and for a field without a value.
+  """
+  rest: list[str] = []
+  overrides: dict[str, str] = {}
+  leaves = leaf_paths(Config)
   arguments = iter(argv)
   for argument in arguments:
     name, equals, text = argument.lstrip("-").partition("=")
@@ -35,15 +43,14 @@ def split_overrides(argv):
     path = name.removeprefix("config.")
     if path not in leaves:
       raise ConfigError(unknown_key(Config, path))
-    if not equals:
-      text = "true" if leaves[path].type is bool else next(arguments, None)
-    if text is None:
+    value = text if equals else "true" if leaves[path].type is bool else next(arguments, None)
+    if value is None:
       raise ConfigError(f"--config.{path} needs a value: --config.{path}=VALUE")
-    overrides[path] = text
+    overrides[path] = value
   return rest, overrides
 
 
-def file_exists(path):
+def file_exists(path: str) -> bool:
   """Whether there is a file, or an object of a bucket, at `path`. Raises StorageError where the bucket refuses."""
   return read_object(path) is not None if is_url(path) else os.path.isfile(path)
 
@@ -84,7 +91,7 @@ def list_configs() -> str:
   return "\n".join(lines)
 
 
-def define_config_flags(flag_values, default: str | None = None):
+def define_config_flags(flag_values: flags.FlagValues, default: str | None = None) -> None:
   """Defines --config and --list_configs, which `parse` and `load_config` read."""
   flags.DEFINE_string(
     "config", default, "a shipped config (see --list_configs), or a .py or .json file", flag_values=flag_values
@@ -92,17 +99,20 @@ def define_config_flags(flag_values, default: str | None = None):
   flags.DEFINE_boolean("list_configs", False, "list the shipped configs, and stop", flag_values=flag_values)
 
 
-def read_config_file(path):
-  """The nested dicts that a config file gives: `get_config()` of a .py (run as code: trust it), or a .json object, which
-  may be in a bucket."""
+def read_config_file(path: str) -> dict[str, Any]:
+  """The nested dicts of a config file: what `get_config()` of a .py returns (it is run: trust it), or a .json object.
+
+  A .json may be in a bucket. Raises ConfigError for a file that gives no config, with the line where its code failed.
+  """
   try:
     if path.endswith(".json"):
       content = read_object(path) if is_url(path) else pathlib.Path(path).read_bytes()
-      return check_mapping(json.loads(content), path)
+      return to_nested_dict(json.loads(content or b""), path)
     spec = importlib.util.spec_from_file_location("deepseek_jax_config_file", path)
+    assert spec and spec.loader  # a path that ends in .py has both
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return check_mapping(module.get_config(), path)
+    return to_nested_dict(module.get_config(), path)
   except UserError:
     raise
   except Exception as error:
@@ -116,14 +126,14 @@ def read_config_file(path):
     raise ConfigError(f"{path}{f':{line}' if line else ''}: {type(error).__name__}: {error}") from None
 
 
-def check_mapping(tree, path):
+def to_nested_dict(tree: Any, path: str) -> dict[str, Any]:
   """`tree` as nested dicts. Raises ConfigError unless it is a ConfigDict or a dict."""
   if not isinstance(tree, (ConfigDict, dict)):
     raise ConfigError(f"{path} must give a ConfigDict or a JSON object of config sections, got {tree!r:.60}")
   return ConfigDict(tree).to_dict()
 
 
-def load_config(path="", overrides=None, saved=False) -> Config:
+def load_config(path: str | None = "", overrides: Mapping[str, Any] | None = None, saved: bool = False) -> Config:
   """The Config of a shipped name or a file (none: the defaults) with `overrides` ({dotted path: value or text}) on top.
 
   saved: a run wrote the file, perhaps with names that fields had in an older version.
@@ -152,10 +162,10 @@ def config_help(config: Config) -> str:
   return "\n".join(lines)
 
 
-def parse(argv, flag_values, usage):
-  """Parses `argv` into `flag_values` and returns the config overrides {path: text}. On --help and --list_configs prints
-  what they ask for and exits 0.
+def parse(argv: Sequence[str], flag_values: flags.FlagValues, usage: str | None) -> dict[str, str]:
+  """Parses `argv` into `flag_values` and returns the config overrides {path: text}.
 
+  --help and --list_configs are answered here, with exit code 0. Raises ConfigError for an unknown flag or a bad value.
   A program has its own absl FlagValues, so that several can live in one process (tests, notebooks).
   """
   wanted = {"--help", "-help", "-h", "--helpfull"}
@@ -182,7 +192,7 @@ def parse(argv, flag_values, usage):
   return overrides
 
 
-def write_output(text, path):
+def write_output(text: str, path: str) -> None:
   """`text` to the file that --json names, or to stdout for "-". Raises ConfigError where it cannot be written."""
   if path == "-":
     sys.stdout.write(text)
@@ -193,7 +203,7 @@ def write_output(text, path):
     raise ConfigError(f"--json={path} cannot be written: {error.strerror}") from None
 
 
-def enough_threads(environment):
+def size_cpu_thread_pool(environment: MutableMapping[str, str]) -> None:
   """Sizes XLA's CPU thread pool for virtual devices; to be called before jax is imported.
 
   XLA:CPU starts independent collectives of a program at once, and each waits in a thread of a pool that is as large as
@@ -206,10 +216,11 @@ def enough_threads(environment):
     environment.setdefault("NPROC", str(4 * devices))
 
 
-def run_program(main):
+def run_program(main: Callable[[list[str]], int]) -> NoReturn:
   """Runs `main(argv)` as a program: a UserError is one line on stderr and exit code 2."""
-  enough_threads(os.environ)
-  sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character must not end a run
+  size_cpu_thread_pool(os.environ)
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character must not end a run
   try:
     code = main(sys.argv)
   except UserError as error:

@@ -11,7 +11,7 @@ import pytest
 from deepseek_jax import train
 from deepseek_jax.config import Config
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.flags import enough_threads, load_config, shipped_configs, split_overrides
+from deepseek_jax.flags import load_config, shipped_configs, size_cpu_thread_pool, split_overrides
 from deepseek_jax.schema import leaf_paths
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -133,7 +133,7 @@ def test_virtual_devices_get_threads_enough_for_their_collectives():
     ({"JAX_NUM_CPU_DEVICES": "8"}, "32"),
     ({"JAX_NUM_CPU_DEVICES": "8", "NPROC": "5"}, "5"),
   ):
-    enough_threads(given)
+    size_cpu_thread_pool(given)
     assert given.get("NPROC") == wanted
 
 
