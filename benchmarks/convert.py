@@ -18,9 +18,9 @@ import ml_dtypes
 import numpy as np
 from absl import flags
 
-from deepseek_jax.checkpoint.hf_config import to_json
+from deepseek_jax.checkpoint.hf_config import to_hf_config
 from deepseek_jax.checkpoint.hf_files import HFReader, write_tensors
-from deepseek_jax.checkpoint.hf_names import entries
+from deepseek_jax.checkpoint.hf_names import hf_tensors
 from deepseek_jax.flags import parse, run_program
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
 
@@ -54,7 +54,7 @@ def write_random_checkpoint(folder: pathlib.Path, config: ModelConfig) -> int:
 
   Copies of the embedding and the head are equal to the original.
   """
-  entries_by_name = {entry.name: entry for entry in entries(config)}
+  entries_by_name = {entry.name: entry for entry in hf_tensors(config)}
   rng = np.random.default_rng(0)
   originals: dict[tuple, pathlib.Path] = {}  # {path in the tree: file with the tensor}
 
@@ -70,7 +70,7 @@ def write_random_checkpoint(folder: pathlib.Path, config: ModelConfig) -> int:
 
   folder.mkdir()
   tensors = [(e.name, e.shape, np.dtype(np.float32) if e.buffer else BFLOAT16) for e in entries_by_name.values()]
-  write_tensors(folder, tensors, read, 10**9, to_json(config, "bfloat16"))
+  write_tensors(folder, tensors, read, 10**9, to_hf_config(config, "bfloat16"))
   for file in originals.values():
     file.unlink()
   return max(int(np.prod(shape)) * dtype.itemsize for _, shape, dtype in tensors)

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from deepseek_jax.checkpoint.hf_config import to_json
+from deepseek_jax.checkpoint.hf_config import to_hf_config
 from deepseek_jax.checkpoint.hf_files import DTYPES, HFReader, write_tensors
-from deepseek_jax.checkpoint.hf_model import read_config, read_json
-from deepseek_jax.checkpoint.hf_names import entries
+from deepseek_jax.checkpoint.hf_model import read_config_json, read_model_config
+from deepseek_jax.checkpoint.hf_names import hf_tensors
 from deepseek_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.mesh import check_x64, make_mesh
@@ -42,22 +42,22 @@ def load_pretrained(directory: str | Path, dtype: str = "float32") -> "Model":
   if dtype not in PRECISIONS:
     raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(PRECISIONS)}")
   param_dtype, compute_dtype = PRECISIONS[dtype]
-  config = dataclasses.replace(read_config(directory), param_dtype=param_dtype, compute_dtype=compute_dtype)
+  config = dataclasses.replace(read_model_config(directory), param_dtype=param_dtype, compute_dtype=compute_dtype)
   check_x64(config)
-  reader, table = HFReader(directory), entries(config)
-  reader.check(table)
+  reader, table = HFReader(directory), hf_tensors(config)
+  reader.check_tensors(table)
   mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
   with jax.set_mesh(mesh):
     abstract = with_concrete_shardings(jax.eval_shape(functools.partial(init_params, config), jax.random.key(0)), mesh)
     arrays = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), abstract)
     for entry in table:
-      if not entry.copy:
-        get_at_path(arrays[entry.buffer], entry.path)[entry.index] = entry.to_ours(reader.read(entry.name))
+      if not entry.is_copy:
+        get_at_path(arrays[entry.buffer], entry.path)[entry.index] = entry.to_param(reader.read(entry.name))
     reader.check_finite()
     params, buffers = jax.tree.map(lambda array, a: jax.device_put(array, a.sharding), arrays, abstract)
   names = set(reader.names)
   dtypes = {entry.name: reader.dtype(entry.name) for entry in table if entry.name in names}
-  return Model(config, params, buffers, mesh, dtypes, read_json(directory))
+  return Model(config, params, buffers, mesh, dtypes, read_config_json(directory))
 
 
 def get_at_path(tree: Mapping[str, Any], path: Sequence[str]) -> Any:
@@ -147,8 +147,8 @@ class Model:
     """
     if dtype is not None and dtype not in SAVED_DTYPES:
       raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(SAVED_DTYPES)}, nor None for each tensor's own")
-    table = {entry.name: entry for entry in entries(self.config)}
-    loaded_dtypes = {entry.path: self._dtypes[entry.name] for entry in table.values() if not entry.copy}
+    table = {entry.name: entry for entry in hf_tensors(self.config)}
+    loaded_dtypes = {entry.path: self._dtypes[entry.name] for entry in table.values() if not entry.is_copy}
 
     def saved_dtype(entry):
       loaded_dtype = self._dtypes.get(entry.name, loaded_dtypes[entry.path])
@@ -161,7 +161,7 @@ class Model:
       return entry.to_hf(get_at_path(arrays[entry.buffer], entry.path)[entry.index])
 
     main_dtype = dtype or str(loaded_dtypes["embed",])
-    config = to_json(self.config, main_dtype, self._hf_config)
+    config = to_hf_config(self.config, main_dtype, self._hf_config)
     tensors = [(name, entry.shape, saved_dtype(entry)) for name, entry in table.items()]
     write_tensors(directory, tensors, read, config=config)
 

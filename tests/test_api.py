@@ -16,9 +16,9 @@ import pytest
 
 import deepseek_jax
 from deepseek_jax.checkpoint import hf_files
-from deepseek_jax.checkpoint.hf_files import HFReader, write_file, write_tensors
+from deepseek_jax.checkpoint.hf_files import HFReader, write_safetensors, write_tensors
 from deepseek_jax.checkpoint.hf_model import to_model_config
-from deepseek_jax.checkpoint.hf_names import entries
+from deepseek_jax.checkpoint.hf_names import hf_tensors
 from deepseek_jax.errors import CheckpointError, ConfigError
 
 pytestmark = pytest.mark.jax_version
@@ -40,14 +40,14 @@ def make_checkpoint(folder, raw, names=(), dtype=np.float32):
   """A folder of `raw` as config.json and noise of `dtype`; buffers are float32. `names` make its MTP layers."""
   config = to_model_config(raw, names, "config.json")
   tensors = {}
-  for entry in entries(config):
+  for entry in hf_tensors(config):
     rng = np.random.default_rng([0, *entry.name.encode()])
     noise = (
       rng.uniform(0.5, 1.5, entry.shape) if entry.name.endswith("norm.weight") else rng.normal(0, 0.4, entry.shape)
     )
     tensors[entry.name] = noise.astype(np.float32 if entry.buffer else dtype)
-  for entry in entries(config):
-    if entry.copy:
+  for entry in hf_tensors(config):
+    if entry.is_copy:
       tensors[entry.name] = tensors["model.embed_tokens.weight" if entry.path == ("embed",) else "lm_head.weight"]
   write_tensors(folder, [(name, a.shape, a.dtype) for name, a in tensors.items()], tensors.__getitem__, 20_000)
   (folder / "config.json").write_text(json.dumps(raw))
@@ -141,7 +141,7 @@ def test_saving_gives_back_every_bit(tmp_path, raw, names, dtype):
 
 
 def test_a_sharded_save(v3, tmp_path, monkeypatch):
-  monkeypatch.setattr(hf_files, "SHARD_BYTES", 3000)
+  monkeypatch.setattr(hf_files, "MAX_FILE_BYTES", 3000)
   v3[2].save_pretrained(tmp_path)
   index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
   assert index["metadata"]["total_size"] == sum(a.nbytes for a in v3[1].values())
@@ -154,9 +154,9 @@ def contents(folder):
   return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("shard_bytes", [10**9, 3000])
-def test_a_save_that_fails_leaves_the_earlier_one(v3, tmp_path, monkeypatch, shard_bytes):
-  monkeypatch.setattr(hf_files, "SHARD_BYTES", shard_bytes)
+@pytest.mark.parametrize("max_file_bytes", [10**9, 3000])
+def test_a_save_that_fails_leaves_the_earlier_one(v3, tmp_path, monkeypatch, max_file_bytes):
+  monkeypatch.setattr(hf_files, "MAX_FILE_BYTES", max_file_bytes)
   model = deepseek_jax.load_pretrained(v3[0])
   model.save_pretrained(tmp_path)
   before = contents(tmp_path)
@@ -193,9 +193,9 @@ def test_a_save_that_is_cut_off_is_no_mixture(v3, tmp_path, monkeypatch, old, ne
 
   while True:  # after each of the files
     with monkeypatch.context() as patch:
-      patch.setattr(hf_files, "SHARD_BYTES", old)
+      patch.setattr(hf_files, "MAX_FILE_BYTES", old)
       v3[2].save_pretrained(tmp_path)
-      patch.setattr(hf_files, "SHARD_BYTES", new)
+      patch.setattr(hf_files, "MAX_FILE_BYTES", new)
       patch.setattr(os, "replace", cut_off)
       left = [None] * done
       try:
@@ -239,7 +239,7 @@ def test_copies_that_differ_are_noted(v3, tmp_path, capsys):
   tensors = v3[1] | {"model.layers.2.shared_head.head.weight": v3[1]["lm_head.weight"] * np.nan}
   table = [(name, a.shape, a.dtype) for name, a in tensors.items()]
   (tmp_path / "config.json").write_text(json.dumps(V3))
-  write_file(tmp_path / "model.safetensors", table, tensors.__getitem__)  # not used, so that it may be NaN
+  write_safetensors(tmp_path / "model.safetensors", table, tensors.__getitem__)  # not used, so that it may be NaN
   deepseek_jax.load_pretrained(v3[0])
   assert capsys.readouterr().out == ""
   deepseek_jax.load_pretrained(tmp_path)

@@ -1,7 +1,7 @@
 """Converts checkpoints:  python -m deepseek_jax.checkpoint convert --from=DIR --to=DIR
 
-From a Hugging Face folder to a workdir of ours, which train and generate take, or from a workdir to a Hugging Face folder:
-the content of --from says which it is. Tensors are streamed; only safetensors are read, and FP8 is dequantised.
+From a Hugging Face folder to a workdir, which train and generate take, or from a workdir to a Hugging Face folder: the
+content of --from tells which it is. Tensors are streamed; only safetensors are read, and FP8 is dequantized.
 With --from_model_args=FILE.json --to=CONFIG.json, DeepSeek's own ModelArgs become a config for train --config.
 """
 
@@ -11,10 +11,10 @@ from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import parse, run_program
 
 
-def main(argv) -> int:
-  """Converts, and says what was written. Raises UserError for what the user can mend."""
+def main(argv: list[str]) -> int:
+  """Converts, and prints what was written. Raises UserError for user errors."""
   values = flags.FlagValues()
-  flags.DEFINE_string("from", None, "a Hugging Face folder, or a workdir of ours", flag_values=values)
+  flags.DEFINE_string("from", None, "a Hugging Face folder, or the workdir of a run", flag_values=values)
   flags.DEFINE_string("from_model_args", None, "a JSON with DeepSeek's ModelArgs", flag_values=values)
   flags.DEFINE_string("to", None, "the folder to write, missing or empty; with ModelArgs, the JSON", flag_values=values)
   flags.DEFINE_enum(
@@ -27,11 +27,11 @@ def main(argv) -> int:
     "data.tokenizer of a workdir that is written; default: a copy of --from's tokenizer.json, else by the size of its vocabulary",
     flag_values=values,
   )
-  named = argv[1:2] == ["convert"]
-  parse(argv[:1] + argv[1 + named :], values, __doc__)
-  if not named:
+  has_command = argv[1:2] == ["convert"]
+  parse(argv[:1] + argv[2:] if has_command else argv, values, __doc__)
+  if not has_command:
     raise ConfigError(
-      "what to do is missing: python -m deepseek_jax.checkpoint convert --from=DIR --to=DIR (see --help)"
+      "the command is missing: python -m deepseek_jax.checkpoint convert --from=DIR --to=DIR (see --help)"
     )
   source, args = values["from"].value, values.from_model_args
   if bool(source) == bool(args) or not values.to:
@@ -46,7 +46,7 @@ def main(argv) -> int:
     model_args.write_config(config, values.to)
     print("\n".join(f"note     {note}" for note in notes) + f"\nwrote    {values.to}")
   else:
-    convert(source, values.to, values.dtype, values.tokenizer)
+    convert(str(source), values.to, values.dtype, values.tokenizer)
   return 0
 
 

@@ -1,99 +1,116 @@
-"""Whether a run may continue from a checkpoint: the same model, moments and data, whatever else has changed."""
+"""Whether a run may resume from a checkpoint, or start from its weights: which config fields must be equal."""
 
 import dataclasses
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from deepseek_jax.checkpoint.parts import layout
+from deepseek_jax.checkpoint.chunks import shapes_and_chunks
 from deepseek_jax.config import Config
 from deepseek_jax.errors import CheckpointError
+from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.schema import flatten_config
 
-# These change how a step is computed, not what the saved arrays mean.
-_FREE = {
+Difference = tuple[str, Any, Any]  # (dotted path of the field, value in the checkpoint, value now)
+
+# Fields of the model that may change on resume: they change how a step is computed, not what the saved arrays mean.
+_MAY_CHANGE = {
   "model.remat", "model.dropout", "model.attention.dropout", "model.attention.kv_comm", "model.moe.buffer_factor",
   "model.attention.implementation", "model.moe.implementation", "model.fp8.implementation",
 }  # fmt: skip
-# Nor do these what weights mean that a run starts from.
-_FREE_AT_START = {
+# Fields of the model that may also differ from those of a checkpoint whose weights start a new run.
+_MAY_CHANGE_AT_START = {
   "model.init_std", "model.param_dtype", "model.compute_dtype", "model.moe.dispatch", "model.moe.capacity_factor",
   "model.moe.no_drop_fraction", "model.precision", "model.fp8.forward", "model.fp8.dgrad", "model.fp8.wgrad", "model.fp8.pow2_scales",
   "model.fp8.block",
 }  # fmt: skip
-# The fields of the model that arrays and their shapes depend on.
-_SHAPES = {
+# Fields of the model that decide which arrays there are, and their shapes.
+_SHAPE_FIELDS = {
   "vocab", "embed", "layers", "first_dense_layers", "num_mtp_layers", "mlp", "tied_embeddings", "attention.kind",
   "attention.heads", "attention.kv_heads", "attention.head_dim", "attention.q_lora_rank", "attention.kv_lora_rank",
   "attention.qk_nope_head_dim", "attention.qk_rope_head_dim", "attention.v_head_dim", "moe.num_routed_experts",
   "moe.num_shared_experts", "moe.mlp", "moe.router_bias",
 }  # fmt: skip
-# These of `data` do not change which tokens a sample has, so they are no reason for another fingerprint.
+# Fields of `data` that do not change which tokens a sample has, and so not the fingerprint.
 _NOT_IN_FINGERPRINT = {"data.mask_documents", "data.cache", "data.verify"}
 
 
-def check_compatible(saved_config, config, saved_fingerprint, fingerprint, accept_data_change=False):
+def check_compatible(
+  saved_config: Mapping[str, Any],
+  config: Config,
+  saved_fingerprint: str,
+  fingerprint: str,
+  accept_data_change: bool = False,
+) -> list[Difference]:
   """Compares a checkpoint's config (nested dict, as JSON gives it) and data fingerprint with those of this run.
 
-  A field that the checkpoint lacks was added later and counts as its default there. Returns the differences that may
-  be, [(path, old, new)], `new` being None for a field that only the checkpoint knows. Raises CheckpointError with the
-  fields that must agree: all of `model` but how it is computed, optimizer.moments_dtype, and the fingerprint unless
-  `accept_data_change`.
+  Returns the differences that are allowed. A field that the checkpoint lacks was added later: there it has its default.
+  For a field that only the checkpoint has, the value now is None.
+
+  Raises CheckpointError that lists what must be equal and is not: all of `model` except how it is computed,
+  optimizer.moments_dtype, and the fingerprint unless `accept_data_change`.
   """
   differences = _differences(saved_config, config)
-  fatal = [d for d in differences if _must_agree(d[0]) and d[2] is not None]
-  if fatal:
+  incompatible = [d for d in differences if _must_be_equal(d[0]) and d[2] is not None]
+  if incompatible:
     raise CheckpointError(
-      f"the checkpoint does not fit this config: {_listing(fatal)}; put these values back, or use another --workdir"
+      f"the checkpoint does not fit this config: {_format(incompatible)}; put these values back, or use another --workdir"
     )
   if saved_fingerprint != fingerprint and not accept_data_change:
-    data = [d for d in differences if _orders_data(d[0]) and d[2] is not None]
+    data = [d for d in differences if _in_fingerprint(d[0]) and d[2] is not None]
     raise CheckpointError(
-      f"the checkpoint saw other data: its fingerprint is {saved_fingerprint}, now it is {fingerprint} "
-      f"({_listing(data) or 'same data.* fields and seed, so the files or the tokenizer changed'}); put the data back, "
+      f"the checkpoint was trained on other data: its fingerprint is {saved_fingerprint}, now it is {fingerprint} "
+      f"({_format(data) or 'same data.* fields and seed, so the files or the tokenizer changed'}); put the data back, "
       "use another --workdir, or pass --accept_data_change to continue on the new data"
     )
   return differences
 
 
-def check_fits(directory, model, config):
-  """Compares `model`, the ModelConfig of the weights in `directory` from which a run starts, with that of its `config`.
+def check_weights_fit(directory: str | pathlib.Path, model: ModelConfig, config: Config) -> list[Difference]:
+  """Compares `model`, the config of the weights in `directory` from which a run starts, with the model of its `config`.
 
-  Returns the differences that may be, as `check_compatible` does: those that change what the model computes. Raises
-  CheckpointError with the fields behind it where an array has another shape.
+  Returns the differences that change what the model computes. Raises CheckpointError where the shape of an array differs,
+  with the fields that cause it.
   """
   differences = [d for d in _differences({"model": dataclasses.asdict(model)}, config) if d[0].startswith("model.")]
-  if layout(model) != layout(config.model):
-    shapes = [d for d in differences if d[0].removeprefix("model.") in _SHAPES]
+  if shapes_and_chunks(model) != shapes_and_chunks(config.model):
+    shapes = [d for d in differences if d[0].removeprefix("model.") in _SHAPE_FIELDS]
     raise CheckpointError(
-      f"the weights in {directory} do not fit this config: {_listing(shapes)}; take these values from the checkpoint"
+      f"the weights in {directory} do not fit this config: {_format(shapes)}; take these values from the checkpoint"
     )
-  return [d for d in differences if d[0] not in _FREE | _FREE_AT_START and d[0].removeprefix("model.") not in _SHAPES]
+  ignored = _MAY_CHANGE | _MAY_CHANGE_AT_START
+  return [d for d in differences if d[0] not in ignored and d[0].removeprefix("model.") not in _SHAPE_FIELDS]
 
 
-def _must_agree(path):
-  return path == "optimizer.moments_dtype" or (path.startswith("model.") and path not in _FREE)
+def _must_be_equal(path: str) -> bool:
+  return path == "optimizer.moments_dtype" or (path.startswith("model.") and path not in _MAY_CHANGE)
 
 
-def _orders_data(path):
+def _in_fingerprint(path: str) -> bool:
   return path == "seed" or (path.startswith("data.") and path not in _NOT_IN_FINGERPRINT)
 
 
-def _listing(differences):
+def _format(differences: Sequence[Difference]) -> str:
   return "; ".join(f"{path}: checkpoint {old}, config {new}" for path, old, new in differences)
 
 
-def _differences(saved_config, config):
+def _differences(saved_config: Mapping[str, Any], config: Config) -> list[Difference]:
   saved = dict(_leaves(saved_config))
-  now, default = (_as_json(flatten_config(c)) for c in (config, Config()))
-  known = [(path, saved.get(path, default[path]), now[path]) for path in now]
-  unknown = [(path, old, None) for path, old in saved.items() if path not in now]
-  return [d for d in known if d[1] != d[2]] + unknown
+  now, default = _as_json(flatten_config(config)), _as_json(flatten_config(Config()))
+  differences: list[Difference] = []
+  for path, value in now.items():
+    saved_value = saved.get(path, default[path])
+    if saved_value != value:
+      differences.append((path, saved_value, value))
+  return differences + [(path, value, None) for path, value in saved.items() if path not in now]
 
 
-def _as_json(flat):
-  """Tuples as JSON gives them back."""
+def _as_json(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """Tuples become lists, as JSON gives them back."""
   return {path: list(value) if isinstance(value, tuple) else value for path, value in flat.items()}
 
 
-def _leaves(tree, prefix=""):
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
   """(dotted path, value) of every leaf of nested dicts."""
   for key, value in _as_json(tree).items():
     if isinstance(value, dict):

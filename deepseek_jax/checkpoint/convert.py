@@ -1,12 +1,14 @@
-"""Checkpoints between Hugging Face's form and ours, a part of one tensor at a time."""
+"""Converts checkpoints from Hugging Face folders to workdirs and back, a chunk of one tensor at a time."""
 
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import shutil
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -15,34 +17,35 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 from deepseek_jax.checkpoint import manifest
 from deepseek_jax.checkpoint.arrays import ArrayWriter, open_arrays
-from deepseek_jax.checkpoint.hf_config import to_json
-from deepseek_jax.checkpoint.hf_files import CONFIG, HFReader, write_tensors
-from deepseek_jax.checkpoint.hf_model import read_config, read_json
-from deepseek_jax.checkpoint.hf_names import entries
+from deepseek_jax.checkpoint.chunks import shapes_and_chunks, tensor_chunks, tree_path
+from deepseek_jax.checkpoint.hf_config import to_hf_config
+from deepseek_jax.checkpoint.hf_files import CONFIG_FILE, HFReader, write_tensors
+from deepseek_jax.checkpoint.hf_model import read_config_json, read_model_config
+from deepseek_jax.checkpoint.hf_names import HFTensor, hf_tensors
 from deepseek_jax.checkpoint.manager import FORMAT_VERSION, CheckpointReader
 from deepseek_jax.checkpoint.model_args import TOKENIZERS
-from deepseek_jax.checkpoint.parts import layout, parts, tree_path
+from deepseek_jax.checkpoint.tree import TreePath
 from deepseek_jax.checkpoint.weights import is_hugging_face, saved_config
 from deepseek_jax.config import TOKENIZER_SIZES, Config, DataConfig
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import CheckpointError, DataError
 from deepseek_jax.storage import is_url
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+EXPORT_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-ORIGINAL = "hugging_face"  # folder of a converted workdir: what its source says beside the weights, for the way back
-GENERATION = "generation_config.json"
+HF_FILES_FOLDER = "hugging_face"  # in a converted workdir: the source's config and tokenizer, for the export back
+GENERATION_FILE = "generation_config.json"
 PRETRAINING_SEQ = 4096  # of every release; longer contexts are an extension
 
 
-def convert(source, target, dtype="float32", tokenizer=""):
-  """Writes the weights of `source` to the new folder `target` in the other form, and says so.
+def convert(source: str | os.PathLike, target: str | os.PathLike, dtype: str = "float32", tokenizer: str = "") -> None:
+  """Writes the weights of `source` to the new folder `target` in the other format, and prints what was written.
 
   Args:
-    source: a Hugging Face folder, or a workdir of ours, of which the newest checkpoint counts: told by its content.
+    source: a Hugging Face folder, or a workdir, whose newest checkpoint is converted. Its content tells which it is.
     target: must be missing or empty. It appears when it is complete.
-    dtype: of the matrices and vectors of a Hugging Face folder that is written; a router bias is always float32.
-    tokenizer: data.tokenizer of a workdir that is written; default: a copy of tokenizer.json of `source`, or by vocabulary.
+    dtype: a key of EXPORT_DTYPES, for the tensors of a new Hugging Face folder; a router bias is always float32.
+    tokenizer: data.tokenizer of a new workdir. Default: a copy of the tokenizer.json of `source`, or one for its vocabulary.
 
   Raises CheckpointError, one for all tensors that are missing, not expected, misshaped or not finite.
   """
@@ -51,80 +54,84 @@ def convert(source, target, dtype="float32", tokenizer=""):
   source, started = pathlib.Path(source), time.monotonic()
   with new_folder(target) as folder:
     if is_hugging_face(source):
-      written = to_ours(source, folder, pathlib.Path(os.path.abspath(target)), tokenizer)
+      description = import_hugging_face(source, folder, pathlib.Path(os.path.abspath(target)), tokenizer)
     else:
-      written = to_hugging_face(source, folder, DTYPES[dtype])
-    moved = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-  print(f"wrote    {os.path.abspath(target)}: {written}, {moved / 1e9:.2f} GB in {time.monotonic() - started:.1f} s")
+      description = export_hugging_face(source, folder, EXPORT_DTYPES[dtype])
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+  print(f"wrote    {os.path.abspath(target)}: {description}, {size / 1e9:.2f} GB in {time.monotonic() - started:.1f} s")
 
 
-def to_ours(source, folder, target, tokenizer):
-  """A workdir with one checkpoint, of step 0, that has parameters and buffers only. Returns what it is, in words.
+def import_hugging_face(source: pathlib.Path, folder: pathlib.Path, target: pathlib.Path, tokenizer: str) -> str:
+  """Writes a workdir with one checkpoint, of step 0, of parameters and buffers only. Returns a description of it.
 
-  It is written to `folder`, which will become `target`.
+  It is written to `folder`, which will be renamed to `target`.
   """
-  model = read_config(source)
-  copy_files(source, folder / ORIGINAL, (CONFIG, GENERATION, *(() if tokenizer else TOKENIZER_FILES)))
-  config = Config(name=target.name, model=model, data=data_config(folder, target, model.vocab, tokenizer))
+  model = read_model_config(source)
+  hf_files = (CONFIG_FILE, GENERATION_FILE, *(() if tokenizer else TOKENIZER_FILES))
+  copy_files(source, folder / HF_FILES_FOLDER, hf_files)
+  config = Config(name=target.name, model=model, data=make_data_config(folder, target, model.vocab, tokenizer))
   step = folder / "checkpoints" / "0"
-  table, reader = [entry for entry in entries(model) if not entry.copy], HFReader(source)
-  reader.check(entries(model))
-  with ArrayWriter(step / "state", layout(model)) as writer, progress(table) as advance:
-    for entry in table:
-      for rows, index, shape in parts(entry):
-        tensor = reader.read(entry.name, rows).astype(np.float32, copy=False)
-        writer.write(tree_path(entry), index, (tensor.T if entry.transposed else tensor).reshape(shape))
-        advance(tensor.size)
+  reader = HFReader(source)
+  reader.check_tensors(hf_tensors(model))
+  tensors = [tensor for tensor in hf_tensors(model) if not tensor.is_copy]
+  with ArrayWriter(step / "state", shapes_and_chunks(model)) as writer, progress_bar(tensors) as advance:
+    for tensor in tensors:
+      for rows, index, shape in tensor_chunks(tensor):
+        value = reader.read(tensor.name, rows).astype(np.float32, copy=False)
+        writer.write(tree_path(tensor), index, (value.T if tensor.transposed else value).reshape(shape))
+        advance(value.size)
   reader.check_finite()
   meta = {"format_version": FORMAT_VERSION, "config": dataclasses.asdict(config), "samples": 0, "weights_only": True}
   meta |= {"data_fingerprint": None, "tokenizer_fingerprint": None}
   (step / "meta").mkdir()
   (step / "meta" / "metadata").write_text(json.dumps(meta), encoding="utf-8")
   (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2), encoding="utf-8")
-  manifest.write(step)
-  return f"a workdir with the weights of {len(table)} tensors, data.tokenizer={config.data.tokenizer}"
+  manifest.write_manifest(step)
+  return f"a workdir with the weights of {len(tensors)} tensors, data.tokenizer={config.data.tokenizer}"
 
 
-def to_hugging_face(source, folder, dtype):
-  """A folder that transformers loads, from the newest checkpoint that verifies. Returns what it is, in words."""
+def export_hugging_face(source: pathlib.Path, folder: pathlib.Path, dtype: np.dtype) -> str:
+  """Writes a folder that transformers loads, from the newest checkpoint that verifies. Returns a description of it."""
   reader = CheckpointReader(source)
   step = reader.latest()
   if step is None:
     raise CheckpointError(f"{source} has no checkpoint: --from takes a Hugging Face folder, or a workdir that has one")
   config = saved_config(reader, step)
-  model, table = config.model, entries(config.model)
-  arrays = {path: array for path, array in open_arrays(reader.state(step)).items() if path[0] in ("params", "buffers")}
-  check_shapes(reader.state(step), arrays, layout(model))
-  by_name = {entry.name: entry for entry in table}
+  model, tensors = config.model, hf_tensors(config.model)
+  state = reader.state_folder(step)
+  arrays = {path: array for path, array in open_arrays(state).items() if path[0] in ("params", "buffers")}
+  check_shapes(state, {path: array.shape for path, array in arrays.items()}, shapes_and_chunks(model))
+  by_name = {tensor.name: tensor for tensor in tensors}
 
-  def read(name):
-    entry = by_name[name]
-    tensor = np.empty(entry.shape, kept(entry))
-    for rows, index, _ in parts(entry):
-      part = arrays[tree_path(entry)][index].read().result()
-      tensor[rows] = part.reshape(entry.shape[1], -1).T if entry.transposed else part
-      advance(part.size)
-    return tensor
+  def export_dtype(tensor: HFTensor) -> np.dtype:
+    return EXPORT_DTYPES["float32"] if tensor.buffer else dtype
 
-  def kept(entry):
-    return DTYPES["float32"] if entry.buffer else dtype
+  def read(name: str) -> np.ndarray:
+    tensor = by_name[name]
+    value = np.empty(tensor.shape, export_dtype(tensor))
+    for rows, index, _ in tensor_chunks(tensor):
+      chunk = arrays[tree_path(tensor)][index].read().result()
+      value[rows] = chunk.reshape(tensor.shape[1], -1).T if tensor.transposed else chunk
+      advance(chunk.size)
+    return value
 
-  kept_files, tokenizer = source / ORIGINAL, pathlib.Path(config.data.tokenizer)
-  original = read_json(kept_files) if (kept_files / CONFIG).exists() else {}
-  if original and (tokenizer.parent.name == ORIGINAL or str(tokenizer) == TOKENIZERS.get(model.vocab)):
-    files = ((kept_files, (GENERATION, *TOKENIZER_FILES)),)
-  else:  # another tokenizer than the source's, whose special ids hold no longer
-    original |= special_ids(config.data.tokenizer)
-    files = ((tokenizer.parent, TOKENIZER_FILES),) if tokenizer.name in TOKENIZER_FILES else ()
-  config_json = to_json(model, dtype.name, original)
-  with progress(table) as advance:
-    write_tensors(folder, [(entry.name, entry.shape, kept(entry)) for entry in table], read, config=config_json)
-  for place, names in files:
-    copy_files(place, folder, names)
-  return f"a Hugging Face folder of {len(table)} tensors in {dtype}, from step {step}"
+  names: Sequence[str]
+  hf_files, tokenizer = source / HF_FILES_FOLDER, pathlib.Path(config.data.tokenizer)
+  original = read_config_json(hf_files) if (hf_files / CONFIG_FILE).exists() else {}
+  if original and (tokenizer.parent.name == HF_FILES_FOLDER or str(tokenizer) == TOKENIZERS.get(model.vocab)):
+    copy_from, names = hf_files, (GENERATION_FILE, *TOKENIZER_FILES)
+  else:  # another tokenizer than the source's: the ids of special tokens in `original` are not valid any more
+    original |= special_token_ids(config.data.tokenizer)
+    copy_from, names = tokenizer.parent, TOKENIZER_FILES if tokenizer.name in TOKENIZER_FILES else ()
+  config_json = to_hf_config(model, dtype.name, original)
+  with progress_bar(tensors) as advance:
+    specs = [(tensor.name, tensor.shape, export_dtype(tensor)) for tensor in tensors]
+    write_tensors(folder, specs, read, config=config_json)
+  copy_files(copy_from, folder, names)
+  return f"a Hugging Face folder of {len(tensors)} tensors in {dtype}, from step {step}"
 
 
-def copy_files(source, folder, names):
+def copy_files(source: pathlib.Path, folder: pathlib.Path, names: Sequence[str]) -> None:
   """Copies those of `names` that `source` has."""
   folder.mkdir(exist_ok=True)
   for file in (source / name for name in names):
@@ -132,45 +139,58 @@ def copy_files(source, folder, names):
       shutil.copyfile(file, folder / file.name)
 
 
-def special_ids(tokenizer):
-  """What a config.json says of `tokenizer`: transformers would take 1 and 2 where it says nothing."""
+def special_token_ids(name: str) -> dict[str, int]:
+  """bos_token_id and eos_token_id of the tokenizer `name`, for a config.json: transformers takes 1 and 2 if they are missing."""
   try:
-    found = load_tokenizer(tokenizer)
+    tokenizer = load_tokenizer(name)
   except DataError as error:
     print(f"note     config.json has no bos_token_id and no eos_token_id: {error}")
     return {}
-  return {"bos_token_id": found.bos, "eos_token_id": found.eos}
+  return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
 
 
-def check_shapes(where, arrays, wanted):
-  """Raises CheckpointError that lists every array that is missing, not expected or of another shape."""
-  have = {path: tuple(array.shape) for path, array in arrays.items()}
-  want = {path: shape for path, (shape, _) in wanted.items()}
-  wrong = [path for path in sorted(have.keys() | want.keys()) if have.get(path) != want.get(path)]
+def check_shapes(
+  where: pathlib.Path,
+  shapes: Mapping[TreePath, tuple[int, ...]],
+  expected_shapes: Mapping[TreePath, tuple[tuple[int, ...], tuple[int, ...]]],
+) -> None:
+  """Raises CheckpointError that lists every array that is missing, not expected or of another shape.
+
+  expected_shapes: {path: (shape, chunk shape)}.
+  """
+  actual = {path: tuple(shape) for path, shape in shapes.items()}
+  expected = {path: shape for path, (shape, _) in expected_shapes.items()}
+  wrong = [path for path in sorted(actual.keys() | expected.keys()) if actual.get(path) != expected.get(path)]
   if wrong:
     lines = [
-      f"\n  {'/'.join(path)}: {have.get(path, 'missing')}, expected {want.get(path, 'nothing')}" for path in wrong
+      f"\n  {'/'.join(path)}: {actual.get(path, 'missing')}, expected {expected.get(path, 'nothing')}" for path in wrong
     ]
-    raise CheckpointError(f"{where} does not hold what its config says: {len(wrong)} arrays differ" + "".join(lines))
+    raise CheckpointError(f"{where} does not match its config: {len(wrong)} arrays differ" + "".join(lines))
 
 
-def data_config(folder, target, vocab, tokenizer):
-  """The data section of a converted checkpoint: the tokenizer that is given, or was copied, or is known by `vocab`."""
-  place = pathlib.Path(ORIGINAL, TOKENIZER_FILES[0])
-  name = tokenizer or (str(target / place) if (folder / place).exists() else TOKENIZERS.get(vocab, "byte"))
+def make_data_config(folder: pathlib.Path, target: pathlib.Path, vocab: int, tokenizer: str) -> DataConfig:
+  """The data section of a converted checkpoint.
+
+  Its tokenizer is `tokenizer` if that is not empty, else the copied one, else the one known for this `vocab`.
+  """
+  copied = pathlib.Path(HF_FILES_FOLDER, TOKENIZER_FILES[0])
+  name = tokenizer or (str(target / copied) if (folder / copied).exists() else TOKENIZERS.get(vocab, "byte"))
   if name == "byte" and vocab < TOKENIZER_SIZES[name]:
     print(
-      f"note     no tokenizer is known for a vocabulary of {vocab}: give --tokenizer, or put one at {target / place}"
+      f"note     no tokenizer is known for a vocabulary of {vocab}: give --tokenizer, or put one at {target / copied}"
     )
-    name = str(target / place)
+    name = str(target / copied)
   if name not in TOKENIZER_SIZES:
     name = os.path.abspath(name)
   return DataConfig(tokenizer=name, seq=PRETRAINING_SEQ)
 
 
 @contextlib.contextmanager
-def new_folder(target):
-  """Yields an empty folder beside `target` that gets its name when the block ends well, and is removed otherwise."""
+def new_folder(target: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """Yields an empty folder beside `target`. It is renamed to `target` after the block, or removed after an error.
+
+  Raises CheckpointError where `target` exists and is not empty, or the disk refuses.
+  """
   target = pathlib.Path(os.path.abspath(target))
   partial = target.with_name(target.name + ".partial")
   try:
@@ -191,10 +211,10 @@ def new_folder(target):
 
 
 @contextlib.contextmanager
-def progress(table):
-  """Yields a function that takes the elements that were moved, of those of `table`; a bar on a terminal."""
+def progress_bar(tensors: Sequence[HFTensor]) -> Iterator[Callable[[int], None]]:
+  """Yields a function that takes the number of elements of `tensors` that were converted; a bar on a terminal."""
   console = Console()
   columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
   with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-    task = bar.add_task("", total=4 * sum(np.prod(entry.shape) for entry in table))
+    task = bar.add_task("", total=4 * sum(math.prod(tensor.shape) for tensor in tensors))
     yield lambda elements: bar.update(task, advance=4 * elements)

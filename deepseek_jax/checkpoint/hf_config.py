@@ -1,9 +1,11 @@
-"""Our ModelConfig to the config.json of a Hugging Face checkpoint, in the published layout."""
+"""ModelConfig to the config.json of a Hugging Face checkpoint, with the keys of the published ones."""
 
 import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from deepseek_jax.checkpoint.hf_files import CONFIG
-from deepseek_jax.checkpoint.hf_model import MLA, to_model_config
+from deepseek_jax.checkpoint.hf_files import CONFIG_FILE
+from deepseek_jax.checkpoint.hf_model import MLA_DEFAULTS, to_model_config
 from deepseek_jax.errors import CheckpointError
 from deepseek_jax.model_config import ModelConfig
 
@@ -13,28 +15,31 @@ ARCHITECTURES = {
   "deepseek_v2": "DeepseekV2ForCausalLM",
   "deepseek_v3": "DeepseekV3ForCausalLM",
 }
-# Settings of ours that a config.json does not have, and that do not change the function in inference.
-OURS_ALONE = {
+# Fields that a config.json does not have, and that do not change what the model computes in inference.
+NOT_IN_HF_CONFIG = {
   "param_dtype", "compute_dtype", "precision", "fp8", "remat", "dropout", "dispatch", "buffer_factor", "capacity_factor", "no_drop_fraction", "kv_comm",
   "implementation",
 }  # fmt: skip
 
 
-def model_type(config: ModelConfig) -> str:
-  """The kind of Hugging Face model that `config` is nearest to."""
+def hf_model_type(config: ModelConfig) -> str:
+  """The `model_type` of the Hugging Face model that is nearest to `config`."""
   if config.attention.kind == "gqa":
     return "deepseek" if config.moe.num_routed_experts else "llama"
   return "deepseek_v3" if config.moe.score == "sigmoid" else "deepseek_v2"
 
 
-def to_json(config: ModelConfig, dtype, original=None) -> dict:
-  """The published layout of `config`, on top of the `original` config.json where there is one.
+def to_hf_config(config: ModelConfig, dtype: str, original: Mapping[str, Any] | None = None) -> dict[str, Any]:
+  """The content of a config.json for `config`.
+
+  Args:
+    dtype: of the tensors. original: a config.json whose other keys are copied.
 
   Raises CheckpointError when no Hugging Face model computes what `config` does, naming the fields.
   """
-  kind, a, moe, yarn = model_type(config), config.attention, config.moe, config.attention.yarn
-  replaced = ("quantization_config", "rope_parameters", "dtype", "original_max_position_embeddings")
-  raw = {key: value for key, value in (original or {}).items() if key not in replaced}
+  kind, a, moe, yarn = hf_model_type(config), config.attention, config.moe, config.attention.yarn
+  dropped = ("quantization_config", "rope_parameters", "dtype", "original_max_position_embeddings")
+  raw = {key: value for key, value in (original or {}).items() if key not in dropped}
   raw.setdefault("max_position_embeddings", int(yarn.original_seq * yarn.factor))
   scaling = {
     "type": "yarn",
@@ -64,18 +69,18 @@ def to_json(config: ModelConfig, dtype, original=None) -> dict:
     "attention_dropout": a.dropout,
   }
   if a.kind == "mla":
-    raw |= {key: getattr(a, key) for key in MLA} | {"q_lora_rank": a.q_lora_rank or None}
+    raw |= {key: getattr(a, key) for key in MLA_DEFAULTS} | {"q_lora_rank": a.q_lora_rank or None}
   elif a.head_dim * a.heads != config.embed or "head_dim" in raw:
     raw["head_dim"] = a.head_dim
-  raw |= experts_json(config, kind) if moe.num_routed_experts else {}
-  refuse_changed(config, raw)
+  raw |= _moe_keys(config, kind) if moe.num_routed_experts else {}
+  _check_round_trip(config, raw)
   return raw
 
 
-def experts_json(config: ModelConfig, kind) -> dict:
-  """The keys of the experts, of those that the published config.json of `kind` has."""
+def _moe_keys(config: ModelConfig, kind: str) -> dict[str, Any]:
+  """The keys of the experts that the published config.json of `kind` has."""
   moe = config.moe
-  raw = {
+  raw: dict[str, Any] = {
     "n_routed_experts": moe.num_routed_experts,
     "n_shared_experts": moe.num_shared_experts,
     "num_experts_per_tok": moe.num_experts_per_token,
@@ -97,27 +102,31 @@ def experts_json(config: ModelConfig, kind) -> dict:
   return raw | ({"num_nextn_predict_layers": config.num_mtp_layers} if kind == "deepseek_v3" else {})
 
 
-def refuse_changed(config: ModelConfig, raw):
-  """Reads `raw` as anyone would and compares: a model that comes back as another one is not written."""
+def _check_round_trip(config: ModelConfig, raw: Mapping[str, Any]) -> None:
+  """Converts `raw` back. Raises CheckpointError with the fields that are not the same."""
   names = [f"model.layers.{config.layers + depth}.enorm.weight" for depth in range(config.num_mtp_layers)]
-  lost = sorted(differences(config, to_model_config(raw, names, CONFIG)))
-  if lost:
+  changed = sorted(_changed_fields(config, to_model_config(raw, names, CONFIG_FILE)))
+  if changed:
     raise CheckpointError(
-      f"no Hugging Face model of type {raw['model_type']} computes this one: {', '.join(lost)} cannot be said in its "
+      f"no Hugging Face model of type {raw['model_type']} computes this one: {', '.join(changed)} cannot be expressed in its "
       "config.json; train with the settings of a released model to export it"
     )
 
 
-def differences(a, b):
-  """Fields in which two configs differ, of those that a config.json has, as `path=value of a`."""
-  inert = OURS_ALONE | ({"group_score"} if getattr(a, "num_expert_groups", 0) == 1 else set())
-  if getattr(a, "kind", None) == "mla":
-    inert |= {"kv_heads", "head_dim"}
-  if getattr(a, "factor", 0) == 1:
+def _changed_fields(before: Any, after: Any) -> Iterator[str]:
+  """Fields of two config sections that differ, as `path=value before`; only fields that have an effect in inference."""
+  ignored = set(NOT_IN_HF_CONFIG)
+  if getattr(before, "num_expert_groups", 0) == 1:
+    ignored.add("group_score")
+  if getattr(before, "kind", None) == "mla":
+    ignored |= {"kv_heads", "head_dim"}
+  if getattr(before, "factor", 0) == 1:  # YaRN is off
     return
-  for field in (f for f in dataclasses.fields(a) if f.name not in inert):
-    x, y = getattr(a, field.name), getattr(b, field.name)
-    if dataclasses.is_dataclass(x):
-      yield from differences(x, y)
-    elif x != y:
-      yield f"{a.path}.{field.name}={x}"
+  for field in dataclasses.fields(before):
+    if field.name in ignored:
+      continue
+    old, new = getattr(before, field.name), getattr(after, field.name)
+    if dataclasses.is_dataclass(old):
+      yield from _changed_fields(old, new)
+    elif old != new:
+      yield f"{before.path}.{field.name}={old}"

@@ -1,38 +1,47 @@
 """config.json of Hugging Face checkpoints, as published and as transformers 5 writes it, to our ModelConfig."""
 
 import json
+import os
 import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from deepseek_jax.checkpoint.hf_files import BLOCK, CONFIG, HFReader
+from deepseek_jax.checkpoint.hf_files import CONFIG_FILE, FP8_BLOCK, HFReader
 from deepseek_jax.errors import CheckpointError, ConfigError
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
 
 # What a config.json that leaves a key out means: the defaults of the classes in transformers 5, and for `deepseek`
 # (MoE-16B) those of the code that DeepSeek published with it.
-_ALL = {
+_COMMON = {
   "hidden_act": "silu", "initializer_range": 0.02, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
   "attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False, "moe_layer_freq": 1, "rope_interleave": True,
   "num_key_value_heads": None, "head_dim": None,
 }  # fmt: skip
-MLA = {"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
-DEFAULTS = {
-  "llama": _ALL | {
+MLA_DEFAULTS = {
+  "kv_lora_rank": 512,
+  "q_lora_rank": 1536,
+  "qk_nope_head_dim": 128,
+  "qk_rope_head_dim": 64,
+  "v_head_dim": 128,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+  "llama": _COMMON | {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "max_position_embeddings": 2048,
   },
-  "deepseek": _ALL | {
+  "deepseek": _COMMON | {
     "vocab_size": 102400, "hidden_size": 4096, "intermediate_size": 11008, "moe_intermediate_size": 1407,
     "num_hidden_layers": 30, "num_attention_heads": 32, "max_position_embeddings": 2048, "n_shared_experts": None,
     "n_routed_experts": None, "num_experts_per_tok": None, "first_k_dense_replace": 0, "norm_topk_prob": False,
     "scoring_func": "softmax",
   },
-  "deepseek_v2": _ALL | MLA | {
+  "deepseek_v2": _COMMON | MLA_DEFAULTS | {
     "vocab_size": 102400, "hidden_size": 4096, "intermediate_size": 11008, "moe_intermediate_size": 1407,
     "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 2048, "n_shared_experts": 2,
     "n_routed_experts": 64, "num_experts_per_tok": None, "first_k_dense_replace": 0, "n_group": None, "topk_group": None,
     "topk_method": "greedy", "routed_scaling_factor": 1.0, "scoring_func": "softmax",
   },
-  "deepseek_v3": _ALL | MLA | {
+  "deepseek_v3": _COMMON | MLA_DEFAULTS | {
     "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
     "num_hidden_layers": 61, "num_attention_heads": 128, "max_position_embeddings": 4096, "n_shared_experts": 1,
     "n_routed_experts": 256, "num_experts_per_tok": 8, "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4,
@@ -40,21 +49,25 @@ DEFAULTS = {
   },
 }  # fmt: skip
 # Keys of which only these values are implemented here.
-ONLY = {
+SUPPORTED_VALUES = {
   "hidden_act": ("silu",),
   "attention_bias": (False,),
   "mlp_bias": (False,),
   "moe_layer_freq": (1,),
   "rope_interleave": (True,),
 }
-MTP_PARTS = ("enorm", "hnorm", "eh_proj", "shared_head.norm")
-SCORING = {"deepseek": "softmax", "deepseek_v2": "softmax", "deepseek_v3": "sigmoid"}
-METHODS = {"deepseek": ("greedy",), "deepseek_v2": ("greedy", "group_limited_greedy"), "deepseek_v3": ("noaux_tc",)}
+MTP_MODULES = ("enorm", "hnorm", "eh_proj", "shared_head.norm")
+SCORING_FUNCS = {"deepseek": "softmax", "deepseek_v2": "softmax", "deepseek_v3": "sigmoid"}
+TOPK_METHODS = {
+  "deepseek": ("greedy",),
+  "deepseek_v2": ("greedy", "group_limited_greedy"),
+  "deepseek_v3": ("noaux_tc",),
+}
 
 
-def read_json(directory) -> dict:
-  """config.json of `directory` as it is."""
-  path = pathlib.Path(directory) / CONFIG
+def read_config_json(directory: str | os.PathLike) -> dict[str, Any]:
+  """The content of config.json of `directory`. Raises CheckpointError where it is missing or not a JSON object."""
+  path = pathlib.Path(directory) / CONFIG_FILE
   try:
     raw = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
@@ -64,21 +77,24 @@ def read_json(directory) -> dict:
   return raw
 
 
-def read_config(directory) -> ModelConfig:
+def read_model_config(directory: str | os.PathLike) -> ModelConfig:
   """The model of a Hugging Face folder. Raises CheckpointError for what is not implemented here, naming key and value."""
-  raw = read_json(directory)
-  return to_model_config(raw, HFReader(directory).names, pathlib.Path(directory) / CONFIG)
+  raw = read_config_json(directory)
+  return to_model_config(raw, HFReader(directory).names, pathlib.Path(directory) / CONFIG_FILE)
 
 
-def to_model_config(raw, names, source) -> ModelConfig:
-  """`raw`, the content of the config.json `source`, of a checkpoint with the tensors `names`.
+def to_model_config(raw: Mapping[str, Any], names: Iterable[str], source: str | os.PathLike) -> ModelConfig:
+  """The ModelConfig of a config.json.
 
-  The depth of multi-token prediction is what the tensors say: transformers writes num_nextn_predict_layers = 1 by default.
+  Args: `raw`: its content. `names`: the tensors of the checkpoint. `source`: what to call the file in errors.
+
+  The depth of multi-token prediction follows from the tensors: transformers writes num_nextn_predict_layers = 1 by default.
+  Raises CheckpointError for what is not implemented here, naming key and value.
   """
   kind = raw.get("model_type")
   if kind not in list(DEFAULTS):  # it need not be hashable
     raise CheckpointError(f"{source}: model_type={kind!r} is not supported; {', '.join(DEFAULTS)} are")
-  values = DEFAULTS[kind] | raw
+  values = DEFAULTS[kind] | dict(raw)
   try:
     check_supported(kind, values, source)
     depth = mtp_depth(names, values["num_hidden_layers"]) if kind == "deepseek_v3" else 0
@@ -104,17 +120,23 @@ def to_model_config(raw, names, source) -> ModelConfig:
     raise CheckpointError(f"{source}: a value is not of the type that its key has ({error})") from None
 
 
-def check_supported(kind, values, source):
-  """One error that lists every key whose value is not implemented."""
-  wrong = [f"{key}={values[key]!r} (only {only[0]!r} is)" for key, only in ONLY.items() if values[key] not in only]
-  if values.get("scoring_func", SCORING.get(kind)) != SCORING.get(kind):
-    wrong.append(f"scoring_func={values['scoring_func']!r} (of {kind} only {SCORING.get(kind)!r} is)")
-  if kind in METHODS and (values.get("topk_method") or METHODS[kind][0]) not in METHODS[kind]:
-    wrong.append(f"topk_method={values['topk_method']!r} (of {kind} only {' and '.join(METHODS[kind])} is)")
+def check_supported(kind: str, values: Mapping[str, Any], source: str | os.PathLike) -> None:
+  """Raises one CheckpointError that lists every key whose value is not implemented."""
+  wrong = [
+    f"{key}={values[key]!r} (only {supported[0]!r} is)"
+    for key, supported in SUPPORTED_VALUES.items()
+    if values[key] not in supported
+  ]
+  if values.get("scoring_func", SCORING_FUNCS.get(kind)) != SCORING_FUNCS.get(kind):
+    wrong.append(f"scoring_func={values['scoring_func']!r} (of {kind} only {SCORING_FUNCS.get(kind)!r} is)")
+  if kind in TOPK_METHODS and (values.get("topk_method") or TOPK_METHODS[kind][0]) not in TOPK_METHODS[kind]:
+    wrong.append(f"topk_method={values['topk_method']!r} (of {kind} only {' and '.join(TOPK_METHODS[kind])} is)")
   quantization = values.get("quantization_config") or {}
-  block = quantization.get("weight_block_size", [BLOCK, BLOCK])
-  if quantization and (quantization.get("quant_method") != "fp8" or block != [BLOCK, BLOCK]):
-    wrong.append(f"quantization_config={quantization} (only fp8 with a weight_block_size of [{BLOCK}, {BLOCK}] is)")
+  block = quantization.get("weight_block_size", [FP8_BLOCK, FP8_BLOCK])
+  if quantization and (quantization.get("quant_method") != "fp8" or block != [FP8_BLOCK, FP8_BLOCK]):
+    wrong.append(
+      f"quantization_config={quantization} (only fp8 with a weight_block_size of [{FP8_BLOCK}, {FP8_BLOCK}] is)"
+    )
   heads = values["num_attention_heads"]
   if kind in ("deepseek_v2", "deepseek_v3") and values["num_key_value_heads"] not in (None, heads):
     wrong.append(
@@ -123,35 +145,35 @@ def check_supported(kind, values, source):
   if kind == "deepseek" and values["head_dim"] and values["head_dim"] * heads != values["hidden_size"]:
     wrong.append(f"head_dim={values['head_dim']} (the code of {kind} takes hidden_size / num_attention_heads alone)")
   if wrong:
-    raise CheckpointError(f"{source} asks for what is not supported: {'; '.join(wrong)}")
+    raise CheckpointError(f"{source} has values that are not supported: {'; '.join(wrong)}")
 
 
-def mtp_depth(names, layers):
-  """How many layers in a row, from the first that the config does not count, have a part of multi-token prediction."""
+def mtp_depth(names: Iterable[str], layers: int) -> int:
+  """Number of consecutive layers after the first `layers` that have a module of multi-token prediction."""
   names, depth = set(names), 0
-  while any(f"model.layers.{layers + depth}.{part}.weight" in names for part in MTP_PARTS):
+  while any(f"model.layers.{layers + depth}.{module}.weight" in names for module in MTP_MODULES):
     depth += 1
   return depth
 
 
-def attention_config(kind, values, source) -> AttentionConfig:
+def attention_config(kind: str, values: Mapping[str, Any], source: str | os.PathLike) -> AttentionConfig:
   """Attention as the classes of transformers build it from `values`."""
   heads = values["num_attention_heads"]
-  theta, yarn = rope(values, source)
-  common = dict(heads=heads, rope_theta=theta, yarn=yarn, dropout=values["attention_dropout"] or 0.0)
+  theta, yarn = rope_config(values, source)
+  common: dict[str, Any] = dict(heads=heads, rope_theta=theta, yarn=yarn, dropout=values["attention_dropout"] or 0.0)
   if kind in ("deepseek_v2", "deepseek_v3"):
-    ranks = {key: values[key] for key in MLA} | {"q_lora_rank": values["q_lora_rank"] or 0}
+    ranks = {key: values[key] for key in MLA_DEFAULTS} | {"q_lora_rank": values["q_lora_rank"] or 0}
     return AttentionConfig(kind="mla", **common, **ranks)
   head_dim = values["head_dim"] or values["hidden_size"] // heads
   return AttentionConfig(kind="gqa", kv_heads=values["num_key_value_heads"] or heads, head_dim=head_dim, **common)
 
 
-def rope(values, source) -> tuple[float, YarnConfig]:
+def rope_config(values: Mapping[str, Any], source: str | os.PathLike) -> tuple[float, YarnConfig]:
   """(theta, YaRN). Published: rope_theta and rope_scaling {type}; transformers 5: rope_parameters {rope_type, rope_theta}."""
-  given = values.get("rope_scaling") or values.get("rope_parameters") or {}
-  theta = given.get("rope_theta") or values.get("rope_theta") or 10_000.0
-  kind = given.get("rope_type", given.get("type", "default"))
-  partial = given.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1
+  scaling = values.get("rope_scaling") or values.get("rope_parameters") or {}
+  theta = scaling.get("rope_theta") or values.get("rope_theta") or 10_000.0
+  kind = scaling.get("rope_type", scaling.get("type", "default"))
+  partial = scaling.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1
   if partial != 1 or kind not in ("default", "yarn"):
     raise CheckpointError(
       f"{source}: rotary embeddings of type {kind!r} with partial_rotary_factor={partial} are not supported; "
@@ -160,32 +182,32 @@ def rope(values, source) -> tuple[float, YarnConfig]:
   if kind == "default":
     return theta, YarnConfig()
   refused = {
-    key: given[key] for key in ("attention_factor", "truncate") if given.get(key) not in (None, key == "truncate")
+    key: scaling[key] for key in ("attention_factor", "truncate") if scaling.get(key) not in (None, key == "truncate")
   }
-  if refused or not given.get("factor"):
+  if refused or not scaling.get("factor"):
     raise CheckpointError(
       f"{source}: YaRN needs a factor and takes no {refused or 'other way to give it'}: attention_factor follows from "
       "mscale and mscale_all_dim, and the ramp has whole ends (truncate)"
     )
-  original = values.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
+  original = values.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
   return theta, YarnConfig(
-    factor=given["factor"],
+    factor=scaling["factor"],
     original_seq=original or values["max_position_embeddings"],
-    beta_fast=given.get("beta_fast") or 32.0,
-    beta_slow=given.get("beta_slow") or 1.0,
-    mscale=given.get("mscale") or 0.0,
-    mscale_all_dim=given.get("mscale_all_dim") or 0.0,
+    beta_fast=scaling.get("beta_fast") or 32.0,
+    beta_slow=scaling.get("beta_slow") or 1.0,
+    mscale=scaling.get("mscale") or 0.0,
+    mscale_all_dim=scaling.get("mscale_all_dim") or 0.0,
   )
 
 
-def moe_config(kind, values) -> MoEConfig:
-  """The experts. Only the keys that transformers reads for this kind of model count, as its function is the reference."""
-  common = dict(
+def moe_config(kind: str, values: Mapping[str, Any]) -> MoEConfig:
+  """The MoE section. Only the keys that transformers reads for this kind of model count: its function is the reference."""
+  common: dict[str, Any] = dict(
     num_routed_experts=values["n_routed_experts"],
     num_shared_experts=values["n_shared_experts"] or 0,
     num_experts_per_token=values["num_experts_per_tok"] or 0,
     mlp=values["moe_intermediate_size"],
-    score=SCORING[kind],
+    score=SCORING_FUNCS[kind],
   )
   if kind == "deepseek":
     # DeepSeek's code does not normalise the weight of a single expert: that would make it 1.
@@ -195,8 +217,9 @@ def moe_config(kind, values) -> MoEConfig:
   if kind == "deepseek_v2":
     # transformers ignores V2's norm_topk_prob and always multiplies by routed_scaling_factor; DeepSeek's own code
     # multiplies only where it does not normalise. All released V2 models have norm_topk_prob false.
-    limited = (groups, topk_groups) if values["topk_method"] == "group_limited_greedy" else (1, 1)
-    return MoEConfig(num_expert_groups=limited[0], topk_groups=limited[1], route_scale=scale, **common)
+    if values["topk_method"] != "group_limited_greedy":
+      groups = topk_groups = 1
+    return MoEConfig(num_expert_groups=groups, topk_groups=topk_groups, route_scale=scale, **common)
   return MoEConfig(
     num_expert_groups=groups,
     topk_groups=topk_groups,

@@ -1,151 +1,168 @@
-"""Which tensor of a Hugging Face checkpoint is which part of our parameters: one table, read in both directions."""
+"""Which tensor of a Hugging Face checkpoint is which slice of a parameter: one table, used in both directions."""
 
 import dataclasses
 import math
+from typing import Any
+
+import numpy as np
 
 from deepseek_jax.model_config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
-  """One tensor of the checkpoint.
+class HFTensor:
+  """One tensor of a Hugging Face checkpoint.
 
-  path: keys of the array in our tree; index: where in its leading dimensions (layer, expert) the tensor belongs.
-  shape: as in the checkpoint. ours: of our part. transposed: the checkpoint has [out, in], we have in before out.
-  buffer: the array is in the buffers. copy: a second name of an array that has an entry of its own; written, not read.
+  Attributes:
+    name: in the checkpoint.
+    path: keys of the parameter (or buffer) in our tree. index: in its leading dimensions (layer, expert), where the tensor
+      belongs.
+    shape: of the tensor. param_shape: of its slice of the parameter.
+    transposed: the tensor is [out, in], and the parameter has its input dimensions before its output dimensions.
+    buffer: `path` is in the buffers.
+    is_copy: a second name of a parameter that another tensor has, too; it is written, and not read.
   """
 
   name: str
   path: tuple[str, ...]
   index: tuple[int, ...]
   shape: tuple[int, ...]
-  ours: tuple[int, ...]
+  param_shape: tuple[int, ...]
   transposed: bool = False
   buffer: bool = False
-  copy: bool = False
+  is_copy: bool = False
 
-  def to_ours(self, tensor):
-    """[shape], as in the checkpoint, to our [ours]."""
-    return tensor.T.reshape(self.ours) if self.transposed else tensor
+  def to_param(self, tensor: np.ndarray) -> np.ndarray:
+    """[shape] of the checkpoint -> [param_shape]."""
+    return tensor.T.reshape(self.param_shape) if self.transposed else tensor
 
-  def to_hf(self, part):
-    """Our [ours] to [shape], as in the checkpoint."""
-    return part.reshape(self.shape[::-1]).T if self.transposed else part
+  def to_hf(self, param: np.ndarray) -> np.ndarray:
+    """[param_shape] -> [shape] of the checkpoint."""
+    return param.reshape(self.shape[::-1]).T if self.transposed else param
 
 
-def matrix(name, path, inputs, outputs, index=(), **kwargs):
-  """A linear map between dimensions that may be several with us: [embed] to [heads, head_dim], for one."""
+def _matrix(
+  name: str,
+  path: tuple[str, ...],
+  inputs: tuple[int, ...],
+  outputs: tuple[int, ...],
+  index: tuple[int, ...] = (),
+  **kwargs: Any,
+) -> HFTensor:
+  """A linear map; in the parameter inputs and outputs may have several dimensions: [embed] to [heads, head_dim]."""
   shape = (math.prod(outputs), math.prod(inputs))
-  return Entry(name + ".weight", (*path, "kernel"), index, shape, (*inputs, *outputs), transposed=True, **kwargs)
+  return HFTensor(name + ".weight", (*path, "kernel"), index, shape, (*inputs, *outputs), transposed=True, **kwargs)
 
 
-def vector(name, path, width, index=(), **kwargs):
+def _vector(name: str, path: tuple[str, ...], width: int, index: tuple[int, ...] = (), **kwargs: Any) -> HFTensor:
   """A tensor of one dimension, the same on both sides."""
-  return Entry(name, path, index, (width,), (width,), **kwargs)
+  return HFTensor(name, path, index, (width,), (width,), **kwargs)
 
 
-def swiglu(name, path, embed, mlp, index):
+def _swiglu(name: str, path: tuple[str, ...], embed: int, mlp: int, index: tuple[int, ...]) -> list[HFTensor]:
   """The three matrices of a SwiGLU (LlamaMLP): gate and up are [mlp, embed] in the checkpoint, down is [embed, mlp]."""
   return [
-    matrix(f"{name}.gate_proj", (*path, "gate"), (embed,), (mlp,), index),
-    matrix(f"{name}.up_proj", (*path, "up"), (embed,), (mlp,), index),
-    matrix(f"{name}.down_proj", (*path, "down"), (mlp,), (embed,), index),
+    _matrix(f"{name}.gate_proj", (*path, "gate"), (embed,), (mlp,), index),
+    _matrix(f"{name}.up_proj", (*path, "up"), (embed,), (mlp,), index),
+    _matrix(f"{name}.down_proj", (*path, "down"), (mlp,), (embed,), index),
   ]
 
 
-def attention(config: ModelConfig, name, path, index):
+def _attention(config: ModelConfig, name: str, path: tuple[str, ...], index: tuple[int, ...]) -> list[HFTensor]:
   """Grouped-query (LlamaAttention) or latent attention (DeepseekV3Attention): [heads * width, inputs] in the checkpoint."""
   a, embed = config.attention, (config.embed,)
   if a.kind == "gqa":
     return [
-      matrix(f"{name}.q_proj", (*path, "q"), embed, (a.heads, a.head_dim), index),
-      matrix(f"{name}.k_proj", (*path, "k"), embed, (a.kv_heads, a.head_dim), index),
-      matrix(f"{name}.v_proj", (*path, "v"), embed, (a.kv_heads, a.head_dim), index),
-      matrix(f"{name}.o_proj", (*path, "o"), (a.heads, a.head_dim), embed, index),
+      _matrix(f"{name}.q_proj", (*path, "q"), embed, (a.heads, a.head_dim), index),
+      _matrix(f"{name}.k_proj", (*path, "k"), embed, (a.kv_heads, a.head_dim), index),
+      _matrix(f"{name}.v_proj", (*path, "v"), embed, (a.kv_heads, a.head_dim), index),
+      _matrix(f"{name}.o_proj", (*path, "o"), (a.heads, a.head_dim), embed, index),
     ]
   query = (a.heads, a.qk_nope_head_dim + a.qk_rope_head_dim)
   if a.q_lora_rank:
     queries = [
-      matrix(f"{name}.q_a_proj", (*path, "q_a"), embed, (a.q_lora_rank,), index),
-      vector(f"{name}.q_a_layernorm.weight", (*path, "q_norm", "scale"), a.q_lora_rank, index),
-      matrix(f"{name}.q_b_proj", (*path, "q_b"), (a.q_lora_rank,), query, index),
+      _matrix(f"{name}.q_a_proj", (*path, "q_a"), embed, (a.q_lora_rank,), index),
+      _vector(f"{name}.q_a_layernorm.weight", (*path, "q_norm", "scale"), a.q_lora_rank, index),
+      _matrix(f"{name}.q_b_proj", (*path, "q_b"), (a.q_lora_rank,), query, index),
     ]
   else:
-    queries = [matrix(f"{name}.q_proj", (*path, "q"), embed, query, index)]
+    queries = [_matrix(f"{name}.q_proj", (*path, "q"), embed, query, index)]
   key_value = (a.heads, a.qk_nope_head_dim + a.v_head_dim)
   return queries + [
-    matrix(f"{name}.kv_a_proj_with_mqa", (*path, "kv_a"), embed, (a.kv_lora_rank + a.qk_rope_head_dim,), index),
-    vector(f"{name}.kv_a_layernorm.weight", (*path, "kv_norm", "scale"), a.kv_lora_rank, index),
-    matrix(f"{name}.kv_b_proj", (*path, "kv_b"), (a.kv_lora_rank,), key_value, index),
-    matrix(f"{name}.o_proj", (*path, "o"), (a.heads, a.v_head_dim), embed, index),
+    _matrix(f"{name}.kv_a_proj_with_mqa", (*path, "kv_a"), embed, (a.kv_lora_rank + a.qk_rope_head_dim,), index),
+    _vector(f"{name}.kv_a_layernorm.weight", (*path, "kv_norm", "scale"), a.kv_lora_rank, index),
+    _matrix(f"{name}.kv_b_proj", (*path, "kv_b"), (a.kv_lora_rank,), key_value, index),
+    _matrix(f"{name}.o_proj", (*path, "o"), (a.heads, a.v_head_dim), embed, index),
   ]
 
 
-def experts(config: ModelConfig, name, path, index):
-  """Router [experts, embed], its bias [experts], each expert and the shared ones, fused with us too (DeepseekV3MoE)."""
+def _moe(config: ModelConfig, name: str, path: tuple[str, ...], index: tuple[int, ...]) -> list[HFTensor]:
+  """Router [experts, embed], its bias [experts], each expert, and the shared experts as one SwiGLU (DeepseekV3MoE)."""
   moe, embed = config.moe, config.embed
-  rows = [matrix(f"{name}.gate", (*path, "router"), (embed,), (moe.num_routed_experts,), index)]
+  tensors = [_matrix(f"{name}.gate", (*path, "router"), (embed,), (moe.num_routed_experts,), index)]
   if moe.router_bias:
     bias = f"{name}.gate.e_score_correction_bias"
-    rows.append(vector(bias, (*path, "router", "bias"), moe.num_routed_experts, index, buffer=True))
+    tensors.append(_vector(bias, (*path, "router", "bias"), moe.num_routed_experts, index, buffer=True))
   for expert in range(moe.num_routed_experts):
-    rows += swiglu(f"{name}.experts.{expert}", (*path, "experts"), embed, moe.mlp, (*index, expert))
+    tensors += _swiglu(f"{name}.experts.{expert}", (*path, "experts"), embed, moe.mlp, (*index, expert))
   if moe.num_shared_experts:
-    rows += swiglu(f"{name}.shared_experts", (*path, "shared"), embed, moe.num_shared_experts * moe.mlp, index)
-  return rows
+    tensors += _swiglu(f"{name}.shared_experts", (*path, "shared"), embed, moe.num_shared_experts * moe.mlp, index)
+  return tensors
 
 
-def block(config: ModelConfig, layer, path, index, is_moe):
-  """Every tensor of model.layers.`layer`; `path` and `index` say where our block is."""
+def _block(
+  config: ModelConfig, layer: int, path: tuple[str, ...], index: tuple[int, ...], is_moe: bool
+) -> list[HFTensor]:
+  """Every tensor of model.layers.`layer`; `path` and `index` are those of the block in our tree."""
   name = f"model.layers.{layer}"
   return [
-    vector(f"{name}.input_layernorm.weight", (*path, "attn_norm", "scale"), config.embed, index),
-    *attention(config, f"{name}.self_attn", (*path, "attn"), index),
-    vector(f"{name}.post_attention_layernorm.weight", (*path, "mlp_norm", "scale"), config.embed, index),
+    _vector(f"{name}.input_layernorm.weight", (*path, "attn_norm", "scale"), config.embed, index),
+    *_attention(config, f"{name}.self_attn", (*path, "attn"), index),
+    _vector(f"{name}.post_attention_layernorm.weight", (*path, "mlp_norm", "scale"), config.embed, index),
     *(
-      experts(config, f"{name}.mlp", (*path, "moe"), index)
+      _moe(config, f"{name}.mlp", (*path, "moe"), index)
       if is_moe
-      else swiglu(f"{name}.mlp", (*path, "mlp"), config.embed, config.mlp, index)
+      else _swiglu(f"{name}.mlp", (*path, "mlp"), config.embed, config.mlp, index)
     ),
   ]
 
 
-def embedding(config: ModelConfig, name="model.embed_tokens.weight", **kwargs):
+def _embedding(config: ModelConfig, name: str = "model.embed_tokens.weight", **kwargs: Any) -> HFTensor:
   """[vocab, embed] on both sides."""
   shape = (config.vocab, config.embed)
-  return Entry(name, ("embed",), (), shape, shape, **kwargs)
+  return HFTensor(name, ("embed",), (), shape, shape, **kwargs)
 
 
-def head(config: ModelConfig, name="lm_head", **kwargs):
-  """[vocab, embed] in the checkpoint, [embed, vocab] with us; the embedding where the two are tied."""
+def _head(config: ModelConfig, name: str = "lm_head", **kwargs: Any) -> HFTensor:
+  """[vocab, embed] in the checkpoint, [embed, vocab] in the parameter; the embedding where the two are tied."""
   if config.tied_embeddings:
-    return embedding(config, name + ".weight", **kwargs)
-  return matrix(name, ("head",), (config.embed,), (config.vocab,), **kwargs)
+    return _embedding(config, name + ".weight", **kwargs)
+  return _matrix(name, ("head",), (config.embed,), (config.vocab,), **kwargs)
 
 
-def mtp_layer(config: ModelConfig, depth):
+def _mtp_layer(config: ModelConfig, depth: int) -> list[HFTensor]:
   """Depth `depth` of multi-token prediction is one more layer, with copies of the main model's embedding and head."""
   layer, index, path = config.layers + depth, (depth,), ("mtp_layers",)
   name = f"model.layers.{layer}"
   return [
-    embedding(config, f"{name}.embed_tokens.weight", copy=True),
-    vector(f"{name}.enorm.weight", (*path, "embed_norm", "scale"), config.embed, index),
-    vector(f"{name}.hnorm.weight", (*path, "hidden_norm", "scale"), config.embed, index),
-    matrix(f"{name}.eh_proj", (*path, "proj"), (2 * config.embed,), (config.embed,), index),
-    *block(config, layer, (*path, "block"), index, config.moe.num_routed_experts > 0),
-    vector(f"{name}.shared_head.norm.weight", (*path, "norm", "scale"), config.embed, index),
-    head(config, f"{name}.shared_head.head", copy=True),
+    _embedding(config, f"{name}.embed_tokens.weight", is_copy=True),
+    _vector(f"{name}.enorm.weight", (*path, "embed_norm", "scale"), config.embed, index),
+    _vector(f"{name}.hnorm.weight", (*path, "hidden_norm", "scale"), config.embed, index),
+    _matrix(f"{name}.eh_proj", (*path, "proj"), (2 * config.embed,), (config.embed,), index),
+    *_block(config, layer, (*path, "block"), index, config.moe.num_routed_experts > 0),
+    _vector(f"{name}.shared_head.norm.weight", (*path, "norm", "scale"), config.embed, index),
+    _head(config, f"{name}.shared_head.head", is_copy=True),
   ]
 
 
-def entries(config: ModelConfig) -> list[Entry]:
+def hf_tensors(config: ModelConfig) -> list[HFTensor]:
   """Every tensor that a checkpoint of `config` has, in the order in which it is written."""
-  rows, dense = [embedding(config)], config.num_dense_layers
+  tensors, dense = [_embedding(config)], config.num_dense_layers
   for layer in range(config.layers):
     is_moe = layer >= dense
     index = (layer - dense,) if is_moe else (layer,)
-    rows += block(config, layer, ("moe_layers" if is_moe else "dense_layers",), index, is_moe)
+    tensors += _block(config, layer, ("moe_layers" if is_moe else "dense_layers",), index, is_moe)
   for depth in range(config.num_mtp_layers):
-    rows += mtp_layer(config, depth)
-  rows.append(vector("model.norm.weight", ("final_norm", "scale"), config.embed))
-  return rows if config.tied_embeddings else [*rows, head(config)]
+    tensors += _mtp_layer(config, depth)
+  tensors.append(_vector("model.norm.weight", ("final_norm", "scale"), config.embed))
+  return tensors if config.tied_embeddings else [*tensors, _head(config)]

@@ -2,15 +2,17 @@
 
 import fcntl
 import os
+import pathlib
 import socket
+from typing import TextIO
 
 from deepseek_jax.errors import CheckpointError
 
 
-def hold(directory):
-  """An open file: until it is closed, or its process ends in whatever way, `directory`/.lock is this process's.
+def lock_workdir(directory: pathlib.Path) -> TextIO:
+  """Locks `directory`/.lock. Returns the open file: the lock ends when it is closed, or when the process ends in any way.
 
-  Raises CheckpointError where another process holds it, OSError where the file cannot be written.
+  Raises CheckpointError where another process has the lock, OSError where the file cannot be written.
   """
   file = open(directory / ".lock", "a+", encoding="utf-8")
   try:
@@ -23,7 +25,7 @@ def hold(directory):
       f"another process trains in {directory.parent} (pid {holder}): wait for it, or use another --workdir"
     ) from None
   except OSError:
-    return file  # This file system knows no locks, and a run there is worth more than the protection.
+    return file  # This file system has no locks, and a run there is worth more than the protection.
   file.truncate(0)
   file.write(f"{os.getpid()} on {socket.gethostname()}")
   file.flush()

@@ -1,7 +1,8 @@
 """Checkpoints on Orbax: WORKDIR/checkpoints/<step>/ holds state/ (arrays), meta/ (JSON) and manifest.json.
 
-Orbax writes and reads arrays and renames a finished step into place. What it does not do is here: it restores flipped
-bits, casts dtypes in silence, never falls back to an older step, and tells of a failed save only those who ask.
+Orbax writes and reads arrays, and renames a finished step into place. This module adds what Orbax lacks: it restores
+damaged arrays and casts dtypes without an error, never falls back to an older step, and reports a failed save only on
+request.
 """
 
 import json
@@ -10,41 +11,48 @@ import pathlib
 import re
 import sys
 import tempfile
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from deepseek_jax.checkpoint import lock, manifest
-from deepseek_jax.checkpoint.quiet import silence_orbax
-from deepseek_jax.checkpoint.tree import check_fits, flatten, listing, nest
+from deepseek_jax.checkpoint.orbax_logging import silence_orbax
+from deepseek_jax.checkpoint.tree import TreePath, check_arrays_match, flatten_tree, list_first, unflatten_to_dicts
+from deepseek_jax.config import CheckpointConfig
 from deepseek_jax.distributed import broadcast_from_process0
 from deepseek_jax.errors import CheckpointError
 from deepseek_jax.renamed_fields import with_current_names
+from deepseek_jax.typing import PyTree
 
 FORMAT_VERSION = 1
-SAVE_SECONDS = 86_400  # Orbax's 20 minutes are too few to write terabytes and for process 0 to read them back
-CHUNK_BYTES = 1 << 26  # at most this much is read or written for a part of an array
+SAVE_TIMEOUT_SECONDS = 86_400  # Orbax's 20 minutes are too few to write terabytes and for process 0 to read them back
+CHUNK_BYTES = 1 << 26  # the most that is read or written at once for a slice of an array
 _REJECTED = re.compile(r"\d+\.rejected(-\d+)?")
 
 silence_orbax()
 
 
 class CheckpointReader:
-  """Finds and reads checkpoints below `workdir`, a folder, without changing anything there, also while a run is writing more."""
+  """Finds and reads checkpoints below `workdir`, a folder. Changes nothing there; a run may write more at the same time."""
 
-  def __init__(self, workdir):
-    self._directory = pathlib.Path(os.path.abspath(workdir), "checkpoints")
+  def __init__(self, workdir: str | os.PathLike):
+    self._directory: Any = pathlib.Path(os.path.abspath(workdir), "checkpoints")  # of a bucket: the URL
 
-  def latest(self):
-    """The newest step whose files are as its manifest says; None where none was ever saved.
+  def latest(self) -> int | None:
+    """The newest step whose files match its manifest; None where no step was ever saved.
 
-    Newer ones are named on stderr with the reason. Process 0 reads and decides for all processes. Raises CheckpointError
-    where there are checkpoints and none verifies: they stay as they are, and no run starts over on top of them.
+    Prints newer steps to stderr, with the reason for which they were rejected. Process 0 reads and decides for all
+    processes. Raises CheckpointError where there are checkpoints and none verifies: no run may start from scratch then.
     """
     return broadcast_from_process0(self._newest_verified)
 
-  def meta(self, step):
-    """The dict saved with `step`, its config with today's names of fields. Raises CheckpointError where it is missing, malformed or of a newer format."""
+  def meta(self, step: int) -> dict[str, Any]:
+    """The dict saved with `step`; its config has the current names of fields.
+
+    Raises CheckpointError where it is missing, malformed or of a newer format.
+    """
     where = f"{self._directory}/{step}"
     try:
       meta = json.loads(self._read(step, "meta/metadata"))
@@ -62,138 +70,141 @@ class CheckpointReader:
       meta["config"] = with_current_names(meta["config"])
     return meta
 
-  def restore(self, step, abstract):
+  def restore(self, step: int, abstract: PyTree) -> PyTree:
     """Arrays of `step` as a tree like `abstract`: jax.ShapeDtypeStruct leaves with NamedShardings, on any mesh.
 
-    `abstract` may hold part of what was saved, such as {"params": ...}; each entry that it has must match in full.
+    `abstract` may have some of the top-level entries that were saved, such as {"params": ...}; each must match in full.
     Raises CheckpointError listing the arrays whose path, shape or dtype differ, or when a file cannot be read.
     """
-    path, wanted = self.state(step), flatten(abstract)
+    path, expected = self.state_folder(step), flatten_tree(abstract)
     try:
       with ocp.PyTreeCheckpointer() as checkpointer:
-        check_fits(path, flatten(checkpointer.metadata(path).item_metadata.tree), abstract)
-        item = nest(wanted)
+        check_arrays_match(path, flatten_tree(checkpointer.metadata(path).item_metadata.tree), abstract)
+        item = unflatten_to_dicts(expected)
         args = ocp.args.PyTreeRestore(
           item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
         )
-        arrays = flatten(checkpointer.restore(path, args=args))
+        arrays = flatten_tree(checkpointer.restore(path, args=args))
     except CheckpointError:
       raise
     except Exception as error:
-      raise CheckpointError(f"{path} cannot be restored: {_brief(error)}; if it is damaged, move it away") from error
-    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in wanted])
+      raise CheckpointError(
+        f"{path} cannot be restored: {_first_line(error)}; if it is damaged, move it away"
+      ) from error
+    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in expected])
 
-  def steps(self):
-    """Steps on disk, whole or damaged, in order."""
+  def steps(self) -> list[int]:
+    """Steps on disk, verified or not, in order."""
     return sorted(int(name) for name in self._names() if name.isdecimal() and str(int(name)) == name)
 
-  def state(self, step):
-    """Folder of the arrays of `step`, for `arrays.open_arrays`."""
-    return self._existing(step) / "state"
+  def state_folder(self, step: int) -> pathlib.Path:
+    """Folder of the arrays of `step`, for `arrays.open_arrays`. Raises CheckpointError where there is none."""
+    return self._step_folder(step) / "state"
 
-  def _existing(self, step):
+  def _step_folder(self, step: int) -> pathlib.Path:
     path = self._directory / str(step)
     if not path.is_dir():
       raise CheckpointError(f"no checkpoint {step} in {self._directory}: it holds {self.steps() or 'none'}")
     return path
 
-  def _read(self, step, name):
-    return (self._existing(step) / name).read_bytes()
+  def _read(self, step: int, name: str) -> bytes:
+    return (self._step_folder(step) / name).read_bytes()
 
-  def _verify(self, step):
-    """None where every file of `step` is as its manifest says, else why not."""
+  def _verify(self, step: int) -> str | None:
+    """None where every file of `step` matches its manifest, else how it differs."""
     return manifest.verify(self._directory / str(step))
 
-  def _names(self):
-    """Names in the folder of checkpoints: steps, and those set aside."""
+  def _names(self) -> list[str]:
+    """Names in the folder of checkpoints: steps, and rejected ones that were renamed."""
     return os.listdir(self._directory) if self._directory.is_dir() else []
 
-  def _newest_verified(self):
+  def _newest_verified(self) -> int | None:
     """`latest`, of this process."""
-    reasons = {}
+    reasons: dict[int, str] = {}
     for step in reversed(self.steps()):
       reason = self._verify(step)
       if reason is None:
         for newer, why in reasons.items():
-          print(f"checkpoint {self._directory}/{newer} rejected: {why}{self._set_aside(newer)}", file=sys.stderr)
+          print(f"checkpoint {self._directory}/{newer} rejected: {why}{self._rename_rejected(newer)}", file=sys.stderr)
         return step
       reasons[step] = reason
     unusable = [f"{step}: {reason}" for step, reason in reasons.items()]
-    unusable += [f"{name}: set aside before" for name in sorted(self._names()) if _REJECTED.fullmatch(name)]
+    unusable += [f"{name}: rejected before" for name in sorted(self._names()) if _REJECTED.fullmatch(name)]
     if not unusable:
       return None
     raise CheckpointError(
-      f"none of the checkpoints in {self._directory} can be used: {listing(unusable)}; to train from scratch again, move "
+      f"none of the checkpoints in {self._directory} can be used: {list_first(unusable)}; to train from scratch again, move "
       "them out of that folder, or use another --workdir"
     )
 
-  def _set_aside(self, step):
-    """What has become of a rejected step, for the message: a reader leaves it where it is."""
+  def _rename_rejected(self, step: int) -> str:
+    """Renames a rejected step, and returns the end of the message that says so. A reader leaves it where it is."""
     return ""
 
 
 class Checkpointer(CheckpointReader):
   """Saves checkpoints as well. A context manager: leaving it waits for the pending save and raises its error."""
 
-  def __init__(self, workdir, config):
-    """`config`: a CheckpointConfig. Raises CheckpointError where `workdir` cannot be written or another run has it."""
+  def __init__(self, workdir: str | os.PathLike, config: CheckpointConfig):
+    """Raises CheckpointError where `workdir` cannot be written, or another run trains there."""
     super().__init__(workdir)
     try:
       self._directory.mkdir(parents=True, exist_ok=True)
       with tempfile.TemporaryFile(dir=self._directory) as probe:
         probe.write(b"probe")
-      # Of a run on several hosts one process stands for all.
-      self._lock = lock.hold(self._directory) if jax.process_index() == 0 else None
+      # In a run of several processes, process 0 holds the lock for all.
+      self._lock = lock.lock_workdir(self._directory) if jax.process_index() == 0 else None
     except OSError as error:
       raise CheckpointError(f"cannot write to {self._directory}: {error.strerror}; use another --workdir") from None
-    self._saving = None
+    self._saving_step: int | None = None
     self._manager = ocp.CheckpointManager(
-      self._directory, handler_registry=_handlers(), options=_options(config, self._write_manifest)
+      self._directory, handler_registry=_handler_registry(), options=_options(config, self._write_manifest)
     )
 
   def __enter__(self):
     return self
 
   def __exit__(self, kind, *exception):
-    # Of several processes the others would be waited for, which need not have failed: this one is to end.
+    # After an error in one of several processes `close` would wait for the others, which may not have failed.
     if kind is None or jax.process_count() == 1:
       self.close()
 
-  def save(self, step, state, meta):
+  def save(self, step: int, state: PyTree, meta: dict[str, Any]) -> None:
     """Starts to save `state` (a tree of arrays) and `meta` (a dict for JSON); both may change once this returns.
 
-    Waits for the save before it first. Raises CheckpointError where that one or this one fails, or where `step` exists.
+    Waits for the previous save first. Raises CheckpointError where that one or this one fails, or where `step` exists.
     """
     self.wait()
     if step in self.steps():
       raise CheckpointError(f"checkpoint {self._directory / str(step)} exists: restore it, or use another --workdir")
-    flat = flatten(state)
+    flat = flatten_tree(state)
+    save_args = {path: _save_args(path, array) for path, array in flat.items()}
     items = ocp.args.Composite(
-      state=ocp.args.PyTreeSave(nest(flat), save_args=nest({path: _chunks(path, a) for path, a in flat.items()})),
+      state=ocp.args.PyTreeSave(unflatten_to_dicts(flat), save_args=unflatten_to_dicts(save_args)),
       meta=ocp.args.JsonSave(json.loads(json.dumps(meta))),
     )
-    self._saving = step
+    self._saving_step = step
     try:
       self._manager.save(step, args=items, force=True)
     except Exception as error:
       raise self._failed(error) from error
 
-  def wait(self):
+  def wait(self) -> None:
     """Returns once the pending save is on disk with its manifest. Raises CheckpointError where it failed."""
     try:
       self._manager.wait_until_finished()
     except Exception as error:
       raise self._failed(error) from error
 
-  def check(self):
+  def check(self) -> None:
     """Raises CheckpointError where the pending save is known to have failed; does not wait for it."""
     try:
       self._manager.check_for_errors()
     except Exception as error:
       raise self._failed(error) from error
 
-  def close(self):
-    """Waits for the pending save, raising its error, and lets go of Orbax's threads and of the workdir."""
+  def close(self) -> None:
+    """Waits for the pending save, raising its error; then ends Orbax's threads and unlocks the workdir."""
     try:
       self.wait()
     finally:
@@ -201,14 +212,14 @@ class Checkpointer(CheckpointReader):
       if self._lock:
         self._lock.close()
 
-  def latest(self):
+  def latest(self) -> int | None:
     """As the reader's; newer steps that do not verify are also renamed, so that they can be saved again."""
     self.wait()
     step = super().latest()
     self._manager.reload()
     return step
 
-  def _set_aside(self, step):
+  def _rename_rejected(self, step: int) -> str:
     path, number = self._directory / f"{step}.rejected", 1
     while path.exists():
       number += 1
@@ -216,19 +227,19 @@ class Checkpointer(CheckpointReader):
     (self._directory / str(step)).rename(path)
     return f"; moved to {path.name}"
 
-  def _write_manifest(self):
-    # Orbax calls this once the files are complete, before it renames the step into place: none is ever without it.
-    manifest.write(self._directory / f"{self._saving}{ocp.path.atomicity.TMP_DIR_SUFFIX}")
+  def _write_manifest(self) -> None:
+    # Orbax calls this when the files are complete and before it renames the step into place: no step is without manifest.
+    manifest.write_manifest(self._directory / f"{self._saving_step}{ocp.path.atomicity.TMP_DIR_SUFFIX}")
 
-  def _failed(self, error):
+  def _failed(self, error: Exception) -> CheckpointError:
     self._manager.reload()
     return CheckpointError(
-      f"checkpoint {self._directory / str(self._saving)} could not be saved: {_brief(error)}; older ones are unharmed; "
+      f"checkpoint {self._directory / str(self._saving_step)} could not be saved: {_first_line(error)}; older ones are unharmed; "
       "make room, or use another --workdir"
     )
 
 
-def _handlers():
+def _handler_registry() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
   # zstd saves 8 % of float noise and costs five sixths of the speed: 57 MiB/s against 342.
   state, meta = ocp.PyTreeCheckpointHandler(use_compression=False), ocp.JsonCheckpointHandler()
   registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
@@ -237,18 +248,22 @@ def _handlers():
   return registry
 
 
-def _chunks(path, array):
-  return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=shard_axes(path, array))
+def _save_args(path: TreePath, array: jax.Array) -> ocp.SaveArgs:
+  return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=chunk_axes(path, array))
 
 
-def shard_axes(path, array):
-  """Axes along which chunks have one element, so that each is of one layer, or one expert of it: a conversion reads
-  these, and a chunk is only ever read whole."""
+def chunk_axes(path: TreePath, array: jax.Array) -> tuple[int, ...]:
+  """Axes along which a chunk has one element: that of layers, and that of experts.
+
+  A conversion reads one layer or expert at a time, and a chunk cannot be read in part.
+  """
   stacked = array.ndim > 2 and any(name.endswith("_layers") for name in path)
-  return (0, 1) if stacked and "experts" in path else (0,) if stacked else ()
+  if not stacked:
+    return ()
+  return (0, 1) if "experts" in path else (0,)
 
 
-def _options(config, write_manifest):
+def _options(config: CheckpointConfig, write_manifest: Callable[[], None]) -> ocp.CheckpointManagerOptions:
   policies = ocp.checkpoint_managers
   preserved = [policies.LatestN(config.keep)]
   if config.keep_every:
@@ -257,21 +272,27 @@ def _options(config, write_manifest):
     preservation_policy=policies.AnyPreservationPolicy(preserved),
     cleanup_tmp_directories=True,
     async_options=ocp.options.AsyncOptions(
-      timeout_secs=SAVE_SECONDS,
+      timeout_secs=SAVE_TIMEOUT_SECONDS,
       post_finalization_callback=write_manifest,
       barrier_sync_fn=_barrier if jax.process_count() > 1 else None,
     ),
   )
 
 
-def _barrier(*, key, timeout_ms):
-  """Orbax's own, but in a process whose save has failed: in a `finally`, Orbax would wait SAVE_SECONDS for the others."""
+def _barrier(*, key: str, timeout_ms: int) -> None:
+  """Orbax's barrier, except in a process whose save has failed: there it raises the error again.
+
+  Orbax calls it in a `finally`, and would wait SAVE_TIMEOUT_SECONDS for the other processes.
+  """
   if failure := sys.exc_info()[1]:
     raise failure
   ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
-def _brief(error):
-  """The first line of an error without TensorStore's annotations; of a long one its ends: what failed, and why."""
-  line = re.split(r" \[\w+='", (str(error).strip().splitlines() or [""])[0])[0]
-  return f"{type(error).__name__}: {line if len(line) < 250 else line[:100] + ' ... ' + line[-140:]}"
+def _first_line(error: Exception) -> str:
+  """The first line of an error without TensorStore's annotations. A long line is cut in the middle."""
+  first_line = (str(error).strip().splitlines() or [""])[0]
+  line = re.split(r" \[\w+='", first_line)[0]
+  if len(line) >= 250:
+    line = f"{line[:100]} ... {line[-140:]}"
+  return f"{type(error).__name__}: {line}"

@@ -1,28 +1,33 @@
-"""Weights that a run starts from: of a Hugging Face folder, or of a workdir of ours, placed on the mesh as they are read."""
+"""Weights that a run starts from: of a Hugging Face folder or of another run's workdir, placed on the mesh as they are read."""
 
 import json
+import os
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from deepseek_jax.checkpoint.bucket import open_reader
+from deepseek_jax.checkpoint.chunks import tree_path
 from deepseek_jax.checkpoint.hf_files import HFReader
-from deepseek_jax.checkpoint.hf_model import read_config
-from deepseek_jax.checkpoint.hf_names import entries
+from deepseek_jax.checkpoint.hf_model import read_model_config
+from deepseek_jax.checkpoint.hf_names import HFTensor, hf_tensors
 from deepseek_jax.checkpoint.manager import CheckpointReader
-from deepseek_jax.checkpoint.parts import tree_path
 from deepseek_jax.config import Config
 from deepseek_jax.distributed import broadcast_from_process0
 from deepseek_jax.errors import CheckpointError
 from deepseek_jax.schema import from_dict
 from deepseek_jax.storage import is_url
+from deepseek_jax.typing import PyTree
+
+Bounds = tuple[tuple[int, int], ...]  # (start, stop) along each axis
 
 
-def is_hugging_face(directory):
-  """True for a folder with Hugging Face's config.json, False for a workdir with checkpoints; else CheckpointError.
+def is_hugging_face(directory: str | os.PathLike) -> bool:
+  """Whether `directory` has the config.json of a Hugging Face model; False for a workdir with checkpoints.
 
-  A URL is taken for a workdir: Hugging Face folders are read from disk alone.
+  A URL counts as a workdir: Hugging Face folders are only read from disk. Raises CheckpointError for any other folder.
   """
   if is_url(directory):
     return False
@@ -34,12 +39,12 @@ def is_hugging_face(directory):
   if not hugging_face and not (directory / "checkpoints").is_dir():
     raise CheckpointError(
       f"{directory} is no checkpoint: expected a Hugging Face folder (config.json with a model_type, and *.safetensors) or "
-      "a workdir of ours (checkpoints/)"
+      "the workdir of a run (checkpoints/)"
     )
   return hugging_face
 
 
-def saved_config(reader: CheckpointReader, step) -> Config:
+def saved_config(reader: CheckpointReader, step: int) -> Config:
   """The config of the run that saved `step`."""
   return from_dict(Config, reader.meta(step)["config"])
 
@@ -47,60 +52,65 @@ def saved_config(reader: CheckpointReader, step) -> Config:
 class HuggingFaceWeights:
   """The weights of a Hugging Face folder; `model` is their ModelConfig."""
 
-  def __init__(self, directory):
-    self.directory, self.model = directory, read_config(directory)
+  def __init__(self, directory: str | os.PathLike):
+    self.directory, self.model = directory, read_model_config(directory)
 
-  def load(self, abstract):
+  def load(self, abstract: PyTree) -> PyTree:
     """Arrays for `abstract`, {"params", "buffers"} of jax.ShapeDtypeStruct with NamedShardings, in its dtypes.
 
-    Every tensor is read once (what multi-token prediction copies: once more, to compare), and the host holds one array of
-    ours at a time. Raises CheckpointError that lists all
-    tensors that do not fit.
+    Every tensor is read once; those that multi-token prediction copies are read again, to be compared. The host holds one
+    parameter (of all layers and experts) at a time. Raises CheckpointError that lists all tensors that do not fit.
     """
-    reader, table = HFReader(self.directory), entries(self.model)
-    reader.check(table)
-    by_path = {}
-    for entry in table:
-      if not entry.copy:
-        by_path.setdefault(tree_path(entry), []).append(entry)
+    reader, tensors = HFReader(self.directory), hf_tensors(self.model)
+    reader.check_tensors(tensors)
+    by_path: dict[tuple[str, ...], list[HFTensor]] = {}
+    for tensor in tensors:
+      if not tensor.is_copy:
+        by_path.setdefault(tree_path(tensor), []).append(tensor)
 
-    def leaf(path, wanted):
-      return _place(reader, by_path[tuple(key.key for key in path)], wanted)
+    def leaf(path: tuple[jax.tree_util.DictKey, ...], leaf_abstract: jax.ShapeDtypeStruct) -> jax.Array:
+      return _place(reader, by_path[tuple(key.key for key in path)], leaf_abstract)
 
     arrays = jax.tree.map_with_path(leaf, abstract)
     reader.check_finite()
     return arrays
 
 
-def _place(reader, table, wanted):
-  """The array `wanted` from the tensors of `table`: what the devices of this process hold is filled tensor by tensor."""
-  shards = {}
-  for index in wanted.sharding.addressable_devices_indices_map(wanted.shape).values():
-    bounds = _bounds(index, wanted.shape)  # replicas have one buffer
-    shards[bounds] = np.empty([stop - start for start, stop in bounds], wanted.dtype)
-  for entry in table:
-    lead, tensor = len(entry.index), None
+def _place(reader: HFReader, tensors: Sequence[HFTensor], abstract: jax.ShapeDtypeStruct) -> jax.Array:
+  """The array `abstract` from its `tensors`: the shards of this process's devices are filled tensor by tensor."""
+  shape, sharding = abstract.shape, abstract.sharding
+  assert sharding is not None
+  shards: dict[Bounds, np.ndarray] = {}
+  for index in sharding.addressable_devices_indices_map(shape).values():
+    bounds = _bounds(index, shape)  # replicas have one buffer
+    shards[bounds] = np.empty([stop - start for start, stop in bounds], abstract.dtype)
+  for tensor in tensors:
+    num_leading, value = len(tensor.index), None
     for bounds, shard in shards.items():
-      if all(start <= i < stop for i, (start, stop) in zip(entry.index, bounds, strict=False)):
-        tensor = entry.to_ours(reader.read(entry.name)) if tensor is None else tensor
-        here = tuple(i - start for i, (start, _) in zip(entry.index, bounds, strict=False))
-        shard[here] = tensor[tuple(slice(*bound) for bound in bounds[lead:])]
-  return jax.make_array_from_callback(wanted.shape, wanted.sharding, lambda index: shards[_bounds(index, wanted.shape)])
+      leading = list(zip(tensor.index, bounds[:num_leading], strict=True))
+      if all(start <= i < stop for i, (start, stop) in leading):
+        value = tensor.to_param(reader.read(tensor.name)) if value is None else value
+        local_index = tuple(i - start for i, (start, _) in leading)
+        shard[local_index] = value[tuple(slice(*bound) for bound in bounds[num_leading:])]
+  return jax.make_array_from_callback(shape, sharding, lambda index: shards[_bounds(index or (), shape)])
 
 
-def _bounds(index, shape):
-  return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+def _bounds(index: Sequence[slice], shape: tuple[int, ...]) -> Bounds:
+  return tuple(axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True))
 
 
 class WorkdirWeights:
-  """The weights of the newest checkpoint of a workdir, a folder or a URL, that verifies, or of `step`; `model` is their ModelConfig."""
+  """The weights of the newest checkpoint that verifies in a workdir, a folder or a URL, or of `step`.
 
-  def __init__(self, directory, step=None):
+  `model` is their ModelConfig.
+  """
+
+  def __init__(self, directory: str | os.PathLike, step: int | None = None):
     self.directory, self._reader, self._step = directory, open_reader(directory), step
     steps = broadcast_from_process0(self._reader.steps)
     if not steps:
-      raise CheckpointError(f"{directory} has no checkpoint yet: its run has to save one before another starts from it")
-    # All steps of a workdir have the same model; which is the newest that verifies is known after reading it all.
+      raise self._no_checkpoint()
+    # All steps of a workdir have the same model. Which step is the newest that verifies is known only when it was all read.
     for candidate in reversed(steps) if step is None else [step]:
       try:
         self.model = saved_config(self._reader, candidate).model
@@ -109,14 +119,21 @@ class WorkdirWeights:
         if candidate in (step, steps[0]):
           raise
 
-  def load(self, abstract):
-    """As of a Hugging Face folder."""
+  def _no_checkpoint(self) -> CheckpointError:
+    return CheckpointError(
+      f"{self.directory} has no checkpoint yet: its run has to save one before another starts from it"
+    )
+
+  def load(self, abstract: PyTree) -> PyTree:
+    """As HuggingFaceWeights.load."""
     step = self._reader.latest() if self._step is None else self._step
+    if step is None:
+      raise self._no_checkpoint()
     self._reader.meta(step)  # refuses a newer format
     saved = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, self.model.param_dtype, sharding=a.sharding), abstract)
     return jax.tree.map(lambda array, a: array.astype(a.dtype), self._reader.restore(step, saved), abstract)
 
 
-def open_weights(directory):
-  """The weights of `directory`, whose kind its content tells; only their config is read."""
+def open_weights(directory: str | os.PathLike) -> HuggingFaceWeights | WorkdirWeights:
+  """The weights of a Hugging Face folder or of a workdir, told apart by their content; only their config is read."""
   return HuggingFaceWeights(directory) if is_hugging_face(directory) else WorkdirWeights(directory)

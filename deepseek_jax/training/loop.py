@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from deepseek_jax.checkpoint.bucket import BucketCheckpointer, open_checkpointer, open_reader
-from deepseek_jax.checkpoint.compatibility import check_compatible, check_fits
+from deepseek_jax.checkpoint.compatibility import check_compatible, check_weights_fit
 from deepseek_jax.checkpoint.manager import FORMAT_VERSION, Checkpointer
 from deepseek_jax.checkpoint.weights import HuggingFaceWeights, WorkdirWeights, open_weights
 from deepseek_jax.config import Config
@@ -79,7 +79,7 @@ def run(
   has_checkpoint = bool(config.init_from) and broadcast_from_process0(open_reader(workdir).steps)
   if config.init_from and not has_checkpoint:
     weights = open_weights(config.init_from)
-    check_fits(weights.directory, weights.model, config)
+    check_weights_fit(weights.directory, weights.model, config)
   functions, calls = broadcast_from_process0(lambda: select_kernels(config, run_folder.path))
   on_mesh = resolve_mesh(config, len(jax.devices()))
   mesh = make_mesh(on_mesh.mesh)
@@ -174,7 +174,7 @@ class Run:
           meta["config"], self.config, meta["data_fingerprint"], self.data.fingerprint, accept_data_change
         )
     if self.weights:
-      changes = check_fits(self.weights.directory, self.weights.model, self.config)
+      changes = check_weights_fit(self.weights.directory, self.weights.model, self.config)
     for path, old, new in changes:
       print(f"changed  {path}: {old!r} -> {new!r}")
 

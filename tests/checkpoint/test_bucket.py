@@ -241,7 +241,7 @@ def test_a_step_that_exists_is_not_replaced(buckets, objects, monkeypatch):
 def test_arrays_that_do_not_fit_are_named(objects):
   save(GS, 1)
   other = {"params": {"embed": jax.ShapeDtypeStruct((8, 5), "float32", sharding=make_state().params["embed"].sharding)}}
-  with pytest.raises(CheckpointError, match=r"params/embed: checkpoint float32\[8,4\], wanted float32\[8,5\]"):
+  with pytest.raises(CheckpointError, match=r"params/embed: checkpoint float32\[8,4\], expected float32\[8,5\]"):
     open_reader(GS).restore(1, other)
 
 

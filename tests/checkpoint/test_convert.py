@@ -15,15 +15,23 @@ import numpy as np
 import pytest
 
 import deepseek_jax
-from deepseek_jax.checkpoint import hf_files, manifest, parts
+from deepseek_jax.checkpoint import chunks, hf_files, manifest
 from deepseek_jax.checkpoint.__main__ import main
 from deepseek_jax.checkpoint.arrays import ArrayWriter, open_arrays
+from deepseek_jax.checkpoint.chunks import shapes_and_chunks, tree_path
 from deepseek_jax.checkpoint.convert import convert
-from deepseek_jax.checkpoint.hf_config import to_json
-from deepseek_jax.checkpoint.hf_files import BLOCK, DTYPES, FP8, SCALE, HFReader, write_file, write_tensors
-from deepseek_jax.checkpoint.hf_names import entries
+from deepseek_jax.checkpoint.hf_config import to_hf_config
+from deepseek_jax.checkpoint.hf_files import (
+  DTYPES,
+  FP8,
+  FP8_BLOCK,
+  SCALE_SUFFIX,
+  HFReader,
+  write_safetensors,
+  write_tensors,
+)
+from deepseek_jax.checkpoint.hf_names import hf_tensors
 from deepseek_jax.checkpoint.manager import FORMAT_VERSION, Checkpointer, CheckpointReader
-from deepseek_jax.checkpoint.parts import layout, tree_path
 from deepseek_jax.checkpoint.weights import open_weights, saved_config
 from deepseek_jax.config import CheckpointConfig, Config, DataConfig, MeshConfig
 from deepseek_jax.errors import CheckpointError
@@ -49,8 +57,8 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 def make_tensors(model, dtype=BFLOAT16):
   """{name: array} of a checkpoint; the names of one array, where it has several, hold the same."""
   rng, made, tensors = np.random.default_rng(0), {}, {}
-  for entry in sorted(entries(model), key=lambda e: e.copy):
-    if not entry.copy:
+  for entry in sorted(hf_tensors(model), key=lambda e: e.is_copy):
+    if not entry.is_copy:
       kind = np.float32 if entry.buffer else dtype
       made[entry.path, entry.index] = (rng.standard_normal(entry.shape) * 0.1).astype(kind)
     tensors[entry.name] = made[entry.path, entry.index]
@@ -59,35 +67,35 @@ def make_tensors(model, dtype=BFLOAT16):
 
 def write(folder, model, tensors):
   table = [(n, a.shape, a.dtype) for n, a in tensors.items()]
-  write_tensors(folder, table, tensors.__getitem__, config=to_json(model, "bfloat16"))
+  write_tensors(folder, table, tensors.__getitem__, config=to_hf_config(model, "bfloat16"))
   return folder
 
 
 def write_config(folder, model, original=None):
   folder.mkdir(exist_ok=True)
-  (folder / "config.json").write_text(json.dumps(to_json(model, "bfloat16", original)))
+  (folder / "config.json").write_text(json.dumps(to_hf_config(model, "bfloat16", original)))
 
 
 def write_damaged(folder, model, tensors):
   """As `write`, which refuses what is not finite."""
   write_config(folder, model)
   table = [(n, a.shape, a.dtype) for n, a in tensors.items()]
-  write_file(folder / "model.safetensors", table, tensors.__getitem__)
+  write_safetensors(folder / "model.safetensors", table, tensors.__getitem__)
   return folder
 
 
 @pytest.fixture
 def small_parts(monkeypatch):
   """Cuts even small matrices."""
-  monkeypatch.setattr(parts, "PART_BYTES", 600)
+  monkeypatch.setattr(chunks, "MAX_CHUNK_BYTES", 600)
 
 
 def stacked(model, tensors):
   """{path: float32 array of ours}, put together from whole tensors in memory."""
-  arrays = {path: np.full(shape, np.nan, np.float32) for path, (shape, _) in layout(model).items()}
-  for entry in entries(model):
-    if not entry.copy:
-      arrays[tree_path(entry)][entry.index] = entry.to_ours(tensors[entry.name].astype(np.float32))
+  arrays = {path: np.full(shape, np.nan, np.float32) for path, (shape, _) in shapes_and_chunks(model).items()}
+  for entry in hf_tensors(model):
+    if not entry.is_copy:
+      arrays[tree_path(entry)][entry.index] = entry.to_param(tensors[entry.name].astype(np.float32))
   return arrays
 
 
@@ -115,7 +123,7 @@ def assert_equal(got, want):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_there_and_back(tmp_path, name, small_parts, monkeypatch):
-  monkeypatch.setattr(hf_files, "SHARD_BYTES", 4000)
+  monkeypatch.setattr(hf_files, "MAX_FILE_BYTES", 4000)
   model, tensors = MODELS[name], make_tensors(MODELS[name])
   source = write(tmp_path / "hf", model, tensors)
   assert len(list(source.glob("*.safetensors"))) > 2
@@ -125,8 +133,10 @@ def test_there_and_back(tmp_path, name, small_parts, monkeypatch):
   config = saved_config(reader, 0)
   assert config.model == dataclasses.replace(model, compute_dtype="bfloat16") and config.data.tokenizer == "byte"
   assert_equal(restored(tmp_path / "ours", model), stacked(model, tensors))
-  chunks = {path: a.chunk_layout.read_chunk.shape for path, a in open_arrays(reader.state(0)).items()}
-  assert all(4 * np.prod(chunk) <= 1200 for chunk in chunks.values())  # a row of a matrix may be longer than a part
+  chunk_shapes = {path: a.chunk_layout.read_chunk.shape for path, a in open_arrays(reader.state_folder(0)).items()}
+  assert all(
+    4 * np.prod(chunk) <= 1200 for chunk in chunk_shapes.values()
+  )  # a row of a matrix may be longer than a chunk
   convert(tmp_path / "ours", tmp_path / "back", dtype="bfloat16")
   back = HFReader(tmp_path / "back")
   assert_equal({name: back.read(name) for name in back.names}, tensors)
@@ -149,15 +159,15 @@ def test_float32_is_the_default_of_the_way_back(tmp_path):
 
 @pytest.mark.parametrize("part_bytes", [1 << 26, 5000])
 def test_fp8_with_partial_blocks(tmp_path, monkeypatch, part_bytes):
-  monkeypatch.setattr(parts, "PART_BYTES", part_bytes)
+  monkeypatch.setattr(chunks, "MAX_CHUNK_BYTES", part_bytes)
   model = dataclasses.replace(DENSE, mlp=200, embed=136)
   tensors, rng = make_tensors(model), np.random.default_rng(1)
   wanted = dict(tensors)
   for name in [n for n in tensors if "mlp" in n]:
     rows, columns = tensors[name].shape
-    scale = rng.uniform(0.5, 2, (-(-rows // BLOCK), -(-columns // BLOCK))).astype(np.float32)
-    tensors[name], tensors[name + SCALE] = tensors[name].astype(DTYPES[FP8]), scale
-    wanted[name] = tensors[name].astype(np.float32) * scale.repeat(BLOCK, 0).repeat(BLOCK, 1)[:rows, :columns]
+    scale = rng.uniform(0.5, 2, (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))).astype(np.float32)
+    tensors[name], tensors[name + SCALE_SUFFIX] = tensors[name].astype(DTYPES[FP8]), scale
+    wanted[name] = tensors[name].astype(np.float32) * scale.repeat(FP8_BLOCK, 0).repeat(FP8_BLOCK, 1)[:rows, :columns]
   convert(write(tmp_path / "hf", model, tensors), tmp_path / "ours")
   assert_equal(restored(tmp_path / "ours", model), stacked(model, wanted))
 
@@ -229,9 +239,16 @@ def save_ours(workdir, model, arrays, steps=(7,)):
 def test_a_checkpoint_of_a_run_becomes_a_folder_of_hugging_face(tmp_path, small_parts):
   tensors = make_tensors(V3)
   workdir = save_ours(tmp_path / "run", V3, stacked(V3, tensors))
-  chunks = {p: a.chunk_layout.read_chunk.shape for p, a in open_arrays(CheckpointReader(workdir).state(7)).items()}
-  assert chunks["params", "moe_layers", "moe", "experts", "gate", "kernel"] == (1, 1, 16, 12)  # not the whole array
-  assert chunks["params", "moe_layers", "attn", "q_b", "kernel"] == (1, 12, 2, 12)
+  chunk_shapes = {
+    p: a.chunk_layout.read_chunk.shape for p, a in open_arrays(CheckpointReader(workdir).state_folder(7)).items()
+  }
+  assert chunk_shapes["params", "moe_layers", "moe", "experts", "gate", "kernel"] == (
+    1,
+    1,
+    16,
+    12,
+  )  # not the whole array
+  assert chunk_shapes["params", "moe_layers", "attn", "q_b", "kernel"] == (1, 12, 2, 12)
   convert(workdir, tmp_path / "hf", "bfloat16")
   config = json.loads((tmp_path / "hf" / "config.json").read_text())
   assert (config["bos_token_id"], config["eos_token_id"]) == (256, 256)  # the tokenizer of the run: byte
@@ -249,7 +266,7 @@ def test_the_model_is_that_of_an_older_step_where_the_newest_is_damaged(tmp_path
   with jax.set_mesh(mesh):
     assert_equal(flat(weights.load(abstract_weights(DENSE, mesh))), arrays)
     (newest / "meta" / "metadata").write_text(json.dumps({"format_version": FORMAT_VERSION + 1}))
-    manifest.write(newest)
+    manifest.write_manifest(newest)
     with pytest.raises(CheckpointError, match="update deepseek_jax"):  # it is whole, and not for this code
       open_weights(tmp_path).load(abstract_weights(DENSE, mesh))
   (tmp_path / "checkpoints" / "7" / "meta" / "metadata").write_text("damaged too")
@@ -275,7 +292,7 @@ def test_a_checkpoint_of_a_run_that_does_not_fit_its_config_or_is_not_finite(tmp
 
 def test_kinds_are_told_by_content(tmp_path):
   (tmp_path / "empty").mkdir()
-  with pytest.raises(CheckpointError, match=r"is no checkpoint: expected a Hugging Face folder.* or a workdir"):
+  with pytest.raises(CheckpointError, match=r"is no checkpoint: expected a Hugging Face folder.* or the workdir"):
     convert(tmp_path / "empty", tmp_path / "to")
   (tmp_path / "empty" / "checkpoints").mkdir()
   with pytest.raises(CheckpointError, match="has no checkpoint"):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from deepseek_jax.checkpoint.hf_config import to_json
+from deepseek_jax.checkpoint.hf_config import to_hf_config
 from deepseek_jax.checkpoint.hf_model import to_model_config
 from deepseek_jax.errors import CheckpointError
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
@@ -135,8 +135,8 @@ def test_what_is_not_supported_is_one_error(raw, message):
 )  # fmt: skip
 def test_written_configs_come_back(raw):
   config = read(raw)
-  assert read(to_json(config, "bfloat16")) == config
-  assert read(to_json(config, "bfloat16", raw)) == config
+  assert read(to_hf_config(config, "bfloat16")) == config
+  assert read(to_hf_config(config, "bfloat16", raw)) == config
 
 
 def test_written_file_is_the_published_layout(tmp_path):
@@ -144,7 +144,7 @@ def test_written_file_is_the_published_layout(tmp_path):
     "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, **YARN}, "dtype": "float32", "eos_token_id": 7,
     "quantization_config": {"quant_method": "fp8"},
   }  # fmt: skip
-  raw = json.loads(json.dumps(to_json(read(original), "bfloat16", original)))
+  raw = json.loads(json.dumps(to_hf_config(read(original), "bfloat16", original)))
   (tmp_path / "config.json").write_text(json.dumps(raw))
   assert raw["architectures"] == ["DeepseekV3ForCausalLM"] and raw["torch_dtype"] == "bfloat16"
   assert raw["rope_scaling"]["type"] == "yarn" and raw["eos_token_id"] == 7 and raw["topk_method"] == "noaux_tc"
@@ -155,13 +155,13 @@ def test_written_file_is_the_published_layout(tmp_path):
 def test_a_model_that_hugging_face_has_no_class_for_is_refused():
   v2 = read(V2)
   with pytest.raises(CheckpointError, match="model.moe.norm_topk_prob=True"):
-    to_json(dataclasses.replace(v2, moe=dataclasses.replace(v2.moe, norm_topk_prob=True)), "float32")
+    to_hf_config(dataclasses.replace(v2, moe=dataclasses.replace(v2.moe, norm_topk_prob=True)), "float32")
   attention = dataclasses.replace(v2.attention, latent_norm_eps=1e-5)
   with pytest.raises(CheckpointError, match="latent_norm_eps=1e-05"):
-    to_json(dataclasses.replace(v2, attention=attention), "float32")
+    to_hf_config(dataclasses.replace(v2, attention=attention), "float32")
   v1 = read(V1)
   with pytest.raises(CheckpointError, match="head_dim=24"):
-    to_json(dataclasses.replace(v1, attention=dataclasses.replace(v1.attention, head_dim=24)), "float32")
+    to_hf_config(dataclasses.replace(v1, attention=dataclasses.replace(v1.attention, head_dim=24)), "float32")
   # What only training sees is no reason.
   moe = dataclasses.replace(v2.moe, dispatch="dense")
-  assert to_json(dataclasses.replace(v2, dropout=0.1, moe=moe), "float32")["model_type"] == "deepseek_v2"
+  assert to_hf_config(dataclasses.replace(v2, dropout=0.1, moe=moe), "float32")["model_type"] == "deepseek_v2"

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from deepseek_jax.checkpoint.hf_files import HFReader, write_tensors
-from deepseek_jax.checkpoint.hf_names import Entry, entries
+from deepseek_jax.checkpoint.hf_names import HFTensor, hf_tensors
 from deepseek_jax.errors import CheckpointError
 from tests import configs
 
@@ -32,18 +32,18 @@ def save(folder, tensors, **kwargs):
 
 
 def wanted(**shapes):
-  return [Entry(name, (), (), shape, shape) for name, shape in shapes.items()]
+  return [HFTensor(name, (), (), shape, shape) for name, shape in shapes.items()]
 
 
 def test_names_of_v3():
-  table = {entry.name: entry for entry in entries(V3)}
-  assert len(table) == len(entries(V3))
+  table = {entry.name: entry for entry in hf_tensors(V3)}
+  assert len(table) == len(hf_tensors(V3))
   expert = table["model.layers.2.mlp.experts.3.down_proj.weight"]
   assert (expert.path, expert.index) == (("moe_layers", "moe", "experts", "down", "kernel"), (1, 3))
-  assert (expert.shape, expert.ours) == ((24, 5), (5, 24))
+  assert (expert.shape, expert.param_shape) == ((24, 5), (5, 24))
   output = table["model.layers.0.self_attn.o_proj.weight"]
-  assert (output.path, output.index, output.ours) == (("dense_layers", "attn", "o", "kernel"), (0,), (2, 3, 24))
-  assert table["model.layers.3.eh_proj.weight"].ours == (48, 24)
+  assert (output.path, output.index, output.param_shape) == (("dense_layers", "attn", "o", "kernel"), (0,), (2, 3, 24))
+  assert table["model.layers.3.eh_proj.weight"].param_shape == (48, 24)
   assert table["model.layers.3.mlp.gate.e_score_correction_bias"].path == (
     "mtp_layers",
     "block",
@@ -51,29 +51,29 @@ def test_names_of_v3():
     "router",
     "bias",
   )
-  assert [name for name, entry in table.items() if entry.copy] == [
+  assert [name for name, entry in table.items() if entry.is_copy] == [
     "model.layers.3.embed_tokens.weight",
     "model.layers.3.shared_head.head.weight",
   ]
   assert "lm_head.weight" in table and "lm_head.weight" not in {
-    e.name for e in entries(dataclasses.replace(V3, tied_embeddings=True))
+    e.name for e in hf_tensors(dataclasses.replace(V3, tied_embeddings=True))
   }
 
 
 def test_both_directions_are_inverse_and_transpose():
-  for entry in entries(V3):
+  for entry in hf_tensors(V3):
     tensor = random(entry.shape)
-    ours = entry.to_ours(tensor)
-    assert ours.shape == entry.ours
+    ours = entry.to_param(tensor)
+    assert ours.shape == entry.param_shape
     np.testing.assert_array_equal(entry.to_hf(ours), tensor)
-  query = next(e for e in entries(V3) if e.name.endswith("0.self_attn.q_b_proj.weight"))
+  query = next(e for e in hf_tensors(V3) if e.name.endswith("0.self_attn.q_b_proj.weight"))
   tensor = random(query.shape)
   # Head 1's third row of [heads * width, latent] is [:, 1, 2] of [latent, heads, width].
-  np.testing.assert_array_equal(query.to_ours(tensor)[:, 1, 2], tensor[6 + 2])
+  np.testing.assert_array_equal(query.to_param(tensor)[:, 1, 2], tensor[6 + 2])
 
 
-@pytest.mark.parametrize("shard_bytes", [10**9, 300])
-def test_folders_come_back_bit_by_bit(tmp_path, shard_bytes):
+@pytest.mark.parametrize("max_file_bytes", [10**9, 300])
+def test_folders_come_back_bit_by_bit(tmp_path, max_file_bytes):
   tensors = {
     "a": random((8, 9)),
     "b": random((3, 5, 7)).astype(ml_dtypes.bfloat16),
@@ -81,7 +81,7 @@ def test_folders_come_back_bit_by_bit(tmp_path, shard_bytes):
     "d": random((4, 4)).astype(np.float16),
     "e": random((40, 9)),
   }
-  save(tmp_path, tensors, shard_bytes=shard_bytes)
+  save(tmp_path, tensors, max_file_bytes=max_file_bytes)
   reader = HFReader(tmp_path)
   assert sorted(reader.names) == sorted(tensors)
   for name, array in tensors.items():
@@ -89,7 +89,7 @@ def test_folders_come_back_bit_by_bit(tmp_path, shard_bytes):
     assert reader.read(name).tobytes() == array.tobytes()
     np.testing.assert_array_equal(reader.read(name, slice(2, 4)), array[2:4])
   files = sorted(path.name for path in tmp_path.iterdir())
-  if shard_bytes == 10**9:
+  if max_file_bytes == 10**9:
     assert files == ["model.safetensors"]
   else:
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -101,7 +101,7 @@ def test_folders_come_back_bit_by_bit(tmp_path, shard_bytes):
 
 
 def test_a_new_save_replaces_the_old_one_only_when_it_is_whole(tmp_path):
-  save(tmp_path, {"a": random((8, 8)), "b": random((8, 8))}, shard_bytes=256)
+  save(tmp_path, {"a": random((8, 8)), "b": random((8, 8))}, max_file_bytes=256)
   before = sorted(tmp_path.iterdir())
 
   def fails(name):
@@ -123,11 +123,11 @@ def fp8_checkpoint(folder, shape=(300, 130), **kwargs):
   return quantised, scale
 
 
-@pytest.mark.parametrize("shard_bytes", [10**9, 100])
-def test_fp8_blocks_with_partial_edges(tmp_path, shard_bytes):
-  quantised, scale = fp8_checkpoint(tmp_path, shard_bytes=shard_bytes)
+@pytest.mark.parametrize("max_file_bytes", [10**9, 100])
+def test_fp8_blocks_with_partial_edges(tmp_path, max_file_bytes):
+  quantised, scale = fp8_checkpoint(tmp_path, max_file_bytes=max_file_bytes)
   reader = HFReader(tmp_path)
-  reader.check(wanted(**{"w.weight": (300, 130), "norm": (4,)}))
+  reader.check_tensors(wanted(**{"w.weight": (300, 130), "norm": (4,)}))
   expected = np.empty((300, 130), np.float32)
   for i, j in np.ndindex(300, 130):
     expected[i, j] = np.float32(quantised[i, j]) * scale[i // 128, j // 128]
@@ -140,7 +140,7 @@ def test_fp8_scales_are_checked(tmp_path):
   weight = np.ones((300, 130), ml_dtypes.float8_e4m3fn)
   save(tmp_path, {"w": weight, "w_scale_inv": np.ones((2, 2), np.float32), "v": weight})
   with pytest.raises(CheckpointError) as error:
-    HFReader(tmp_path).check(wanted(w=(300, 130), v=(300, 130)))
+    HFReader(tmp_path).check_tensors(wanted(w=(300, 130), v=(300, 130)))
   assert "1 missing, 1 of another shape" in str(error.value)
   assert "w_scale_inv ((2, 2) F32 where (3, 2)" in str(error.value) and "v_scale_inv" in str(error.value)
 
@@ -155,7 +155,7 @@ def test_one_error_lists_all_that_is_wrong(tmp_path):
   reader = HFReader(tmp_path)
   shapes = {"good": (2, 2), "nan": (3, 3), "inf": (2,), "shape": (3, 2), "counts": (2,), "gone": (1,), "lost": (1,)}
   with pytest.raises(CheckpointError) as error:
-    reader.check(wanted(**shapes))
+    reader.check_tensors(wanted(**shapes))
   text = str(error.value)
   assert "2 missing, 1 not expected, 2 of another shape or dtype, 2 not finite" in text and str(tmp_path) in text
   for part in ("gone", "lost", "extra", "shape ((2, 3) where (3, 2)", "counts (dtype I32", "nan", "inf"):
@@ -167,7 +167,7 @@ def test_non_finite_tensors_are_listed_after_reading(tmp_path):
   values = {name: np.array([value], np.float32) for name, value in zip("abc", (1, np.nan, np.inf), strict=True)}
   save_file(values, tmp_path / "model.safetensors")
   reader = HFReader(tmp_path)
-  reader.check(wanted(a=(1,), b=(1,), c=(1,)))
+  reader.check_tensors(wanted(a=(1,), b=(1,), c=(1,)))
   reader.check_finite()
   for name in "abcb":
     reader.read(name)
@@ -177,13 +177,13 @@ def test_non_finite_tensors_are_listed_after_reading(tmp_path):
 
 
 def test_what_nobody_needs_is_neither_missing_nor_extra(tmp_path):
-  copies = [Entry("model.layers.3.embed_tokens.weight", (), (), (2,), (2,), copy=True)]
+  copies = [HFTensor("model.layers.3.embed_tokens.weight", (), (), (2,), (2,), is_copy=True)]
   ignored = {
     "model.layers.0.self_attn.rotary_emb.inv_freq": random((2,)),
     "mlp.shared_experts.up_proj.weight": random((0, 2)),
   }
   save(tmp_path, {"a": random((2,)), **ignored})
-  HFReader(tmp_path).check(wanted(a=(2,)) + copies)
+  HFReader(tmp_path).check_tensors(wanted(a=(2,)) + copies)
 
 
 def write_index(folder, weight_map):
@@ -223,7 +223,7 @@ def test_missing_folders_files_and_damage(tmp_path):
     HFReader(tmp_path)
   path = tmp_path / "model-2.safetensors"
   path.write_bytes(path.read_bytes()[:-3])
-  with pytest.raises(CheckpointError, match="model-2.safetensors is not a whole safetensors file"):
+  with pytest.raises(CheckpointError, match="model-2.safetensors is not a complete safetensors file"):
     HFReader(tmp_path)
   (tmp_path / "model.safetensors.index.json").write_text("[1]")
   with pytest.raises(CheckpointError, match="not an index"):

@@ -210,7 +210,7 @@ def test_no_run_starts_over_where_no_checkpoint_verifies(tmp_path, capfd, reader
   assert (
     f"none of the checkpoints in {tmp_path}/checkpoints can be used: 2: manifest.json is missing; 1: state/" in message
   )
-  assert "3.rejected-2: set aside before" in message and "move them out of that folder" in message
+  assert "3.rejected-2: rejected before" in message and "move them out of that folder" in message
   assert "--workdir" in message and "\n" not in message
   assert {p.name for p in (tmp_path / "checkpoints").glob("[!.]*")} == {"1", "2", "3.rejected-2"}
   for name in ("1", "2"):
@@ -294,10 +294,10 @@ def change(params, name, **changes):
 
 
 MISFITS = {
-  "params/embed: checkpoint float32[8,4], wanted bfloat16[8,4]": lambda p: change(p, "embed", dtype=jnp.bfloat16),
-  "params/embed: checkpoint float32[8,4], wanted float32[16,4]": lambda p: change(p, "embed", shape=(16, 4)),
-  "params/head: checkpoint nothing, wanted float32[8,4]": lambda p: p.update(head=p["embed"]),
-  "params/embed: checkpoint float32[8,4], wanted nothing": lambda p: p.pop("embed"),
+  "params/embed: checkpoint float32[8,4], expected bfloat16[8,4]": lambda p: change(p, "embed", dtype=jnp.bfloat16),
+  "params/embed: checkpoint float32[8,4], expected float32[16,4]": lambda p: change(p, "embed", shape=(16, 4)),
+  "params/head: checkpoint nothing, expected float32[8,4]": lambda p: p.update(head=p["embed"]),
+  "params/embed: checkpoint float32[8,4], expected nothing": lambda p: p.pop("embed"),
 }
 
 
@@ -313,7 +313,7 @@ def test_misfit_is_an_error_that_names_the_array(tmp_path, message):
 
 def test_saved_entry_that_should_be_empty_is_an_error(tmp_path):
   save(tmp_path, 3)
-  with pytest.raises(CheckpointError, match="params/embed: checkpoint float32.8,4., wanted nothing"):
+  with pytest.raises(CheckpointError, match="params/embed: checkpoint float32.8,4., expected nothing"):
     CheckpointReader(tmp_path).restore(3, {"params": {}, "step": abstract(make_state().step)})
 
 

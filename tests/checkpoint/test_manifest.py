@@ -16,7 +16,7 @@ def step(tmp_path):
   (folder / "meta").mkdir()
   (folder / "meta" / "metadata").write_text('{"samples": 3}')
   (folder / "empty").write_bytes(b"")
-  manifest.write(folder)
+  manifest.write_manifest(folder)
   return folder
 
 

@@ -1,25 +1,26 @@
-"""Keeps what Orbax prints off the terminal: it is of no use to a user, or is raised by the checkpointer as one error.
+"""Silences Orbax's log: it does not help users, and the checkpointer raises its errors as one.
 
-Without this a full disk shows the same failure once per array, as pages of tracebacks around the line that says it.
+Without this a full disk prints the same failure once per array, with a traceback each.
 """
 
 import logging
 import os
 import sys
+from typing import Any
 
 _ORBAX = f"{os.sep}orbax{os.sep}"
 
 
-def silence_orbax():
+def silence_orbax() -> None:
   """Drops Orbax's log records, and what its background writes report after the first one has failed."""
   logging.getLogger("absl").addFilter(lambda record: _ORBAX not in record.pathname)
   # "Task exception was never retrieved": the writes after the first that failed.
   logging.getLogger("asyncio").addFilter(lambda record: _ORBAX not in record.getMessage())
   # Writes that end after Orbax has closed its event loop; TensorStore reports them to the hook without an object.
-  show = sys.unraisablehook
+  default_hook = sys.unraisablehook
 
-  def hook(unraisable):
+  def hook(unraisable: Any) -> None:
     if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":
-      show(unraisable)
+      default_hook(unraisable)
 
   sys.unraisablehook = hook
