@@ -1,7 +1,7 @@
 """Whether a run may resume from a checkpoint, or start from its weights: which config fields must be equal."""
 
 import dataclasses
-import pathlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -66,7 +66,7 @@ def check_compatible(
   return differences
 
 
-def check_weights_fit(directory: str | pathlib.Path, model: ModelConfig, config: Config) -> list[Difference]:
+def check_weights_fit(directory: str | os.PathLike, model: ModelConfig, config: Config) -> list[Difference]:
   """Compares `model`, the config of the weights in `directory` from which a run starts, with the model of its `config`.
 
   Returns the differences that change what the model computes. Raises CheckpointError where the shape of an array differs,
