@@ -1,0 +1,39 @@
+"""The memory estimate against what XLA allocates."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.config import Config, MeshConfig, TrainConfig
+from deepseek_jax.mesh import make_mesh
+from deepseek_jax.model.transformer import graphdef
+from deepseek_jax.plan.memory import estimate_memory
+from deepseek_jax.training.state import init_state
+from deepseek_jax.training.step import make_train_step
+from tests.plan.test_flops import SMALL, V3
+
+RAGGED_MOE = dataclasses.replace(V3.moe, num_routed_experts=8, num_experts_per_token=2, dispatch="ragged")
+
+
+@pytest.mark.parametrize(
+  "model",
+  [SMALL, dataclasses.replace(SMALL, remat="full"), dataclasses.replace(V3, moe=RAGGED_MOE, remat="full")],
+  ids=["none", "full", "v3"],
+)
+def test_memory_estimate_is_near_what_xla_allocates(model):
+  attention = dataclasses.replace(model.attention, implementation="xla")  # this is compiled for a CPU
+  model = dataclasses.replace(model, layers=8, vocab=2048, attention=attention)
+  config = Config(model=model, mesh=MeshConfig(data=1), train=TrainConfig(global_batch=8, loss_chunk=128))
+  with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+    step = jax.jit(make_train_step(config, graphdef(model), 0), donate_argnames="state", static_argnames="microbatches")
+    state = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
+    batch = jax.ShapeDtypeStruct((1, 8, config.data.seq + 1), jnp.int32)
+    rates = dict.fromkeys(("learning_rate", "mtp_weight", "bias_update_rate"), np.float32(0))
+    xla = step.lower(state, batch, 1, rates).compile().memory_analysis()
+  ours = estimate_memory(config)
+  assert ours.params + ours.optimizer == pytest.approx(xla.argument_size_in_bytes, rel=0.01)
+  assert 0.5 < (ours.total_bytes - ours.params - ours.optimizer) / xla.temp_size_in_bytes < 2
+  assert np.isfinite(ours.total_bytes)
