@@ -1,6 +1,11 @@
-"""Config fields that once had another name. A line here keeps old checkpoints readable; typed anew, an old name is an error."""
+"""Config fields that had another name in an older version.
 
-RENAMED_FIELDS = {
+Saved configs are read through this table. On the command line and in a config file an old name is an error.
+"""
+
+from typing import Any
+
+RENAMED_FIELDS: dict[str, str] = {
   "balance.bias_speed": "balance.bias_update_rate",
   "balance.bias_tokens": "balance.bias_update_tokens",
   "model.attention.context_keys": "model.attention.kv_comm",
@@ -11,16 +16,16 @@ RENAMED_FIELDS = {
 }
 
 
-def with_current_names(saved: dict) -> dict:
-  """`saved`, the nested config that a run of any version wrote, with today's names of its fields; the argument stays."""
-  return _renamed(saved, "")
+def with_current_names(saved: dict[str, Any]) -> dict[str, Any]:
+  """A copy of `saved`, the nested config that a run of any version wrote, with the current names of its fields."""
+  return _rename_section(saved, "")
 
 
-def _renamed(section: dict, prefix: str) -> dict:
+def _rename_section(section: dict[str, Any], prefix: str) -> dict[str, Any]:
   renamed = {}
-  for name, value in section.items():
-    path = prefix + name
-    # A field is renamed within its section, so that only its last part changes.
+  for old_name, value in section.items():
+    path = prefix + old_name
+    # A renamed field stays in its section: only the last name of its path changes.
     name = RENAMED_FIELDS.get(path, path).removeprefix(prefix)
-    renamed[name] = _renamed(value, f"{path}.") if isinstance(value, dict) else value
+    renamed[name] = _rename_section(value, f"{path}.") if isinstance(value, dict) else value
   return renamed

@@ -95,7 +95,7 @@ def _format(differences: Sequence[Difference]) -> str:
 
 
 def _differences(saved_config: Mapping[str, Any], config: Config) -> list[Difference]:
-  saved = dict(_leaves(saved_config))
+  saved = dict(_config_leaves(saved_config))
   now, default = _as_json(flatten_config(config)), _as_json(flatten_config(Config()))
   differences: list[Difference] = []
   for path, value in now.items():
@@ -110,10 +110,10 @@ def _as_json(flat: Mapping[str, Any]) -> dict[str, Any]:
   return {path: list(value) if isinstance(value, tuple) else value for path, value in flat.items()}
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _config_leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
   """(dotted path, value) of every leaf of nested dicts."""
   for key, value in _as_json(tree).items():
     if isinstance(value, dict):
-      yield from _leaves(value, f"{prefix}{key}.")
+      yield from _config_leaves(value, f"{prefix}{key}.")
     else:
       yield f"{prefix}{key}", value

@@ -177,7 +177,7 @@ def rope_config(values: Mapping[str, Any], source: str | os.PathLike) -> tuple[f
   if partial != 1 or kind not in ("default", "yarn"):
     raise CheckpointError(
       f"{source}: rotary embeddings of type {kind!r} with partial_rotary_factor={partial} are not supported; "
-      "default and yarn are, over the whole head"
+      "default and yarn are, over the full head width"
     )
   if kind == "default":
     return theta, YarnConfig()
@@ -187,7 +187,7 @@ def rope_config(values: Mapping[str, Any], source: str | os.PathLike) -> tuple[f
   if refused or not scaling.get("factor"):
     raise CheckpointError(
       f"{source}: YaRN needs a factor and takes no {refused or 'other way to give it'}: attention_factor follows from "
-      "mscale and mscale_all_dim, and the ramp has whole ends (truncate)"
+      "mscale and mscale_all_dim, and the ends of the ramp are integers (truncate)"
     )
   original = values.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
   return theta, YarnConfig(

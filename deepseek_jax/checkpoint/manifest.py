@@ -26,9 +26,9 @@ Files = Mapping[str, tuple[int, str]]  # name relative to the step -> (size in b
 def write_manifest(step_dir: str | pathlib.Path) -> None:
   """Writes `step_dir`/manifest.json atomically: size and CRC-32 of every file below `step_dir`."""
   step_dir = pathlib.Path(step_dir)
-  names = sorted(_list_files(step_dir))
+  names = sorted(_list_step_files(step_dir))
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-    checksums = list(pool.map(_crc32, [step_dir / name for name in names]))
+    checksums = list(pool.map(_crc32_hex, [step_dir / name for name in names]))
   files = {name: ((step_dir / name).stat().st_size, crc) for name, crc in zip(names, checksums, strict=True)}
   partial = step_dir / (NAME + ".tmp")
   with open(partial, "w", encoding="utf-8") as f:
@@ -50,7 +50,7 @@ def verify(step_dir: str | pathlib.Path) -> str | None:
   if not step_dir.is_dir():
     return "it is not a directory"
   try:
-    names = set(_list_files(step_dir))
+    names = set(_list_step_files(step_dir))
     if not names and not (step_dir / NAME).exists():
       return "the directory is empty"
     listed, reason = _read_manifest(step_dir / NAME)
@@ -61,7 +61,7 @@ def verify(step_dir: str | pathlib.Path) -> str | None:
     return f"{error.filename or step_dir} cannot be read: {error.strerror}"
 
 
-def _list_files(step_dir: pathlib.Path) -> Iterator[str]:
+def _list_step_files(step_dir: pathlib.Path) -> Iterator[str]:
   """Relative POSIX names of all files and links below `step_dir`, without those that the manifest does not list."""
   for folder, subfolders, names in os.walk(step_dir, onerror=_raise):
     links = [name for name in subfolders if os.path.islink(os.path.join(folder, name))]
@@ -126,7 +126,7 @@ def _compare_contents(step_dir: pathlib.Path, listed: Files) -> str | None:
     if actual != size:
       return f"{name} has {actual} bytes, {NAME} says {size}"
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-    checksums = pool.map(_crc32, [step_dir / name for name in listed])
+    checksums = pool.map(_crc32_hex, [step_dir / name for name in listed])
     for (name, (_, crc)), actual_crc in zip(listed.items(), checksums, strict=True):
       if actual_crc != crc:
         pool.shutdown(cancel_futures=True)
@@ -134,7 +134,7 @@ def _compare_contents(step_dir: pathlib.Path, listed: Files) -> str | None:
   return None
 
 
-def _crc32(path: pathlib.Path) -> str:
+def _crc32_hex(path: pathlib.Path) -> str:
   """CRC-32 of a file as eight hex digits, in constant memory; zlib releases the interpreter's lock."""
   crc, buffer = 0, memoryview(bytearray(_READ_BYTES))
   with open(path, "rb", buffering=0) as f:

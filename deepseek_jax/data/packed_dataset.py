@@ -106,7 +106,7 @@ def open_packed(
     path, expected = folder / name, index["files"][name]
     try:
       size = path.stat().st_size
-      crc = _crc32(path) if verify and size == expected["size"] else expected["crc32"]
+      crc = _crc32_of_file(path) if verify and size == expected["size"] else expected["crc32"]
     except OSError as error:
       raise _damaged(path, error.strerror) from None
     if size != expected["size"]:
@@ -146,7 +146,7 @@ def _index_crc32(index: dict[str, Any]) -> int:
   return zlib.crc32(json.dumps(index, sort_keys=True).encode())
 
 
-def _crc32(path: pathlib.Path) -> int:
+def _crc32_of_file(path: pathlib.Path) -> int:
   crc = 0
   with open(path, "rb") as file:
     while chunk := file.read(1 << 22):
