@@ -100,7 +100,7 @@ def wrong_programs(spans, lines):
     if not path.with_suffix(".py").exists() and not (path / "__main__.py").exists():
       yield f"python -m {module}"
   targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-  for target in re.findall(r"(?:^|&& |`)make ([a-z]+)\b", "\n".join([*(f"`{s}" for s in spans), *lines]), re.M):
+  for target in re.findall(r"(?:^|&& |`)make ([a-z-]+)", "\n".join([*(f"`{s}" for s in spans), *lines]), re.M):
     if target not in targets:
       yield f"make {target}"
   defined = set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", source_text()))
