@@ -185,7 +185,22 @@ def check_length(tree, path):
         yield node.lineno, f"{node.name} has {lines} lines, at most {LONGEST_FUNCTION}"
 
 
-CHECKS = (check_imports, check_mesh_names, check_banned, check_length)
+def check_types(tree, path):
+  """Public functions and methods with a parameter or a result that has no type."""
+  for scope in [
+    tree,
+    *(node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")),
+  ]:
+    for node in scope.body:
+      if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not node.name.startswith("_"):
+        a = node.args
+        parameters = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
+        untyped = [p.arg for p in parameters if not p.annotation and p.arg not in ("self", "cls")]
+        if untyped or not node.returns:
+          yield node.lineno, f"{node.name}: give a type to {', '.join(untyped) or 'its result'}"
+
+
+CHECKS = (check_imports, check_mesh_names, check_banned, check_length, check_types)
 
 
 def modules():
@@ -255,6 +270,10 @@ def _long(statements):
     (check_length, "model/mlp.py", _long(70)),
     (check_length, "model/mlp.py", "class A:\n" + "".join("  " + line + "\n" for line in _long(70).splitlines())),
     (check_length, "model/mlp.py", "x = 1\n" * 401),
+    (check_types, "model/mlp.py", "def f(x) -> int: ..."),
+    (check_types, "model/mlp.py", "def f(x: int): ..."),
+    (check_types, "model/mlp.py", "def f(*, x=1) -> int: ..."),
+    (check_types, "model/mlp.py", "class A:\n  def f(self, **rest) -> int: ..."),
   ],
 )
 def test_a_source_that_breaks_the_rule_is_found(check, path, source):
@@ -280,6 +299,7 @@ def test_a_source_that_breaks_the_rule_is_found(check, path, source):
     (check_banned, "data/packing.py", "x = np.load(f, allow_pickle=False)"),
     (check_length, "model/mlp.py", _long(69)),
     (check_length, "kernels/attention/xla.py", _long(500)),
+    (check_types, "model/mlp.py", "def _f(x): ...\nclass A:\n  def f(self, x: int) -> int:\n    def g(x): ..."),
   ],
 )
 def test_a_source_that_keeps_the_rule_passes(check, path, source):
