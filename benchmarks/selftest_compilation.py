@@ -25,10 +25,10 @@ def main(argv: list[str]) -> int:
   overrides = parse(argv, values, __doc__)
   config = load_config(values.config, overrides)
 
-  from tests.kernels import gpu_without_one
+  from tests.kernels import gpu_aot
 
   folder = pathlib.Path(tempfile.mkdtemp())
-  gpu_without_one.tools(folder)
+  gpu_aot.install_tools(folder)
   os.environ |= {"CUDA_ROOT": str(folder), "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
   os.environ.pop("JAX_PLATFORMS", None)
 
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
   from deepseek_jax.selftest.check import traceable_functions
 
   target = {"platform": "cuda", "topology_name": "h200", "topology": "1x1x1"}
-  topology = topologies.get_topology_desc(target_config=gpu_without_one.H200, **target)
+  topology = topologies.get_topology_desc(target_config=gpu_aot.H200, **target)
   sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
   config = resolve_mesh(config, min_devices(config.mesh))
   clock = Clock()

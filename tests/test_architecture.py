@@ -73,7 +73,7 @@ UNMIRRORED = {
   "kernels/test_compiled_tpu.py": "machine code of all kernels for TPUs",
   "kernels/test_fp8.py": "the operations of FP8 and their implementations, by the same cases",
   "kernels/test_races.py": "the race detector of the interpreter, which the other tests of kernels rely on",
-  "kernels/test_shipped.py": "all kernels, through the checks of selftest",
+  "kernels/test_pass_selftest.py": "all kernels, through the checks of selftest",
   "selftest/test_select.py": "selftest/run.py and selftest/machine.py: which results count",
   "training/test_collectives.py": "collectives of the compiled step, layout by layout",
   "training/test_fp8.py": "the whole step in FP8",

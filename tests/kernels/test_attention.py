@@ -31,8 +31,8 @@ def problem(name, dtype=np.float32):
 @functools.partial(jax.jit, static_argnames="implementation")
 def computed(q, k, v, dy, segments, implementation):
   """(y, dq, dk, dv)."""
-  how = {"scale": 0.1, "segment_ids": segments, "implementation": implementation}
-  y, pull = jax.vjp(lambda q, k, v: attention(q, k, v, **how), q, k, v)
+  options = {"scale": 0.1, "segment_ids": segments, "implementation": implementation}
+  y, pull = jax.vjp(lambda q, k, v: attention(q, k, v, **options), q, k, v)
   return y, *pull(dy)
 
 
@@ -87,10 +87,11 @@ def test_parts_of_a_sequence_are_the_whole():
 
   @functools.partial(jax.jit, static_argnames="implementation")
   def of_part(q, k, v, dy, part, implementation):
-    own, of_own = jnp.asarray(positions)[part], lambda x: jnp.take(x, jnp.asarray(positions)[part], 1)
-    how = {"scale": 0.1, "segment_ids": (segments[:, own], segments), "implementation": implementation}
-    y, pull = jax.vjp(lambda q, k, v: attention_of_part(of_own(q), k, v, positions, part, **how), q, k, v)
-    return jnp.zeros_like(dy).at[:, own].set(y), *pull(of_own(dy))
+    q_positions = jnp.asarray(positions)[part]
+    select = lambda x: jnp.take(x, jnp.asarray(positions)[part], 1)
+    options = {"scale": 0.1, "segment_ids": (segments[:, q_positions], segments), "implementation": implementation}
+    y, pull = jax.vjp(lambda q, k, v: attention_of_part(select(q), k, v, positions, part, **options), q, k, v)
+    return jnp.zeros_like(dy).at[:, q_positions].set(y), *pull(select(dy))
 
   expected = computed(q, k, v, dy, segments, "xla")
   for implementation in ("xla", "pallas_tpu"):
@@ -99,7 +100,7 @@ def test_parts_of_a_sequence_are_the_whole():
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
 
 
-def test_what_the_kernel_does_not_do_is_said():
+def test_what_the_kernel_does_not_support_is_an_error():
   (q, k, v, _), _ = problem("mla")
   with pytest.raises(Unsupported, match="multiple of 128 positions on each device, not 100"):
     attention(q[:, :100], k[:, :100], v[:, :100], scale=1, implementation="pallas_tpu")

@@ -17,10 +17,10 @@ from deepseek_jax.kernels.attention.api import attention, attention_of_part
 from deepseek_jax.kernels.implementations import Unsupported
 from deepseek_jax.model.context import zigzag
 
-OLD = pytest.mark.skipif(
+NEEDS_JAX_0_11 = pytest.mark.skipif(
   jax.__version_info__ < (0, 11), reason=f"kernels for GPUs need jax 0.11, not {jax.__version__}"
 )
-TOKAMAX = pytest.mark.skipif(
+NEEDS_TOKAMAX = pytest.mark.skipif(
   pallas_gpu.installed_tokamax() != pallas_gpu.TOKAMAX_VERSION,
   reason="the extra tokamax is not installed: make kernels",
 )
@@ -68,21 +68,21 @@ def product(acc, a, b):
     plgpu.wgmma(acc, a, b)
 
 
-def of_registers(callbacks, how):
+def wgmma_of_registers(callbacks, kwargs):
   """What the interpreter's wgmma does, for values `a`."""
-  memory, thread = callbacks._get_shared_memory(), how["thread"]
-  info = callbacks.memory.GPULoggingInfo(how["mesh_location"], thread, how["source_info"])
+  memory, thread = callbacks._get_shared_memory(), kwargs["thread"]
+  info = callbacks.memory.GPULoggingInfo(kwargs["mesh_location"], thread, kwargs["source_info"])
 
   def place(name):
-    key = callbacks.HostAllocationKey.from_array(how[f"{name}_allocation_key_as_array"])
-    transforms = jax.tree.map(int, callbacks._remove_noop_transforms(how[f"{name}_transforms"]))
+    key = callbacks.HostAllocationKey.from_array(kwargs[f"{name}_allocation_key_as_array"])
+    transforms = jax.tree.map(int, callbacks._remove_noop_transforms(kwargs[f"{name}_transforms"]))
     return key, memory.access(key, transforms)
 
   read = lambda name: memory.get_buffer_content(*place(name), thread, logging_info=info)[0]
   acc, b = read("acc"), read("b")
-  total = acc + np.matmul(np.asarray(how["a_allocation_key_as_array"]), b, dtype=acc.dtype)
+  total = acc + np.matmul(np.asarray(kwargs["a_allocation_key_as_array"]), b, dtype=acc.dtype)
   memory.store_buffer_content(*place("acc"), total, thread, logging_info=info)
-  return how["token"]
+  return kwargs["token"]
 
 
 @pytest.fixture
@@ -93,8 +93,8 @@ def on_cpu(monkeypatch):
   from tokamax._src.ops.attention import pallas_mosaic_gpu_vjp_kernel_sm90 as backward
 
   known = callbacks.wgmma
-  in_memory = lambda how: np.ndim(how["a_allocation_key_as_array"]) == 1
-  wgmma = lambda **how: known(**how) if in_memory(how) else of_registers(callbacks, how)
+  in_memory = lambda kwargs: np.ndim(kwargs["a_allocation_key_as_array"]) == 1
+  wgmma = lambda **kwargs: known(**kwargs) if in_memory(kwargs) else wgmma_of_registers(callbacks, kwargs)
   monkeypatch.setattr(callbacks, "wgmma", wgmma)
 
   def changed(module, **names):
@@ -117,36 +117,36 @@ def results(attend, q, k, v, dy):
   return y, *pull(dy)
 
 
-def close(ours, exact):
+def assert_close(ours, exact):
   """No more than twice what rounding the operands and results makes inevitable."""
   for a, b in zip(ours, exact, strict=True):
     assert a.dtype == jnp.bfloat16
     assert np.linalg.norm(np.asarray(a, np.float32) - b) < 2 * 2**-8 * np.linalg.norm(b)
 
 
-@OLD
-@TOKAMAX
+@NEEDS_JAX_0_11
+@NEEDS_TOKAMAX
 @pytest.mark.kernels
 @pytest.mark.parametrize(("name", "packed"), [("mla", True), ("gqa", True), ("narrow", False)])
 def test_values_and_gradients(name, packed, on_cpu):
   arrays, segments = problem(name)
   attend = functools.partial(attention, scale=0.1, segment_ids=segments if packed else None)
   ours = jax.jit(functools.partial(results, functools.partial(attend, implementation="pallas_gpu")))(*arrays)
-  close(ours, results(functools.partial(attend, implementation="xla"), *(x.astype(jnp.float32) for x in arrays)))
+  assert_close(ours, results(functools.partial(attend, implementation="xla"), *(x.astype(jnp.float32) for x in arrays)))
 
 
-@OLD
-@TOKAMAX
+@NEEDS_JAX_0_11
+@NEEDS_TOKAMAX
 @pytest.mark.kernels
 def test_parts_of_a_sequence_are_the_whole(on_cpu):
   (q, k, v, dy), segments = problem("mla")
   positions = zigzag(256, 2)
 
   def of_part(part, q, k, v):
-    own = jnp.asarray(positions)[part]
-    ids = segments[:, own], segments
-    how = {"scale": 0.1, "segment_ids": ids, "implementation": "pallas_gpu"}
-    return attention_of_part(q[:, own], k, v, positions, part, **how)
+    q_positions = jnp.asarray(positions)[part]
+    ids = segments[:, q_positions], segments
+    kwargs = {"scale": 0.1, "segment_ids": ids, "implementation": "pallas_gpu"}
+    return attention_of_part(q[:, q_positions], k, v, positions, part, **kwargs)
 
   ours = [
     jax.jit(
@@ -159,11 +159,11 @@ def test_parts_of_a_sequence_are_the_whole(on_cpu):
   gradients = (sum(x.astype(jnp.float32) for x in pair) for pair in zip(*(g for _, *g in ours), strict=True))
   whole = functools.partial(attention, scale=0.1, segment_ids=segments, implementation="xla")
   exact = results(whole, *(x.astype(jnp.float32) for x in (q, k, v, dy)))
-  close((y, *(x.astype(jnp.bfloat16) for x in gradients)), exact)
+  assert_close((y, *(x.astype(jnp.bfloat16) for x in gradients)), exact)
 
 
-@OLD
-@TOKAMAX
+@NEEDS_JAX_0_11
+@NEEDS_TOKAMAX
 @pytest.mark.kernels
 def test_inside_shard_map_the_gradients_of_shared_keys_add_up(monkeypatch):
   """With XLA's products in place of the kernels, which are interpreted for one device only."""
@@ -204,11 +204,11 @@ def test_inside_shard_map_the_gradients_of_shared_keys_add_up(monkeypatch):
     local = functools.partial(of_shared, functools.partial(attention, implementation="pallas_gpu"))
     every = jax.shard_map(local, in_specs=specs, out_specs=(by_rows, by_rows, everywhere, everywhere))
     put = [jax.device_put(x, jax.NamedSharding(mesh, spec)) for x, spec in zip(arguments, specs, strict=True)]
-    close(jax.device_get(jax.jit(every)(*put)), exact)
+    assert_close(jax.device_get(jax.jit(every)(*put)), exact)
 
 
-@OLD
-@TOKAMAX
+@NEEDS_JAX_0_11
+@NEEDS_TOKAMAX
 @pytest.mark.kernels
 @pytest.mark.parametrize("name", ["mla", "gqa"])
 def test_traced_inside_shard_map_and_scan_and_checkpoint(name):
@@ -243,8 +243,8 @@ def test_traced_inside_shard_map_and_scan_and_checkpoint(name):
   assert text.count("stablehlo.all_reduce") == 2
 
 
-@OLD
-def test_what_is_not_done_is_said(monkeypatch):
+@NEEDS_JAX_0_11
+def test_what_is_not_supported_is_an_error(monkeypatch):
   arrays, _ = problem("mla")
   named = functools.partial(attention, scale=1, implementation="pallas_gpu")
   monkeypatch.setattr(pallas_gpu, "installed_tokamax", lambda: None)

@@ -1,6 +1,6 @@
-"""Every Hopper kernel, compiled for an H200 that is not here: what its machine code holds, and that nothing is spilled.
+"""Every Hopper kernel, compiled for an H200 without a GPU: its machine code, and that no register is spilled.
 
-Says nothing of speed.
+This does not measure speed.
 """
 
 import importlib.metadata
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 
 from deepseek_jax.kernels.fp8_linear import Recipe, fp8_linear, fp8_ragged_linear
-from tests.kernels import gpu_without_one
+from tests.kernels import gpu_aot
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHARED_BYTES = 232_448  # of a thread block of an H200
@@ -31,11 +31,11 @@ def installed(package):
 
 @pytest.fixture(scope="module")
 def compiled():
-  """name -> what the compilation said of each of gpu_without_one.cases()."""
+  """name -> the line of gpu_aot for each of its cases."""
   if not installed("triton") or not installed("jax_cuda13_plugin"):
     pytest.skip("the extra gpu-aot is not installed: make kernels")
   environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-  command = [sys.executable, "-m", "tests.kernels.gpu_without_one"]
+  command = [sys.executable, "-m", "tests.kernels.gpu_aot"]
   done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
   assert done.returncode == 0, done.stderr[-3000:]
   return {found["name"]: found for found in map(json.loads, done.stdout.splitlines())}
@@ -46,7 +46,7 @@ ATTENTION_SPILLS = {
   "latent": 364, "latent packed": 516, "latent packed, of a part": 252,
   "grouped": 128, "grouped packed": 188, "grouped packed, of a part": 48,
 }  # fmt: skip
-CASES = gpu_without_one.cases() if jax.__version_info__ >= (0, 11) else {}
+CASES = gpu_aot.cases() if jax.__version_info__ >= (0, 11) else {}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -76,7 +76,7 @@ def test_machine_code_of_bfloat16_by_group(compiled):
 @pytest.mark.parametrize("name", ATTENTION_SPILLS)
 def test_attention_s_machine_code(compiled, name):
   """tokamax's: forward, and two kernels backward."""
-  if not gpu_without_one.tokamax_is_here():
+  if not gpu_aot.tokamax_is_installed():
     pytest.skip("the extra tokamax is not installed: make kernels")
   found = compiled[f"attention {name}"]
   assert len(found["registers"]) == 3 and found["HGMMA"] and found["UTMALDG"] and found["UTMASTG"]
@@ -106,5 +106,5 @@ def test_kernels_are_traced_inside_shard_map_and_scan_and_checkpoint():
     sharded = jax.shard_map(loss, in_specs=(jax.P("data"), jax.P(), jax.P()), out_specs=jax.P())
     lowered = jax.jit(jax.grad(sharded, argnums=(0, 1))).trace(*arguments).lower(lowering_platforms=("cuda",))
   calls = lowered.as_text().count("custom_call @mosaic_gpu")
-  # Of each: quantisers of x and w and a product; one of dy, and two products. The two of x and w again under checkpoint.
+  # Of each layer: quantization of x and w and a GEMM; quantization of dy and two GEMMs; x and w once more under checkpoint.
   assert calls == 6 + 6 + 2, calls

@@ -1,7 +1,7 @@
-"""Eight-bit quantisation and products: the same tests for every implementation.
+"""FP8 quantization and GEMMs: the same tests for every implementation.
 
-Products are compared with those of the same eight-bit operands in float64, so that what a test bounds is the kernel's own
-error. Scales are told apart by factors of two, exactly.
+GEMMs are compared with float64 products of the same FP8 operands, so that a test bounds the kernel's error alone. Scales differ
+by powers of two, which are exact: a wrong scale is a large error.
 """
 
 import functools
@@ -27,7 +27,7 @@ fp8_grouped_matmul = jax.jit(grouped.fp8_grouped_matmul, static_argnames=("step"
 fp8_grouped_wgrad = jax.jit(grouped.fp8_grouped_wgrad, static_argnames=("step", "implementation"))
 ROWS, K, N = 256, 384, 256
 EACH = pytest.mark.parametrize("implementation", ["xla", "reference", "pallas_gpu", "pallas_tpu"])
-GROUPED_IN_STEPS = pytest.mark.parametrize(
+EACH_WITH_STEPS = pytest.mark.parametrize(
   ("implementation", "step"),
   [("reference", 128), ("xla", 32), ("xla", 128), ("pallas_gpu", 128), ("pallas_tpu", 16), ("pallas_tpu", 128)],
 )
@@ -49,7 +49,7 @@ def normal(*shape, seed=0, outliers=False):
 
 
 def float64(q):
-  """`q` dequantised in NumPy, by the definition of a tile."""
+  """`q` dequantized in NumPy, by the definition of a tile."""
   values, scales = np.asarray(q.values, np.float64), np.asarray(q.scales, np.float64)
   row, column = (np.arange(n) // t for n, t in zip(values.shape[-2:], q.tile, strict=True))
   with np.errstate(invalid="ignore"):  # infinite scales of zeros
@@ -71,12 +71,12 @@ def operands(k=K, outliers=False, pow2_scales=False, wgrad=False):
 
 
 def random_scales(q, seed):
-  """`q` with a power of two of its own a tile: a scale that is used in the wrong place is wrong by a factor."""
+  """`q` with another power of two as the scale of each tile: a scale that is used in the wrong place is wrong by a factor."""
   exponents = np.random.default_rng(seed).permutation(q.scales.size).reshape(q.scales.shape) % 64 - 32
   return QTensor(q.values, jnp.asarray(2.0**exponents, jnp.float32), q.tile)
 
 
-# Quantisation.
+# Quantization.
 
 
 @EACH
@@ -92,8 +92,8 @@ def test_tiles_are_rounded_as_numpy_rounds_them(implementation, tile, pow2_scale
   for i in range(q.scales.shape[-2]):
     for j in range(q.scales.shape[-1]):
       part = (..., slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns))
-      greatest = np.abs(x[part]).max((-2, -1))
-      scale = np.exp2(np.ceil(np.log2(greatest / 448))) if pow2_scales else greatest * np.float32(1 / 448)
+      absmax = np.abs(x[part]).max((-2, -1))
+      scale = np.exp2(np.ceil(np.log2(absmax / 448))) if pow2_scales else absmax * np.float32(1 / 448)
       np.testing.assert_array_equal(scales[..., i, j], scale)
       expected = (x[part] / scale[..., None, None]).astype(ml_dtypes.float8_e4m3fn)
       np.testing.assert_array_equal(values[part], expected.astype(np.float32))
@@ -128,12 +128,12 @@ def test_zeros_stay_zeros_beside_any_tile(implementation, pow2_scales):
 
 
 @EACH
-def test_the_greatest_value_of_a_tile_becomes_448_of_its_sign(implementation):
+def test_the_largest_value_of_a_tile_becomes_448_of_its_sign(implementation):
   x = normal(64, 128)
-  greatest = np.take_along_axis(np.asarray(x), np.abs(x).argmax(1, keepdims=True), 1)
+  largest = np.take_along_axis(np.asarray(x), np.abs(x).argmax(1, keepdims=True), 1)
   q = quantize(x, (1, 128), implementation=implementation)
   values = np.asarray(q.values, np.float32)
-  np.testing.assert_array_equal(values[np.abs(x) == np.abs(greatest)], 448 * np.sign(greatest[:, 0]))
+  np.testing.assert_array_equal(values[np.abs(x) == np.abs(largest)], 448 * np.sign(largest[:, 0]))
   assert np.abs(values).max() == 448
 
 
@@ -144,9 +144,9 @@ def test_the_greatest_value_of_a_tile_becomes_448_of_its_sign(implementation):
 def test_a_tile_with_a_value_that_is_not_finite_is_nan_and_no_other(implementation, tile, value, pow2_scales):
   q = quantize(normal(256, 256).at[130, 7].set(value), tile, pow2_scales=pow2_scales, implementation=implementation)
   bad = np.isnan(float64(q))
-  own = np.zeros_like(bad)
-  own[128 if tile[0] == 128 else 130 : 256 if tile[0] == 128 else 131, :128] = True
-  np.testing.assert_array_equal(bad, own)
+  in_tile = np.zeros_like(bad)
+  in_tile[128 if tile[0] == 128 else 130 : 256 if tile[0] == 128 else 131, :128] = True
+  np.testing.assert_array_equal(bad, in_tile)
 
 
 @EACH
@@ -157,8 +157,8 @@ def test_both_are_the_matrix_and_its_transpose_in_tiles_along_their_rows(impleme
   x = normal(200, 300).astype(dtype)
   both = quantize_both(x, 128, implementation=implementation)
   for q, a in zip(both, (x, x.T), strict=True):
-    alone = quantize(a, (1, 128), implementation="reference")
-    jax.tree.map(np.testing.assert_array_equal, q, alone)
+    expected = quantize(a, (1, 128), implementation="reference")
+    jax.tree.map(np.testing.assert_array_equal, q, expected)
 
 
 @EACH
@@ -184,7 +184,7 @@ def test_halves_of_swiglu_that_differ_are_refused():
     swiglu_quantize(normal(2, 3), normal(3, 2), 128)
 
 
-# Products.
+# GEMMs.
 
 
 @EACH
@@ -209,7 +209,7 @@ def test_the_reference_is_exact_where_jax_has_float64():
 
 @EACH
 def test_tiles_keep_outliers_apart(implementation):
-  """Against the product before quantisation: fine tiles must be better than one scale a matrix, which rounds most away."""
+  """Against the product before quantization: fine tiles must be better than one scale a matrix, which rounds most values to zero."""
   x, w = normal(ROWS, 2048, outliers=True), normal(N, 2048, seed=1)
   reference = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
   fine = fp8_matmul(quantize(x, (1, 128)), quantize(w, (128, 128)), implementation=implementation)
@@ -265,16 +265,17 @@ def test_operands_that_do_not_contract_are_refused():
 
 
 @pytest.mark.parametrize(
-  "op", [lambda how: quantize(normal(2, 2), (1, 128), **how), lambda how: fp8_matmul(*operands(), **how)]
+  "op",
+  [lambda **options: quantize(normal(2, 2), (1, 128), **options), lambda **options: fp8_matmul(*operands(), **options)],
 )
 def test_an_implementation_that_does_not_exist_is_refused(op):
   with pytest.raises(ValueError, match="no implementation 'cuda': use auto, pallas, xla, reference"):
-    op({"implementation": "cuda"})
+    op(implementation="cuda")
 
 
 @pytest.mark.parametrize("implementation", ["pallas_tpu"])
 @pytest.mark.quick(implementation="pallas_tpu")
-def test_a_shape_that_kernels_for_tpus_do_not_do_is_refused(implementation):
+def test_a_shape_that_kernels_for_tpus_do_not_support_is_refused(implementation):
   x = normal(64, 64)
   for op in (quantize, quantize_both, fp8_matmul):
     arguments = (
@@ -299,7 +300,7 @@ def spans(name):
   return [slice(end - size, end) for end, size in zip(ends, SIZES[name], strict=True)]
 
 
-@GROUPED_IN_STEPS
+@EACH_WITH_STEPS
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.quick(implementation="pallas_gpu", name="several")
 @pytest.mark.quick(implementation="pallas_tpu", name="empty groups", step=128)
@@ -314,7 +315,7 @@ def test_rows_times_the_matrix_of_their_group(implementation, name, step):
   assert not np.asarray(y)[sum(SIZES[name]) :].any()
 
 
-@GROUPED_IN_STEPS
+@EACH_WITH_STEPS
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.quick(implementation="pallas_gpu", name="several")
 @pytest.mark.quick(implementation="pallas_tpu", name="empty groups", step=128)
@@ -340,7 +341,7 @@ def test_one_group_is_the_dense_product_bitwise(implementation):
 
 @EACH
 def test_a_group_that_is_not_finite_leaves_the_others_alone(implementation):
-  """In another tile: where a tile has rows of two groups, they share its scale."""
+  """Groups in different tiles: where a tile has rows of two groups, they share its scale."""
   sizes, x = jnp.asarray([128, 128], jnp.int32), normal(ROWS, K).at[130, 3].set(np.nan)
   w = quantize(normal(2, N, K), (128, 128))
   bad = ~np.isfinite(fp8_grouped_matmul(quantize(x, (1, 128)), w, sizes, implementation=implementation))
@@ -356,7 +357,7 @@ def test_a_step_that_does_not_divide_a_tile_is_refused():
     fp8_grouped_wgrad(a, b, jnp.asarray([ROWS], jnp.int32), step=48)
 
 
-# Which of them runs.
+# Which implementation runs.
 
 
 def on(device_kind):
@@ -390,7 +391,7 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("device_kind", ["cpu", "TPU v5", "NVIDIA H200"])
 @pytest.mark.parametrize("kernel", FUNCTIONS)
-def test_what_is_chosen_is_there(kernel, device_kind):
+def test_the_chosen_file_has_the_functions(kernel, device_kind):
   with on(device_kind):
     file = implementations.resolve_implementation(kernel, "auto")
     assert all(callable(implementations.load_function(kernel, function, file)) for function in FUNCTIONS[kernel])
@@ -400,7 +401,7 @@ def test_what_is_chosen_is_there(kernel, device_kind):
         implementations.resolve_implementation(kernel, "reference")
 
 
-def test_what_a_kernel_does_not_do_is_an_error_where_it_is_named_and_else_said_once(monkeypatch, caplog):
+def test_an_unsupported_call_is_an_error_where_the_kernel_is_named_and_else_logged_once(monkeypatch, caplog):
   def function(kernel, function, name):
     if name == "xla":
       return lambda: "xla"

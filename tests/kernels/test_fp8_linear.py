@@ -1,4 +1,4 @@
-"""FP8 layers: values and gradients by their definition in NumPy, what they keep, and what they are on a mesh."""
+"""FP8 linear layers: values and gradients by their definition in NumPy, what they save for the backward pass, and on a mesh."""
 
 import dataclasses
 import itertools
@@ -26,22 +26,22 @@ def problem(groups=None, rows=ROWS, k=K, n=N):
   return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
 
 
-def rounded(x, tile, recipe=REPORT, eight_bits=True):
-  """`x` in float64, as it is in FP8."""
-  q = quantize(x, tile, pow2_scales=recipe.pow2_scales, implementation="reference").dequantize() if eight_bits else x
+def round_trip(x, tile, recipe=REPORT, fp8=True):
+  """`x` quantized to FP8 and dequantized, in float64."""
+  q = quantize(x, tile, pow2_scales=recipe.pow2_scales, implementation="reference").dequantize() if fp8 else x
   return np.asarray(q, np.float64)
 
 
 def expected(x, w, dy, recipe=REPORT, sizes=(ROWS,)):
   """(y, dx, dw), w and dw [groups, k, n]."""
   along, square = (1, recipe.block), (recipe.block, recipe.block)
-  x_y, w_y = rounded(x, along, recipe, recipe.forward), rounded(w, square, recipe, recipe.forward)
-  dy_x, w_x = rounded(dy, along, recipe, recipe.dgrad), rounded(w, square, recipe, recipe.dgrad)
-  x_w, dy_w = (rounded(a.T, along, recipe, recipe.wgrad) for a in (x, dy))
+  x_y, w_y = round_trip(x, along, recipe, recipe.forward), round_trip(w, square, recipe, recipe.forward)
+  dy_x, w_x = round_trip(dy, along, recipe, recipe.dgrad), round_trip(w, square, recipe, recipe.dgrad)
+  x_w, dy_w = (round_trip(a.T, along, recipe, recipe.wgrad) for a in (x, dy))
   y, dx, dw, start = np.zeros(dy.shape), np.zeros(x.shape), np.zeros(w.shape), 0
   for group, size in enumerate(sizes):
-    own = slice(start, start + size)
-    y[own], dx[own], dw[group] = x_y[own] @ w_y[group], dy_x[own] @ w_x[group].T, x_w[:, own] @ dy_w[:, own].T
+    rows = slice(start, start + size)
+    y[rows], dx[rows], dw[group] = x_y[rows] @ w_y[group], dy_x[rows] @ w_x[group].T, x_w[:, rows] @ dy_w[:, rows].T
     start += size
   return y, dx, dw
 
@@ -96,7 +96,7 @@ def test_value_and_gradients_by_group(implementation, step):
   ("name", "groups"), [("forward", None), ("dgrad", None), ("wgrad", None), ("wgrad", SIZES)], ids=str
 )
 def test_each_product_may_stay_as_it_is(name, groups):
-  """Told apart: rounding moves a product by some percent."""
+  """Rounding changes a product by some percent, so that the tolerance tells them apart."""
   recipe = Recipe(**{name: False})
   x, w, dy = problem(groups and len(groups))
   if groups:
@@ -111,7 +111,7 @@ def test_each_product_may_stay_as_it_is(name, groups):
 
 @pytest.mark.parametrize("groups", [None, SIZES], ids=["dense", "by group"])
 @pytest.mark.parametrize("wgrad", [True, False])
-def test_a_swiglu_is_made_again_of_its_inputs_in_eight_bits(groups, wgrad):
+def test_a_swiglu_is_recomputed_from_its_inputs_in_fp8(groups, wgrad):
   """Forward of the inputs as they are; backward of their roundings, through the derivative written out."""
   recipe, sizes = Recipe(wgrad=wgrad), groups and jnp.asarray(groups, jnp.int32)
   gate, w, dy = problem(groups and len(groups))
@@ -125,25 +125,28 @@ def test_a_swiglu_is_made_again_of_its_inputs_in_eight_bits(groups, wgrad):
     )[0]
 
   y, (dgate, dup), dw = computed(layer, (gate, up), w, dy)
-  again = [jnp.asarray(rounded(a, (1, 128), recipe, wgrad), jnp.float32) for a in (gate, up)]
+  dequantized = [jnp.asarray(round_trip(a, (1, 128), recipe, wgrad), jnp.float32) for a in (gate, up)]
   w, dw = (a[None] if groups is None else a for a in (w, dw))
   expected_y, _, _ = expected(swiglu_float32(gate, up), w, dy, recipe, groups or (ROWS,))
-  _, dx, expected_dw = expected(swiglu_float32(*again), w, dy, recipe, groups or (ROWS,))
-  g, u = (np.asarray(a, np.float64) for a in again)
+  _, dx, expected_dw = expected(swiglu_float32(*dequantized), w, dy, recipe, groups or (ROWS,))
+  g, u = (np.asarray(a, np.float64) for a in dequantized)
   sigmoid = 1 / (1 + np.exp(-g))
   assert_close(
     (y, dgate, dup, dw), (expected_y, dx * u * sigmoid * (1 + g * (1 - sigmoid)), dx * g * sigmoid, expected_dw)
   )
 
 
-def test_what_is_kept_for_the_backward_pass_does_not_change_the_result():
+def test_what_is_saved_for_the_backward_pass_does_not_change_the_result():
   gate, w, _ = problem()
   pair = gate.astype(jnp.bfloat16), (gate[::-1] + 1).astype(jnp.bfloat16)
-  of = lambda **how: jax.jit(lambda x, w: fp8_linear(x, w, recipe=Recipe(**how))[0])
+
+  def layer(**options):
+    return jax.jit(lambda x, w: fp8_linear(x, w, recipe=Recipe(**options))[0])
+
   for x in (pair, pair[0]):
-    y = of()(x, w)
-    for how in ({"wgrad": False}, {"fp8_residual": False}, {"dgrad": False}):
-      np.testing.assert_array_equal(of(**how)(x, w), y)
+    y = layer()(x, w)
+    for options in ({"wgrad": False}, {"fp8_residual": False}, {"dgrad": False}):
+      np.testing.assert_array_equal(layer(**options)(x, w), y)
     np.testing.assert_array_equal(jax.jit(lambda x, w: jax.vjp(lambda x: fp8_linear(x, w)[0], x)[0])(x, w), y)
 
 
@@ -151,54 +154,54 @@ def test_layers_of_one_activation_are_those_of_each_and_gradients_add_up():
   x, w, dy = problem()
   weights, gradients = (w, 3 * w[:, :40]), (dy, dy[:, :40])
   y, dx, dw = computed(lambda x, w: fp8_linear(x, *w), x, weights, gradients)
-  alone = [computed(lambda x, w: fp8_linear(x, w)[0], x, *pair) for pair in zip(weights, gradients, strict=True)]
-  jax.tree.map(np.testing.assert_array_equal, y, tuple(a[0] for a in alone))
-  np.testing.assert_allclose(dx, sum(a[1] for a in alone), rtol=1e-5, atol=1e-4)
-  jax.tree.map(np.testing.assert_array_equal, dw, tuple(a[2] for a in alone))
+  separate = [computed(lambda x, w: fp8_linear(x, w)[0], x, *pair) for pair in zip(weights, gradients, strict=True)]
+  jax.tree.map(np.testing.assert_array_equal, y, tuple(a[0] for a in separate))
+  np.testing.assert_allclose(dx, sum(a[1] for a in separate), rtol=1e-5, atol=1e-4)
+  jax.tree.map(np.testing.assert_array_equal, dw, tuple(a[2] for a in separate))
 
 
-def kept(function, *arrays):
-  """[(dtype, shape)] of what the forward pass leaves for the backward pass."""
+def residuals(function, *arrays):
+  """[(dtype, shape)] of what the forward pass saves for the backward pass."""
   leaves = jax.tree.leaves(jax.eval_shape(lambda *arrays: jax.vjp(function, *arrays)[1], *arrays))
   return [(str(a.dtype), a.shape) for a in leaves if a.size]
 
 
-def bytes_of(found):
-  return sum(np.prod(shape) * jnp.dtype(dtype).itemsize for dtype, shape in found)
+def residual_bytes(saved):
+  return sum(np.prod(shape) * jnp.dtype(dtype).itemsize for dtype, shape in saved)
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_one_copy_of_the_activation_is_kept_in_eight_bits_transposed(layers):
+def test_one_copy_of_the_activation_is_saved_in_fp8_transposed(layers):
   x, w, _ = problem(rows=256, k=128, n=384)
-  found = kept(lambda x, *w: fp8_linear(x, *w), x.astype(jnp.bfloat16), *[w] * layers)
-  assert found.count(("float8_e4m3fn", (128, 256))) == 1  # the transpose; w is as large as none of them
-  one, of_weight = 256 * 128 + 128 * 2 * 4, 128 * 384 + 3 * 4
-  assert bytes_of(found) == one + layers * of_weight
-  exact = kept(lambda x, w: x @ w, x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
-  assert bytes_of(exact) == 2 * (256 * 128 + 128 * 384)
+  saved = residuals(lambda x, *w: fp8_linear(x, *w), x.astype(jnp.bfloat16), *[w] * layers)
+  assert saved.count(("float8_e4m3fn", (128, 256))) == 1  # the transpose; w is as large as none of them
+  activation_bytes, weight_bytes = 256 * 128 + 128 * 2 * 4, 128 * 384 + 3 * 4
+  assert residual_bytes(saved) == activation_bytes + layers * weight_bytes
+  exact = residuals(lambda x, w: x @ w, x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
+  assert residual_bytes(exact) == 2 * (256 * 128 + 128 * 384)
 
 
-def test_by_group_what_is_kept_is_as_little():
+def test_by_group_as_little_is_saved():
   x, w, _ = problem(2, rows=256, k=128, n=384)
   sizes = jnp.asarray([100, 156], jnp.int32)
-  found = kept(lambda x, w: fp8_ragged_linear(x, w, group_sizes=sizes)[0], x, w)
-  assert bytes_of(found) == 256 * 128 + 128 * 2 * 4 + 2 * (128 * 384 + 3 * 4) + 2 * 4
+  saved = residuals(lambda x, w: fp8_ragged_linear(x, w, group_sizes=sizes)[0], x, w)
+  assert residual_bytes(saved) == 256 * 128 + 128 * 2 * 4 + 2 * (128 * 384 + 3 * 4) + 2 * 4
 
 
-def test_of_a_swiglu_its_inputs_are_kept_in_eight_bits():
+def test_of_a_swiglu_its_inputs_are_saved_in_fp8():
   x, w, _ = problem(rows=256, k=128, n=384)
-  found = kept(lambda gate, up, w: fp8_linear((gate, up), w)[0], *[x.astype(jnp.bfloat16)] * 2, w)
-  assert bytes_of(found) == 2 * (256 * 128 + 256 * 4) + 128 * 384 + 3 * 4
+  saved = residuals(lambda gate, up, w: fp8_linear((gate, up), w)[0], *[x.astype(jnp.bfloat16)] * 2, w)
+  assert residual_bytes(saved) == 2 * (256 * 128 + 256 * 4) + 128 * 384 + 3 * 4
 
 
-def test_an_activation_that_is_kept_as_it_is_gives_the_same_gradients():
+def test_an_activation_that_is_saved_as_it_is_gives_the_same_gradients():
   x, w, dy = problem()
   x = x.astype(jnp.bfloat16)
   layer = lambda recipe: lambda x, w: fp8_linear(x, w, recipe=recipe)[0]
-  itself = layer(Recipe(fp8_residual=False))
-  assert ("bfloat16", (ROWS, K)) in kept(itself, x, w)
+  unquantized = layer(Recipe(fp8_residual=False))
+  assert ("bfloat16", (ROWS, K)) in residuals(unquantized, x, w)
   jax.tree.map(
-    np.testing.assert_array_equal, *(computed(f, x, w, dy.astype(jnp.bfloat16)) for f in (itself, layer(REPORT)))
+    np.testing.assert_array_equal, *(computed(f, x, w, dy.astype(jnp.bfloat16)) for f in (unquantized, layer(REPORT)))
   )
 
 
@@ -207,7 +210,7 @@ def test_policies_of_rematerialisation_know_the_copies_by_name(names, copies):
   x, w, _ = problem()
   policy = jax.checkpoint_policies.save_only_these_names(*names)
   layer = jax.checkpoint(lambda x, w: fp8_linear(2 * x, w)[0], policy=policy)
-  assert sum(dtype == "float8_e4m3fn" for dtype, _ in kept(layer, x, w)) == copies
+  assert sum(dtype == "float8_e4m3fn" for dtype, _ in residuals(layer, x, w)) == copies
 
 
 @pytest.mark.parametrize("by_group", [False, True])

@@ -1,4 +1,4 @@
-"""What the Hopper kernels share: the order of tiles, every way to cut a product, and that races would be found."""
+"""What the Hopper kernels share: the order of tiles, every tile config, and that the detector finds a race."""
 
 import sys
 
@@ -22,7 +22,7 @@ from deepseek_jax.mesh import abstract_mesh
 from deepseek_jax.training.step import abstract_step
 
 M, N, K = 328, 320, 400  # partial tiles everywhere
-OLD = pytest.mark.skipif(
+NEEDS_JAX_0_11 = pytest.mark.skipif(
   jax.__version_info__ < (0, 11), reason=f"kernels for GPUs need jax 0.11, not {jax.__version__}"
 )
 
@@ -32,7 +32,7 @@ def operand(rows, columns, tile=(1, 128), leading=()):
   return quantize(jnp.asarray(values, jnp.float32), tile, False)
 
 
-def close(ours, exact):
+def assert_close(ours, exact):
   assert ours.shape == exact.shape and ours.dtype == exact.dtype
   assert np.linalg.norm(np.asarray(ours) - exact) < 1e-6 * np.linalg.norm(exact)
 
@@ -46,7 +46,7 @@ def test_bands_hold_every_tile_once(down, across, band):
 
 @pytest.mark.parametrize("tile", [128, 256])
 @pytest.mark.parametrize("seed", range(4))
-def test_visits_are_of_every_row_once(tile, seed):
+def test_row_tiles_hold_every_row_once(tile, seed):
   rng = np.random.default_rng(seed)
   rows, groups = 2048, int(rng.integers(1, 40))
   sizes = np.diff(np.sort(rng.integers(0, rows + 1, groups + 1))) * rng.integers(0, 2, groups)
@@ -54,12 +54,12 @@ def test_visits_are_of_every_row_once(tile, seed):
     np.asarray, grouped._group_row_tiles(jnp.asarray(sizes, jnp.int32), rows, tile)
   )
   assert total <= group.size and (row % hopper.ROW_ALIGNMENT == 0).all()
-  seen, ends = np.zeros(rows, int), np.append(np.cumsum(sizes), rows)
+  visits, ends = np.zeros(rows, int), np.append(np.cumsum(sizes), rows)
   for g, first, low, high in zip(group[:total], row, start, end, strict=False):
-    own = slice(max(first, low), min(first + tile, high))
-    seen[own] += 1
-    assert own.stop > own.start and np.all(np.searchsorted(ends, np.arange(own.start, own.stop), side="right") == g)
-  assert (seen == 1).all()
+    begin, stop = max(first, low), min(first + tile, high)
+    visits[begin:stop] += 1
+    assert stop > begin and np.all(np.searchsorted(ends, np.arange(begin, stop), side="right") == g)
+  assert (visits == 1).all()
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ def test_visits_are_of_every_row_once(tile, seed):
     (operand(8, 256), operand(8, 256), "float16", "float32 and bfloat16, not float16"),
   ],
 )  # fmt: skip
-@OLD
-def test_what_is_not_multiplied_is_said(a, b, dtype, message):
+@NEEDS_JAX_0_11
+def test_unsupported_operands_are_named(a, b, dtype, message):
   with pytest.raises(Unsupported, match=message):
     dense.matmul(a, b, jnp.dtype(dtype))
 
@@ -83,35 +83,35 @@ def test_an_old_jax_is_named():
     dense.matmul(operand(8, 256), operand(8, 256), jnp.float32)
 
 
-@OLD
+@NEEDS_JAX_0_11
 @pytest.mark.kernels
 @pytest.mark.parametrize("tiles", CANDIDATES["fp8_matmul"], ids=str)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_products_cut_every_way(tiles, dtype, on_gpu):
+def test_gemms_in_every_tile_config(tiles, dtype, on_gpu):
   a, b, matrices = operand(M, K), operand(N, K, (128, 128)), operand(N, K, (128, 128), (3,))
   sizes = jnp.asarray([130, 0, 151], jnp.int32)
   ours = jax.jit(lambda a, b: dense.matmul(a, b, dtype, tiles))(a, b)
-  of_groups = jax.jit(lambda *args: grouped.matmul(*args, 128, dtype, tiles))(a, matrices, sizes)
+  grouped_result = jax.jit(lambda *args: grouped.matmul(*args, 128, dtype, tiles))(a, matrices, sizes)
   exact = reference.matmul(a, b, jnp.float32), grouped_reference.matmul(a, matrices, sizes, 128, jnp.float32)
-  for found, wanted in zip((ours, of_groups), exact, strict=True):
+  for actual, expected in zip((ours, grouped_result), exact, strict=True):
     if dtype == jnp.float32:
-      close(found, wanted)
+      assert_close(actual, expected)
     else:  # rounded once: half a unit of 8 bits
-      np.testing.assert_allclose(*map(np.float32, (found, wanted)), rtol=2**-8, atol=1e-4)
+      np.testing.assert_allclose(*map(np.float32, (actual, expected)), rtol=2**-8, atol=1e-4)
 
 
-@OLD
+@NEEDS_JAX_0_11
 @pytest.mark.kernels
 @pytest.mark.parametrize("tiles", CANDIDATES["fp8_wgrad"], ids=str)
-def test_gradients_of_weights_cut_every_way(tiles, on_gpu):
+def test_weight_gradients_in_every_tile_config(tiles, on_gpu):
   a, b, sizes = operand(M, K), operand(N, K), jnp.asarray([130, 0, 151], jnp.int32)
   ours = jax.jit(lambda a, b: dense.matmul(a, b, jnp.float32, tiles))(a, b)
-  of_groups = jax.jit(lambda *args: grouped.wgrad(*args, 128, jnp.float32, tiles))(a, b, sizes)
-  close(ours, reference.matmul(a, b, jnp.float32))
-  close(of_groups, grouped_reference.wgrad(a, b, sizes, 128, jnp.float32))
+  grouped_result = jax.jit(lambda *args: grouped.wgrad(*args, 128, jnp.float32, tiles))(a, b, sizes)
+  assert_close(ours, reference.matmul(a, b, jnp.float32))
+  assert_close(grouped_result, grouped_reference.wgrad(a, b, sizes, 128, jnp.float32))
 
 
-@OLD
+@NEEDS_JAX_0_11
 @pytest.mark.kernels
 def test_a_missing_fence_is_found(monkeypatch, on_gpu, capsys):
   """Without the commit after the scales are read, the next copy into their stage races with the reads."""
@@ -126,10 +126,10 @@ def test_a_missing_fence_is_found(monkeypatch, on_gpu, capsys):
     assert "RACE DETECTED" in capsys.readouterr().out
 
 
-@OLD
+@NEEDS_JAX_0_11
 @pytest.mark.kernels
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
-def test_a_whole_step_is_traced_for_a_gpu_that_is_not_here(precision):
+def test_a_training_step_is_traced_for_a_gpu_without_one(precision):
   """In widths that its kernels do: experts' three products forward, once more for the backward pass, and six gradients."""
   fields = {
     "model.compute_dtype": "bfloat16",

@@ -1,4 +1,4 @@
-"""Rows that are gathered both ways: the values and gradients of plain indexing."""
+"""Gathers of rows and sums of gathered rows: the values and gradients of plain indexing."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ ROWS, PLACES, EACH, WIDTH = 7, 12, 3, 5
 
 
 def problem(dtype):
-  """x, a place for some of the rows up to EACH times, the inverse, and a cotangent; PLACES and ROWS are none."""
+  """(x, index, inverse, cotangent); some rows are named up to EACH times. PLACES and ROWS are out of range: they name none."""
   rng = np.random.default_rng(0)
   inverse = rng.permutation(ROWS * EACH).reshape(ROWS, EACH)  # those of PLACES and above are none
   index = np.full(PLACES, ROWS)
@@ -24,25 +24,25 @@ def problem(dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_values_and_gradients_are_those_of_indexing(dtype):
   x, index, inverse, dy = problem(dtype)
-  y, pull = jax.vjp(lambda x: gather_rows(x, index, inverse), x)
-  expected, plain_pull = jax.vjp(lambda x: x.at[index].get(mode="fill", fill_value=0), x.astype("float32"))
+  y, vjp = jax.vjp(lambda x: gather_rows(x, index, inverse), x)
+  expected, plain_vjp = jax.vjp(lambda x: x.at[index].get(mode="fill", fill_value=0), x.astype("float32"))
   np.testing.assert_array_equal(y, expected.astype(dtype))
-  (dx,), (wanted,) = pull(dy), plain_pull(dy.astype("float32"))
+  (dx,), (expected_gradient,) = vjp(dy), plain_vjp(dy.astype("float32"))
   assert dx.dtype == dtype
   # Summed in float32, and rounded once.
-  np.testing.assert_allclose(np.asarray(dx, "float32"), wanted, rtol=1e-6 if dtype == "float32" else 2**-8)
+  np.testing.assert_allclose(np.asarray(dx, "float32"), expected_gradient, rtol=1e-6 if dtype == "float32" else 2**-8)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_sums_and_their_gradients_are_those_of_indexing(dtype):
   x, index, inverse, y = problem(dtype)
-  total, pull = jax.vjp(lambda y: gather_sum_rows(y, index, inverse), y)
+  total, vjp = jax.vjp(lambda y: gather_sum_rows(y, index, inverse), y)
   plain = lambda y: y.at[inverse].get(mode="fill", fill_value=0).sum(1)
-  expected, plain_pull = jax.vjp(plain, y.astype("float32"))
+  expected, plain_vjp = jax.vjp(plain, y.astype("float32"))
   assert total.dtype == "float32"
   np.testing.assert_allclose(total, expected, rtol=1e-6)
-  (dy,), (wanted,) = pull(x.astype("float32")), plain_pull(x.astype("float32"))
-  np.testing.assert_array_equal(dy, wanted.astype(dtype))
+  (dy,), (expected_gradient,) = vjp(x.astype("float32")), plain_vjp(x.astype("float32"))
+  np.testing.assert_array_equal(dy, expected_gradient.astype(dtype))
 
 
 @pytest.mark.parametrize("function", [gather_rows, gather_sum_rows])

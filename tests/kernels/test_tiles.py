@@ -1,4 +1,4 @@
-"""Tiles of Hopper kernels: the table that was measured comes first, and the estimate follows what bounds a kernel."""
+"""Tile configs of Hopper kernels: measured ones come first, and the estimate follows what bounds a kernel."""
 
 import functools
 import json
@@ -27,7 +27,7 @@ def test_the_table_holds_tiles():
       assert all(TileConfig(**fields) for fields in sizes.values())
 
 
-def test_what_was_measured_for_the_chip_and_the_sizes_is_taken(monkeypatch, tmp_path):
+def test_a_measured_tile_config_of_the_chip_and_the_sizes_is_used(monkeypatch, tmp_path):
   table, chip = tmp_path / "tiles.json", jax.devices()[0].device_kind
   measured = TileConfig(n=64, band=16)
   table.write_text(json.dumps({"fp8_matmul": {chip: {"bfloat16 1x4096x7168x2048": vars(measured)}, "NVIDIA H200": {}}}))
@@ -48,7 +48,7 @@ def test_sizes_that_follow_the_batch_count_by_powers_of_two():
   assert name(4097, 7168, 2048, 1) != name(4096, 7168, 2048, 1)
 
 
-def test_few_rows_are_cut_fine_and_many_shared_by_clusters():
+def test_few_rows_have_small_tiles_and_many_have_clusters():
   assert (
     select_tile_config("fp8_matmul", jnp.bfloat16, 128, 2112, 7168).n == 64
   )  # 17 tiles of 128 would leave most multiprocessors idle

@@ -1,6 +1,7 @@
-"""Compiles for an NVIDIA H200 that is not there, in a process of its own: one line of JSON for each case.
+"""Compiles every kernel for an NVIDIA H200 ahead of time, without a GPU: one line of JSON for each case.
 
-The CUDA plugin of jax compiles for a described device; ptxas and nvdisasm come from wheels. Mosaic dumps what they print.
+Runs in a process of its own. The CUDA plugin of jax compiles for a described device; ptxas and nvdisasm come from wheels. Mosaic
+dumps what they print.
 """
 
 import functools
@@ -12,7 +13,7 @@ import site
 import sys
 import tempfile
 
-# What XLA would ask the device.
+# What XLA would query from the device.
 H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -26,7 +27,7 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } device_description
 INSTRUCTIONS = ("QGMMA", "HGMMA", "FFMA", "FMUL", "LDL", "STL", "UTMALDG", "UTMASTG")
 
 
-def tools(folder):
+def install_tools(folder):
   """`folder`/bin with ptxas and nvdisasm, where Mosaic looks for them; the wheels are of the extra gpu-aot."""
   packages = pathlib.Path(site.getsitepackages()[0])
   (folder / "bin").mkdir()
@@ -36,7 +37,7 @@ def tools(folder):
     (folder / "bin" / pathlib.Path(program).name).symlink_to(packages / program)
 
 
-def report(dump):
+def read_dump(dump):
   """What the compilation's files say: registers and spilled bytes of ptxas, shared memory, instructions by name."""
   read = lambda pattern: "".join(path.read_text() for path in sorted(dump.glob(pattern)))
   ptxas, sass, resources = read("*.ptxas"), read("*.sass*"), read("*.resources.txt")
@@ -50,7 +51,7 @@ def report(dump):
 
 
 def cases():
-  """name -> (function, arguments, tiles or None): every kernel, and of products every way that the estimate may choose."""
+  """name -> (function, arguments, tile config or None): every kernel, and GEMMs in every tile config that may be chosen."""
   import jax
   import jax.numpy as jnp
 
@@ -61,12 +62,12 @@ def cases():
   from deepseek_jax.kernels.swiglu import pallas_gpu as swiglu
   from deepseek_jax.kernels.tiles import CANDIDATES
 
-  def eight_bits(tile, *shape):
+  def fp8_operand(tile, *shape):
     return QTensor(array(shape, FP8), array((*shape[:-2], *tile_counts(shape, tile)), jnp.float32), tile)
 
   array = jax.ShapeDtypeStruct
   rows, square = (1, 128), (128, 128)
-  a, b, matrices = eight_bits(rows, 4096, 7168), eight_bits(square, 7168, 7168), eight_bits(square, 8, 7168, 7168)
+  a, b, matrices = fp8_operand(rows, 4096, 7168), fp8_operand(square, 7168, 7168), fp8_operand(square, 8, 7168, 7168)
   x, w, sizes = array((4096, 7168), jnp.bfloat16), array((8, 2048, 7168), jnp.float32), array((8,), jnp.int32)
   found = {
     "quantize rows": (lambda x: quantizers.quantize(x, rows, False), [x], None),
@@ -89,7 +90,7 @@ def cases():
 
 
 def grouped_cases():
-  """jax's products of bfloat16 by group, forward and both gradients."""
+  """jax's grouped matmul of bfloat16, forward and both gradients."""
   import jax
   import jax.numpy as jnp
 
@@ -104,7 +105,7 @@ def grouped_cases():
   return {"bfloat16 by group": (gradients, [*arrays, jax.ShapeDtypeStruct((8,), jnp.int32)], None)}
 
 
-def tokamax_is_here():
+def tokamax_is_installed():
   from deepseek_jax.kernels.attention import pallas_gpu
 
   return pallas_gpu.installed_tokamax() == pallas_gpu.TOKAMAX_VERSION
@@ -121,7 +122,7 @@ def attention_cases():
   array = jax.ShapeDtypeStruct
   positions = np.arange(4096, dtype=np.int32).reshape(2, 2048)
 
-  def whole(segments, *arrays):
+  def full(segments, *arrays):
     return pallas_gpu.attention(*arrays, segments, 0.1)
 
   def part(segments, q, k, v):
@@ -135,18 +136,18 @@ def attention_cases():
   for name, (heads, kv_heads, key) in {"latent": (16, 16, 192), "grouped": (16, 4, 128)}.items():
     arrays = [array((2, 4096, h, w), jnp.bfloat16) for h, w in ((heads, key), (kv_heads, key), (kv_heads, 128))]
     segments = array((2, 4096), jnp.int32)
-    for how, attention, ids in (
-      ("", whole, None),
-      (" packed", whole, segments),
+    for variant, attention, ids in (
+      ("", full, None),
+      (" packed", full, segments),
       (" packed, of a part", part, segments),
     ):
-      found[f"attention {name}{how}"] = (functools.partial(gradients, attention), [ids, *arrays], None)
+      found[f"attention {name}{variant}"] = (functools.partial(gradients, attention), [ids, *arrays], None)
   return found
 
 
 def main():
   folder = pathlib.Path(tempfile.mkdtemp())
-  tools(folder)
+  install_tools(folder)
   os.environ |= {
     "CUDA_ROOT": str(folder),
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
@@ -160,7 +161,7 @@ def main():
 
   topology = topologies.get_topology_desc(platform="cuda", topology_name="h200", target_config=H200, topology="1x1x1")
   sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
-  found = cases() | grouped_cases() | (attention_cases() if tokamax_is_here() else {})
+  found = cases() | grouped_cases() | (attention_cases() if tokamax_is_installed() else {})
   for name, (function, arguments, _) in found.items():
     if sys.argv[1:] and not re.search(sys.argv[1], name):
       continue
@@ -169,7 +170,7 @@ def main():
       path.unlink()
     arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
     jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
-    print(json.dumps({"name": name, **report(folder / "dump")}), flush=True)
+    print(json.dumps({"name": name, **read_dump(folder / "dump")}), flush=True)
 
 
 if __name__ == "__main__":
