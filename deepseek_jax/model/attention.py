@@ -11,7 +11,7 @@ from deepseek_jax.kernels.attention import xla
 from deepseek_jax.kernels.attention.api import attention
 from deepseek_jax.kernels.implementations import Unsupported, log_once, resolve_implementation
 from deepseek_jax.model.batch_context import BatchContext
-from deepseek_jax.model.context import all_gather_kv_attention, context_parallel_attention
+from deepseek_jax.model.context_parallel import all_gather_kv_attention, context_parallel_attention
 from deepseek_jax.model.dropout import dropout, fold_in_grid
 from deepseek_jax.model.linear import Linear, fused_linear
 from deepseek_jax.model.rope import apply_rope

@@ -16,7 +16,7 @@ import numpy as np
 
 from deepseek_jax.kernels.implementations import Call
 from deepseek_jax.kernels.qtensor import QTensor, tile_counts
-from deepseek_jax.model.context import zigzag
+from deepseek_jax.model.context_parallel import zigzag
 
 # The largest sizes that are tested; larger calls are shrunk to them.
 MAX_ROWS = 8192  # rows of activations, and k of a contraction over tokens

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import Config
 from deepseek_jax.model.batch_context import BatchContext
-from deepseek_jax.model.context import zigzag
+from deepseek_jax.model.context_parallel import zigzag
 from deepseek_jax.model.linear import at_least_float32
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.sharding import all_gather_sequence, axis_index, axis_size, psum

@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 
 from deepseek_jax.kernels.attention.api import attention, attention_of_part
 from deepseek_jax.kernels.implementations import Unsupported
-from deepseek_jax.model.context import zigzag
+from deepseek_jax.model.context_parallel import zigzag
 
 # batch, seq, heads, kv_heads, width of keys, of values
 CASES = {

@@ -15,7 +15,7 @@ import pytest
 from deepseek_jax.kernels.attention import pallas_gpu, xla
 from deepseek_jax.kernels.attention.api import attention, attention_of_part
 from deepseek_jax.kernels.implementations import Unsupported
-from deepseek_jax.model.context import zigzag
+from deepseek_jax.model.context_parallel import zigzag
 
 NEEDS_JAX_0_11 = pytest.mark.skipif(
   jax.__version_info__ < (0, 11), reason=f"kernels for GPUs need jax 0.11, not {jax.__version__}"

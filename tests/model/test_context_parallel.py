@@ -16,7 +16,7 @@ from deepseek_jax.config import MeshConfig
 from deepseek_jax.kernels.implementations import Unsupported
 from deepseek_jax.mesh import abstract_mesh
 from deepseek_jax.model.attention import attention_with_dropout, causal_self_attention
-from deepseek_jax.model.context import (
+from deepseek_jax.model.context_parallel import (
   KV_COMM,
   OWN_PAIRS,
   all_gather_kv_attention,
