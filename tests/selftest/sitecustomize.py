@@ -1,7 +1,7 @@
-"""Makes the processes of a test believe that they have an accelerator, whose kernels are XLA's forms with the faults of FAULTS.
+"""Fakes an accelerator in the processes of a test. Its kernels are XLA's implementations with the faults of FAULTS.
 
 Python imports a module of this name at its start, from a folder in PYTHONPATH. FAULTS: "kernel.function=fault,..". CHOICES: a
-folder in which each training process leaves what was replaced in it.
+folder in which each training process writes which kernels fell back.
 """
 
 import dataclasses
@@ -21,30 +21,30 @@ faults = dict(item.split("=") for item in os.environ["FAULTS"].split(",") if ite
 load_function, lost = implementations.load_function, threading.Event()
 
 
-def then(action, result):
-  """`result`, and when it is computed `action` is done; nothing happens where it is traced alone."""
+def with_side_effect(action, result):
+  """`result`; `action` is called when it is computed, and not when it is traced."""
 
-  def called(x):
+  def callback(x):
     action()
     return x
 
   leaves, tree = jax.tree.flatten(result)
-  leaves[0] = jax.pure_callback(called, jax.ShapeDtypeStruct(leaves[0].shape, leaves[0].dtype), leaves[0])
+  leaves[0] = jax.pure_callback(callback, jax.ShapeDtypeStruct(leaves[0].shape, leaves[0].dtype), leaves[0])
   return jax.tree.unflatten(tree, leaves)
 
 
-def scaled(result):
-  """Every scale of a QTensor doubled, every other array by a twentieth too large."""
+def rescale(result):
+  """Doubles every scale of a QTensor; makes every other array a twentieth too large."""
   if hasattr(result, "scales"):
     return dataclasses.replace(result, scales=2 * result.scales)
   return jax.tree.map(lambda x: x * jnp.asarray(1.05, x.dtype), result)
 
 
-def with_nan(result):
+def insert_nan(result):
   return jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), result)
 
 
-def raised(result):
+def raise_error(result):
   raise ValueError("this kernel cannot be traced")
 
 
@@ -66,14 +66,14 @@ def hang():
 
 
 KINDS = {
-  "lost": lambda result: then(lose_device, result),
-  "wrong": scaled,
-  "nan": with_nan,
-  "exception": raised,
-  "crash": lambda result: then(lambda: os.kill(os.getpid(), signal.SIGABRT), result),
+  "lost": lambda result: with_side_effect(lose_device, result),
+  "wrong": rescale,
+  "nan": insert_nan,
+  "exception": raise_error,
+  "crash": lambda result: with_side_effect(lambda: os.kill(os.getpid(), signal.SIGABRT), result),
   "compiler": crash_while_compiled,
-  "hang": lambda result: then(hang, result),
-  "slow": lambda result: then(lambda: time.sleep(0.1), result),
+  "hang": lambda result: with_side_effect(hang, result),
+  "slow": lambda result: with_side_effect(lambda: time.sleep(0.1), result),
 }
 
 
@@ -97,8 +97,8 @@ supervise.PHASE_TIMEOUTS["kernel"] = 4
 run_selftest = run.run_selftest
 
 
-def run_before_devices_are_opened(*arguments, **how):
-  report = run_selftest(*arguments, **how)
+def run_before_devices_are_opened(*arguments, **kwargs):
+  report = run_selftest(*arguments, **kwargs)
   assert not xla_bridge.backends_are_initialized(), (
     "the process that trains opened its devices before the self-test ended"
   )
@@ -111,11 +111,11 @@ check.SLOW_RATIO = 10  # times of small arrays on a busy machine differ by more 
 replace_kernels = loop.replace_kernels
 
 
-def replace_and_tell(replacements):
+def replace_and_record(replacements):
   path = os.path.join(os.environ["CHOICES"], os.environ.get("JAX_PROCESS_ID", "0"))
   with open(path, "w") as f:
     json.dump([sorted(replacements.functions), sorted(replacements.calls)], f)
   return replace_kernels(replacements)
 
 
-loop.replace_kernels = replace_and_tell
+loop.replace_kernels = replace_and_record

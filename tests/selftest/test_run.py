@@ -1,6 +1,6 @@
-"""The self-test as users meet it: faulty kernels are found before a run, replaced by XLA's forms, and stay so on resume.
+"""The self-test as users meet it: faulty kernels are found before a run, fall back to XLA, and do so on resume.
 
-The processes have no accelerator but believe in one: sitecustomize.py, beside this file, gives XLA's forms faults.
+The processes have a fake accelerator: sitecustomize.py, beside this file, gives XLA's implementations faults.
 """
 
 import json
@@ -72,9 +72,9 @@ def start(folder, *command, faults=None, processes=1, **variables):
   return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 
-def train(folder, workdir, *arguments, code=0, **how):
+def train(folder, workdir, *arguments, code=0, **kwargs):
   command = "deepseek_jax.train", f"--config={folder}/config.py", f"--workdir={folder / workdir}", *arguments
-  return finish(start(folder, *command, **how), code)
+  return finish(start(folder, *command, **kwargs), code)
 
 
 def digest(folder, workdir):
@@ -98,17 +98,20 @@ def faulty(folder):
   return "faulty", train(folder, "faulty", "--config.train.steps=2", faults=FAULTS)
 
 
-def test_every_fault_is_found_and_said_in_one_line(folder, faulty):
+def test_every_fault_is_found_and_printed_in_one_line(folder, faulty):
   _, out = faulty
   for kernel, fault in FAULTS.items():
-    told = [line for line in out.splitlines() if line.startswith(f"self-test  {kernel} {VERDICTS[fault]} on cpu")]
-    assert len(told) == 1 and "falling back to XLA" in told[0] and "faulty/selftest.json" in told[0], (kernel, out)
+    messages = [line for line in out.splitlines() if line.startswith(f"self-test  {kernel} {VERDICTS[fault]} on cpu")]
+    assert len(messages) == 1 and "falling back to XLA" in messages[0] and "faulty/selftest.json" in messages[0], (
+      kernel,
+      out,
+    )
   functions, calls = choice(folder)
   assert functions == sorted(name for name, fault in FAULTS.items() if fault != "slow")
   assert [call.partition("(")[0] for call in calls] == ["fp8_grouped_matmul.wgrad"]
 
 
-def test_a_resume_keeps_the_choice_and_ends_where_xla_s_forms_do(folder, faulty, with_xla):
+def test_a_resume_keeps_the_choice_and_ends_where_xla_does(folder, faulty, with_xla):
   """Although the kernels would pass by now, and no result is kept any more."""
   workdir, _ = faulty
   shutil.copytree(folder / workdir, folder / "resumed")
@@ -138,8 +141,8 @@ def test_a_kernel_that_the_config_names_is_an_error_where_it_fails(folder):
   assert not (folder / "named" / "checkpoints").exists()
 
 
-def selftest(folder, *arguments, code=0, **how):
-  return finish(start(folder, "deepseek_jax.selftest", f"--config={folder}/config.py", *arguments, **how), code)
+def selftest(folder, *arguments, code=0, **kwargs):
+  return finish(start(folder, "deepseek_jax.selftest", f"--config={folder}/config.py", *arguments, **kwargs), code)
 
 
 def test_the_command_reports_and_keeps_results(folder):
@@ -169,8 +172,8 @@ def test_the_command_reports_and_keeps_results(folder):
         and result["xla_seconds"] > 0
         and result["rate"] > 0
       )
-  again = json.loads(selftest(folder, cache, "--json=-", faults={}, code=1))
-  assert again["results"] == report["results"]
+  second = json.loads(selftest(folder, cache, "--json=-", faults={}, code=1))
+  assert second["results"] == report["results"]
 
 
 def test_without_an_accelerator_there_is_nothing_to_test(folder):

@@ -194,8 +194,8 @@ def test_a_second_test_counts_for_later_runs(tester):
 
 def test_results_of_another_form_are_made_anew(tester):
   tester.select("first")
-  (kept,) = (tester.folder / "cache").rglob("results-*.json")
-  kept.write_text(json.dumps({name: {"verdict": "ok"} for name in CASES}))
+  (saved,) = (tester.folder / "cache").rglob("results-*.json")
+  saved.write_text(json.dumps({name: {"verdict": "ok"} for name in CASES}))
   tester.select("second")
   assert tester.calls == 2
 
