@@ -1,1 +1,1 @@
-"""From text to batches: `tokenizer` and `sources` -> `packing` (once, cached) -> `packed` windows -> `pipeline`."""
+"""From text to batches: `sources` and `tokenizer` -> `packing` (once, cached) -> `packed_dataset` -> `pipeline`."""

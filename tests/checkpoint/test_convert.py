@@ -85,7 +85,7 @@ def write_damaged(folder, model, tensors):
 
 
 @pytest.fixture
-def small_parts(monkeypatch):
+def small_chunks(monkeypatch):
   """Cuts even small matrices."""
   monkeypatch.setattr(chunks, "MAX_CHUNK_BYTES", 600)
 
@@ -122,7 +122,7 @@ def assert_equal(got, want):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_there_and_back(tmp_path, name, small_parts, monkeypatch):
+def test_there_and_back(tmp_path, name, small_chunks, monkeypatch):
   monkeypatch.setattr(hf_files, "MAX_FILE_BYTES", 4000)
   model, tensors = MODELS[name], make_tensors(MODELS[name])
   source = write(tmp_path / "hf", model, tensors)
@@ -157,9 +157,9 @@ def test_float32_is_the_default_of_the_way_back(tmp_path):
   assert_equal({name: back.read(name) for name in back.names}, tensors)
 
 
-@pytest.mark.parametrize("part_bytes", [1 << 26, 5000])
-def test_fp8_with_partial_blocks(tmp_path, monkeypatch, part_bytes):
-  monkeypatch.setattr(chunks, "MAX_CHUNK_BYTES", part_bytes)
+@pytest.mark.parametrize("chunk_bytes", [1 << 26, 5000])
+def test_fp8_with_partial_blocks(tmp_path, monkeypatch, chunk_bytes):
+  monkeypatch.setattr(chunks, "MAX_CHUNK_BYTES", chunk_bytes)
   model = dataclasses.replace(DENSE, mlp=200, embed=136)
   tensors, rng = make_tensors(model), np.random.default_rng(1)
   wanted = dict(tensors)
@@ -204,7 +204,7 @@ def test_all_that_is_wrong_is_in_one_error_and_nothing_is_left(tmp_path):
   assert os.listdir(tmp_path) == ["hf"]
 
 
-def test_every_tensor_that_is_not_finite_is_listed_although_they_are_read_once(tmp_path, small_parts):
+def test_every_tensor_that_is_not_finite_is_listed_although_they_are_read_once(tmp_path, small_chunks):
   tensors = make_tensors(V3)
   bad = ["model.embed_tokens.weight", "model.layers.1.mlp.experts.3.down_proj.weight", "lm_head.weight"]
   for name in bad:
@@ -236,7 +236,7 @@ def save_ours(workdir, model, arrays, steps=(7,)):
   return workdir
 
 
-def test_a_checkpoint_of_a_run_becomes_a_folder_of_hugging_face(tmp_path, small_parts):
+def test_a_checkpoint_of_a_run_becomes_a_folder_of_hugging_face(tmp_path, small_chunks):
   tensors = make_tensors(V3)
   workdir = save_ours(tmp_path / "run", V3, stacked(V3, tensors))
   chunk_shapes = {
