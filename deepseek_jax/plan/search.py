@@ -138,7 +138,7 @@ def rank_key(plan: Plan) -> tuple[bool, float]:
 
 
 def initial_candidates(config: Config, topology: Topology) -> list[Candidate]:
-  """The config's own mesh, if it fits the topology, and for an MoE one candidate for each number of expert shards."""
+  """The config's own mesh, if it fits the topology, and one candidate for each number of expert shards."""
   moe, candidates = config.model.moe, []
   buffer_factor = moe.buffer_factor or BUFFER_FACTORS[0] * bool(moe.num_routed_experts)
   base = Candidate(1, 1, 1, 1, sequences_per_device=1, remat="full", buffer_factor=buffer_factor)
@@ -152,7 +152,7 @@ def initial_candidates(config: Config, topology: Topology) -> list[Candidate]:
     sequences = max((train.microbatch or train.global_batch) // batch_shards, 1)
     candidates = [Candidate(m.expert, m.tensor, m.stage, m.context, sequences, config.model.remat, buffer_factor)]
   num_experts = moe.num_routed_experts
-  expert_shards = [2**i for i in range(num_experts.bit_length()) if num_experts % 2**i == 0]
+  expert_shards = [2**i for i in range(num_experts.bit_length()) if num_experts % 2**i == 0] or [1]  # dense: 1
   return candidates + [dataclasses.replace(base, expert=expert) for expert in expert_shards]
 
 

@@ -8,7 +8,7 @@ from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import load_config
 from deepseek_jax.plan import search as search_module
 from deepseek_jax.plan.plan import make_plan
-from deepseek_jax.plan.search import Candidate, apply_candidate, rank_key, search
+from deepseek_jax.plan.search import Candidate, apply_candidate, initial_candidates, rank_key, search
 from deepseek_jax.plan.topology import parse_topology
 from deepseek_jax.training.step import abstract_step
 
@@ -30,6 +30,12 @@ def test_search_finds_the_best_of_all_and_ranks_what_does_not_fit_last(monkeypat
   assert len(valid) > 12  # a whole batch of two sequences on a pipeline and a row on both devices are among them
   best = min((make_plan(c, topology, abstract_step) for c in valid), key=rank_key)
   assert plans[0].fits and plans[0].config == best.config
+
+
+def test_a_dense_config_whose_own_mesh_does_not_fit_has_a_candidate_to_start_from():
+  config, topology = load_config("configs/7b.py", {"mesh.data": "3", "mesh.fsdp": "1"}), parse_topology("v5p:2x2x1")
+  candidates = initial_candidates(config, topology)
+  assert candidates and all(apply_candidate(candidate, config, topology) for candidate in candidates)
 
 
 def test_search_compiles_until_three_fit(monkeypatch):
