@@ -33,7 +33,7 @@ def test_search_finds_the_best_of_all_and_ranks_what_does_not_fit_last(monkeypat
 
 
 def test_a_dense_config_whose_own_mesh_does_not_fit_has_a_candidate_to_start_from():
-  config, topology = load_config("configs/7b.py", {"mesh.data": "3", "mesh.fsdp": "1"}), parse_topology("v5p:2x2x1")
+  config, topology = load_config("configs/7b.py", {"mesh.data": "8", "mesh.fsdp": "1"}), parse_topology("v5p:2x2x1")
   candidates = initial_candidates(config, topology)
   assert candidates and all(apply_candidate(candidate, config, topology) for candidate in candidates)
 
