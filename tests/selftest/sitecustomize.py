@@ -106,6 +106,7 @@ def run_before_devices_are_opened(*arguments, **kwargs):
 
 
 run.run_selftest = run_before_devices_are_opened
+run.TIME_LIMIT = 150  # a busy machine compiles slowly
 check.device_works = lambda: not lost.is_set()
 check.SLOW_RATIO = 10  # times of small arrays on a busy machine differ by more than a tenth
 replace_kernels = loop.replace_kernels
