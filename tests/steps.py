@@ -1,15 +1,35 @@
-"""The update of make_train_step, from the same two functions, whose gradients are a result too."""
+"""What tests of the update share: a first state that needs no program, and the update with its gradients."""
+
+import dataclasses
+
+import jax
+import numpy as np
 
 from deepseek_jax.model.transformer import graphdef
+from deepseek_jax.training.state import abstract_state
 from deepseek_jax.training.step import make_apply_gradients, make_gradients
 
 
+def make_state(config, mesh):
+  """A first TrainState on `mesh`, of NumPy's noise, and so equal on every mesh. init_state's program takes as long to compile
+  as the update's."""
+  abstract, rng = abstract_state(config, mesh), np.random.default_rng(config.seed)
+
+  def param(path, x):
+    scale = path[-1].key == "scale"
+    return (np.ones(x.shape) if scale else rng.normal(0, config.model.init_std, x.shape)).astype(x.dtype)
+
+  state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
+  state = dataclasses.replace(state, params=jax.tree.map_with_path(param, abstract.params))
+  return jax.block_until_ready(jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract)))
+
+
 def make_step_with_grads(config, bos=0):
-  """`(state, batch, microbatches, rates) -> (state, metrics, gradients laid out as state.params)`."""
+  """make_train_step from the same two functions: `(state, batch, microbatches, schedules) -> (state, metrics, gradients)`."""
   gradients, apply_gradients = make_gradients(config, graphdef(config.model), bos), make_apply_gradients(config)
 
-  def step(state, batch, microbatches, rates):
-    grads, metrics = gradients(state, batch, microbatches, rates["mtp_weight"])
-    return *apply_gradients(state, grads, metrics, rates), grads
+  def step(state, batch, microbatches, schedules):
+    grads, metrics = gradients(state, batch, microbatches, schedules["mtp_weight"])
+    return *apply_gradients(state, grads, metrics, schedules), grads
 
   return step

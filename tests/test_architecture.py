@@ -1,6 +1,7 @@
 """The rules of the code's architecture, read off its syntax trees. Every rule is shown to fail on a source that breaks it."""
 
 import ast
+import functools
 import pathlib
 
 import pytest
@@ -203,18 +204,20 @@ def check_types(tree, path):
 CHECKS = (check_imports, check_mesh_names, check_banned, check_length, check_types)
 
 
+@functools.cache
 def modules():
+  """[(path, syntax tree)] of the package."""
   paths = sorted((ROOT / PACKAGE).rglob("*.py"))
   assert paths
-  return paths
+  return [(path, ast.parse(path.read_text(encoding="utf-8"))) for path in paths]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_the_package_keeps_the_rule(check):
   broken = [
     f"{path.relative_to(ROOT)}:{line}: {message}"
-    for path in modules()
-    for line, message in check(ast.parse(path.read_text(encoding="utf-8")), path.relative_to(ROOT / PACKAGE))
+    for path, tree in modules()
+    for line, message in check(tree, path.relative_to(ROOT / PACKAGE))
   ]
   assert not broken, "\n".join(broken)
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.checkpoint.hf_files import HFReader
+from deepseek_jax.generate.__main__ import main as generate_main
 from tests.configs import RUN
 from tests.parity.cases import V3, Case
 from tests.parity.weights import write_folder
@@ -288,13 +289,13 @@ def test_a_run_resumes_on_other_meshes(folder, uninterrupted):
   assert [line["loss"] for line in lines(folder, "mesh")] == pytest.approx(uninterrupted[2], abs=2e-5)
 
 
-def test_generate_continues_the_prompt(folder, uninterrupted):
+def test_generate_continues_the_prompt(folder, uninterrupted, capsys):
   def generate(*arguments):
-    command = [sys.executable, "-m", "deepseek_jax.generate", f"--workdir={folder}/reference", "--prompt=def x"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment(), timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert "checkpoint of step 12" in done.stderr
-    return done.stdout
+    """In this process, which saves four starts of one; the next test starts it as a user does."""
+    assert generate_main(["generate", f"--workdir={folder}/reference", "--prompt=def x", *arguments]) == 0
+    out, err = capsys.readouterr()
+    assert "checkpoint of step 12" in err
+    return out
 
   first = generate("--max_tokens=1.2e1", "--seed=1")
   assert first.startswith("def x") and len(first) > len("def x\n")

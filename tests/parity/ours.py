@@ -21,13 +21,18 @@ LIMITS = {
 AS_USERS_COMPILE = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
 
 
-def compute(folder, case, dtype, scratch):
-  """Outputs in `dtype`; gradients get their published names by being saved to `scratch` as if they were the parameters."""
+def compute(folder, case, dtype, scratch=None):
+  """Outputs in `dtype`; gradients get their published names by being saved to `scratch` as if they were the parameters.
+
+  Without `scratch`: of the forward pass alone.
+  """
   with jax.enable_x64(dtype == "float64"), mock.patch("jax.jit", AS_USERS_COMPILE if dtype == "float32" else jax.jit):
     model = deepseek_jax.load_pretrained(folder, dtype=dtype)
     outputs = {"logits": np.asarray(model.logits(case.tokens))}
     if model.config.num_moe_layers:
       outputs |= sorted_routing(*map(np.asarray, model.routing(case.tokens)))
+    if scratch is None:
+      return outputs
     total, grads = model.loss_and_grads(case.tokens, mtp_weight=case.mtp_weight)
     model.params = grads
     model.save_pretrained(scratch, dtype=dtype)

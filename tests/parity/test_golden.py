@@ -16,9 +16,13 @@ from tests.parity.digest import errors
 from tests.parity.weights import write_folder
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-# Float64 shows that the mathematics is the same, float32 how far roundings go: one of each architecture in `make test`.
-ROUNDED = ("dense_gqa", "moe_v1", "v2", "v3_mtp")
-IN_FLOAT32 = [name if name in ROUNDED else pytest.param(name, marks=pytest.mark.parity) for name in CASES]
+# What a few cases prove runs for them in `make test`, and for all in `make parity`. Gradients are those of the forward pass, and
+# that is compared in every case. Float64 shows that the mathematics is the same, float32 how far roundings go.
+ARCHITECTURES, ROUNDED = ("dense_gqa", "moe_v1", "v2", "v3_mtp"), ("dense_gqa", "v3_mtp")
+
+
+def quick(names):
+  return [name if name in names else pytest.param(name, marks=pytest.mark.parity) for name in CASES]
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -30,17 +34,23 @@ def made(request, tmp_path_factory):
     return CASES[request.param], folder, tensors, dict(file)
 
 
-def compare(made, tmp_path, dtype):
+def compare(made, scratch, dtype):
   case, folder, _, golden = made
-  found = errors(golden, ours.compute(folder, case, dtype, tmp_path), case.mtp_weight)
+  found = errors(golden, ours.compute(folder, case, dtype, scratch), case.mtp_weight)
   assert {what: error for what, error in found.items() if not error <= ours.LIMITS[dtype][what]} == {}
 
 
-def test_outputs(made, tmp_path):
+@pytest.mark.parametrize("made", sorted(CASES.keys() - set(ARCHITECTURES)), indirect=True)
+def test_logits_and_routing(made):
+  compare(made, None, "float64")
+
+
+@pytest.mark.parametrize("made", quick(ARCHITECTURES), indirect=True)
+def test_outputs_and_gradients(made, tmp_path):
   compare(made, tmp_path, "float64")
 
 
-@pytest.mark.parametrize("made", IN_FLOAT32, indirect=True)
+@pytest.mark.parametrize("made", quick(ROUNDED), indirect=True)
 def test_outputs_in_float32(made, tmp_path):
   compare(made, tmp_path, "float32")
 

@@ -24,10 +24,6 @@ from deepseek_jax.training.step import make_train_step
 _spec = importlib.util.spec_from_file_location("meshes", pathlib.Path(__file__).with_name("test_meshes.py"))
 meshes = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(meshes)
-# What goes on in a layer does not depend on the multi-token prediction after all of them, a quarter of the program.
-CONFIGS = meshes.CONFIGS | {
-  "v3 alone": dataclasses.replace(meshes.V3, model=dataclasses.replace(meshes.V3.model, num_mtp_layers=0))
-}
 SEQ, EMBED, LAYERS = meshes.SEQ, meshes.DENSE.model.embed, meshes.DENSE.model.layers
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 
@@ -35,7 +31,7 @@ KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 @functools.cache
 def collectives(model, mesh, parallel=(), microbatches=4):
   """Every collective of a compiled step, (kind, [shapes of what it moves], where): where is a set of "loop", "layer", "backward"."""
-  config = meshes.changed(CONFIGS[model], dict(mesh), **dict(parallel))
+  config = meshes.changed(meshes.CONFIGS[model], dict(mesh), **dict(parallel))
   config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
   with jax.set_mesh(make_mesh(config.mesh)) as _:
     mesh = make_mesh(config.mesh)
@@ -106,7 +102,7 @@ def test_tensor_parallelism_gathers_and_scatters_twice_a_block_each_way():
 
 
 def test_experts_have_one_dispatch_and_one_combine_a_layer():
-  found = collectives("v3", (("expert", 4),))
+  found = collectives("moe", (("expert", 4),))
   travels = collections.Counter(
     "backward" in where
     for kind, shapes, where in found
@@ -125,7 +121,7 @@ def test_experts_have_one_dispatch_and_one_combine_a_layer():
 
 @pytest.mark.parametrize("kind", ["gather", "ring"])
 def test_context_sends_keys_and_latents_alone(kind):
-  found = moved(collectives("v3 alone", (("context", 4),), (("kind", kind), ("zero", 1))), minimum=8)
+  found = moved(collectives("moe", (("context", 4),), (("kind", kind), ("zero", 1))), minimum=8)
   in_layers = [(what, shape) for what, shapes, where in found if "layer" in where for shape in shapes]
   kinds = {"gather": {"all-gather", "reduce-scatter"}, "ring": {"collective-permute"}}[kind]
   attention = meshes.V3.model.attention

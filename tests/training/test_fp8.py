@@ -15,11 +15,10 @@ from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.model_config import AttentionConfig, Fp8Config, MoEConfig
 from deepseek_jax.sharding import spec
-from deepseek_jax.training.state import init_state
 from deepseek_jax.training.step import abstract_step
 from tests import configs
 from tests.configs import make_config
-from tests.steps import make_step_with_grads
+from tests.steps import make_state, make_step_with_grads
 
 SEQ, BATCH = 64, 8
 # On a mesh of fsdp=2 and tensor=2 a device has 256 rows, and 128 of the columns that two share.
@@ -41,7 +40,7 @@ def train(config, steps):
   rates = {name: np.float32(rate) for name, rate in rates.items()}
   gradients, losses = [], []
   with jax.set_mesh(mesh):
-    state = jax.block_until_ready(jax.jit(init_state, static_argnums=0)(config, jax.random.key(0)))
+    state = make_state(config, mesh)
     step = jax.jit(make_step_with_grads(config), static_argnums=2)
     batch = jax.device_put(ids, NamedSharding(mesh, spec(None, "batch", None)))
     for _ in range(steps):

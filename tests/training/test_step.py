@@ -18,13 +18,14 @@ from deepseek_jax.training.state import abstract_state, init_state, state_sha256
 from deepseek_jax.training.step import make_train_step
 from tests import configs
 from tests.configs import float64, make_config, with_model, with_moe
-from tests.steps import make_step_with_grads
+from tests.steps import make_state, make_step_with_grads
 
 pytestmark = pytest.mark.jax_version
 
 SEQ = 24
 CONFIG, V3 = (make_config(model, SEQ, global_batch=8, loss_chunk=7) for model in (configs.DENSE, configs.V3))
-CONFIGS = {"dense": CONFIG, "v3": V3}
+V3 = with_model(V3, layers=2, first_dense_layers=0)  # one stack less to compile
+CONFIGS = {"dense": CONFIG, "moe": with_model(V3, num_mtp_layers=0), "mtp": with_model(CONFIG, num_mtp_layers=1)}
 MESHES = {
   "data=2 x tensor=2": MeshConfig(data=2, tensor=2),
   "fsdp=2 x tensor=2": MeshConfig(data=1, fsdp=2, tensor=2),
@@ -48,7 +49,7 @@ def train(config, mesh_config=None, steps=1, microbatches=1, rate=1e-2, dynamic=
   mesh = make_mesh(mesh_config, jax.devices()[: int(np.prod(sizes))])
   with jax.set_mesh(mesh):
     # Blocks here and on every step: with fewer cores than virtual devices, programs in flight starve a collective.
-    state = jax.block_until_ready(jax.jit(init_state, static_argnums=0)(config, jax.random.key(config.seed)))
+    state = make_state(config, mesh)
     step = jax.jit(
       make_step_with_grads(config), donate_argnames="state", static_argnames=() if dynamic else ("microbatches",)
     )
@@ -81,9 +82,9 @@ def test_the_step_balances_and_predicts_two_tokens_ahead():
 
 
 def test_capacity_for_all_equals_the_dropless_dispatch():
-  _, [expected] = one_device(V3, 1)
-  model = with_moe(V3.model, dispatch="capacity", capacity_factor=8.0)
-  _, [ours] = train(dataclasses.replace(V3, model=model))
+  config = CONFIGS["moe"]
+  _, [expected] = one_device(config, 1)
+  _, [ours] = train(dataclasses.replace(config, model=with_moe(config.model, dispatch="capacity", capacity_factor=8.0)))
   assert ours["total_loss"] == pytest.approx(expected["total_loss"], abs=5e-6)
   assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-6)
 
@@ -103,7 +104,7 @@ def test_state_is_born_in_the_layout_that_abstract_state_says():
   assert moment.sharding == kernel.sharding
 
 
-@pytest.mark.parametrize(("model", "dynamic"), [("dense", False), ("dense", True), ("v3", True)])
+@pytest.mark.parametrize(("model", "dynamic"), [("dense", False), ("mtp", True), ("moe", True)])
 def test_microbatches_equal_the_large_batch(model, dynamic):
   large, [expected] = one_device(CONFIGS[model], 1)
   state, [ours] = train(CONFIGS[model], microbatches=4, dynamic=dynamic)
@@ -119,7 +120,7 @@ def test_a_ramp_uses_the_first_microbatches_only_and_no_other_program():
   mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
   with jax.set_mesh(mesh):
     step = jax.jit(make_train_step(config, graphdef(config.model), bos=0))
-    state = jax.jit(init_state, static_argnums=0)(config, jax.random.key(0))
+    state = make_state(config, mesh)
     batch = tokens(0, 4)
     _, two = step(state, batch, 2, rates(1e-2, np.float32))
     batch[2:] = 0  # what does not count may be anything
@@ -149,7 +150,7 @@ def test_non_finite_gradients_skip_the_update_and_are_counted():
   mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
   with jax.set_mesh(mesh):
     step = jax.jit(make_train_step(CONFIG, graphdef(CONFIG.model), bos=0), static_argnames="microbatches")
-    state = jax.jit(init_state, static_argnums=0)(CONFIG, jax.random.key(0))
+    state = make_state(CONFIG, mesh)
     state, _ = step(state, tokens(0), 1, rates(1e-2, np.float32))
     poisoned = jax.tree.map(lambda x: x, state)
     poisoned.params["final_norm"]["scale"] = jnp.full_like(state.params["final_norm"]["scale"], jnp.inf)
