@@ -11,7 +11,7 @@
 ##              own, .venv-gpu; two calls of 5 minutes, which PART=1 and PART=2 make singly; again: goes on where it was.
 ##              Needs a Python 3.12, which PYTHON names. Where there is no package index: launch/gpu.sh
 ## make docs    build the documentation into build/docs, warnings are errors: open build/docs/index.html
-## make lint    ruff check and ruff format --check
+## make lint    ruff check, ruff format --check and mypy
 ## make clean   remove the environments and caches; runs/ stays
 ##
 ## PYTHON=python3.12 chooses the interpreter, VENV=folder the environment, ARGS=... adds arguments:
@@ -71,6 +71,7 @@ docs:
 lint: test-environment
 	$(IN_VENV) -m ruff check .
 	$(IN_VENV) -m ruff format --check .
+	$(IN_VENV) -m mypy
 
 environment:
 	@$(PYTHON) .ci/environment.py $(VENV)
@@ -79,5 +80,5 @@ test-environment:
 	@$(PYTHON) .ci/environment.py $(VENV) test
 
 clean:
-	rm -rf $(VENV) $(VENV)-3.12 $(VENV)-parity $(VENV)-kernels $(VENV)-gpu .cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(VENV)-3.12 $(VENV)-parity $(VENV)-kernels $(VENV)-gpu .cache .pytest_cache .ruff_cache .mypy_cache build *.egg-info
 	find deepseek_jax benchmarks tests configs .ci -name __pycache__ -prune -exec rm -rf {} +

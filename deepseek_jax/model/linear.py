@@ -120,7 +120,7 @@ def grouped_linear(
   if recipe is None:
     x = apply_swiglu(x)
     return [grouped_matmul(x, w, group_sizes, block=block, implementation=implementation) for w in weights]
-  return fp8_ragged_linear(x, *weights, group_sizes=group_sizes, step=block, recipe=recipe)
+  return list(fp8_ragged_linear(x, *weights, group_sizes=group_sizes, step=block, recipe=recipe))
 
 
 def apply_swiglu(x: LinearInput) -> jax.Array:
