@@ -65,7 +65,6 @@ UNMIRRORED = {
   "test_architecture.py": "rules for all of the code",
   "test_configs.py": "the files of configs/",
   "test_docs.py": "what README.md and docs/ name",
-  "checkpoint/test_saved_before_renames.py": "a checkpoint of an older commit, through the command line",
   "end_to_end": "whole runs in processes, through the command line",
   "parity": "the public API against transformers",
   "tpu": "whole programs compiled for TPUs, which are not here",
