@@ -63,7 +63,8 @@ def main(argv: list[str]) -> int:
   overrides = parse(argv, values, __doc__)
   saved = os.path.join(values.workdir or "", "config.json")
   if not values.config and not (values.workdir and file_exists(saved)):
-    raise ConfigError("--config=NAME says what to train, e.g. --config=tiny (see --list_configs and --help)")
+    missing = f"there is no {saved}, so " if values.workdir else ""
+    raise ConfigError(f"{missing}--config=NAME says what to train, e.g. --config=tiny (see --list_configs and --help)")
   plan_only = values.dry_run or values.print_config
   if values.devices and not plan_only:
     raise ConfigError(

@@ -105,12 +105,15 @@ def _moe_keys(config: ModelConfig, kind: str) -> dict[str, Any]:
 def _check_round_trip(config: ModelConfig, raw: Mapping[str, Any]) -> None:
   """Converts `raw` back. Raises CheckpointError with the fields that are not the same."""
   names = [f"model.layers.{config.layers + depth}.enorm.weight" for depth in range(config.num_mtp_layers)]
-  changed = sorted(_changed_fields(config, to_model_config(raw, names, CONFIG_FILE)))
+  unsupported = f"no Hugging Face model of type {raw['model_type']} computes this one"
+  advice = "train with the settings of a released model to export it"
+  try:
+    converted = to_model_config(raw, names, CONFIG_FILE)
+  except CheckpointError as error:
+    raise CheckpointError(f"{unsupported}: {error}; {advice}") from None
+  changed = sorted(_changed_fields(config, converted))
   if changed:
-    raise CheckpointError(
-      f"no Hugging Face model of type {raw['model_type']} computes this one: {', '.join(changed)} cannot be expressed in its "
-      "config.json; train with the settings of a released model to export it"
-    )
+    raise CheckpointError(f"{unsupported}: {', '.join(changed)} cannot be expressed in its config.json; {advice}")
 
 
 def _changed_fields(before: Any, after: Any) -> Iterator[str]:

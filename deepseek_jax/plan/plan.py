@@ -242,6 +242,11 @@ def format_plan(plan: Plan) -> str:
     f"{config.model.remat}",
     f"HBM         {plan.memory_bytes / GIB:.1f} of {chip.hbm_capacity / GIB:.1f} GiB per device: "
     f"{'fits' if plan.fits else 'DOES NOT FIT'} ({by_part})",
+    *(
+      []
+      if plan.fits
+      else ["            take more devices, a smaller train.microbatch or model.remat=full; --search looks for a mesh"]
+    ),
     f"FLOPs       {plan.model_flops:.3g} model, {plan.compiled_flops:.3g} executed, per step on all devices",
   ]
   for kind, by_axes in plan.collectives.items():

@@ -358,7 +358,8 @@ class Run:
       )
     if math.isnan(result["loss"]) and self.config.model.moe.buffer_factor:
       self.progress.print(
-        f"step {self.step}: no held-out loss if assignments overflowed the expert buffer: raise model.moe.buffer_factor"
+        f"step {self.step}: the held-out loss is NaN. If the training loss is finite, assignments overflowed the expert "
+        "buffers: raise model.moe.buffer_factor"
       )
     self.writer.event("eval", self.step, **result)
     self.publish()

@@ -16,14 +16,14 @@ def check_skipped(
 
   Args:
     in_a_row: skipped updates up to this one.
-    overflow: assignments that overflowed the expert buffers.
+    overflow: assignments that overflowed the expert buffers, and rows that did on their way there, in all microbatches.
     saved_step: of the newest checkpoint.
     print_line: prints a line of text.
   """
   if overflow:
     factor = config.model.moe.buffer_factor
     reason = f"{overflow:,} assignments overflowed the expert buffers of {factor:g} times an even load"
-    advice = "raise model.moe.buffer_factor (0: room for any load)"
+    advice = f"raise model.moe.buffer_factor above {factor:g} (0: room for any load) if it goes on"
   else:
     reason, advice = "gradients are not finite", "lower schedule.peak if it goes on"
   print_line(f"step {step}: {reason}, update skipped ({in_a_row} in a row); {advice}")

@@ -44,7 +44,7 @@ def test_an_moe_layer_issues_the_collectives_of_the_docs(monkeypatch):
   config = ModelConfig(embed=32, mlp=32, compute_dtype="float32", moe=moe)
   mesh = make_mesh(MeshConfig(data=1, expert=2, tensor=2))
   with jax.set_mesh(mesh):
-    abstract = jax.eval_shape(lambda: Block(config, nnx.Rngs(0), experts=True))
+    abstract = jax.eval_shape(lambda: Block(config, nnx.Rngs(0), is_moe=True))
     graphdef, state = nnx.graphdef(abstract), nnx.to_pure_dict(nnx.state(abstract))
     stream = spec("batch", "stream", None)
     x = jax.ShapeDtypeStruct((4, 8, 32), jnp.float32, sharding=NamedSharding(mesh, stream))
