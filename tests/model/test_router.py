@@ -10,7 +10,7 @@ from flax import nnx
 
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.mesh import make_mesh
-from deepseek_jax.model.router import Router
+from deepseek_jax.model.router import SCORES, Router
 from deepseek_jax.model_config import ModelConfig
 from tests.configs import MOE
 
@@ -21,6 +21,12 @@ V2 = dataclasses.replace(
 GREEDY = dataclasses.replace(V2, num_expert_groups=1, topk_groups=1, route_scale=1.0)
 NEGATIVE = "v3 with biases that make every choice negative"
 CASES = {"v3": V3, NEGATIVE: V3, "v2": V2, "greedy": GREEDY}
+
+# Of the logits [experts] of one token, by model.moe.score.
+SCORE_FORMULAS = {
+  "softmax": lambda logits: np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum(),
+  "sigmoid": lambda logits: 1 / (1 + np.exp(-logits)),
+}
 
 
 def route(moe, shift=0.0):
@@ -38,9 +44,7 @@ def route(moe, shift=0.0):
 
 def expected(moe, x, kernel, bias):
   """(indices, weights) of one token."""
-  logits = x.astype(np.float64) @ kernel
-  exp = np.exp(logits - logits.max())
-  scores = 1 / (1 + np.exp(-logits)) if moe.score == "sigmoid" else exp / exp.sum()
+  scores = SCORE_FORMULAS[moe.score](x.astype(np.float64) @ kernel)
   groups = (scores + bias).reshape(moe.num_expert_groups, -1)
   best = [sorted(g)[-1] if moe.group_score == "max" else sum(sorted(g)[-2:]) for g in groups]
   allowed = np.argsort(best)[-moe.topk_groups :]
@@ -49,6 +53,10 @@ def expected(moe, x, kernel, bias):
   chosen = sorted(candidates, key=lambda e: -(scores + bias)[e])[: moe.num_experts_per_token]
   weights = scores[chosen] / (scores[chosen].sum() if moe.norm_topk_prob else 1) * moe.route_scale
   return chosen, weights
+
+
+def test_every_score_has_a_formula_and_a_case():
+  assert set(SCORES) == set(SCORE_FORMULAS) == {moe.score for moe in CASES.values()}
 
 
 @pytest.mark.parametrize("name", CASES)
