@@ -17,8 +17,9 @@ SOURCES = [
   path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in str(path)
 ]
 SOURCES += [ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / "requirements.txt"]
-# Of other projects, of jax, of a model's files, and of shells.
+# Of other projects, of jax, of a model's files, of shells, and of a script that a reader is told to write.
 FOREIGN = {"ragged_dot_mgpu", "device_map", "XLA_FLAGS", "gcloud", "safetensors", "fori_loop", "sqrt_softplus"}
+FOREIGN |= {"run_67b", "run_67b.sh"}
 
 
 def code(page):
@@ -59,7 +60,7 @@ def wrong_files(spans):
   roots, basenames = [ROOT, ROOT / "deepseek_jax"], {path.name for path in SOURCES}
   for name in (name for span in spans for name in files_of(span)):
     found = any((root / name).exists() for root in roots) if "/" in name else name in basenames
-    if not found and not re.match(r"[A-Z]+\.py|runs/", name):
+    if not found and name not in FOREIGN and not re.match(r"[A-Z]+\.py|runs/", name):
       yield name
 
 
