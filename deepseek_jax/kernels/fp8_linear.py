@@ -78,10 +78,10 @@ def fp8_ragged_linear(
 def _fp8_matmuls(recipe, step, group_sizes, x, *weights):
   """step: None for one matrix; otherwise `weights` are by group."""
   without_residual = dataclasses.replace(recipe, fp8_residual=False)
-  return _forward(without_residual, step, group_sizes, x, *weights)[0]
+  return _fp8_matmuls_fwd(without_residual, step, group_sizes, x, *weights)[0]
 
 
-def _forward(recipe, step, group_sizes, x, *weights):
+def _fp8_matmuls_fwd(recipe, step, group_sizes, x, *weights):
   like, is_swiglu = jax.tree.leaves(x)[0], isinstance(x, tuple)
   save_columnwise = recipe.wgrad and recipe.fp8_residual and not is_swiglu
   rowwise, columnwise = _activation_operands(x, recipe.forward, save_columnwise, recipe)
@@ -98,7 +98,7 @@ def _forward(recipe, step, group_sizes, x, *weights):
   return y, (_named(saved_x, FP8_ACTIVATION), _named(w, FP8_WEIGHT), group_sizes, dtypes)
 
 
-def _backward(recipe, step, residuals, gradients):
+def _fp8_matmuls_bwd(recipe, step, residuals, gradients):
   saved_x, weights, group_sizes, (x, *dtypes) = residuals
   columnwise, is_swiglu = saved_x, isinstance(saved_x, tuple)
   if not isinstance(saved_x, QTensor):
@@ -116,7 +116,7 @@ def _backward(recipe, step, residuals, gradients):
   return None, jax.tree.map(lambda d: d.astype(x.dtype), dx), *dw
 
 
-_fp8_matmuls.defvjp(_forward, _backward)
+_fp8_matmuls.defvjp(_fp8_matmuls_fwd, _fp8_matmuls_bwd)
 
 
 def _matmul(a, b, group_sizes, step, dtype, recipe):

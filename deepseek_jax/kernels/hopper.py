@@ -94,8 +94,8 @@ def prepare_operand(q: QTensor, name: str, multiple: int, tile_rows: tuple[int, 
   return QTensor(values, pad_with_zeros(q.scales, -2, missing) if q.tile[0] == 1 else q.scales, q.tile)
 
 
-def output_type(shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
-  """The type of a result.
+def matmul_output_type(shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+  """The type of a kernel's result.
 
   Raises:
     Unsupported: a dtype that is not stored.

@@ -30,13 +30,13 @@ def quantize_tiles(x: jax.Array, tile: tuple[int, int], pow2_scales: bool) -> QT
   x = pad_to_tiles(x)
   flat = x.reshape(-1, x.shape[-1])
   square = tile[0] > 1
-  values, scales = _pallas_quantize(lambda x: x, [flat], pow2_scales, square=square)
+  values, scales = _quantize_hopper(lambda x: x, [flat], pow2_scales, square=square)
   scales = scales.reshape(*x.shape[:-2], -1, scales.shape[1]) if square else scales.T.reshape(*x.shape[:-1], -1)
   scale_rows = -(-rows // tile[0])
   return QTensor(values.reshape(x.shape)[..., :rows, :columns], scales[..., :scale_rows, :], tile)
 
 
-def fused_quantize_both(
+def apply_and_quantize_both_hopper(
   function: Callable[..., jax.Array], inputs: Sequence[jax.Array], block: int, pow2_scales: bool
 ) -> tuple[QTensor, QTensor]:
   """(rowwise, columnwise): y and its transpose, tiles (1, block) each, of y = `function`(*`inputs`).
@@ -48,11 +48,11 @@ def fused_quantize_both(
   rows, columns = inputs[0].shape
   inputs = [pad_to_tiles(x) for x in inputs]
   if all(x.dtype == jnp.bfloat16 for x in inputs):
-    values, scales, values_t, scales_t = _pallas_quantize(function, inputs, pow2_scales, both=True)
+    values, scales, values_t, scales_t = _quantize_hopper(function, inputs, pow2_scales, both=True)
   else:  # loads that transpose are of 16 bits: XLA transposes others
     transposed = [x.T for x in inputs]
-    values, scales = _pallas_quantize(function, inputs, pow2_scales)
-    values_t, scales_t = _pallas_quantize(function, transposed, pow2_scales)
+    values, scales = _quantize_hopper(function, inputs, pow2_scales)
+    values_t, scales_t = _quantize_hopper(function, transposed, pow2_scales)
   rowwise = QTensor(values[:rows, :columns], scales.T[:rows], (1, block))
   return rowwise, QTensor(values_t[:columns, :rows], scales_t.T[:columns], (1, block))
 
@@ -69,7 +69,7 @@ def pad_to_tiles(x: jax.Array) -> jax.Array:
   return pad_with_zeros(pad_with_zeros(x, -1, -x.shape[-1] % BLOCK), -2, -x.shape[-2] % BLOCK)
 
 
-def _pallas_quantize(function, inputs, pow2_scales, square=False, both=False):
+def _quantize_hopper(function, inputs, pow2_scales, square=False, both=False):
   """(values, scales) of `function` of `inputs`, and with `both` the pair of its transpose; scales [tiles across, rows]."""
   inputs = match_vma(*inputs)
   rows, columns = inputs[0].shape

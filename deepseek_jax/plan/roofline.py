@@ -30,6 +30,15 @@ class Efficiency:
   interconnect: float = 0.8
   overlap: float = 0.6
 
+  def of_kind(self, kind: str) -> float:
+    """Fraction of the peak FLOP/s that operations of an `Operation.kind` with FLOPs reach."""
+    return {
+      "matmul": self.matmul,
+      "grouped matmul": self.grouped_matmul,
+      "fused attention": self.fused_attention,
+      "memory": self.hbm,
+    }[kind]
+
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
@@ -90,7 +99,7 @@ def calibrated_step_time(
   for o in operations:
     o_compute, o_hbm = 0.0, o.count * o.hbm_bytes / chip.hbm_bandwidth / efficiency.hbm
     if o.flops:
-      o_compute = matmul_seconds(o, chip, block) / getattr(efficiency, o.kind.replace(" ", "_"), 1)
+      o_compute = matmul_seconds(o, chip, block) / efficiency.of_kind(o.kind)
     if o_compute > o_hbm:
       compute += o_compute
     else:

@@ -9,7 +9,7 @@ from jax.sharding import AbstractDevice
 from deepseek_jax.config import Config
 from deepseek_jax.kernels.implementations import Call, import_libraries, record_calls
 from deepseek_jax.mesh import abstract_mesh
-from deepseek_jax.selftest.operations import OPERATIONS, Operation
+from deepseek_jax.selftest.operations import KERNEL_SPECS, KernelSpec
 from deepseek_jax.training.step import abstract_step
 
 
@@ -24,8 +24,8 @@ class Case:
   covers: tuple[str, ...]
 
   @property
-  def operation(self) -> Operation:
-    return OPERATIONS[self.name]
+  def spec(self) -> KernelSpec:
+    return KERNEL_SPECS[self.name]
 
   @property
   def name(self) -> str:
@@ -38,14 +38,14 @@ class Case:
 
   @property
   def work(self) -> float:
-    """FLOPs or bytes, see `Operation.unit`."""
-    return self.operation.work(*self.call.arguments)
+    """FLOPs or bytes, see `KernelSpec.unit`."""
+    return self.spec.work(*self.call.arguments)
 
 
 def program_calls(config: Config, device: AbstractDevice) -> list[Call]:
   """The Pallas kernel calls of a training step of `config`, whose mesh is resolved, on such devices, each once.
 
-  Nothing runs, and the devices need not be here. Raises ConfigError as the step does.
+  Nothing runs, without the devices. Raises ConfigError as the step does.
   """
   mesh = abstract_mesh(config.mesh, device)
   with jax.sharding.use_abstract_mesh(mesh), record_calls() as calls:
@@ -59,9 +59,9 @@ def make_cases(calls: list[Call]) -> list[Case]:
   """The cases to test, most important first: the largest of each function, then the second largest of each, and so on."""
   groups = defaultdict(list)
   for call in calls:
-    operation = OPERATIONS[call.name]
-    smaller = dataclasses.replace(call, arguments=operation.shrink(*call.arguments))
-    groups[_key_without_tiles(smaller) if operation.largest_only else smaller.key].append((smaller, call.key))
+    spec = KERNEL_SPECS[call.name]
+    smaller = dataclasses.replace(call, arguments=spec.shrink(*call.arguments))
+    groups[_key_without_tiles(smaller) if spec.largest_only else smaller.key].append((smaller, call.key))
   cases = []
   for members in groups.values():
     largest = max((smaller for smaller, _ in members), key=lambda call: Case(call, ()).work)
@@ -75,7 +75,7 @@ def make_cases(calls: list[Call]) -> list[Case]:
 
 
 def _key_without_tiles(call: Call) -> str:
-  """As `call.key`, with array dimensions modulo 128: calls are equal that differ in their number of full tiles alone."""
+  """As `call.key`, with array dimensions modulo 128: calls are equal that differ only in their number of full tiles."""
 
   def remainder(x):
     if not isinstance(x, jax.ShapeDtypeStruct):

@@ -14,7 +14,7 @@ from deepseek_jax.errors import format_exception
 from deepseek_jax.kernels.implementations import load_function
 from deepseek_jax.kernels.qtensor import QTensor
 from deepseek_jax.selftest.cases import Case
-from deepseek_jax.selftest.operations import OPERATIONS, draw_normal, make_inputs
+from deepseek_jax.selftest.operations import KERNEL_SPECS, draw_normal, make_inputs
 from deepseek_jax.selftest.timing import seconds_per_call
 from deepseek_jax.typing import PyTree
 
@@ -58,7 +58,7 @@ class Result:
 
 def new_result(key: str, kernel: str, covers: Sequence[str], verdict: str = OK, message: str = "") -> Result:
   """The Result of the case `key` of `kernel`, which covers the calls `covers`."""
-  shape, unit = key.partition("(")[2].removesuffix(")"), OPERATIONS[kernel].unit
+  shape, unit = key.partition("(")[2].removesuffix(")"), KERNEL_SPECS[kernel].unit
   return Result(kernel, shape, len(covers), key not in covers, unit, verdict, message)
 
 
@@ -104,7 +104,7 @@ def traceable_functions(case: Case, precision: Precision) -> tuple[list[np.ndarr
 
     return forward
 
-  if argnums := case.operation.gradients:
+  if argnums := case.spec.gradients:
     inputs.append(draw_normal(jax.eval_shape(implementation("xla"), *inputs)))  # the cotangent
 
   def forward_backward(file, *arrays):
@@ -142,7 +142,7 @@ def check_case(case: Case, programs: CompiledCase, begin: Callable[[str], None] 
     no_memory = "RESOURCE_EXHAUSTED" in str(error)
     return dataclasses.replace(result, verdict=FAILED, message=format_exception(error), transient=no_memory)
   begin("compare")
-  bound = case.operation.bounds[jax.tree.leaves(actual)[0].dtype.name]
+  bound = case.spec.bounds[jax.tree.leaves(actual)[0].dtype.name]
   errors = [float(error) for error in jax.jit(relative_errors)(actual, actual if reason else expected)]
   del actual, expected
   if any(map(math.isnan, errors)):

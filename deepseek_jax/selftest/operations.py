@@ -26,8 +26,8 @@ POOL_SIZE = 4_194_301  # random values that inputs repeat: a prime, so that no t
 
 
 @dataclasses.dataclass(frozen=True)
-class Operation:
-  """One row of OPERATIONS, for calls with `arguments`, whose arrays are ShapeDtypeStructs.
+class KernelSpec:
+  """One row of KERNEL_SPECS, for calls with `arguments`, whose arrays are ShapeDtypeStructs.
 
   bounds: dtype of the first result -> largest error of any result that passes, see `check.relative_errors`.
   work: arguments -> FLOPs (`unit` "TFLOP/s") or bytes ("GB/s") of the forward and, with `gradients`, the backward pass.
@@ -51,11 +51,11 @@ class Operation:
 
 def make_inputs(call: Call) -> tuple:
   """Arguments of `call` with NumPy arrays, no two of which are equal."""
-  operation = OPERATIONS[call.name]
+  spec = KERNEL_SPECS[call.name]
   numbers = itertools.count()
 
   def draw(array: Any) -> Any:
-    return draw_normal(array, next(numbers), operation.tile_magnitudes)
+    return draw_normal(array, next(numbers), spec.tile_magnitudes)
 
   def make_leaf(x):
     if isinstance(x, QTensor):
@@ -63,7 +63,7 @@ def make_inputs(call: Call) -> tuple:
       return QTensor(values, np.abs(scales) + 1e-3, x.tile)
     return draw(x) if isinstance(x, jax.ShapeDtypeStruct) else x
 
-  return jax.tree.map(make_leaf, operation.make_integers(*call.arguments), is_leaf=lambda x: isinstance(x, QTensor))
+  return jax.tree.map(make_leaf, spec.make_integers(*call.arguments), is_leaf=lambda x: isinstance(x, QTensor))
 
 
 def draw_normal(array: jax.ShapeDtypeStruct, number: int = -1, tile_magnitudes: bool = False) -> np.ndarray:
@@ -88,7 +88,7 @@ def _normal_pool(dtype: np.dtype, tile_magnitudes: bool) -> np.ndarray:
 
 
 def uneven_groups(groups: int, rows: int, multiple: int = 8) -> np.ndarray:
-  """[groups] int32 sizes, multiples of `multiple`: one group is empty where there are four or more, and some rows have none."""
+  """[groups] int32 multiples of `multiple`. One group is empty if there are at least four. Some rows belong to no group."""
   rng = np.random.default_rng(0)
   weights = np.exp(0.5 * rng.standard_normal(groups))
   if groups >= 4:
@@ -98,7 +98,7 @@ def uneven_groups(groups: int, rows: int, multiple: int = 8) -> np.ndarray:
 
 
 def packed_segment_ids(batch: int, seq: int) -> np.ndarray:
-  """[batch, seq] int32 segment ids of packed packed_segment_ids of unequal lengths."""
+  """[batch, seq] int32 segment ids of packed documents of unequal lengths."""
   ends = np.cumsum(np.random.default_rng(0).integers(1, max(seq // 3, 2), seq))
   return np.broadcast_to(np.searchsorted(ends, np.arange(seq), side="right").astype(np.int32), (batch, seq)).copy()
 
@@ -265,8 +265,8 @@ QUANTIZE_BOUNDS = {"float8_e4m3fn": 0.04}
 # Of results in float32: Hopper accumulates 32 products of FP8 in about 14 bits (V3 report, section 3.3.2).
 MATMUL_BOUNDS = {"bfloat16": 2.0**-8, "float32": 1e-3}
 ATTENTION_BOUNDS = {"bfloat16": 2.0**-6, "float32": 1e-3}
-OPERATIONS = {
-  "attention.attention": Operation(
+KERNEL_SPECS = {
+  "attention.attention": KernelSpec(
     ATTENTION_BOUNDS,
     _attention_flops,
     _shrink_attention,
@@ -274,7 +274,7 @@ OPERATIONS = {
     gradients=(0, 1, 2),
     tile_magnitudes=False,
   ),
-  "attention.attention_of_part": Operation(
+  "attention.attention_of_part": KernelSpec(
     ATTENTION_BOUNDS,
     _attention_flops,
     _shrink_attention_of_part,
@@ -282,27 +282,27 @@ OPERATIONS = {
     gradients=(0, 1, 2),
     tile_magnitudes=False,
   ),
-  "grouped_matmul.grouped_matmul": Operation(
+  "grouped_matmul.grouped_matmul": KernelSpec(
     {"bfloat16": 2.0**-7, "float32": 1e-4},
     _grouped_matmul_flops,
     _shrink_grouped_matmul,
     _grouped_matmul_integers,
     gradients=(0, 1),
   ),
-  "fp8_matmul.matmul": Operation(MATMUL_BOUNDS, _fp8_matmul_flops, _shrink_fp8_matmul),
-  "fp8_grouped_matmul.matmul": Operation(
+  "fp8_matmul.matmul": KernelSpec(MATMUL_BOUNDS, _fp8_matmul_flops, _shrink_fp8_matmul),
+  "fp8_grouped_matmul.matmul": KernelSpec(
     MATMUL_BOUNDS, _fp8_grouped_matmul_flops, _shrink_fp8_grouped_matmul, _fp8_grouped_matmul_integers
   ),
-  "fp8_grouped_matmul.wgrad": Operation(
+  "fp8_grouped_matmul.wgrad": KernelSpec(
     MATMUL_BOUNDS, _fp8_grouped_wgrad_flops, _shrink_fp8_grouped_wgrad, _fp8_grouped_wgrad_integers
   ),
-  "quantize.quantize": Operation(
+  "quantize.quantize": KernelSpec(
     QUANTIZE_BOUNDS, _quantize_bytes(1, 1), _shrink_quantize, unit="GB/s", largest_only=True
   ),
-  "quantize.quantize_both": Operation(
+  "quantize.quantize_both": KernelSpec(
     QUANTIZE_BOUNDS, _quantize_bytes(1, 2), _shrink_quantize, unit="GB/s", largest_only=True
   ),
-  "swiglu.swiglu_quantize": Operation(
+  "swiglu.swiglu_quantize": KernelSpec(
     QUANTIZE_BOUNDS, _quantize_bytes(2, 2), _shrink_swiglu, unit="GB/s", largest_only=True
   ),
 }

@@ -106,15 +106,15 @@ def token_losses(
   return jnp.where(valid, losses, 0), jnp.where(valid, objective, 0), jnp.where(valid[..., None], dlogits, 0)
 
 
-def _forward(kernel, hidden, targets, chunk_size, label_smoothing, z_loss):
+def _cross_entropy_fwd(kernel, hidden, targets, chunk_size, label_smoothing, z_loss):
   return _chunked_cross_entropy(kernel, hidden, targets, chunk_size, label_smoothing, z_loss, differentiate=True)
 
 
-def _backward(chunk_size, label_smoothing, z_loss, gradients, cotangents):
+def _cross_entropy_bwd(chunk_size, label_smoothing, z_loss, gradients, cotangents):
   dkernel, dhidden = gradients
   # Devices that share `vocab` have the same objective, so that a device's logits count in each of their objectives.
   scale = psum(cotangents[1], "vocab")
   return dkernel * scale.astype(dkernel.dtype), dhidden * scale.astype(dhidden.dtype), None
 
 
-_cross_entropy.defvjp(_forward, _backward)
+_cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)

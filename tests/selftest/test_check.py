@@ -16,7 +16,7 @@ from deepseek_jax.kernels.qtensor import FP8, QTensor, tile_counts
 from deepseek_jax.mesh import min_devices, resolve_mesh
 from deepseek_jax.selftest import check
 from deepseek_jax.selftest.cases import Case, make_cases, program_calls
-from deepseek_jax.selftest.operations import MAX_GROUPS, MAX_ROWS, OPERATIONS, draw_normal, make_inputs, uneven_groups
+from deepseek_jax.selftest.operations import KERNEL_SPECS, MAX_GROUPS, MAX_ROWS, draw_normal, make_inputs, uneven_groups
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 
@@ -66,14 +66,14 @@ def test_xla_s_form_passes_beside_itself(name, arguments, monkeypatch):
   result = outcome(call(name, arguments))
   assert (result.verdict, result.message) == ("ok", "")
   assert result.error <= 1e-7
-  assert result.rate == OPERATIONS[name].work(*arguments) / check.UNITS[result.unit] > 0
+  assert result.rate == KERNEL_SPECS[name].work(*arguments) / check.UNITS[result.unit] > 0
 
 
 def test_every_function_of_the_kernels_is_known():
-  for name in OPERATIONS:
+  for name in KERNEL_SPECS:
     kernel, function = name.split(".")
     assert callable(getattr(importlib.import_module(f"deepseek_jax.kernels.{kernel}.xla"), function))
-  assert set(CALLS) == set(OPERATIONS)
+  assert set(CALLS) == set(KERNEL_SPECS)
 
 
 PRODUCT = CALLS["fp8_matmul.matmul"][0]

@@ -29,7 +29,7 @@ def matmul(
     return hopper.WorkTile(row, column * columns, jnp.int32(0), steps, group, start, end)
 
   schedule = hopper.TileSchedule(lambda count, row_tiles: count[0] * across, tile, row_tiles.shape[1] * across)
-  out = hopper.output_type((a.shape[0], b.shape[1]), out_dtype)
+  out = hopper.matmul_output_type((a.shape[0], b.shape[1]), out_dtype)
   return hopper.pallas_matmul((count, row_tiles), a, b, out, schedule, tiles, hopper.RowRangeStore)[:m, :n]
 
 
@@ -55,15 +55,17 @@ def wgrad(
 
   count = groups * down * across
   schedule = hopper.TileSchedule(lambda *_: count, tile, count)
-  out = hopper.output_type((groups, a.shape[0], b.shape[0]), out_dtype)
+  out = hopper.matmul_output_type((groups, a.shape[0], b.shape[0]), out_dtype)
   store = hopper.FullTileStore
   return hopper.pallas_matmul((ends - group_sizes, ends), a, b, out, schedule, tiles, store, masked=True)[:, :m, :n]
 
 
 def _group_row_tiles(group_sizes, rows, tile):
-  """Tiles of `tile` rows, each of one group: ([1] how many, [4, at least that] group, first row, group's start and end).
+  """Tiles of `tile` rows, each of one group.
 
   Rows of no group are those of one more group. Tiles start at multiples of ROW_ALIGNMENT, so that they may overlap.
+
+  Returns count [1] int32 and table [4, n] int32, n >= count: group, first row, group start, group end.
   """
   sizes = jnp.append(group_sizes, rows - group_sizes.sum())
   ends = jnp.cumsum(sizes)

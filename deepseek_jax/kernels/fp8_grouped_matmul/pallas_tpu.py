@@ -67,7 +67,7 @@ def matmul(a: QTensor, b: QTensor, group_sizes: jax.Array, step: int, out_dtype:
       out_specs=pl.BlockSpec((rows, columns), lambda j, v, step, _, group, tile, ends: (tile[v], j)),
       scratch_shapes=[pltpu.VMEM((rows, columns), jnp.float32)],
     ),
-    out_shape=dense.output_type((m, n), out_dtype, a),
+    out_shape=dense.output_type_like((m, n), out_dtype, a),
     compiler_params=_compiler_params("parallel", "arbitrary", "arbitrary"),
     cost_estimate=pl.CostEstimate(
       flops=2 * m * n * k,
@@ -125,7 +125,7 @@ def wgrad(a: QTensor, b: QTensor, group_sizes: jax.Array, step: int, out_dtype: 
       out_specs=pl.BlockSpec((None, rows, columns), lambda i, j, v, _, group, tile, ends: (group[v], i, j)),
       scratch_shapes=[pltpu.VMEM((rows, columns), jnp.float32)],
     ),
-    out_shape=dense.output_type((groups, m, n), out_dtype, a),
+    out_shape=dense.output_type_like((groups, m, n), out_dtype, a),
     compiler_params=_compiler_params("parallel", "parallel", "arbitrary"),
     cost_estimate=pl.CostEstimate(
       flops=2 * m * n * k,

@@ -24,5 +24,5 @@ def matmul(a: QTensor, b: QTensor, out_dtype: DTypeLike, tiles: TileConfig | Non
     return hopper.WorkTile(row * cluster_rows, column * columns, jnp.int32(0), jnp.int32(steps))
 
   schedule = hopper.TileSchedule(lambda: down * across, tile, down * across)
-  out = hopper.output_type((a.shape[0], b.shape[0]), out_dtype)
+  out = hopper.matmul_output_type((a.shape[0], b.shape[0]), out_dtype)
   return hopper.pallas_matmul((), a, b, out, schedule, tiles, hopper.FullTileStore)[:m, :n]

@@ -55,7 +55,7 @@ def matmul(a: QTensor, b: QTensor, out_dtype: DTypeLike) -> jax.Array:
       pl.BlockSpec((b_scale_rows(k // block), columns), lambda i, j, step: (scale_index(step), j)),
     ],
     out_specs=pl.BlockSpec((rows, columns), lambda i, j, step: (i, j)),
-    out_shape=output_type((m, n), out_dtype, a),
+    out_shape=output_type_like((m, n), out_dtype, a),
     scratch_shapes=[pltpu.VMEM((rows, columns), jnp.float32)],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
@@ -180,6 +180,6 @@ def round_up(n: int, multiple: int) -> int:
   return -(-n // multiple) * multiple
 
 
-def output_type(shape: tuple[int, ...], dtype: DTypeLike, q: QTensor) -> jax.ShapeDtypeStruct:
+def output_type_like(shape: tuple[int, ...], dtype: DTypeLike, q: QTensor) -> jax.ShapeDtypeStruct:
   """The type of a result that varies over mesh axes as `q` does."""
   return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(q.values).manual_axis_type)

@@ -11,4 +11,4 @@ def quantize(x: jax.Array, tile: tuple[int, int], pow2_scales: bool) -> QTensor:
 
 
 def quantize_both(x: jax.Array, block: int, pow2_scales: bool) -> tuple[QTensor, QTensor]:
-  return hopper_quantize.fused_quantize_both(lambda x: x, [x], block, pow2_scales)
+  return hopper_quantize.apply_and_quantize_both_hopper(lambda x: x, [x], block, pow2_scales)

@@ -23,15 +23,15 @@ def quantize(x: jax.Array, tile: tuple[int, int], pow2_scales: bool) -> QTensor:
   rows, block = tile
   check_inputs([x], block, rows in (1, block), tile)
   matrices = x.reshape(-1, *x.shape[-2:]) if rows > 1 else x.reshape(1, -1, x.shape[-1])
-  ((values, scales),) = _pallas_quantize([matrices], lambda x: x, block, pow2_scales, square=rows > 1)
+  ((values, scales),) = _quantize_tpu(lambda x: x, [matrices], block, pow2_scales, square=rows > 1)
   return QTensor(values.reshape(x.shape), scales.reshape(*x.shape[:-2], -1, scales.shape[-1]), tile)
 
 
 def quantize_both(x: jax.Array, block: int, pow2_scales: bool) -> tuple[QTensor, QTensor]:
-  return fused_quantize_both(lambda x: x, [x], block, pow2_scales)
+  return apply_and_quantize_both_tpu(lambda x: x, [x], block, pow2_scales)
 
 
-def fused_quantize_both(
+def apply_and_quantize_both_tpu(
   function: Callable[..., jax.Array], inputs: Sequence[jax.Array], block: int, pow2_scales: bool
 ) -> tuple[QTensor, QTensor]:
   """(rowwise, columnwise): y and its transpose, tiles (1, block) each, of y = `function`(*`inputs`).
@@ -39,7 +39,7 @@ def fused_quantize_both(
   function: elementwise, of float32 arrays. inputs: [rows, columns] each. Raises Unsupported as `check_inputs` does.
   """
   check_inputs(inputs, block, inputs[0].ndim == 2, (1, block))
-  copies = _pallas_quantize([x[None] for x in inputs], function, block, pow2_scales, transpose=True)
+  copies = _quantize_tpu(function, [x[None] for x in inputs], block, pow2_scales, transpose=True)
   rowwise, columnwise = (QTensor(values[0], scales[0], (1, block)) for values, scales in copies)
   return rowwise, columnwise
 
@@ -54,7 +54,7 @@ def check_inputs(inputs: Sequence[jax.Array], block: int, tile_supported: bool, 
     )
 
 
-def _pallas_quantize(inputs, function, block, pow2_scales, square=False, transpose=False):
+def _quantize_tpu(function, inputs, block, pow2_scales, square=False, transpose=False):
   """[(values, scales)] of `function` of `inputs` [matrices, m, n], in tiles (1, block) or, `square`, (block, block).
 
   transpose: a second pair is of the transposed matrices.

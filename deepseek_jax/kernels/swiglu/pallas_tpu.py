@@ -8,4 +8,4 @@ from deepseek_jax.kernels.swiglu.xla import swiglu_float32
 
 
 def swiglu_quantize(gate: jax.Array, up: jax.Array, block: int, pow2_scales: bool) -> tuple[QTensor, QTensor]:
-  return pallas_tpu.fused_quantize_both(swiglu_float32, [gate, up], block, pow2_scales)
+  return pallas_tpu.apply_and_quantize_both_tpu(swiglu_float32, [gate, up], block, pow2_scales)
