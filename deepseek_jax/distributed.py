@@ -40,8 +40,8 @@ def distributed_session(initialize_args: dict[str, Any] | None) -> Iterator[None
   130 for Ctrl-C, else 1. jax by itself would wait at its exit for the others, while they wait for this one in a step.
 
   Args:
-    initialize_args: arguments of `jax.distributed.initialize`, from `processes.find_initialize_args`. None: one process
-      alone, and nothing happens.
+    initialize_args: arguments of `jax.distributed.initialize`, from `processes.find_initialize_args`. None: a single
+      process, and nothing happens.
   """
   if initialize_args is None:
     yield
@@ -61,7 +61,7 @@ def _connect(initialize_args: dict[str, Any]) -> threading.Thread:
     _check_port_is_free(initialize_args["coordinator_address"])
   # jax's handler would swallow SIGTERM.
   jax.config.update("jax_enable_preemption_service", False)
-  # jax's own timeout ends in a page of C++, so ours comes first.
+  # jax's own timeout prints a C++ stack trace; this one fires first.
   timeout = threading.Timer(CONNECT_SECONDS, _exit_unconnected, [initialize_args])
   timeout.daemon = True
   timeout.start()
@@ -102,7 +102,7 @@ def _exit_unconnected(initialize_args: dict[str, Any]) -> None:
 
 
 def _client() -> Any:
-  """jax's client of the coordinator and its key-value store; None in a process alone."""
+  """jax's client of the coordinator and its key-value store; None in a single process."""
   return _jax_distributed.global_state.client
 
 

@@ -168,8 +168,8 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues, usage: str | None)
   --help and --list_configs are answered here, with exit code 0. Raises ConfigError for an unknown flag or a bad value.
   A program has its own absl FlagValues, so that several can live in one process (tests, notebooks).
   """
-  wanted = {"--help", "-help", "-h", "--helpfull"}
-  rest, overrides = split_overrides([a for a in argv if a not in wanted])
+  help_flags = {"--help", "-help", "-h", "--helpfull"}
+  rest, overrides = split_overrides([a for a in argv if a not in help_flags])
   try:
     unparsed = flag_values(rest)[1:]
   except flags.Error as error:
@@ -178,7 +178,7 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues, usage: str | None)
     raise ConfigError(f"this program takes no --config.{next(iter(overrides))}; its flags are {', '.join(flag_values)}")
   if unparsed:
     raise ConfigError(f"unexpected argument {unparsed[0]!r}: every argument is --flag=value (see --help)")
-  if wanted & set(argv):
+  if help_flags & set(argv):
     print(f"{usage}\n\nFlags:")
     for name in flag_values:
       print(f"  --{name}={flag_values[name].default!r}\n      {flag_values[name].help}")

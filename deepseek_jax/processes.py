@@ -17,12 +17,15 @@ def define_process_flags(flag_values: flags.FlagValues) -> None:
   flags.DEFINE_string(
     "coordinator",
     None,
-    f"HOST:PORT where process 0 of several listens. Without these three flags {', '.join(ENV_VARS)} count, without "
-    "them what Slurm, Open MPI, a TPU pod or an indexed Kubernetes job says, and else this process is alone",
+    f"HOST:PORT of process 0. If none of the three flags is given: {', '.join(ENV_VARS)}; else Slurm, Open MPI, a TPU pod "
+    "or an indexed Kubernetes job; else a single process.",
     flag_values=flag_values,
   )
   flags.DEFINE_integer(
-    "processes", None, "processes of the run; 1: this one alone, whatever the environment says", flag_values=flag_values
+    "processes",
+    None,
+    "processes of the run; 1: a single process, whatever the environment says",
+    flag_values=flag_values,
   )
   flags.DEFINE_integer("process", None, "which of them this one is, from 0", flag_values=flag_values)
 
@@ -32,7 +35,7 @@ def find_initialize_args(
 ) -> dict[str, Any] | None:
   """Arguments of `jax.distributed.initialize`, from the values of the flags or else from the environment.
 
-  None: this process is alone. Nothing is started. Raises ConfigError where values are missing, malformed or contradict
+  None: a single process. Nothing is started. Raises ConfigError where values are missing, malformed or contradict
   each other.
   """
   names: Sequence[str] = FLAGS
@@ -81,7 +84,7 @@ def _find_scheduler_args() -> dict[str, Any] | None:
     except Exception as error:  # what is incomplete raises whatever it comes to
       raise ConfigError(
         f"the environment is that of {cluster.__name__}, but does not say which processes there are "
-        f"({type(error).__name__}: {error}): give {', '.join(FLAGS)}; --processes=1 trains in this process alone"
+        f"({type(error).__name__}: {error}): give {', '.join(FLAGS)}; --processes=1 trains in a single process"
       ) from None
   if os.environ.get("OMPI_COMM_WORLD_SIZE", "1") != "1":
     raise ConfigError(

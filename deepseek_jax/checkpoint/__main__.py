@@ -46,7 +46,8 @@ def main(argv: list[str]) -> int:
     model_args.write_config(config, values.to)
     print("\n".join(f"note     {note}" for note in notes) + f"\nwrote    {values.to}")
   else:
-    convert(str(source), values.to, values.dtype, values.tokenizer)
+    assert source is not None
+    convert(source, values.to, values.dtype, values.tokenizer)
   return 0
 
 

@@ -23,7 +23,7 @@ def generate_tokens(
   params: Params,
   buffers: Params,
   tokens: jax.Array,
-  seen: jax.Array,
+  token_in_text: jax.Array,
   position: int | jax.Array,
   end: int | jax.Array,
   key: jax.Array,
@@ -44,13 +44,13 @@ def generate_tokens(
   out_specs = by_batch, by_batch, replicated, replicated
   with axis_rules(UNSHARDED_SEQUENCE):
     program = spmd(local, in_specs, out_specs, differentiable=False)
-    return program(params, buffers, tokens, seen, position, end, key)
+    return program(params, buffers, tokens, token_in_text, position, end, key)
 
 
 def generate_local_tokens(
   model: Transformer,
   tokens: jax.Array,
-  seen: jax.Array,
+  token_in_text: jax.Array,
   position: jax.Array,
   end: jax.Array,
   key: jax.Array,
@@ -66,13 +66,13 @@ def generate_local_tokens(
 
   Args:
     tokens: [batch, window] int32, the prompt up to `position`.
-    seen: [batch, padded vocab] bool, ids already in the text.
+    token_in_text: [batch, padded vocab] bool, ids already in the text.
     position, end: [] int, with position < end <= window.
     key: PRNG key of the sampling.
     vocab: ids of the tokenizer; the padding of the vocabulary after them is never sampled.
 
   Returns:
-    (tokens, seen, position after the last token, whether every sequence has ended).
+    (tokens, token_in_text, position after the last token, whether every sequence has ended).
   """
 
   def unfinished(carry):
@@ -80,21 +80,23 @@ def generate_local_tokens(
     return (position < end) & ~done
 
   def step(carry):
-    position, tokens, seen, hidden, cache, _ = carry
+    position, tokens, token_in_text, hidden, cache, _ = carry
     logits = model.logits(hidden)[:, 0]  # [batch, padded vocab]
     ids = jnp.arange(logits.shape[1])
-    token = next_token(jnp.where(ids < vocab, logits, -jnp.inf), seen, jax.random.fold_in(key, position), config)
+    token = next_token(
+      jnp.where(ids < vocab, logits, -jnp.inf), token_in_text, jax.random.fold_in(key, position), config
+    )
     done = psum(jnp.sum(token != eos), "batch") == 0
-    seen, token = seen | (ids == token[:, None]), token[:, None]
+    token_in_text, token = token_in_text | (ids == token[:, None]), token[:, None]
     tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token, position, 1)
     hidden, cache = model.decode(token, cache, position)  # hidden [batch, 1, embed]
-    return position + 1, tokens, seen, hidden, cache, done
+    return position + 1, tokens, token_in_text, hidden, cache, done
 
   hidden, cache = model.prefill(tokens)  # [batch, window, embed]
   hidden = jax.lax.dynamic_slice_in_dim(hidden, position - 1, 1, 1)  # of the last token
-  carry = (position, tokens, seen, hidden, cache, jnp.array(False))
-  position, tokens, seen, _, _, done = jax.lax.while_loop(unfinished, step, carry)
-  return tokens, seen, position, done
+  carry = (position, tokens, token_in_text, hidden, cache, jnp.array(False))
+  position, tokens, token_in_text, _, _, done = jax.lax.while_loop(unfinished, step, carry)
+  return tokens, token_in_text, position, done
 
 
 def continue_prompt(
@@ -126,14 +128,14 @@ def continue_prompt(
   prompt_ids = np.zeros((batch, params["embed"].shape[0]), bool)
   prompt_ids[:, ids] = True
   by_batch = NamedSharding(mesh, spec("batch", None))
-  seen, done = jax.device_put(prompt_ids, by_batch), False
+  token_in_text, done = jax.device_put(prompt_ids, by_batch), False
   while len(ids) < max_length and not done:
     context = ids if len(ids) < window else ids[-max(window // 2, 1) :]
     padded = np.zeros((batch, window), np.int32)
     padded[:, : len(context)] = context
     end = min(window, len(context) + max_length - len(ids))
-    tokens, seen, position, done = generate_tokens(
-      graphdef, params, buffers, jax.device_put(padded, by_batch), seen, len(context), end,
+    tokens, token_in_text, position, done = generate_tokens(
+      graphdef, params, buffers, jax.device_put(padded, by_batch), token_in_text, len(context), end,
       jax.random.fold_in(jax.random.key(seed), len(ids)), vocab=tokenizer.vocab, eos=tokenizer.eos, config=config,
     )  # fmt: skip
     ids += gather_to_host(tokens)[0, len(context) : int(position)].tolist()

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 from deepseek_jax.config import SampleConfig
 
 
-def next_token(logits: jax.Array, seen: jax.Array, key: jax.Array, config: SampleConfig) -> jax.Array:
+def next_token(logits: jax.Array, token_in_text: jax.Array, key: jax.Array, config: SampleConfig) -> jax.Array:
   """Samples a token for each sequence.
 
   Args:
     logits: [batch, vocab] float; -inf for ids that must not be sampled.
-    seen: [batch, vocab] bool, ids already in the text, for `repetition_penalty` (Keskar et al. 2019, section 4.1).
+    token_in_text: [batch, vocab] bool, ids already in the text, for `repetition_penalty` (Keskar et al. 2019, section 4.1).
     key: PRNG key.
     config: temperature (0: greedy), top_k, top_p, repetition_penalty.
 
@@ -19,7 +19,7 @@ def next_token(logits: jax.Array, seen: jax.Array, key: jax.Array, config: Sampl
     [batch] int32.
   """
   penalised = jnp.where(logits > 0, logits / config.repetition_penalty, logits * config.repetition_penalty)
-  logits = jnp.where(seen, penalised, logits)
+  logits = jnp.where(token_in_text, penalised, logits)
   if config.temperature == 0:
     return jnp.argmax(logits, -1).astype(jnp.int32)
   logits = top_p(top_k(logits / config.temperature, config.top_k), config.top_p)

@@ -17,10 +17,10 @@ def check_mosaic_gpu() -> None:
 
 
 def load_smem(ref: Ref, layout: Any, **options: Any) -> jax.Array:
-  """All of `ref` in a GPU's shared memory, in registers of `layout`."""
+  """All of `ref` in a GPU's shared memory, in registers of `layout`. jax 0.10's annotation requires an index."""
   from jax.experimental.pallas import mosaic_gpu as plgpu
 
-  load: Any = plgpu.load  # jax 0.10 wants an index
+  load: Any = plgpu.load
   return load(ref, layout=layout, **options)
 
 

@@ -42,7 +42,9 @@ def zigzag(seq: int, devices: int) -> np.ndarray:
   return np.concatenate([chunks[:devices], chunks[: devices - 1 : -1]], 1)
 
 
-def chunk_pairs(source: Any, device: Any) -> tuple[tuple[int, int], tuple[Any, Any]]:
+def chunk_pairs(
+  source: int | jax.Array, device: int | jax.Array
+) -> tuple[tuple[int, int], tuple[int | jax.Array, int | jax.Array]]:
   """(query chunk, key chunk) of the two pairs that `device` computes with the keys of another device, `source`.
 
   - Late queries attend to every early key.

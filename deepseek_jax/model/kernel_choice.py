@@ -19,7 +19,7 @@ def implementation_fields(config: ModelConfig) -> dict[str, tuple[str, str]]:
 def check_kernels(config: ModelConfig) -> None:
   """Raises ConfigError where an implementation is pallas and the devices of the mesh have no such kernel."""
   for kernel, (field, implementation) in implementation_fields(config).items():
-    if implementation == "pallas":  # otherwise devices are not looked at: several processes may not have met yet
+    if implementation == "pallas":  # otherwise devices are not looked at: several processes may not be connected yet
       try:
         resolve_implementation(kernel, implementation)
       except ValueError as e:

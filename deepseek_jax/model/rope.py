@@ -16,12 +16,12 @@ def rope_frequencies(dim: int, theta: float, yarn: YarnConfig) -> np.ndarray:
   if yarn.factor == 1:
     return frequencies
 
-  def pair(turns):
+  def pair_index(turns):
     """Index of the pair that makes so many turns over the original context."""
     return dim * math.log(yarn.original_seq / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-  low = max(math.floor(pair(yarn.beta_fast)), 0)
-  high = min(math.ceil(pair(yarn.beta_slow)), dim - 1)
+  low = max(math.floor(pair_index(yarn.beta_fast)), 0)
+  high = min(math.ceil(pair_index(yarn.beta_slow)), dim - 1)
   ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0, 1)  # 0: unchanged, 1: divided by factor
   return frequencies * (1 - ramp) + frequencies / yarn.factor * ramp
 

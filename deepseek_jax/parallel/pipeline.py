@@ -20,7 +20,6 @@ an item compute on stale values, which are left out of all sums.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +50,8 @@ def layer_assignment(
   counts = np.array(assignment or [quotient + (chunk < remainder) for chunk in range(chunks)])
   if len(counts) != chunks or counts.sum() != layers or (counts < 0).any():
     raise ConfigError(
-      f"the {stages} stages x {virtual_stages} virtual_stages need {chunks} numbers of layers with the sum {layers}, not {assignment}: "
-      "change them, or leave them out for an even share"
+      f"parallel.stage_layers must have {chunks} numbers ({stages} stages x {virtual_stages} virtual stages) that sum to "
+      f"{layers}, got {assignment}"
     )
   slot = np.arange(counts.max())
   mask = slot < counts[:, None]  # [chunks, slots]
@@ -139,9 +138,11 @@ class Carry:
   # Rotating box of embed_fn's outputs: r ticks after they were computed, stage 0 has microbatch r of the group.
   inbox: jax.Array
   arriving: jax.Array  # [...] input of the next forward item, from the stage before
-  saved_inputs: jax.Array  # [places, ...] inputs of items whose backward pass is to come
-  places: jax.Array  # index into saved_inputs of item i, at i modulo the largest number of ticks between its two passes
-  free_place: jax.Array  # [] index into saved_inputs that the last backward item left
+  saved_inputs: jax.Array  # [saved_slots, ...] inputs of items whose backward pass is to come
+  item_slots: (
+    jax.Array
+  )  # slot in saved_inputs of item i, at i modulo the largest number of ticks between its two passes
+  free_slot: jax.Array  # [] slot in saved_inputs that the last backward item left
   # Rotating box of the last chunk's outputs on their way to loss_fn, and of their gradients on the way back.
   turnaround: jax.Array
   arriving_grad: jax.Array  # [...] gradient of the last backward item's input, for the stage before
@@ -207,8 +208,8 @@ class StageProgram:
       inbox=x,
       arriving=x,
       saved_inputs=jnp.zeros((self.lag + self.stages, *x.shape), x.dtype),
-      places=jnp.zeros(self.lag + self.period, jnp.int32),
-      free_place=jnp.int32(0),
+      item_slots=jnp.zeros(self.lag + self.period, jnp.int32),
+      free_slot=jnp.int32(0),
       turnaround=x,
       arriving_grad=x,
       outbox=x,
@@ -240,17 +241,17 @@ class StageProgram:
     virtual_stage, microbatch, exists = self.locate(item)
     # Before its first item a stage computes on embeddings too: zeros would all be routed to the same few experts.
     x = jnp.where((item < 0) | (self.stage == 0) & (virtual_stage == 0), carry.inbox, carry.arriving)  # [...]
-    # The first items fill `saved_inputs`. Later ones take the place of the item that went backward in the tick before.
+    # The first items fill `saved_inputs`. Later ones take the slot of the item that went backward in the tick before.
     is_filling = item < carry.saved_inputs.shape[0] - 2 * self.stage
-    place = jnp.where(is_filling, jnp.maximum(item, 0), carry.free_place)
+    slot = jnp.where(is_filling, jnp.maximum(item, 0), carry.free_slot)
     y, _, aux = self.chunk_fn(_tree_at(self.layer_params, virtual_stage), virtual_stage, microbatch, x)
     is_last_chunk = (self.stage == self.stages - 1) & (virtual_stage == self.virtual_stages - 1)
     embed_aux, chunk_aux, loss_aux = carry.aux
     return dataclasses.replace(
       carry,
       arriving=y,
-      saved_inputs=_set(carry.saved_inputs, place, x),
-      places=_set(carry.places, item % carry.places.size, place),
+      saved_inputs=_set(carry.saved_inputs, slot, x),
+      item_slots=_set(carry.item_slots, item % carry.item_slots.size, slot),
       # One box serves both ways: the last stage took the gradient that was here out in an earlier tick.
       turnaround=jnp.where(is_last_chunk, y, carry.turnaround),
       aux=(embed_aux, _add_at(chunk_aux, virtual_stage, aux, exists), loss_aux),
@@ -261,7 +262,7 @@ class StageProgram:
     reverse, microbatch, exists = self.locate(item)
     virtual_stage = self.virtual_stages - 1 - reverse
     forward_item = item + (virtual_stage - reverse) * self.stages
-    place = carry.places[forward_item % carry.places.size]
+    slot = carry.item_slots[forward_item % carry.item_slots.size]
     is_last_chunk = (self.stage == self.stages - 1) & (reverse == 0)
     dy = jnp.where(is_last_chunk, carry.turnaround, carry.arriving_grad)  # [...]
 
@@ -269,12 +270,12 @@ class StageProgram:
       return self.chunk_fn(chunk_params, virtual_stage, microbatch, x)[:2]
 
     chunk_params = _tree_at(self.layer_params, virtual_stage)
-    (_, objective), vjp = jax.vjp(outputs, chunk_params, carry.saved_inputs[place])
+    (_, objective), vjp = jax.vjp(outputs, chunk_params, carry.saved_inputs[slot])
     chunk_grads, dx = vjp((dy, jnp.ones_like(objective)))
     outer_grads, layer_grads = carry.gradients
     return dataclasses.replace(
       carry,
-      free_place=place,
+      free_slot=slot,
       arriving_grad=dx,
       outbox=jnp.where((self.stage == 0) & (virtual_stage == 0), dx, carry.outbox),
       gradients=(outer_grads, _add_at(layer_grads, virtual_stage, chunk_grads, exists)),
@@ -350,7 +351,7 @@ def _zero_gradient(param: jax.Array) -> jax.Array:
   return jnp.zeros(param.shape, jnp.promote_types(param.dtype, jnp.float32))
 
 
-def _tree_at(tree: PyTree, index: Any) -> PyTree:
+def _tree_at(tree: PyTree, index: int | jax.Array) -> PyTree:
   return jax.tree.map(lambda leaf: leaf[index], tree)
 
 

@@ -61,7 +61,7 @@ def search(
   topology: Topology,
   make_step: MakeStep,
   compile: bool = False,
-  progress: Callable[[str], object] = print,
+  progress: Callable[[str], None] = print,
   max_plans: int = MAX_PLANS,
 ) -> list[Plan]:
   """Plans for other meshes, microbatches, buffer factors and remat policies than the config's, the fastest that fits first.
@@ -77,14 +77,14 @@ def search(
   Raises:
     ConfigError: no mesh fits.
   """
-  seen: set[Candidate] = set()
+  tried: set[Candidate] = set()
   heap: list[tuple] = []
   plans: list[Plan] = []
   queue = iter(initial_candidates(config, topology))
   while len(plans) < max_plans:
     for candidate in queue:
-      candidate_config = None if candidate in seen else apply_candidate(candidate, config, topology)
-      seen.add(candidate)
+      candidate_config = None if candidate in tried else apply_candidate(candidate, config, topology)
+      tried.add(candidate)
       if candidate_config is None:
         continue
       memory_bytes = estimate_memory(candidate_config, topology.chip).total_bytes
@@ -93,7 +93,7 @@ def search(
         progress(f"plan {len(plans) + 1} of at most {max_plans}: {describe_mesh(candidate_config)}")
         plans.append(make_plan(candidate_config, topology, make_step))
         priority = rank_key(plans[-1])
-      heapq.heappush(heap, (*priority, len(seen), candidate))
+      heapq.heappush(heap, (*priority, len(tried), candidate))
     if not heap:
       break
     queue = heapq.heappop(heap)[-1].neighbours()
@@ -107,7 +107,7 @@ def search(
 
 
 def compile_best(
-  plans: Sequence[Plan], topology: Topology, make_step: MakeStep, progress: Callable[[str], object]
+  plans: Sequence[Plan], topology: Topology, make_step: MakeStep, progress: Callable[[str], None]
 ) -> list[Plan]:
   """Compiles the first of `plans` until NUM_COMPILED fit, or until twice as many were tried.
 

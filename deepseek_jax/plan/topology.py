@@ -36,7 +36,7 @@ class Chip:
 
   FP8 speedups are the rate of FP8 GEMMs over the rate of bfloat16 GEMMs, with scales every 128, 256 and 512 terms:
   - TPUs: from the length of the kernels' steps (tests/kernels/bundles.json; v5e is taken for a v5p).
-  - Hopper: what DeepGEMM reaches (1410e12 on an H800) over bfloat16 (788e12 on an H200). No kernel of ours was timed.
+  - Hopper: what DeepGEMM reaches (1410e12 on an H800) over bfloat16 (788e12 on an H200). This project's kernels have not been timed.
   - Others: 1, since XLA multiplies in bfloat16. HBM bytes are counted as for FP8 kernels all the same.
   """
 

@@ -10,6 +10,7 @@ import pathlib
 import platform
 import re
 import subprocess
+from typing import Any
 
 import jax
 
@@ -133,5 +134,5 @@ def run_key(config: Config, chips: list[str], processes: int) -> str:
   return _digest([*map(dataclasses.asdict, parts), shapes, machine])
 
 
-def _digest(content: object) -> str:
+def _digest(content: Any) -> str:
   return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

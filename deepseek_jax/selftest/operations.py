@@ -135,28 +135,28 @@ def _shrink_attention(q, k, v, segment_ids, scale):
   return q, k, v, None if segment_ids is None else resize(segment_ids, 1, seq), scale
 
 
-def _shrink_attention_of_part(q, k, v, segment_ids, scale, positions, part):
+def _shrink_attention_of_part(q, k, v, segment_ids, scale, positions, shard):
   heads, kv_heads = _shrink_heads(q, k, v)
   if k.shape[1] > MAX_SEQ:
     positions = zigzag(MAX_SEQ, len(positions))
-  parts, queries = positions.shape
+  shards, queries = positions.shape
   q = jax.ShapeDtypeStruct((1, queries, heads, q.shape[3]), q.dtype)
-  k, v = (jax.ShapeDtypeStruct((1, parts * queries, kv_heads, x.shape[3]), x.dtype) for x in (k, v))
+  k, v = (jax.ShapeDtypeStruct((1, shards * queries, kv_heads, x.shape[3]), x.dtype) for x in (k, v))
   if segment_ids is not None:
     segment_ids = tuple(resize(ids, 1, x.shape[1]) for ids, x in zip(segment_ids, (q, k), strict=True))
-  return q, k, v, segment_ids, scale, positions, part
+  return q, k, v, segment_ids, scale, positions, shard
 
 
 def _attention_integers(q, k, v, segment_ids, scale):
   return q, k, v, None if segment_ids is None else packed_segment_ids(*segment_ids.shape), scale
 
 
-def _attention_of_part_integers(q, k, v, segment_ids, scale, positions, part):
-  part = len(positions) - 1
+def _attention_of_part_integers(q, k, v, segment_ids, scale, positions, shard):
+  shard = len(positions) - 1
   if segment_ids is not None:
     keys = packed_segment_ids(*segment_ids[1].shape)
-    segment_ids = keys[:, positions[part]], keys
-  return q, k, v, segment_ids, scale, positions, np.int32(part)
+    segment_ids = keys[:, positions[shard]], keys
+  return q, k, v, segment_ids, scale, positions, np.int32(shard)
 
 
 def _attention_flops(q, k, v, *_):

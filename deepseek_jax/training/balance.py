@@ -47,8 +47,8 @@ def expert_counts(indices: jax.Array, experts: int) -> jax.Array:
 def balance_loss(routing: Routing, counts: jax.Array, moe: MoEConfig, balance: BalanceConfig) -> jax.Array:
   """[batch]: the weighted sum of the losses of `balance`, each of a full sequence.
 
-  f and P are those of V3 eq. 17 to 20. f counts the experts that were chosen. V3 eq. 18 counts the highest scores without the bias instead; published
-  implementations count as here.
+  f and P are those of V3 eq. 17 to 20. f counts the chosen experts, as published implementations do. V3 eq. 18 counts
+  those with the highest scores without bias.
 
   counts: [batch, experts], of `expert_counts`.
   """

@@ -67,9 +67,9 @@ def learning_rate(config: ScheduleConfig, step: int, tokens: int | float, batch_
 def schedule_values(config: Config, step: int, tokens: int, batch_tokens: int) -> dict[str, float]:
   """{"learning_rate", "mtp_weight", "bias_update_rate"} of the update that `learning_rate` describes."""
   balance = config.balance
-  bias_is_fixed = balance.bias_update_tokens and tokens >= balance.bias_update_tokens
+  bias_is_frozen = balance.bias_update_tokens and tokens >= balance.bias_update_tokens
   return {
     "learning_rate": learning_rate(config.schedule, step, tokens, batch_tokens),
     "mtp_weight": config.mtp.weights[bisect.bisect_right(config.mtp.tokens, tokens)],
-    "bias_update_rate": 0.0 if bias_is_fixed else balance.bias_update_rate,
+    "bias_update_rate": 0.0 if bias_is_frozen else balance.bias_update_rate,
   }

@@ -23,12 +23,12 @@ def check_skipped(
   if overflow:
     factor = config.model.moe.buffer_factor
     reason = f"{overflow:,} assignments overflowed the expert buffers of {factor:g} times an even load"
-    advice = f"raise model.moe.buffer_factor above {factor:g} (0: room for any load) if it goes on"
+    advice = f"raise model.moe.buffer_factor above {factor:g} (0: worst-case size, never overflows)"
   else:
-    reason, advice = "gradients are not finite", "lower schedule.peak if it goes on"
-  print_line(f"step {step}: {reason}, update skipped ({in_a_row} in a row); {advice}")
+    reason, advice = "gradients are not finite", "lower schedule.peak"
+  print_line(f"step {step}: {reason}, update skipped ({in_a_row} in a row); if this persists, {advice}")
   if in_a_row >= config.train.max_skipped:
     raise Diverged(
       f"{in_a_row} updates in a row up to step {step} were skipped, the last one because {reason}; "
-      f"the newest checkpoint is of step {saved_step}. {advice}, or raise train.max_skipped"
+      f"the newest checkpoint is of step {saved_step}: {advice}, or raise train.max_skipped"
     )

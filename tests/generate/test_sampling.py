@@ -14,10 +14,12 @@ LOGITS = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.07, 0.03]]))
 PLAIN = SampleConfig(temperature=1.0, top_k=0, top_p=1.0)
 
 
-def draw(config, count=4000, seen=None):
+def draw(config, count=4000, token_in_text=None):
   """Share of each token among `count` draws."""
-  seen = jnp.zeros(LOGITS.shape, bool) if seen is None else seen
-  tokens = jax.vmap(lambda key: next_token(LOGITS, seen, key, config))(jax.random.split(jax.random.key(0), count))
+  token_in_text = jnp.zeros(LOGITS.shape, bool) if token_in_text is None else token_in_text
+  tokens = jax.vmap(lambda key: next_token(LOGITS, token_in_text, key, config))(
+    jax.random.split(jax.random.key(0), count)
+  )
   return np.bincount(np.asarray(tokens).ravel(), minlength=5) / count
 
 
@@ -45,9 +47,9 @@ def test_top_p_keeps_the_fewest_that_hold_p(p, kept):
 
 def test_repetition_penalty_makes_seen_tokens_rarer_whatever_their_sign():
   config = SampleConfig(temperature=0.0, repetition_penalty=2.0)
-  seen = jnp.array([[True, True, False]])
-  assert next_token(jnp.array([[3.0, 1.0, 2.0]]), seen, jax.random.key(0), config).tolist() == [2]
-  assert next_token(jnp.array([[-1.0, -3.0, -1.5]]), seen, jax.random.key(0), config).tolist() == [2]
+  token_in_text = jnp.array([[True, True, False]])
+  assert next_token(jnp.array([[3.0, 1.0, 2.0]]), token_in_text, jax.random.key(0), config).tolist() == [2]
+  assert next_token(jnp.array([[-1.0, -3.0, -1.5]]), token_in_text, jax.random.key(0), config).tolist() == [2]
 
 
 def test_forbidden_ids_never_come():

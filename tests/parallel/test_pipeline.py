@@ -299,7 +299,7 @@ def test_layers_are_shared_as_assigned():
 
 @pytest.mark.parametrize("assignment", [(3, 3), (2, 2, 2), (2, 2, 2, 1), (3, 3, 3, -2)])
 def test_assignments_that_do_not_fit_are_errors(assignment):
-  with pytest.raises(ConfigError, match=r"2 stages x 2 virtual_stages need 4 .* sum 6.*change"):
+  with pytest.raises(ConfigError, match=r"stage_layers must have 4 .*2 stages x 2 virtual stages.* sum to 6, got"):
     layer_assignment(6, 2, 2, assignment)
 
 

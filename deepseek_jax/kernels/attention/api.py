@@ -35,21 +35,21 @@ def attention_of_part(
   k: jax.Array,
   v: jax.Array,
   positions: np.ndarray,
-  part: int | jax.Array,
+  shard: int | jax.Array,
   *,
   scale: float,
   segment_ids: tuple[jax.Array, jax.Array] | None = None,
   implementation: str = "auto",
 ) -> jax.Array:
-  """`attention` of one context-parallel part: of queries at `positions[part]` of a sequence, to the keys of all of it.
+  """`attention` of one context-parallel shard: of queries at `positions[shard]` of a sequence, to the keys of all of it.
 
   Args:
     q: [batch, queries, heads, key width]. k and v as in `attention`, of the whole sequence.
-    positions: [parts, queries] int32 of NumPy, which hold each position of the sequence once.
-    part: which row of `positions`; it may be traced.
+    positions: [shards, queries] int32 of NumPy, which hold each position of the sequence once.
+    shard: which row of `positions`; it may be traced.
     segment_ids: (of the queries [batch, queries], of the keys [batch, seq]).
 
   Raises:
     ValueError: as `attention`.
   """
-  return call_kernel("attention", "attention_of_part", implementation, q, k, v, segment_ids, scale, positions, part)
+  return call_kernel("attention", "attention_of_part", implementation, q, k, v, segment_ids, scale, positions, shard)

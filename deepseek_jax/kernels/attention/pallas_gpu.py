@@ -46,10 +46,10 @@ def attention_of_part(
   segment_ids: tuple[jax.Array, jax.Array] | None,
   scale: float,
   positions: np.ndarray,
-  part: int | jax.Array,
+  shard: int | jax.Array,
 ) -> jax.Array:
   _check_operands(q, k, v)
-  q_positions = jnp.asarray(positions)[part]
+  q_positions = jnp.asarray(positions)[shard]
   starts = None if segment_ids is None else _segment_starts(segment_ids[1])[..., q_positions]
   ends = jnp.broadcast_to(q_positions + 1, (q.shape[0], 1, q.shape[1]))
   return _attention(scale, *match_vma(q, k, v, starts, ends))
@@ -93,10 +93,10 @@ def _segment_starts(segment_ids):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(scale, q, k, v, starts, ends):
   """Each query sees the keys from `starts` to before `ends`, int32 [batch, 1, queries]; None: from 0, and up to itself."""
-  return _forward(scale, q, k, v, starts, ends)[0]
+  return _attention_fwd(scale, q, k, v, starts, ends)[0]
 
 
-def _forward(scale, q, k, v, starts, ends):
+def _attention_fwd(scale, q, k, v, starts, ends):
   from tokamax._src.ops.attention import pallas_mosaic_gpu_kernel_sm90 as sm90
 
   @without_vma
@@ -112,7 +112,7 @@ def _forward(scale, q, k, v, starts, ends):
   return y, (q, k, v, starts, ends, softmax_residuals, y)
 
 
-def _backward(scale, residuals, dy):
+def _attention_bwd(scale, residuals, dy):
   from tokamax._src.ops.attention import pallas_mosaic_gpu_vjp_kernel_sm90 as sm90
 
   @without_vma
@@ -126,4 +126,4 @@ def _backward(scale, residuals, dy):
   return *kernel(*residuals, dy), None, None
 
 
-_attention.defvjp(_forward, _backward)
+_attention.defvjp(_attention_fwd, _attention_bwd)

@@ -31,9 +31,9 @@ def attention_of_part(
   segment_ids: tuple[jax.Array, jax.Array] | None,
   scale: float,
   positions: np.ndarray,
-  part: int | jax.Array,
+  shard: int | jax.Array,
 ) -> jax.Array:
-  (parts, queries), seq = positions.shape, k.shape[1]
+  (shards, queries), seq = positions.shape, k.shape[1]
   if q.dtype not in (jnp.bfloat16, jnp.float32):
     raise Unsupported(f"splash attention is for bfloat16 and float32, not {q.dtype}")
   if queries % LANES:
@@ -43,14 +43,14 @@ def attention_of_part(
   sizes = splash.BlockSizes(*[q_block, kv_block, kv_block] * 2, q_block, kv_block)
   mask = masks.CausalMask((seq, seq))
   mask.q_sequence = positions.reshape(-1)
-  kernel = splash.make_splash_mha(masks.MultiHeadMask([mask]), block_sizes=sizes, head_shards=1, q_seq_shards=parts)
-  if parts > 1:  # the part's blocks of the mask [1, q blocks, kv blocks], and its positions
+  kernel = splash.make_splash_mha(masks.MultiHeadMask([mask]), block_sizes=sizes, head_shards=1, q_seq_shards=shards)
+  if shards > 1:  # the shard's blocks of the mask [1, q blocks, kv blocks], and its positions
 
-    def slice_part(x):
+    def slice_shard(x):
       axis = 1 if x.ndim == 3 else 0
-      return jax.lax.dynamic_slice_in_dim(x, part * (x.shape[axis] // parts), x.shape[axis] // parts, axis)
+      return jax.lax.dynamic_slice_in_dim(x, shard * (x.shape[axis] // shards), x.shape[axis] // shards, axis)
 
-    kernel = jax.tree.map(slice_part, kernel)
+    kernel = jax.tree.map(slice_shard, kernel)
   q = (q.astype(jnp.float32) * scale).astype(q.dtype)  # the kernel has no scale
   q, k, v, segment_ids = match_vma(*(x.swapaxes(1, 2) for x in (q, k, v)), segment_ids)  # [batch, heads, seq, width]
   return jax.vmap(kernel)(q, k, v, segment_ids and splash.SegmentIds(*segment_ids)).swapaxes(1, 2)
@@ -69,7 +69,7 @@ def _splash_cost(call, operands, results):
   """
   q, k, v = operands[3:6]  # [heads, positions, width]
   q_block, kv_block = _block_sizes(q.shape[1], k.shape[1])
-  # A part of a sequence has this many on average.
+  # A shard of a sequence has this many on average.
   blocks = q.shape[0] * (q.shape[1] // q_block) * (k.shape[1] // kv_block + 1) // 2
   key_matmuls, value_matmuls = next(n for phase, n in MATMULS.items() if f"_{phase}_" in call["name"])
   head_bytes = [

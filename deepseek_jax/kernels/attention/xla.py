@@ -27,9 +27,9 @@ def attention_of_part(
   segment_ids: tuple[jax.Array, jax.Array] | None,
   scale: float,
   positions: np.ndarray,
-  part: int | jax.Array,
+  shard: int | jax.Array,
 ) -> jax.Array:
-  mask = jnp.asarray(positions)[part][:, None] >= jnp.arange(k.shape[1])
+  mask = jnp.asarray(positions)[shard][:, None] >= jnp.arange(k.shape[1])
   if segment_ids is not None:
     mask = mask & _segment_mask(*segment_ids)
   return jax.checkpoint(functools.partial(masked_attention, scale=scale), prevent_cse=False)(mask, q, k, v)

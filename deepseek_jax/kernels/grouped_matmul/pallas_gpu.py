@@ -33,24 +33,24 @@ def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, block: in
 @jax.custom_vjp
 def _ragged_matmul(x, w, group_sizes):
   """`grouped_matmul` for any group sizes."""
-  return _forward(x, w, group_sizes)
+  return _grouped_matmul_fwd(x, w, group_sizes)
 
 
-def _forward(x, w, group_sizes, transpose_rhs=False):
+def _grouped_matmul_fwd(x, w, group_sizes, transpose_rhs=False):
   blocks = {"block_m": BLOCK_M, "block_n": BLOCK_N, "block_k": BLOCK_K, "transpose_rhs": transpose_rhs, **TILING}
   kernel = without_vma(lambda x, w, sizes: ragged_dot(x, w, group_sizes=sizes, **blocks))
   y = kernel(pad_rows(x, BLOCK_M), w, group_sizes)[: x.shape[0]]
   return zero_ungrouped_rows(y, group_sizes)
 
 
-def _backward(residuals, dy):
+def _grouped_matmul_bwd(residuals, dy):
   x, w, group_sizes = residuals
   blocks = {"block_m": BLOCK_N, "block_n": BLOCK_N, "block_k": BLOCK_K, **TILING}
   kernel = without_vma(
     lambda x, dy, sizes: _transposed_ragged_dot.transposed_ragged_dot(x, dy, group_sizes=sizes, **blocks)
   )
-  dx = _forward(dy, w, group_sizes, transpose_rhs=True)
+  dx = _grouped_matmul_fwd(dy, w, group_sizes, transpose_rhs=True)
   return dx, kernel(pad_rows(x, BLOCK_M), pad_rows(dy, BLOCK_M), group_sizes), None
 
 
-_ragged_matmul.defvjp(lambda *arrays: (_forward(*arrays), arrays), _backward)
+_ragged_matmul.defvjp(lambda *arrays: (_grouped_matmul_fwd(*arrays), arrays), _grouped_matmul_bwd)

@@ -17,25 +17,25 @@ def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, block: in
 @jax.custom_vjp
 def _ragged_matmul(x, w, group_sizes):
   """`grouped_matmul` for any group sizes."""
-  return _forward(x, w, group_sizes)
+  return _grouped_matmul_fwd(x, w, group_sizes)
 
 
-def _forward(x, w, group_sizes, transpose_rhs=False):
+def _grouped_matmul_fwd(x, w, group_sizes, transpose_rhs=False):
   tile_m, tile_k, tile_n = _tiling(x, w)
   tiling = (tile_m, tile_n, tile_k) if transpose_rhs else (tile_m, tile_k, tile_n)
   y = _megablox(x).gmm(pad_rows(x, tile_m), w, group_sizes, x.dtype, tiling, transpose_rhs=transpose_rhs)
   return zero_ungrouped_rows(y[: x.shape[0]], group_sizes)
 
 
-def _backward(residuals, dy):
+def _grouped_matmul_bwd(residuals, dy):
   x, w, group_sizes = residuals
   tiling = _tiling(x, w)
   tile_m = tiling[0]
   dw = _megablox(x).tgmm(pad_rows(x, tile_m).T, pad_rows(dy, tile_m), group_sizes, w.dtype, tiling)
-  return _forward(dy, w, group_sizes, transpose_rhs=True), dw, None
+  return _grouped_matmul_fwd(dy, w, group_sizes, transpose_rhs=True), dw, None
 
 
-_ragged_matmul.defvjp(lambda *arrays: (_forward(*arrays), arrays), _backward)
+_ragged_matmul.defvjp(lambda *arrays: (_grouped_matmul_fwd(*arrays), arrays), _grouped_matmul_bwd)
 
 
 def _megablox(x):

@@ -62,11 +62,11 @@ def _multiply_blocks(x, w, group_sizes, block, equation):
   return jax.lax.fori_loop(0, group_sizes.sum() // block, body, zeros)
 
 
-def _forward(x, w, group_sizes, block):
+def _grouped_matmul_fwd(x, w, group_sizes, block):
   return _blocked_matmul(x, w, group_sizes, block), (x, w, group_sizes)
 
 
-def _backward(block, residuals, dy):
+def _grouped_matmul_bwd(block, residuals, dy):
   x, w, group_sizes = residuals
   group_ids = _block_group_ids(group_sizes, x.shape[0] // block, block)
 
@@ -79,7 +79,7 @@ def _backward(block, residuals, dy):
   return dx, dw.astype(w.dtype), None
 
 
-_blocked_matmul.defvjp(_forward, _backward)
+_blocked_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
 
 
 def _block_group_ids(group_sizes, blocks, block):
