@@ -5,7 +5,7 @@ The widths are those of Llama 3.2 1B, the training is that of DeepSeek LLM (arXi
 
 - M = 7.45e9 is the non-embedding FLOPs per token (section 3.2): 6 for each of the 0.973B parameters of the layers, and
   12 x layers x embed x seq for attention.
-- A run of another length needs another learning rate and batch: compute both anew.
+- A run of another length needs another learning rate and batch: compute both again.
 """
 
 from ml_collections import ConfigDict

@@ -57,7 +57,7 @@ def check_slices(sizes: tuple[int, ...], slices: int) -> None:
   """Raises ConfigError unless a mesh of `sizes` of AXES fits on that many slices."""
   if sizes[0] % slices:
     raise ConfigError(
-      f"mesh.data={sizes[0]} on {slices} slices: the network between slices carries `data` alone, so make it a multiple "
+      f"mesh.data={sizes[0]} on {slices} slices: the network between slices carries only `data`, so make it a multiple "
       f"of {slices}, or -1"
     )
 

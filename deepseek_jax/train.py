@@ -50,7 +50,7 @@ def program_flags() -> flags.FlagValues:
     "selftest",
     "on",
     ["on", "off"],
-    "test the kernels of an accelerator before a new run, and have XLA's forms replace those that fail or are slower (auto)",
+    "test the kernels of an accelerator before a new run, and have XLA's implementations replace those that fail or are slower (auto)",
     flag_values=values,
   )
   define_process_flags(values)

@@ -67,7 +67,7 @@ UNMIRRORED = {
   "test_docs.py": "what README.md and docs/ name",
   "end_to_end": "whole runs in processes, through the command line",
   "parity": "the public API against transformers",
-  "tpu": "whole programs compiled for TPUs, which are not here",
+  "tpu": "whole programs compiled for TPUs without the hardware",
   "kernels/test_attention_gpu.py": "kernels/attention/pallas_gpu.py",
   "kernels/test_compiled_gpu.py": "machine code of all kernels for Hopper",
   "kernels/test_compiled_tpu.py": "machine code of all kernels for TPUs",

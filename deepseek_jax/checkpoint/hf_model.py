@@ -143,7 +143,7 @@ def check_supported(kind: str, values: Mapping[str, Any], source: str | os.PathL
       f"num_key_value_heads={values['num_key_value_heads']} (latent attention has as many as heads, {heads})"
     )
   if kind == "deepseek" and values["head_dim"] and values["head_dim"] * heads != values["hidden_size"]:
-    wrong.append(f"head_dim={values['head_dim']} (the code of {kind} takes hidden_size / num_attention_heads alone)")
+    wrong.append(f"head_dim={values['head_dim']} (the code of {kind} takes only hidden_size / num_attention_heads)")
   if wrong:
     raise CheckpointError(f"{source} has values that are not supported: {'; '.join(wrong)}")
 

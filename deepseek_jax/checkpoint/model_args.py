@@ -24,7 +24,7 @@ INFERENCE_KEYS: dict[str, Any] = {"max_batch_size": 8, "dtype": "bf16", "gemm_im
 CHOICES = {
   "score_func": ("softmax", "sigmoid"), "dtype": ("bf16", "fp8"), "gemm_impl": ("bf16", "fp8"), "scale_fmt": (None, "ue8m0"),
 }  # fmt: skip
-ROUTER_BIAS_DIM = 7168  # V3's width: for it alone, their Gate has a bias, and scores groups by their best two experts
+ROUTER_BIAS_DIM = 7168  # V3's width: only for it, their Gate has a bias, and scores groups by their best two experts
 
 TOKENIZERS = {102_400: "deepseek-llm", 129_280: "deepseek-v3"}  # by the rows of the embedding
 
@@ -57,7 +57,7 @@ def read_model_args(path: str | os.PathLike) -> tuple[Config, list[str]]:
   notes = [f"{key}={raw[key]!r} describes inference: dropped" for key in INFERENCE_KEYS if key in raw]
   notes.append(f"data.seq={data.seq} is max_seq_len; YaRN is {'on' if _yarn_is_on(args) else 'off'}")
   if args["score_func"] == "sigmoid" and args["dim"] != ROUTER_BIAS_DIM:
-    notes.append(f"no router bias: DeepSeek's code has one for dim={ROUTER_BIAS_DIM} alone")
+    notes.append(f"no router bias: DeepSeek's code has one only for dim={ROUTER_BIAS_DIM}")
   return Config(name=path.stem, model=_model_config(args), data=data), notes
 
 

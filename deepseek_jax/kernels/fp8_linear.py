@@ -1,7 +1,7 @@
 """Linear layers whose three GEMMs are in FP8: y = x w, dx = dy w^T, dw = x^T dy (V3 report, figure 6).
 
 x and dy are quantized twice, rowwise and columnwise: in tiles along each dimension that is contracted. w is quantized once, in
-square tiles that serve both. All are e4m3fn. The forward pass saves the columnwise copy of x alone, which dw reads. Of an x
+square tiles that serve both. All are e4m3fn. The forward pass saves only the columnwise copy of x, which dw reads. Of an x
 that is a SwiGLU it saves the inputs in FP8, and dw recomputes it from them (section 3.3.3).
 """
 
@@ -130,7 +130,7 @@ def _wgrad(a, b, group_sizes, step, dtype, recipe):
 
 
 def _matmul_options(a: QTensor, dtype, recipe: Recipe) -> dict[str, Any]:
-  # Pallas kernels multiply FP8 alone.
+  # Pallas kernels multiply only FP8.
   return {"out_dtype": dtype, "implementation": recipe.implementation if a.values.dtype == FP8 else "xla"}
 
 

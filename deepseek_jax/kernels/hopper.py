@@ -334,7 +334,7 @@ class RowRangeStore:
     first_row: jax.Array,
     sums: list[list[jax.Array]],
   ) -> None:
-    """As `FullTileStore.write`, of the rows in [start, end) alone."""
+    """As `FullTileStore.write`, only of the rows in [start, end)."""
     assert tile.start is not None and tile.end is not None  # as tiles of groups have them
     full, partial = (x.at[warpgroup] for x in staging)
     for wave, pieces in enumerate(sums):

@@ -45,7 +45,7 @@ class TileConfig:
     return MMA_WARPGROUPS * WGMMA_ROWS * self.waves
 
   def stages(self, staging_bytes: int) -> int:
-    """Stages of the operands' ring buffer: as many as shared memory holds beside `staging_bytes`, at most 8."""
+    """Stages of the operands' ring buffer: as many as shared memory holds in addition to `staging_bytes`, at most 8."""
     stage_bytes = (self.m + self.n) * (BLOCK + jnp.dtype(jnp.float32).itemsize)
     return min((SHARED_BYTES - staging_bytes) // stage_bytes, 8)
 

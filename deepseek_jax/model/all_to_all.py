@@ -37,11 +37,12 @@ def make_all_to_all_plan(counts: jax.Array, recv_rows: int) -> tuple[AllToAllPla
   Returns the plan, and the number of rows [] that overflow this device's buffer of `recv_rows`.
   """
   (axis,), device = mesh_axes("experts"), axis_index("experts")
-  wanted = jax.lax.all_gather(counts, axis)  # [source, destination]
-  sent = jnp.clip(recv_rows - (jnp.cumsum(wanted, 0) - wanted), 0, wanted)
-  send_offsets, recv_offsets = jnp.cumsum(wanted, 1) - wanted, jnp.cumsum(sent, 0) - sent
-  plan = AllToAllPlan(sent, send_offsets, recv_offsets, device, recv_rows, axis)
-  return plan, (wanted - sent)[:, device].sum()
+  requested_sizes = jax.lax.all_gather(counts, axis)  # [source, destination]
+  send_offsets = jnp.cumsum(requested_sizes, 1) - requested_sizes
+  send_sizes = jnp.clip(recv_rows - (jnp.cumsum(requested_sizes, 0) - requested_sizes), 0, requested_sizes)
+  recv_offsets = jnp.cumsum(send_sizes, 0) - send_sizes
+  plan = AllToAllPlan(send_sizes, send_offsets, recv_offsets, device, recv_rows, axis)
+  return plan, (requested_sizes - send_sizes)[:, device].sum()
 
 
 def padded_all_to_all(rows: jax.Array, plan: AllToAllPlan, max_rows: int, return_rows: int | None = None) -> jax.Array:

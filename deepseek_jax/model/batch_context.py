@@ -1,4 +1,4 @@
-"""What a block needs to know of its tokens beside their hidden states."""
+"""What a block needs to know of its tokens in addition to their hidden states."""
 
 import dataclasses
 

@@ -46,7 +46,10 @@ class Block(nnx.Module):
     return x + self.residual_dropout(reduce_scatter_sequence(y), batch_context, keys[2]), routing, cache
 
   def feed_forward(self, x: jax.Array, batch_context: BatchContext | None = None) -> tuple[jax.Array, Routing | None]:
-    """(partial sums [batch, seq, embed], Routing or None in a dense block); x is [batch, stream, embed]."""
+    """(y [batch, seq, embed], Routing or None in a dense block); x is [batch, stream, embed].
+
+    y has partial sums over the devices that share `mlp`; the caller reduce-scatters.
+    """
     x = all_gather_sequence(x)
     return self.moe(x, batch_context) if self.is_moe else (self.mlp(x), None)
 

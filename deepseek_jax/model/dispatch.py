@@ -4,7 +4,7 @@ Each form of dispatch is a function with one signature, and all give the same re
 
   Args:
     x: [rows, embed].
-    indices: int [rows, experts per token], experts of this device; the number of experts is no assignment.
+    indices: int [rows, experts per token], experts of this device, or no assignment, see Routing.
     weights: [rows, experts per token].
     gate, up: [experts, embed, mlp]. down: [experts, mlp, embed].
     expected_assignments: number of assignments under an even load.
@@ -78,7 +78,7 @@ def assign_slots(indices: jax.Array, num_experts: int, block: int) -> tuple[jax.
   """The sorted row of each assignment, where each expert's rows are padded to a multiple of `block`.
 
   Args:
-    indices: int [n], the expert of each assignment; `num_experts` does not count.
+    indices: int [n], the expert of each assignment; `num_experts` for none.
 
   Returns:
     slots [n] int32, out of range for assignments that do not count; padded group sizes [experts] int32; number of
@@ -95,7 +95,7 @@ def assign_slots(indices: jax.Array, num_experts: int, block: int) -> tuple[jax.
   return slots, group_sizes.astype(jnp.int32), counts.sum(dtype=jnp.int32)
 
 
-def within_capacity(config: MoEConfig, indices: jax.Array, weights: jax.Array, no_drop: jax.Array) -> jax.Array:
+def token_dropping_mask(config: MoEConfig, indices: jax.Array, weights: jax.Array, no_drop: jax.Array) -> jax.Array:
   """Which assignments V2's token dropping keeps (section 2.2.4): of each group of experts, those of highest affinity.
 
   A group of experts, a device in V2, has a budget: `capacity_factor` times an even load of the batch's assignments. The
@@ -118,4 +118,4 @@ def within_capacity(config: MoEConfig, indices: jax.Array, weights: jax.Array, n
   return ((rank < budget) | jnp.isinf(affinity)).reshape(indices.shape)
 
 
-DISPATCH = {"dense": dense, "ragged": ragged, "capacity": ragged}  # capacity: after `within_capacity`
+DISPATCH = {"dense": dense, "ragged": ragged, "capacity": ragged}  # capacity: after `token_dropping_mask`

@@ -3,11 +3,18 @@
 - A token goes to a device once, however many of that device's experts it chose, with its choices and weights.
 - What comes back is the weighted sum of those experts' outputs.
 - Buffers have one size for every step. Assignments that overflow the expert buffer are counted.
+
+Example: 2 devices with 2 experts each, top-2, and 3 tokens on this device, which choose experts (0, 1), (1, 2), (3, 2).
+
+- destinations are [0, 2], [0, 1], [2, 1]; 2 is none.
+- send_rows = 6 rows are sorted by destination: tokens 0 and 1 for device 0, 1 and 2 for device 1, two unused rows.
+- source, the token of each row, is [0, 1, 1, 2, 3, 3]; 3 is none.
+- slots, the rows of each token, are [0, 6], [1, 2], [6, 3]; 6 is none.
+- recv_rows = 6: in the worst case all 3 tokens of both devices go to one device.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +38,7 @@ def expert_parallel(
   indices: jax.Array,
   weights: jax.Array,
   num_experts: int,
-  compute: Callable[..., tuple[jax.Array, jax.Array]],
+  local_experts_fn: Callable[..., tuple[jax.Array, jax.Array]],
   buffer_factor: float = 0.0,
   recipe: Recipe | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -39,9 +46,9 @@ def expert_parallel(
 
   Args:
     x: [tokens, embed], this device's tokens.
-    indices: int [tokens, experts per token], global expert numbers. `num_experts` is an assignment that does not count.
+    indices: int [tokens, experts per token], global expert numbers; `num_experts` for none, see Routing.
     weights: [tokens, experts per token].
-    compute: this device's experts, numbered from 0: (x [rows, embed], indices [rows, n], weights [rows, n],
+    local_experts_fn: the experts of this device, numbered from 0: (x [rows, embed], indices [rows, n], weights [rows, n],
       expected_assignments, capacity) -> (y [rows, embed], overflow). An even load is `expected_assignments`. `overflow`
       counts the assignments over `capacity`, which are left out.
     buffer_factor: size of the expert buffer, in rows and in assignments, as a multiple of an even load. 0: the worst
@@ -58,7 +65,7 @@ def expert_parallel(
   if buffer_factor:
     capacity = min(capacity, int(buffer_factor * expected_assignments))
   if devices == 1:
-    return compute(x, indices, weights, expected_assignments, capacity)
+    return local_experts_fn(x, indices, weights, expected_assignments, capacity)
 
   # Where tokens go.
   destinations = destination_devices(indices // experts_per_device, devices)  # [tokens, n]
@@ -77,9 +84,9 @@ def expert_parallel(
   destination = destinations.reshape(send_rows).at[pair].get(mode="fill", fill_value=devices)
 
   # The assignments of each row: experts as its destination numbers them, and their weights.
-  chosen = indices.at[source].get(mode="fill", fill_value=num_experts)  # [send_rows, experts per token]
-  is_local = chosen // experts_per_device == destination[:, None]
-  local_experts = jnp.where(is_local, chosen - destination[:, None] * experts_per_device, experts_per_device)
+  row_experts = indices.at[source].get(mode="fill", fill_value=num_experts)  # [send_rows, experts per token]
+  is_local = row_experts // experts_per_device == destination[:, None]
+  local_experts = jnp.where(is_local, row_experts - destination[:, None] * experts_per_device, experts_per_device)
   local_experts, weights = compact_local_assignments(
     local_experts, gather_rows(weights, source, slots), experts_per_device
   )
@@ -93,12 +100,13 @@ def expert_parallel(
   weights, local_experts = jnp.split(assignments, 2, -1)
   is_filled = jnp.arange(recv_rows) < plan.send_sizes[:, plan.device].sum()
   local_experts = jnp.where(is_filled[:, None], local_experts.astype(jnp.int32), experts_per_device)
-  y, overflow = compute(x, local_experts, weights, expected_assignments, capacity)
+  y, overflow = local_experts_fn(x, local_experts, weights, expected_assignments, capacity)
   return combine((all_to_all, dgrad_recipe), y, plan, source, slots), overflow + overflow_rows
 
 
 # (`ragged_all_to_all` or `padded_all_to_all` with its max_rows, recipe of FP8 or None). Static.
 Transport = tuple[Callable[..., jax.Array], Recipe | None]
+Residuals = tuple[AllToAllPlan, jax.Array, jax.Array]  # (plan, source, slots)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -140,21 +148,31 @@ def combine(transport: Transport, y: jax.Array, plan: AllToAllPlan, source: jax.
   return gather_sum_rows(rows, source, slots).astype(y.dtype)
 
 
-def _dispatch_fwd(transport: Transport, token_values, plan: AllToAllPlan, source: jax.Array, slots: jax.Array) -> Any:
+def _dispatch_fwd(
+  transport: Transport,
+  token_values: tuple[jax.Array, jax.Array],
+  plan: AllToAllPlan,
+  source: jax.Array,
+  slots: jax.Array,
+) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
   return dispatch(transport, token_values, plan, source, slots), (plan, source, slots)
 
 
-def _dispatch_bwd(transport: Transport, residuals, gradients) -> Any:
+def _dispatch_bwd(
+  transport: Transport, residuals: Residuals, gradients: tuple[jax.Array, jax.Array]
+) -> tuple[tuple[jax.Array, jax.Array], None, None, None]:
   (all_to_all, _), (plan, source, slots), (dx, d_assignments) = transport, residuals, gradients
   dx = combine(transport, dx, plan, source, slots)
   return (dx, all_to_all(d_assignments, plan, return_rows=source.size)), None, None, None
 
 
-def _combine_fwd(transport: Transport, y, plan: AllToAllPlan, source: jax.Array, slots: jax.Array) -> Any:
+def _combine_fwd(
+  transport: Transport, y: jax.Array, plan: AllToAllPlan, source: jax.Array, slots: jax.Array
+) -> tuple[jax.Array, Residuals]:
   return combine(transport, y, plan, source, slots), (plan, source, slots)
 
 
-def _combine_bwd(transport: Transport, residuals, dy) -> Any:
+def _combine_bwd(transport: Transport, residuals: Residuals, dy: jax.Array) -> tuple[jax.Array, None, None, None]:
   plan, source, slots = residuals
   no_assignments = jnp.zeros((source.size, 0), jnp.float32)
   return dispatch(transport, (dy, no_assignments), plan, source, slots)[0], None, None, None
@@ -164,18 +182,22 @@ dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 combine.defvjp(_combine_fwd, _combine_bwd)
 
 
-def destination_devices(holders: jax.Array, devices: int) -> jax.Array:
-  """The devices that each token goes to, each once: int [tokens, n], `devices` for none, for the smallest such n.
+def destination_devices(expert_devices: jax.Array, devices: int) -> jax.Array:
+  """The devices that each token goes to, each once.
 
-  holders: int [tokens, experts per token], the device that holds each chosen expert, `devices` for none.
+  Args:
+    expert_devices: int [tokens, experts per token], the device of each chosen expert; `devices` for no assignment.
+
+  Returns:
+    int [tokens, n] with n = min(devices, experts per token); unused entries are `devices`.
   """
-  per_token = holders.shape[1]
+  per_token = expert_devices.shape[1]
   if devices <= per_token:
     device = jnp.arange(devices)
-    return jnp.where((holders[..., None] == device).any(1), device, devices)
+    return jnp.where((expert_devices[..., None] == device).any(1), device, devices)
   earlier = jnp.tril(jnp.ones((per_token, per_token), bool), -1)
-  is_repeated = ((holders[:, :, None] == holders[:, None]) & earlier).any(-1)
-  return jnp.where(is_repeated, devices, holders)
+  is_repeated = ((expert_devices[:, :, None] == expert_devices[:, None]) & earlier).any(-1)
+  return jnp.where(is_repeated, devices, expert_devices)
 
 
 def compact_local_assignments(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.model.batch_context import BatchContext
-from deepseek_jax.model.dispatch import DISPATCH, within_capacity
+from deepseek_jax.model.dispatch import DISPATCH, token_dropping_mask
 from deepseek_jax.model.expert_parallel import expert_parallel
 from deepseek_jax.model.linear import Linear
 from deepseek_jax.model.mlp import SwiGLU
@@ -69,11 +69,14 @@ class MoE(nnx.Module):
     config, expert_weights, recipe = self.config, self.experts.weights(x.dtype), self.experts.gate.recipe
     if config.dispatch == "capacity" and no_drop is not None:
       no_drop = jnp.repeat(no_drop, x.shape[0] // no_drop.size)  # [tokens]
-      indices = jnp.where(within_capacity(config, indices, weights, no_drop), indices, config.num_routed_experts)
+      indices = jnp.where(token_dropping_mask(config, indices, weights, no_drop), indices, config.num_routed_experts)
 
-    def compute(x, indices, weights, expected_assignments, capacity):
+    def local_experts_fn(x, indices, weights, expected_assignments, capacity):
+      """The experts of this device, as `expert_parallel` calls them."""
       return DISPATCH[config.dispatch](
         x, indices, weights, *expert_weights, expected_assignments, capacity, recipe, config.implementation
       )
 
-    return expert_parallel(x, indices, weights, config.num_routed_experts, compute, config.buffer_factor, recipe)
+    return expert_parallel(
+      x, indices, weights, config.num_routed_experts, local_experts_fn, config.buffer_factor, recipe
+    )

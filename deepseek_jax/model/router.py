@@ -18,9 +18,13 @@ class Buffer(nnx.Variable):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
-  """What the router chose, and how many assignments overflowed."""
+  """What the router chose, and how many assignments overflowed.
 
-  indices: jax.Array  # int32 [batch, seq, experts per token]; the number of experts where `token_mask` is False
+  An index equal to the number of experts is no assignment: here, in expert parallelism and in dispatch, there with the
+  number of experts of the device.
+  """
+
+  indices: jax.Array  # int32 [batch, seq, experts per token]; no assignments where `token_mask` is False
   weights: jax.Array  # [batch, seq, experts per token]
   logits: jax.Array  # [batch, seq, experts]
   scores: jax.Array  # [batch, seq, experts]

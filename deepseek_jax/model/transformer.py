@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +33,7 @@ STACKS = ("dense_layers", "moe_layers")  # in the order in which they run
 AuxFn = Callable[[Routing | None, PyTree], PyTree]
 
 
-def init_stack(make_layer: Callable[[nnx.Rngs], nnx.Module], layers: int, key: jax.Array) -> Any:
+def init_stack(make_layer: Callable[[nnx.Rngs], nnx.Module], layers: int, key: jax.Array) -> nnx.Module:
   """`layers` modules, each from its own key, as one module whose parameters have a leading `layers` dimension."""
   return jax.vmap(lambda key: make_layer(nnx.Rngs(key)))(jax.random.split(key, layers))
 
@@ -138,7 +137,7 @@ class Transformer(nnx.Module):
       key = None if dropout_key is None else jax.random.fold_in(dropout_key, self.config.layers + depth)
       # A position belongs to the document of its hidden state. A document's last position takes the next document's first
       # token, so that the next document must not attend to it. RoPE is relative: positions may start anywhere.
-      batch_context = dataclasses.replace(batch_context, token_mask=ids >= 0)
+      depth_context = dataclasses.replace(batch_context, token_mask=ids >= 0)
 
       def layer(hidden, mtp_layer, embeddings, batch_context, key):
         hidden, routing, cache = mtp_layer(hidden, embeddings, batch_context, key)
@@ -146,8 +145,8 @@ class Transformer(nnx.Module):
 
       with matmul_precision(self.config):
         embeddings = self.embed_tokens(jnp.maximum(ids, 0))
-        layer = remat_layer(layer, self.config.remat)
-        hidden, aux = layer(hidden, mtp_layer, embeddings, batch_context, key)
+        rematted_layer = remat_layer(layer, self.config.remat)
+        hidden, aux = rematted_layer(hidden, mtp_layer, embeddings, depth_context, key)
       depths.append((hidden, aux))
     return depths
 
@@ -248,7 +247,7 @@ def param_axes(config: ModelConfig) -> Params:
 
 
 def _abstract_model(config: ModelConfig) -> Transformer:
-  """The model without arrays. The key is made inside: on the mesh of a topology that is not here, nothing may run."""
+  """The model without arrays. The key is made inside: on the mesh of a topology you do not have, nothing may run."""
   return jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
 
 

@@ -108,7 +108,7 @@ def run(
 class Run:
   """The mutable side of a run: state, counters, clocks and open files.
 
-  Args, beside those of `run`:
+  Args, in addition to those of `run`:
     run_folder: the local folder of small files.
     checkpointer: as `open_checkpointer` gives it.
     weights: as `open_weights` gives them, to start from; or None.
@@ -279,7 +279,7 @@ class Run:
       while self.step < train.steps and request.stop_signal is None:
         with self.timer.measure("data"):
           batch, samples = next(data_iterator)
-        step_metrics = self.dispatch_step(batch)
+        step_metrics = self.start_step(batch)
         if self.block_each_step:
           jax.block_until_ready(self.state)
         if self.process_max:
@@ -302,8 +302,8 @@ class Run:
       if pending:
         self.log_step(request, *pending)
 
-  def dispatch_step(self, batch: Batch) -> dict[str, Any]:
-    """Dispatches one step and returns its metrics, on the device, and its logged schedules."""
+  def start_step(self, batch: Batch) -> dict[str, Any]:
+    """Starts one step and returns its metrics, on the device, and its logged schedules."""
     schedules = schedule_values(self.config, self.step, self.samples * self.config.data.seq, batch.target_tokens)
     arrays = {name: np.asarray(value, self.config.model.param_dtype) for name, value in schedules.items()}
     start = time.monotonic()
@@ -320,7 +320,7 @@ class Run:
 
     Sets `request.stop_signal` where a process of the run received a signal. Raises Diverged as `check_skipped`.
 
-    step, samples: completed updates and consumed sequences after the step. step_metrics: of `dispatch_step`.
+    step, samples: completed updates and consumed sequences after the step. step_metrics: of `start_step`.
     """
     values = jax.device_get(step_metrics)
     if stop_signal := int(values.pop("stop_signal", 0)):

@@ -63,7 +63,7 @@ def _load_config(path: str) -> dict[str, Any]:
   except OSError as error:
     raise DataError(f"{path}: expected the config of a run, got {error.strerror}; name the folder of a run") from None
   except ValueError as error:
-    raise DataError(f"{path}: expected JSON, got {error}; run the training command again to write it anew") from None
+    raise DataError(f"{path}: expected JSON, got {error}; run the training command again to write it") from None
   if not isinstance(tree, dict):
     raise DataError(f"{path}: expected a JSON object, got {type(tree).__name__}; run the training command again")
   return tree
@@ -235,7 +235,7 @@ def _environment(events: Sequence[Event]) -> str:
 
 
 def _details(event: Event) -> dict[str, Any]:
-  """What an event has beside its name, step and time; dicts as text."""
+  """What an event has in addition to its name, step and time; dicts as text."""
   details = {k: v for k, v in event.items() if k not in ("event", "step", "time")}
   for name, value in details.items():
     if isinstance(value, dict):

@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.typing import DTypeLike
 
 from deepseek_jax.config import Config
 from deepseek_jax.model.transformer import graphdef, param_axes
@@ -62,19 +62,20 @@ def make_eval_step(
   return eval_step
 
 
-def cast(params: Params, axes: PyTree, dtype: Any) -> Params:
+def cast(params: Params, logical_axes: PyTree, dtype: DTypeLike) -> Params:
   """`params` with their matrices in the model's compute `dtype`, except the router's, which keep their dtype."""
 
   def leaf(path, param, axes):
     is_router = any(entry.key == "router" for entry in path)
     return param.astype(dtype) if any(axes) and not is_router else param
 
-  return jax.tree.map_with_path(leaf, params, axes)
+  return jax.tree.map_with_path(leaf, params, logical_axes)
 
 
-def cast_and_gather(params: Params, axes: PyTree, dtype: Any) -> Params:
-  """`params`, with logical axes `axes`, as the model uses them: in `dtype`, and gathered over FSDP_AXES."""
-  return jax.tree.map(lambda param, axes: all_gather_params(param, *axes), cast(params, axes, dtype), axes)
+def cast_and_gather(params: Params, logical_axes: PyTree, dtype: DTypeLike) -> Params:
+  """`params` as the model uses them: in `dtype`, and gathered over FSDP_AXES."""
+  params = cast(params, logical_axes, dtype)
+  return jax.tree.map(lambda param, axes: all_gather_params(param, *axes), params, logical_axes)
 
 
 def make_gradients(
@@ -84,7 +85,7 @@ def make_gradients(
 
   Gradients have the layout of state.params. Arguments and metrics are as in `make_train_step`; counts are sums.
   """
-  objective, axes = Objective(config, bos), param_axes(config.model)
+  objective, logical_axes = Objective(config, bos), param_axes(config.model)
   model, gather_once = config.model, config.parallel.zero < 3
   needs_key = model.dropout > 0 or model.attention.dropout > 0 or model.moe.dispatch == "capacity"
 
@@ -97,10 +98,10 @@ def make_gradients(
       return jax.lax.dynamic_index_in_dim(batch, i, keepdims=False), key
 
     context = StepContext(
-      config, graphdef, objective, axes, gather_once, params, buffers, get_microbatch, mtp_weight, microbatches
+      config, graphdef, objective, logical_axes, gather_once, params, buffers, get_microbatch, mtp_weight, microbatches
     )
     grads, metrics = (pipeline_grads if axis_size("stages") > 1 else accumulate_grads)(context)
-    grads = jax.tree.map(lambda g, axes: psum_replicated(g, *axes), grads, axes)
+    grads = jax.tree.map(lambda g, axes: psum_replicated(g, *axes), grads, logical_axes)
     total_loss = psum(metrics.pop("total_loss"), "batch", "stream", "stages")
     if "overflow" in metrics:
       metrics["overflow"] = psum(metrics["overflow"], "seq")
@@ -139,7 +140,7 @@ class StepContext:
   config: Config
   graphdef: nnx.GraphDef
   objective: Objective
-  axes: PyTree  # logical axes of each parameter
+  logical_axes: PyTree  # of each parameter
   gather_once: bool  # ZeRO 1 and 2: parameters are gathered once a step; ZeRO 3: where they are used
   params: Params
   buffers: Params
@@ -150,13 +151,17 @@ class StepContext:
 
 
 def accumulate_grads(context: StepContext) -> tuple[Params, PyTree]:
-  """(gradients in the shards of the parameters, metrics): sums over microbatches, one after the other."""
-  zero, axes, gather_once = context.config.parallel.zero, context.axes, context.gather_once
+  """(gradients in the shards of the parameters, metrics): sums over microbatches, one after the other.
+
+  Each device differentiates its local objective. What is optimized is total_loss = psum(local_objective), in
+  `make_gradients`.
+  """
+  zero, logical_axes, gather_once = context.config.parallel.zero, context.logical_axes, context.gather_once
   weights = context.params
   if gather_once:
-    weights = cast_and_gather(weights, axes, context.config.model.compute_dtype)
+    weights = cast_and_gather(weights, logical_axes, context.config.model.compute_dtype)
 
-  def loss(weights, tokens, key):
+  def objective_fn(weights, tokens, key):
     with axis_rules(UNSHARDED_PARAMS if gather_once else {}):
       model = nnx.merge(context.graphdef, weights, context.buffers)
       loss_sums, local_objective, metrics = context.objective(model, tokens, key, context.mtp_weight)
@@ -164,19 +169,21 @@ def accumulate_grads(context: StepContext) -> tuple[Params, PyTree]:
 
   @functools.partial(jax.jit, inline=True)  # traced once, for the shapes and for the loop
   def microbatch_grads(i):
-    (total_loss, metrics), grads = jax.value_and_grad(loss, has_aux=True)(weights, *context.get_microbatch(i))
-    return pvary((reduce_scatter(grads) if zero == 2 else grads, {"total_loss": total_loss, **metrics}))
+    value_and_grad = jax.value_and_grad(objective_fn, has_aux=True)
+    (local_objective, metrics), grads = value_and_grad(weights, *context.get_microbatch(i))
+    metrics = {"total_loss": local_objective, **metrics}
+    return pvary((reduce_scatter(grads) if zero == 2 else grads, metrics))
 
   def reduce_scatter(grads):
-    return jax.tree.map(lambda g, axes: reduce_scatter_grads(g, *axes), grads, axes)
+    return jax.tree.map(lambda g, axes: reduce_scatter_grads(g, *axes), grads, logical_axes)
 
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(microbatch_grads, 0))
   # Gradients are summed in the dtype of the parameters, whatever the dtype of `weights`.
   zeros = jax.tree.map(lambda z, p: z.astype(p.dtype), zeros[0], context.params), zeros[1]
 
   def add_microbatch(i, sums):
-    # The barrier: XLA for TPUs moves the reduce-scatter behind the loop. That takes memory for unsharded gradients, and
-    # it stops with an internal error over ours (libtpu 0.0.50).
+    # The barrier: XLA for TPUs moves the reduce-scatter behind the loop, which takes memory for unsharded gradients.
+    # XLA's reduce-scatter code motion fails with an internal error on this loop (libtpu 0.0.50).
     return jax.tree.map(jnp.add, sums, jax.lax.optimization_barrier(microbatch_grads(i)))
 
   grads, metrics = jax.lax.fori_loop(0, context.microbatches, add_microbatch, pvary(zeros))
@@ -186,14 +193,15 @@ def accumulate_grads(context: StepContext) -> tuple[Params, PyTree]:
 def pipeline_grads(context: StepContext) -> tuple[Params, PyTree]:
   """As `accumulate_grads`, with microbatches that pass through pipeline stages."""
   stack, table = pipeline_stack(context.config)
-  dtype, axes, gather_once = context.config.model.compute_dtype, context.axes, context.gather_once
+  dtype, logical_axes = context.config.model.compute_dtype, context.logical_axes
+  gather_once = context.gather_once
   outer_params = {name: params for name, params in context.params.items() if name != stack}
-  outer_axes = {name: tree for name, tree in axes.items() if name != stack}
+  outer_axes = {name: tree for name, tree in logical_axes.items() if name != stack}
 
   def stage_layout(layers):
-    return to_stage_layout(layers, axes[stack], table, gather_once)
+    return to_stage_layout(layers, logical_axes[stack], table, gather_once)
 
-  layers = stage_layout(cast(context.params[stack], axes[stack], dtype))
+  layers = stage_layout(cast(context.params[stack], logical_axes[stack], dtype))
   outer_weights = cast_and_gather(outer_params, outer_axes, dtype) if gather_once else outer_params
   placeholders = jax.tree.map(lambda _: jnp.zeros(()), context.params)
   stage = PipelineStage(
@@ -258,7 +266,7 @@ def make_train_step(
 
   Its metrics:
     loss: cross entropy, the mean in nats per token.
-    total_loss: what is optimised.
+    total_loss: what is optimized.
     grad_norm: before clipping.
     balance_loss, mtp_loss [depth]: means per token; with experts, with MTP.
     load: {stack: [layers, experts] int32}, assignments to each expert.
@@ -277,7 +285,7 @@ def make_train_step(
 def abstract_step(config: Config, mesh: Mesh | AbstractMesh) -> tuple[Callable, tuple[TrainState, PyTree, PyTree]]:
   """(update, (state, batch, schedules)): the update of a full batch, and its abstract arguments, to trace or compile.
 
-  Nothing is allocated or run. `mesh` is the mesh that is set. It may be abstract, or of devices that are not here. The
+  Nothing is allocated or run. `mesh` is the mesh that is set. It may be abstract, or of a topology you do not have. The
   number of microbatches is a constant of the program, also where a batch ramp makes it an argument in training.
   """
   state, microbatch = abstract_state(config, mesh), config.train.microbatch or config.train.global_batch

@@ -1,4 +1,4 @@
-"""Every kernel compiled for TPUs that are not here, and no step of one longer than before."""
+"""Every kernel compiled for TPUs without the hardware, and no step of one longer than before."""
 
 import json
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model.dispatch import DISPATCH, assign_slots, within_capacity
+from deepseek_jax.model.dispatch import DISPATCH, assign_slots, token_dropping_mask
 from deepseek_jax.model_config import MoEConfig
 
 MOE = MoEConfig(num_routed_experts=6, num_experts_per_token=2, mlp=5, num_expert_groups=3, topk_groups=2)
@@ -58,7 +58,7 @@ def test_capacity_drops_the_lowest_affinities_of_overfull_groups(factor):
   moe = dataclasses.replace(MOE, capacity_factor=factor)
   _, indices, weights, *_ = problem(tokens=30, skewed=False, seed=3)
   no_drop = jnp.arange(30) < 4
-  ours = np.asarray(within_capacity(moe, indices, weights, no_drop))
+  ours = np.asarray(token_dropping_mask(moe, indices, weights, no_drop))
   budget = factor * indices.size / 3
   assert ours[:4].all()
   for group in range(3):

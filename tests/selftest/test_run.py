@@ -87,7 +87,7 @@ def choice(folder, process=0):
 
 @pytest.fixture(scope="module")
 def with_xla(folder):
-  """The workdir of four steps with XLA's forms, undisturbed."""
+  """The workdir of four steps with XLA's implementations, undisturbed."""
   train(folder, "xla", *XLA)
   return "xla"
 
