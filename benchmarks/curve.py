@@ -15,11 +15,11 @@ from deepseek_jax.flags import parse, run_program
 from deepseek_jax.training import metrics
 from deepseek_jax.training.plot import HEIGHT, LEFT, WIDTH, Series, line_chart
 
-COLOURS = ("#4361ee", "#e8590c", "#9775fa", "#2b8a3e")  # of the first, second, ... series of a panel
+COLORS = ("#4361ee", "#e8590c", "#9775fa", "#2b8a3e")  # of the first, second, ... series of a panel
 STYLE = (
   "text{font:11px sans-serif;fill:#667085}.y{text-anchor:end}.x{text-anchor:middle}path{fill:none}.grid{stroke:#e4e7ec}"
   ".axis{stroke:#98a2b3}.curve{stroke-width:1.6}.band{fill-opacity:0}.title{font-weight:bold}"
-) + "".join(f"path.s{i}{{stroke:{c}}}circle.s{i},tspan.s{i}{{fill:{c}}}" for i, c in enumerate(COLOURS))
+) + "".join(f"path.s{i}{{stroke:{c}}}circle.s{i},tspan.s{i}{{fill:{c}}}" for i, c in enumerate(COLORS))
 HEADING = 22  # pixels above a panel, for its title and legend
 
 

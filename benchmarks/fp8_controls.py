@@ -144,7 +144,7 @@ def accumulation_errors(lengths: Sequence[int], bits: int = 14, size: int = 64) 
 
 
 def truncate(x: np.ndarray, bits: int) -> np.ndarray:
-  """`x`, float64, rounded towards zero to `bits` significant bits."""
+  """`x`, float64, rounded toward zero to `bits` significant bits."""
   import numpy as np
 
   mantissa, exponent = np.frexp(x)

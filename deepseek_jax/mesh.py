@@ -13,7 +13,7 @@ from deepseek_jax.config import Config, MeshConfig
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.model_config import ModelConfig
 
-# From the slowest network to the fastest: neighbours on the last axes are neighbours in the machine.
+# From the slowest network to the fastest: neighbors on the last axes are neighbors in the machine.
 AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
 
 
@@ -38,7 +38,7 @@ def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """An all-Explicit mesh over `devices`, default `jax.devices()`. One device is a mesh too, of sizes 1.
 
-  Slices (TPU pods on a data-centre network) are divided over `data`, so that the other axes stay within a slice.
+  Slices (TPU pods on a data-center network) are divided over `data`, so that the other axes stay within a slice.
 
   Raises ConfigError when `data` is not a multiple of the number of slices.
   """

@@ -8,7 +8,7 @@ import pytest
 _COUNT = "--xla_force_host_platform_device_count"
 _flags = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = _flags if _COUNT in _flags else f"{_flags} {_COUNT}=4".strip()
-# Compiling is most of what the tests do: without LLVM's optimisation it takes a quarter of the time. HLO passes, and so
+# Compiling is most of what the tests do: without LLVM's optimization it takes a quarter of the time. HLO passes, and so
 # layouts, collectives and the analyses that tests read, stay as they are.
 _LEVEL = "--xla_backend_optimization_level"
 if _LEVEL not in os.environ["XLA_FLAGS"]:

@@ -27,7 +27,7 @@ LAYERS = (
   {"selftest"},
   {"train", "api"},
 )
-# Imports between neighbours, and where less is allowed than what lies below.
+# Imports between neighbors, and where less is allowed than what lies below.
 BESIDE = {"sharding": {"mesh"}}
 ONLY = {
   "errors": set(), "typing": set(), "renamed_fields": set(), "kernels": {"kernels", "typing"}, "data": {"data", "config", "errors", "storage", "typing"},
@@ -48,7 +48,7 @@ AXIS_TABLES = {"shape", "axis_sizes", "sizes"}
 BANNED = {
   "flax.nnx.jit": "jax.jit on plain dicts", "flax.nnx.scan": "lax.scan", "flax.nnx.vmap": "jax.vmap",
   "flax.nnx.grad": "jax.grad", "flax.nnx.value_and_grad": "jax.value_and_grad", "flax.nnx.remat": "jax.checkpoint",
-  "flax.nnx.Optimizer": "Optax on plain dicts", "flax.nnx.with_partitioning": "out_sharding= of the initialiser",
+  "flax.nnx.Optimizer": "Optax on plain dicts", "flax.nnx.with_partitioning": "out_sharding= of the initializer",
   "flax.nnx.pmap": "jax.jit", "flax.nnx.shard_map": "jax.shard_map", "flax.nnx.cond": "lax.cond",
   "flax.nnx.while_loop": "lax.while_loop", "flax.nnx.fori_loop": "lax.fori_loop", "flax.linen": "flax.nnx",
   "jax.experimental.shard_map": "jax.shard_map", "jax.sharding.use_mesh": "jax.set_mesh", "jax.lax.pvary": "lax.pcast",

@@ -210,13 +210,13 @@ def moe_config(kind: str, values: Mapping[str, Any]) -> MoEConfig:
     score=SCORING_FUNCS[kind],
   )
   if kind == "deepseek":
-    # DeepSeek's code does not normalise the weight of a single expert: that would make it 1.
+    # DeepSeek's code does not normalize the weight of a single expert: that would make it 1.
     norm = bool(values["norm_topk_prob"]) and common["num_experts_per_token"] > 1
     return MoEConfig(norm_topk_prob=norm, **common)
   scale, groups, topk_groups = values["routed_scaling_factor"], values["n_group"] or 1, values["topk_group"] or 1
   if kind == "deepseek_v2":
     # transformers ignores V2's norm_topk_prob and always multiplies by routed_scaling_factor; DeepSeek's own code
-    # multiplies only where it does not normalise. All released V2 models have norm_topk_prob false.
+    # multiplies only where it does not normalize. All released V2 models have norm_topk_prob false.
     if values["topk_method"] != "group_limited_greedy":
       groups = topk_groups = 1
     return MoEConfig(num_expert_groups=groups, topk_groups=topk_groups, route_scale=scale, **common)
@@ -225,7 +225,7 @@ def moe_config(kind: str, values: Mapping[str, Any]) -> MoEConfig:
     topk_groups=topk_groups,
     group_score="top2_sum",
     router_bias=True,
-    # DeepSeek's inference code normalises whenever the scores are sigmoids; transformers does as this says.
+    # DeepSeek's inference code normalizes whenever the scores are sigmoids; transformers does as this says.
     norm_topk_prob=bool(values["norm_topk_prob"]),
     route_scale=scale,
     **common,

@@ -1,4 +1,4 @@
-"""Documents of a source, tokenised and packed once into a cache folder that later runs reuse."""
+"""Documents of a source, tokenized and packed once into a cache folder that later runs reuse."""
 
 import concurrent.futures
 import contextlib
@@ -20,7 +20,7 @@ from deepseek_jax.data.sources import Source
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import DataError
 
-BATCH_CHARACTERS = 1 << 22  # tokenised at once: enough for every thread, little enough for memory
+BATCH_CHARACTERS = 1 << 22  # tokenized at once: enough for every thread, little enough for memory
 
 
 def pack_source(source: Source, tokenizer: Tokenizer, config: DataConfig) -> tuple[pathlib.Path, str, bool]:

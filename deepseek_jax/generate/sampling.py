@@ -18,8 +18,8 @@ def next_token(logits: jax.Array, token_in_text: jax.Array, key: jax.Array, conf
   Returns:
     [batch] int32.
   """
-  penalised = jnp.where(logits > 0, logits / config.repetition_penalty, logits * config.repetition_penalty)
-  logits = jnp.where(token_in_text, penalised, logits)
+  penalized = jnp.where(logits > 0, logits / config.repetition_penalty, logits * config.repetition_penalty)
+  logits = jnp.where(token_in_text, penalized, logits)
   if config.temperature == 0:
     return jnp.argmax(logits, -1).astype(jnp.int32)
   logits = top_p(top_k(logits / config.temperature, config.top_k), config.top_p)

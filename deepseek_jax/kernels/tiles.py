@@ -31,7 +31,7 @@ class TileConfig:
   waves: wgmma tiles of 64 rows that each of the two warpgroups holds: a tile has 128 rows a wave.
   n: columns of a tile, a multiple of 64.
   cluster: thread blocks, 1 or 2, of a cluster; their tiles are below one another, and the tile of b is multicast to them.
-  band: tiles down that are visited before the next tiles across, so that neighbours in time share the L2 cache.
+  band: tiles down that are visited before the next tiles across, so that neighbors in time share the L2 cache.
   """
 
   waves: int = 1

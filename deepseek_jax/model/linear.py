@@ -17,7 +17,7 @@ from deepseek_jax.kernels.quantize.api import quantize
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.sharding import all_gather_params, spec
 
-# Name of the outputs of FP8 GEMMs, for rematerialisation policies: they see no matrix product in a custom_vjp.
+# Name of the outputs of FP8 GEMMs, for rematerialization policies: they see no matrix product in a custom_vjp.
 FP8_OUTPUT = "fp8_output"
 
 # What a linear layer takes: an array, or a pair (gate, up), which stands for silu(gate) * up.

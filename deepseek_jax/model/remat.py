@@ -1,4 +1,4 @@
-"""Rematerialisation: what the backward pass recomputes of a layer."""
+"""Rematerialization: what the backward pass recomputes of a layer."""
 
 from collections.abc import Callable
 

@@ -36,7 +36,7 @@ class Candidate:
   remat: str
   buffer_factor: float  # of the expert buffer; 0 for the worst case
 
-  def neighbours(self) -> Iterator["Candidate"]:
+  def neighbors(self) -> Iterator["Candidate"]:
     """Candidates that differ in one respect."""
     replace, sequences = functools.partial(dataclasses.replace, self), self.sequences_per_device
     for n in (2 * sequences, sequences // 2):
@@ -66,9 +66,9 @@ def search(
 ) -> list[Plan]:
   """Plans for other meshes, microbatches, buffer factors and remat policies than the config's, the fastest that fits first.
 
-  Starts with the config's mesh and with one for each number of expert shards. Then it plans the neighbours of the best
+  Starts with the config's mesh and with one for each number of expert shards. Then it plans the neighbors of the best
   plan so far, until there are `max_plans` or no candidate is left. A candidate that does not fit by the estimate is not
-  planned. Its neighbours are tried after those of the plans, least memory first.
+  planned. Its neighbors are tried after those of the plans, least memory first.
 
   Args:
     make_step, compile: as in `make_plan`.
@@ -96,7 +96,7 @@ def search(
       heapq.heappush(heap, (*priority, len(tried), candidate))
     if not heap:
       break
-    queue = heapq.heappop(heap)[-1].neighbours()
+    queue = heapq.heappop(heap)[-1].neighbors()
   if not plans:
     raise ConfigError(
       f"{config.name} fits on {topology.text} with no mesh that was tried: take more devices, or optimizer.offload=true, or "

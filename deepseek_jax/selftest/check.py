@@ -188,7 +188,7 @@ def relative_errors(actual: PyTree, expected: PyTree) -> list[jax.Array]:
   - Of arrays a and b the largest, over blocks of 128 x 128, of |a - b| / |b| (Frobenius norms) and, over single values, of
     |a - b| / (16 r + 8 |b|), where r is the root mean square of the block. A block's norm counts as at least a thousandth of the
     blocks' root mean square.
-  - Of QTensors only the norms, since a value may be rounded to either neighbour, and 1 more where scales differ by more than
+  - Of QTensors only the norms, since a value may be rounded to either neighbor, and 1 more where scales differ by more than
     SCALE_ERROR.
   """
   pairs = zip(_result_leaves(actual), _result_leaves(expected), strict=True)

@@ -260,7 +260,7 @@ def _quantize_bytes(inputs, copies):
   return work
 
 
-# The kernel and XLA may round ties to different neighbours in FP8: of bfloat16 inputs several in a hundred are ties.
+# The kernel and XLA may round ties to different neighbors in FP8: of bfloat16 inputs several in a hundred are ties.
 QUANTIZE_BOUNDS = {"float8_e4m3fn": 0.04}
 # Of results in float32: Hopper accumulates 32 products of FP8 in about 14 bits (V3 report, section 3.3.2).
 MATMUL_BOUNDS = {"bfloat16": 2.0**-8, "float32": 1e-3}

@@ -20,7 +20,7 @@ def cross_entropy(
   label_smoothing: float = 0.0,
   z_loss: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
-  """(loss_sums [batch], objective []): the cross entropy in nats, summed over positions, and what is optimised.
+  """(loss_sums [batch], objective []): the cross entropy in nats, summed over positions, and what is optimized.
 
   The objective is summed over batch and positions. objective = (1 - label_smoothing) * cross entropy + label_smoothing * mean over vocab of -log p + z_loss * log(Z)^2.
   Only the objective has a gradient. Both are of the sequences and positions that this device has, and the same on all

@@ -1,4 +1,4 @@
-"""What is optimised: next-token and multi-token prediction losses and the balance losses of experts, on one device.
+"""What is optimized: next-token and multi-token prediction losses and the balance losses of experts, on one device.
 
 Everything here runs inside `spmd`. Where several devices compute the same value, each adds its share of that value to
 its local objective. The objective is then the sum of the local objectives over all devices, and so are its gradients.

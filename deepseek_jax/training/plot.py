@@ -1,6 +1,6 @@
 """Line charts as inline SVG: the little that a report needs, so that no plotting library has to be installed.
 
-Colours come from the page's style sheet by class name. Long series are downsampled to the minimum and the maximum of
+Colors come from the page's style sheet by class name. Long series are downsampled to the minimum and the maximum of
 each of 500 bins, so that a single spike stays visible; hovering shows the values themselves.
 """
 
@@ -180,8 +180,8 @@ def _hover_bands(series: Sequence[Series], x: Axis) -> Iterator[str]:
       band = int((step - x.low) / (x.high - x.low) * (HOVER_BANDS - 1))
       bands.setdefault(band, {})[s.name] = (step, value)
   last_values = [bands[band] for band in sorted(bands)]
-  centres = [x.pixel(max(step for step, _ in values.values())) for values in last_values]
-  edges = [LEFT, *((a + b) / 2 for a, b in itertools.pairwise(centres)), WIDTH - RIGHT]
+  centers = [x.pixel(max(step for step, _ in values.values())) for values in last_values]
+  edges = [LEFT, *((a + b) / 2 for a, b in itertools.pairwise(centers)), WIDTH - RIGHT]
   for (left, right), values in zip(itertools.pairwise(edges), last_values, strict=True):
     lines = [
       f"{name}: {'not finite' if value is None else f'{value:.6g}'} at step {step:,}"

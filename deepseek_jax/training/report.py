@@ -160,9 +160,9 @@ def _times(lines: Sequence[Line]) -> str:
   seconds = {key: value for key, value in _total_seconds(lines).items() if value > 0}
   total, bar, legend = sum(seconds.values()), [], []
   for key, value in seconds.items():
-    colour, fraction, label = f"t{list(TIMES).index(key)}", value / total, f"{TIMES[key]} {_format_duration(value)}"
-    bar.append(f'<i class="{colour}" style="width:{fraction:.3%}" title="{label}"></i>')
-    legend.append(f'<li><i class="{colour}"></i><b>{fraction:.1%}</b> {label}</li>')
+    color, fraction, label = f"t{list(TIMES).index(key)}", value / total, f"{TIMES[key]} {_format_duration(value)}"
+    bar.append(f'<i class="{color}" style="width:{fraction:.3%}" title="{label}"></i>')
+    legend.append(f'<li><i class="{color}"></i><b>{fraction:.1%}</b> {label}</li>')
   return f'<div class="bar">{"".join(bar)}</div><ul class="legend">{"".join(legend)}</ul>' if total else ""
 
 

@@ -17,7 +17,7 @@ from deepseek_jax.training.optimizer import make_optimizer, place_opt_state
 from deepseek_jax.typing import Params, PyTree
 
 MAX_GATHERED_BYTES = 2**30  # of an array that is all-gathered to every device and process for its hash
-# Far apart: with seeds that differ in low bits only, exchanged neighbours could cancel in all sums alike.
+# Far apart: with seeds that differ in low bits only, exchanged neighbors could cancel in all sums alike.
 HASH_SEEDS = (0x9E3779B9, 0x3C6EF372, 0xDAA66D2B, 0x78DDE6E4)
 
 

@@ -117,20 +117,20 @@ def test_a_new_save_replaces_the_old_one_only_when_it_is_whole(tmp_path):
 
 def fp8_checkpoint(folder, shape=(300, 130), **kwargs):
   rng = np.random.default_rng(0)
-  quantised = rng.uniform(-400, 400, shape).astype(ml_dtypes.float8_e4m3fn)
+  quantized = rng.uniform(-400, 400, shape).astype(ml_dtypes.float8_e4m3fn)
   scale = rng.uniform(0.5, 2, tuple(-(-size // 128) for size in shape)).astype(np.float32)
-  save(folder, {"w.weight": quantised, "norm": random((4,)), "w.weight_scale_inv": scale}, **kwargs)
-  return quantised, scale
+  save(folder, {"w.weight": quantized, "norm": random((4,)), "w.weight_scale_inv": scale}, **kwargs)
+  return quantized, scale
 
 
 @pytest.mark.parametrize("max_file_bytes", [10**9, 100])
 def test_fp8_blocks_with_partial_edges(tmp_path, max_file_bytes):
-  quantised, scale = fp8_checkpoint(tmp_path, max_file_bytes=max_file_bytes)
+  quantized, scale = fp8_checkpoint(tmp_path, max_file_bytes=max_file_bytes)
   reader = HFReader(tmp_path)
   reader.check_tensors(wanted(**{"w.weight": (300, 130), "norm": (4,)}))
   expected = np.empty((300, 130), np.float32)
   for i, j in np.ndindex(300, 130):
-    expected[i, j] = np.float32(quantised[i, j]) * scale[i // 128, j // 128]
+    expected[i, j] = np.float32(quantized[i, j]) * scale[i // 128, j // 128]
   assert reader.dtype("w.weight") == F32
   np.testing.assert_array_equal(reader.read("w.weight"), expected)
   np.testing.assert_array_equal(reader.read("w.weight", slice(100, 290)), expected[100:290])

@@ -232,7 +232,7 @@ def test_memory_does_not_grow_with_the_microbatches():
   assert many < (kept + boxes + working) * ROWS * WIDE * 4
 
 
-def test_stages_talk_to_their_neighbours_alone():
+def test_stages_talk_to_their_neighbors_alone():
   hlo = wide(3).lower().compile().as_text()
   collectives = r" (all-\w+|collective-\w+|reduce-scatter|ragged-\w+)\("
   assert re.findall(collectives, hlo) == ["collective-permute"] * 5

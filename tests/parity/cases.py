@@ -1,7 +1,7 @@
 """The models whose outputs are compared with transformers: config.json as DeepSeek publishes it, and what is fed to them.
 
 Where Hugging Face and DeepSeek's inference code differ, transformers 5.23 is the reference:
-- v3_plain: `norm_topk_prob` false leaves sigmoid weights as they are; the inference code always normalises them.
+- v3_plain: `norm_topk_prob` false leaves sigmoid weights as they are; the inference code always normalizes them.
 - v3_eps: the norms of both latents have 1e-6 whatever `rms_norm_eps` says; the inference code has one epsilon for all.
 - v3_mscale: cos and sin are scaled by mscale / mscale_all_dim, and the softmax scale grows with mscale_all_dim; the
   inference code scales the softmax with mscale and leaves cos and sin alone.

@@ -151,7 +151,7 @@ def spread(scale, shape):
   return np.repeat(np.repeat(scale, BLOCK, 0), BLOCK, 1)[: shape[0], : shape[1]]
 
 
-def quantised(array):
+def quantized(array):
   """(e4m3, scale of each 128 x 128 block) as DeepSeek-V3 is published: amax / 448."""
   rows, columns = (range(0, size, BLOCK) for size in array.shape)
   scale = np.array([[np.abs(array[i : i + BLOCK, j : j + BLOCK]).max() for j in columns] for i in rows], np.float32)
@@ -159,12 +159,12 @@ def quantised(array):
   return (array / spread(scale, array.shape)).astype(ml_dtypes.float8_e4m3fn), scale
 
 
-def dequantised(array, scale):
+def dequantized(array, scale):
   return array.astype(np.float32) * spread(scale, array.shape)
 
 
 def round_trip(array):
-  return dequantised(*quantised(array))
+  return dequantized(*quantized(array))
 
 
 def write_folder(folder, case):
@@ -174,7 +174,7 @@ def write_folder(folder, case):
   if "quantization_config" in case.config:
     files = {name: a for name, a in tensors.items() if not in_fp8(name)}
     for name in filter(in_fp8, tensors):
-      files[name], files[name + "_scale_inv"] = quantised(tensors[name])
+      files[name], files[name + "_scale_inv"] = quantized(tensors[name])
   (folder / "config.json").write_text(json.dumps(case.config, indent=1))
   shards, size = [{}], 0
   for name, array in files.items():

@@ -110,7 +110,7 @@ def test_a_value_that_is_not_finite_is_an_error(value, monkeypatch):
 
 
 def test_another_rounding_is_no_error(monkeypatch):
-  """To the other neighbour in bfloat16 at one value of sixteen."""
+  """To the other neighbor in bfloat16 at one value of sixteen."""
 
   def fault(y):
     up = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(y, jnp.uint16) + 1, y.dtype)

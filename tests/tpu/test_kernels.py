@@ -1,4 +1,4 @@
-"""Kernels where a model has them: layers in a scan, rematerialised, differentiated, in the program of each device."""
+"""Kernels where a model has them: layers in a scan, rematerialized, differentiated, in the program of each device."""
 
 import functools
 
