@@ -25,8 +25,8 @@ def get_config():
         embed=2048,
         layers=16,
         mlp=8192,
-        # As in Llama 3.2 1B, four query heads share a key head. Heads are twice as wide: 128, as in all DeepSeek models,
-        # suits matrix units and fused kernels. Parameters and cache are the same.
+        # As in Llama 3.2 1B, four query heads share a key head. Heads are twice as wide: 128, as in all DeepSeek
+        # models, suits matrix units and fused kernels. Parameters and cache are the same.
         attention=dict(heads=16, kv_heads=4, head_dim=128),
       ),
       data=dict(tokenizer="deepseek-llm", seq=SEQ),  # goes with the vocabulary
@@ -38,8 +38,8 @@ def get_config():
       train=dict(
         steps=steps,
         global_batch=BATCH,
-        # 8 sequences on each of 8 GPUs, or one on each of 64 TPU v5e (deepseek_jax.plan: 28 and 3 GiB a device). One GPU
-        # of 80 GB takes 8 in all.
+        # 8 sequences on each of 8 GPUs, or one on each of 64 TPU v5e (deepseek_jax.plan: 28 and 3 GiB a device). One
+        # GPU of 80 GB takes 8 in all.
         microbatch=64,
       ),
     )

@@ -1,4 +1,7 @@
-"""Published weights in a notebook: load, inspect, differentiate, save. One device, no mesh to set up, no global state."""
+"""Published weights in a notebook: load, inspect, differentiate, save.
+
+One device, no mesh to set up, no global state.
+"""
 
 import dataclasses
 import functools

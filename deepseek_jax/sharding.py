@@ -4,8 +4,8 @@ The model names logical axes only; mesh axes are named here.
 
 There are two views of one mesh.
 - Outside `spmd`, arrays are global, and `spec` is the layout in their type: parameters, optimizer state, batches.
-- Inside `spmd`, each array is one device's shard, and its shape is local. The model runs there. All communication is one
-  of the functions below, called where it happens.
+- Inside `spmd`, each array is one device's shard, and its shape is local. The model runs there. All communication is
+  one of the functions below, called where it happens.
 """
 
 import contextlib
@@ -79,7 +79,7 @@ def mesh_axes(name: str | None) -> tuple[str, ...]:
 
 
 def spec(*names: str | None) -> jax.P:
-  """PartitionSpec of a global array whose dimensions are the logical axes `names`; None: the dimension is not sharded."""
+  """PartitionSpec of a global array whose dimensions are the logical axes `names`; None: not sharded."""
   axes_of_dimensions = map(mesh_axes, names)
   return jax.P(*(axes if len(axes) > 1 else axes[0] if axes else None for axes in axes_of_dimensions))
 
@@ -99,7 +99,7 @@ def spmd(function: Callable, in_specs: PyTree, out_specs: PyTree, differentiable
 
 
 def pvary(tree: PyTree) -> PyTree:
-  """`tree` typed as varying over all mesh axes: each device keeps its own gradients, for JAX inserts no psum of them."""
+  """`tree` typed as varying over all mesh axes: each device keeps its own gradients, since JAX inserts no psum."""
 
   def leaf(x):
     missing = tuple(axis for axis in _active_mesh_axes() if axis not in jax.typeof(x).manual_axis_type.varying)

@@ -1,8 +1,9 @@
 """Files in buckets: gs://BUCKET/PATH and s3://BUCKET/PATH, by TensorStore's drivers, which need no further package.
 
-Orbax 0.12.8 takes gs:// by way of gcsfs and google-cloud-storage, with credentials and endpoints of their own and retries
-without bounds, and has no s3://. So everything here goes through TensorStore: one set of credentials (application default,
-AWS's chain), endpoints (TENSORSTORE_GCS_HTTP_URL, AWS_ENDPOINT_URL) and retries for arrays and files alike.
+Orbax 0.12.8 takes gs:// by way of gcsfs and google-cloud-storage, with credentials and endpoints of their own and
+retries without bounds, and has no s3://. So everything here goes through TensorStore: one set of credentials
+(application default, AWS's chain), endpoints (TENSORSTORE_GCS_HTTP_URL, AWS_ENDPOINT_URL) and retries for arrays and
+files alike.
 
 An object appears complete, in one step. There is no rename: a marker is written after the objects that it marks.
 """
@@ -23,8 +24,9 @@ import tensorstore as ts
 
 from deepseek_jax.errors import StorageError
 
-# A request is tried five times, 1, 2, 4 and 8 s apart and up to a second more, each until nothing has moved for 10 s, which
-# curl notices up to 6 s late: an outage is an error after 19 s where connections are refused, after 100 where they hang.
+# A request is tried five times, 1, 2, 4 and 8 s apart and up to a second more, each until nothing has moved for 10 s,
+# which curl notices up to 6 s late: an outage is an error after 19 s where connections are refused, after 100 where
+# they hang.
 RETRIES = {"max_retries": 4, "initial_delay": "1s", "max_delay": "8s"}
 _CURL = {"CONNECT_TIMEOUT_SECONDS": "10", "LOW_SPEED_TIME_SECONDS": "10", "LOW_SPEED_LIMIT_BYTES": "1"}
 for _name, _value in _CURL.items():
@@ -74,7 +76,7 @@ class ObjectStore:
     return self.read_if_changed(name, None)[0]
 
   def read_if_changed(self, name: str, generation: str | None) -> tuple[bytes | None, str | None]:
-    """(bytes, generation in hex) of an object, as (None, generation) if it still has `generation`; (None, None): no object."""
+    """(bytes, generation in hex) of an object; (None, generation) if it is unchanged; (None, None): no object."""
     not_equal = bytes.fromhex(generation) if generation else None
     result = self._wait("read", lambda: self._objects.read(name, if_not_equal=not_equal), name)
     content = result.value if result.state == "value" else None
@@ -152,7 +154,9 @@ def _key_range(prefix: str) -> ts.KvStore.KeyRange:
 
 
 class RunFolder:
-  """Local folder for a run's small files: `path` is `workdir` itself, or for a URL a temporary folder that `upload` copies.
+  """Local folder for a run's small files.
+
+  `path` is `workdir` itself, or for a URL a temporary folder that `upload` copies.
 
   Objects cannot be appended to: a file that has changed is uploaded in full.
   """

@@ -1,8 +1,8 @@
 """Trains the model of a config:  python -m deepseek_jax.train --config=tiny --workdir=runs/tiny
 
 Any field of the config can be set on the command line: --config.train.steps=10 --config.model.attention.heads=8
---list_configs lists the shipped configs; --config also takes a .py or .json file. --print_config prints every field of the
-config, --dry_run what the config amounts to; both stop before anything is trained.
+--list_configs lists the shipped configs; --config also takes a .py or .json file. --print_config prints every field of
+the config, --dry_run what the config amounts to; both stop before anything is trained.
 Running the same command again resumes from the newest checkpoint; --workdir alone takes the config saved there.
 Several processes train as one by --coordinator, --processes and --process, or as their scheduler says.
 Exit codes: 0 finished, 2 config, data or checkpoint, 130 / 143 saved after Ctrl-C / SIGTERM, 1 anything else.
@@ -58,7 +58,10 @@ def program_flags() -> flags.FlagValues:
 
 
 def main(argv: list[str]) -> int:
-  """Returns the exit code of a training run, --dry_run or --print_config. Raises UserError for an error of the user's."""
+  """Returns the exit code of a training run, --dry_run or --print_config.
+
+  Raises UserError for an error of the user's.
+  """
   values = program_flags()
   overrides = parse(argv, values, __doc__)
   saved = os.path.join(values.workdir or "", "config.json")

@@ -1,8 +1,10 @@
-"""Checkpoints below gs:// and s3://, with the files of a local one: WORKDIR/checkpoints/<step>/{state/,meta/,manifest.json}.
+"""Checkpoints below gs:// and s3://.
+
+Their files are those of a local one: WORKDIR/checkpoints/<step>/{state/,meta/,manifest.json}.
 
 - A workdir can be copied to a bucket, and back.
-- Arrays are OCDBT as Orbax writes it. Each process writes and reads only what its devices hold, directly to and from the
-  bucket; `storage` says why not through Orbax.
+- Arrays are OCDBT as Orbax writes it. Each process writes and reads only what its devices hold, directly to and from
+  the bucket; `storage` says why not through Orbax.
 - Buckets have no rename: a step exists while it has a manifest, which is written last and deleted first.
 - A save holds up to two copies of what the process writes in host memory, and reads it back for the checksums.
 """
@@ -56,7 +58,10 @@ def open_checkpointer(workdir: str | os.PathLike, config: CheckpointConfig) -> "
 
 
 class BucketReader(CheckpointReader):
-  """As CheckpointReader, of a URL. A bucket that cannot be reached is a StorageError, never a reason to reject a step."""
+  """As CheckpointReader, of a URL.
+
+  A bucket that cannot be reached is a StorageError, never a reason to reject a step.
+  """
 
   def __init__(self, workdir: str | os.PathLike):
     self._workdir_store = ObjectStore(workdir)
@@ -146,7 +151,8 @@ class BucketCheckpointer(BucketReader):
     return self
 
   def __exit__(self, kind, *exception):
-    # As Checkpointer's: after an error a single process still completes its save; one of several must not wait for others.
+    # As Checkpointer's: after an error a single process still completes its save; one of several must not wait for
+    # others.
     if kind is None or jax.process_count() == 1:
       self.close()
 

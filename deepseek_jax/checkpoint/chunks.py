@@ -1,4 +1,4 @@
-"""How the arrays of a model are cut into chunks, so that none has to be in memory at once: by layer, expert and size."""
+"""How the arrays of a model are cut into chunks by layer, expert and size, so that none has to be in memory at once."""
 
 import math
 from collections.abc import Iterator
@@ -29,7 +29,8 @@ def shapes_and_chunks(config: ModelConfig) -> dict[tuple[str, ...], tuple[tuple[
 def tensor_chunks(tensor: HFTensor) -> Iterator[tuple[slice, tuple[int | slice, ...], tuple[int, ...]]]:
   """Yields (rows, index, shape) for each chunk of a tensor.
 
-  rows: of the Hugging Face tensor. index: the same elements in the array `tree_path(tensor)`. shape: of the chunk there.
+  rows: of the Hugging Face tensor. index: the same elements in the array `tree_path(tensor)`. shape: of the chunk
+  there.
   """
   axis, size, rows_per_element = _chunk_axis(tensor)
   for start in range(0, tensor.param_shape[axis], size):
@@ -40,7 +41,7 @@ def tensor_chunks(tensor: HFTensor) -> Iterator[tuple[slice, tuple[int | slice, 
 
 
 def _chunk_axis(tensor: HFTensor) -> tuple[int, int, int]:
-  """(axis of the parameter that is cut, its first output axis; size of a chunk there; tensor rows per element of it)."""
+  """(cut axis of the parameter, its first output axis; size of a chunk there; tensor rows per element of it)."""
   axis = 0
   if tensor.transposed:
     inputs = tensor.shape[1]

@@ -69,8 +69,8 @@ def check_compatible(
 def check_weights_fit(directory: str | os.PathLike, model: ModelConfig, config: Config) -> list[Difference]:
   """Compares `model`, the config of the weights in `directory` from which a run starts, with the model of its `config`.
 
-  Returns the differences that change what the model computes. Raises CheckpointError where the shape of an array differs,
-  with the fields that cause it.
+  Returns the differences that change what the model computes. Raises CheckpointError where the shape of an array
+  differs, with the fields that cause it.
   """
   differences = [d for d in _differences({"model": dataclasses.asdict(model)}, config) if d[0].startswith("model.")]
   if shapes_and_chunks(model) != shapes_and_chunks(config.model):

@@ -45,7 +45,8 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, dtype: str = "
     source: a Hugging Face folder, or a workdir, whose newest checkpoint is converted. Its content tells which it is.
     target: must be missing or empty. It appears when it is complete.
     dtype: a key of EXPORT_DTYPES, for the tensors of a new Hugging Face folder; a router bias is always float32.
-    tokenizer: data.tokenizer of a new workdir. Default: a copy of the tokenizer.json of `source`, or one for its vocabulary.
+    tokenizer: data.tokenizer of a new workdir. Default: a copy of the tokenizer.json of `source`, or one for its
+      vocabulary.
 
   Raises CheckpointError, one for all tensors that are missing, not expected, misshaped or not finite.
   """
@@ -140,7 +141,10 @@ def copy_files(source: pathlib.Path, folder: pathlib.Path, names: Sequence[str])
 
 
 def special_token_ids(name: str) -> dict[str, int]:
-  """bos_token_id and eos_token_id of the tokenizer `name`, for a config.json: transformers takes 1 and 2 if they are missing."""
+  """bos_token_id and eos_token_id of the tokenizer `name`, for a config.json.
+
+  transformers takes 1 and 2 if they are missing.
+  """
   try:
     tokenizer = load_tokenizer(name)
   except DataError as error:

@@ -29,7 +29,8 @@ FP8 = "F8_E4M3"
 SCALE_SUFFIX = "_scale_inv"  # X.weight is FP8, X.weight_scale_inv has the scale of each of its blocks
 FP8_BLOCK = 128
 MAX_FILE_BYTES = 5 * 10**9  # of tensors in one file, unless a single tensor is larger
-# Old releases contain the rotary frequencies, which follow from the config. lm_head.weight is only unexpected if it is tied.
+# Old releases contain the rotary frequencies, which follow from the config. lm_head.weight is only unexpected if it is
+# tied.
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "lm_head.weight")
 
 # (name, shape, dtype) of a tensor to write, and the function that reads it by name.
@@ -98,7 +99,7 @@ class HFReader:
     return np.fromfile(tensor["path"], dtype, count, offset=tensor["offset"] + start * dtype.itemsize).reshape(shape)
 
   def check_tensors(self, expected_tensors: Sequence[HFTensor]) -> None:
-    """Raises one CheckpointError that lists every tensor that is missing, unexpected or misshaped, and then the non-finite.
+    """Raises one CheckpointError that lists every missing, unexpected or misshaped tensor, and then non-finite ones.
 
     Copies may be missing, and are not used. A printed note names those that differ from their original.
     """
@@ -250,16 +251,16 @@ def write_tensors(
 
   Args:
     tensors: (name, shape, dtype) of all tensors, in order.
-    read: name -> array of that shape, cast to that dtype. It is called once for each, in order, so that one tensor is in
-      memory at a time.
+    read: name -> array of that shape, cast to that dtype. It is called once for each, in order, so that one tensor is
+      in memory at a time.
     max_file_bytes: instead of MAX_FILE_BYTES.
     config: content of config.json; None: the caller writes it later.
 
   When all files are complete, those of an earlier save in the folder are deleted, config.json first. Then the new files
   are renamed, config.json last. So a folder without all its files has no config.json, and is refused.
 
-  Raises CheckpointError where the disk refuses, or listing the tensors that are not finite in their dtype. The folder is
-  unchanged then, unless it is a rename that failed.
+  Raises CheckpointError where the disk refuses, or listing the tensors that are not finite in their dtype. The folder
+  is unchanged then, unless it is a rename that failed.
   """
   directory, max_file_bytes = pathlib.Path(directory), max_file_bytes or MAX_FILE_BYTES
   files: list[list[TensorSpec]] = [[]]

@@ -78,7 +78,10 @@ def read_config_json(directory: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_model_config(directory: str | os.PathLike) -> ModelConfig:
-  """The model of a Hugging Face folder. Raises CheckpointError for what is not implemented here, naming key and value."""
+  """The model of a Hugging Face folder.
+
+  Raises CheckpointError for what is not implemented here, naming key and value.
+  """
   raw = read_config_json(directory)
   return to_model_config(raw, HFReader(directory).names, pathlib.Path(directory) / CONFIG_FILE)
 
@@ -88,8 +91,8 @@ def to_model_config(raw: Mapping[str, Any], names: Iterable[str], source: str | 
 
   Args: `raw`: its content. `names`: the tensors of the checkpoint. `source`: what to call the file in errors.
 
-  The depth of multi-token prediction follows from the tensors: transformers writes num_nextn_predict_layers = 1 by default.
-  Raises CheckpointError for what is not implemented here, naming key and value.
+  The depth of multi-token prediction follows from the tensors: transformers writes num_nextn_predict_layers = 1 by
+  default. Raises CheckpointError for what is not implemented here, naming key and value.
   """
   kind = raw.get("model_type")
   if kind not in list(DEFAULTS):  # it need not be hashable
@@ -169,7 +172,10 @@ def attention_config(kind: str, values: Mapping[str, Any], source: str | os.Path
 
 
 def rope_config(values: Mapping[str, Any], source: str | os.PathLike) -> tuple[float, YarnConfig]:
-  """(theta, YaRN). Published: rope_theta and rope_scaling {type}; transformers 5: rope_parameters {rope_type, rope_theta}."""
+  """(theta, YaRN).
+
+  Published: rope_theta and rope_scaling {type}; transformers 5: rope_parameters {rope_type, rope_theta}.
+  """
   scaling = values.get("rope_scaling") or values.get("rope_parameters") or {}
   theta = scaling.get("rope_theta") or values.get("rope_theta") or 10_000.0
   kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -201,7 +207,10 @@ def rope_config(values: Mapping[str, Any], source: str | os.PathLike) -> tuple[f
 
 
 def moe_config(kind: str, values: Mapping[str, Any]) -> MoEConfig:
-  """The MoE section. Only the keys that transformers reads for this kind of model count: its function is the reference."""
+  """The MoE section.
+
+  Only the keys that transformers reads for this kind of model count: its function is the reference.
+  """
   common: dict[str, Any] = dict(
     num_routed_experts=values["n_routed_experts"],
     num_shared_experts=values["n_shared_experts"] or 0,

@@ -15,8 +15,8 @@ class HFTensor:
 
   Attributes:
     name: in the checkpoint.
-    path: keys of the parameter (or buffer) in our tree. index: in its leading dimensions (layer, expert), where the tensor
-      belongs.
+    path: keys of the parameter (or buffer) in our tree. index: in its leading dimensions (layer, expert), where the
+      tensor belongs.
     shape: of the tensor. param_shape: of its slice of the parameter.
     transposed: the tensor is [out, in], and the parameter has its input dimensions before its output dimensions.
     buffer: `path` is in the buffers.
@@ -71,7 +71,7 @@ def _swiglu_tensors(name: str, path: tuple[str, ...], embed: int, mlp: int, inde
 
 
 def _attention_tensors(config: ModelConfig, name: str, path: tuple[str, ...], index: tuple[int, ...]) -> list[HFTensor]:
-  """Grouped-query (LlamaAttention) or latent attention (DeepseekV3Attention): [heads * width, inputs] in the checkpoint."""
+  """Grouped-query (LlamaAttention) or latent attention (DeepseekV3Attention), [heads * width, inputs] on disk."""
   a, embed = config.attention, (config.embed,)
   if a.kind == "gqa":
     return [

@@ -10,7 +10,9 @@ from deepseek_jax.errors import CheckpointError
 
 
 def lock_workdir(directory: pathlib.Path) -> TextIO:
-  """Locks `directory`/.lock. Returns the open file: the lock ends when it is closed, or when the process ends in any way.
+  """Locks `directory`/.lock.
+
+  Returns the open file: the lock ends when it is closed, or when the process ends in any way.
 
   Raises CheckpointError where another process has the lock, OSError where the file cannot be written.
   """

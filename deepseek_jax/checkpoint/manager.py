@@ -35,7 +35,10 @@ silence_orbax()
 
 
 class CheckpointReader:
-  """Finds and reads checkpoints below `workdir`, a folder. Changes nothing there; a run may write more at the same time."""
+  """Finds and reads checkpoints below `workdir`, a folder.
+
+  Changes nothing there; a run may write more at the same time.
+  """
 
   def __init__(self, workdir: str | os.PathLike):
     self._directory: Any = pathlib.Path(os.path.abspath(workdir), "checkpoints")  # of a bucket: the URL
@@ -228,7 +231,8 @@ class Checkpointer(CheckpointReader):
     return f"; moved to {path.name}"
 
   def _write_manifest(self) -> None:
-    # Orbax calls this when the files are complete and before it renames the step into place: no step is without manifest.
+    # Orbax calls this when the files are complete and before it renames the step into place: no step is without
+    # manifest.
     manifest.write_manifest(self._directory / f"{self._saving_step}{ocp.path.atomicity.TMP_DIR_SUFFIX}")
 
   def _failed(self, error: Exception) -> CheckpointError:

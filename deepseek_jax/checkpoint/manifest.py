@@ -45,7 +45,7 @@ def to_json_text(files: Files) -> str:
 
 
 def verify(step_dir: str | pathlib.Path) -> str | None:
-  """None when every file of `step_dir` is as its manifest says; else one line that says which is not, and how it differs."""
+  """None when every file of `step_dir` is as its manifest says; else one line: which is not, and how it differs."""
   step_dir = pathlib.Path(step_dir)
   if not step_dir.is_dir():
     return "it is not a directory"

@@ -1,4 +1,4 @@
-"""Weights that a run starts from: of a Hugging Face folder or of another run's workdir, placed on the mesh as they are read."""
+"""Weights that a run starts from: of a Hugging Face folder or another run's workdir, read straight onto the mesh."""
 
 import json
 import os
@@ -58,8 +58,8 @@ class HuggingFaceWeights:
   def load(self, abstract: PyTree) -> PyTree:
     """Arrays for `abstract`, {"params", "buffers"} of jax.ShapeDtypeStruct with NamedShardings, in its dtypes.
 
-    Every tensor is read once; those that multi-token prediction copies are read again, to be compared. The host holds one
-    parameter (of all layers and experts) at a time. Raises CheckpointError that lists all tensors that do not fit.
+    Every tensor is read once; those that multi-token prediction copies are read again, to be compared. The host holds
+    one parameter (of all layers and experts) at a time. Raises CheckpointError that lists all tensors that do not fit.
     """
     reader, tensors = HFReader(self.directory), hf_tensors(self.model)
     reader.check_tensors(tensors)
@@ -110,7 +110,8 @@ class WorkdirWeights:
     steps = broadcast_from_process0(self._reader.steps)
     if not steps:
       raise self._no_checkpoint()
-    # All steps of a workdir have the same model. Which step is the newest that verifies is known only when it was all read.
+    # All steps of a workdir have the same model. Which step is the newest that verifies is known only when it was all
+    # read.
     for candidate in reversed(steps) if step is None else [step]:
       try:
         self.model = saved_config(self._reader, candidate).model

@@ -1,4 +1,4 @@
-"""The cache folder that processes share: one process at a time writes an entry, which gets its name when it is complete."""
+"""The cache folder that processes share: one at a time writes an entry, which gets its name when it is complete."""
 
 import contextlib
 import fcntl
@@ -41,7 +41,7 @@ def exclusive_lock(path: str | os.PathLike, activity: str) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def temporary_folder(target: pathlib.Path, remove_stale: bool) -> Iterator[pathlib.Path]:
-  """Yields a new folder beside `target`, to be renamed to it when complete, and removes it afterwards if it is still there.
+  """Yields a new folder beside `target`, to be renamed to it when complete. Removes it afterwards if it still exists.
 
   remove_stale: first remove temporary folders that killed processes left. Only safe while the lock of `target` is held.
   """

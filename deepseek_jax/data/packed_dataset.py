@@ -99,7 +99,8 @@ def open_packed(
 ) -> tuple[dict[str, Any], dict[str, PackedSplit]]:
   """(index, {split name: PackedSplit}) of the packed `folder`.
 
-  Raises DataError, naming the file, if one is missing, truncated, of another format or, with `verify`, of other content.
+  Raises DataError, naming the file, if one is missing, truncated, of another format or, with `verify`, of other
+  content.
   """
   index = read_index(folder, fingerprint)
   for name in (f"{split}.{kind}" for split in SPLITS for kind in ("tokens", "bytes")):
@@ -121,13 +122,16 @@ def open_packed(
 
 
 def write_index(folder: pathlib.Path, fingerprint: str, metadata: dict[str, Any]) -> None:
-  """Writes index.json of `folder`: `metadata` (JSON), the format, the `fingerprint` of the data and a checksum of these."""
+  """Writes index.json of `folder`: `metadata` (JSON), the format, the data's `fingerprint` and a checksum of these."""
   index = {"format": FORMAT, "fingerprint": fingerprint, **metadata}
   write_atomically(folder / "index.json", json.dumps(index | {"crc32": _index_crc32(index)}, indent=2))
 
 
 def read_index(folder: pathlib.Path, fingerprint: str) -> dict[str, Any]:
-  """index.json of `folder`. Raises DataError if it is damaged, of another format, or of data with another `fingerprint`."""
+  """index.json of `folder`.
+
+  Raises DataError if it is damaged, of another format, or of data with another `fingerprint`.
+  """
   path = folder / "index.json"
   try:
     index = json.loads(path.read_bytes())

@@ -27,8 +27,8 @@ def pack_source(source: Source, tokenizer: Tokenizer, config: DataConfig) -> tup
   """Packs `source` into the cache, unless it is there already. Returns (folder, fingerprint in hex, was it there).
 
   - Processes that want the same data wait for the one that packs it.
-  - The data is written to a temporary folder, which is renamed when complete. So two processes that pack the same data do
-    no harm on a file system without locks.
+  - The data is written to a temporary folder, which is renamed when complete. So two processes that pack the same data
+    do no harm on a file system without locks.
   - What a killed process leaves is never read. The next one to pack the same data removes it, given locks.
 
   Raises DataError for text that cannot be packed.
@@ -98,7 +98,7 @@ def _write_packed(
 
 
 def _add_bos_eos(ids: np.ndarray, byte_counts: np.ndarray, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-  """(ids uint32, byte_counts) of a document in the stream: between bos and eos, or after bos alone where the two are one."""
+  """(ids uint32, byte_counts) of a document in the stream: between bos and eos, or after bos where both are one."""
   if len(ids) and ids.max() >= tokenizer.vocab:
     raise DataError(f"data.tokenizer gave the id {ids.max()}, beyond its vocabulary of {tokenizer.vocab}")
   eos = [] if tokenizer.eos == tokenizer.bos else [tokenizer.eos]

@@ -120,7 +120,8 @@ def open_data(config: DataConfig, vocab: int, seed: int) -> Data:
 def shuffle_and_mix(sizes: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
   """An endless MapDataset from sample index to window id, with random access.
 
-  Each source of `sizes` windows is shuffled again in every epoch of its own. Sources are mixed in proportion to `weights`.
+  Each source of `sizes` windows is shuffled again in every epoch of its own. Sources are mixed in proportion to
+  `weights`.
   """
   ends = np.cumsum(sizes).tolist()
   seeds = [int(np.random.SeedSequence([seed, i]).generate_state(1)[0]) for i in range(len(sizes))]

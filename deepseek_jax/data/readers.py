@@ -1,7 +1,7 @@
 """Documents in a file: one reader per suffix. Whatever cannot be read is an error that names file and place.
 
-Text that is not UTF-8 is refused, not repaired: replacing what does not decode would teach the replacement character, and
-hide that a whole corpus was saved in another encoding.
+Text that is not UTF-8 is refused, not repaired: replacing what does not decode would teach the replacement character,
+and hide that a whole corpus was saved in another encoding.
 """
 
 import gzip

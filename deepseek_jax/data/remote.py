@@ -69,7 +69,9 @@ def _matches_glob(components: list[str], patterns: list[str]) -> bool:
 
 
 def _download_changed(store: ObjectStore, names: list[str], folder: pathlib.Path) -> None:
-  """Downloads the objects of which `folder` has no copy, or one of another generation. The others cost one request each.
+  """Downloads the objects of which `folder` has no copy, or one of another generation.
+
+  The others cost one request each.
 
   One process at a time does, and the others find its copies. After an error the next call continues; after a kill it
   starts over.

@@ -18,8 +18,8 @@ from deepseek_jax.storage import is_url
 # Tests are two thirds of the standard library and unlike the rest; site-packages is what happens to be installed.
 STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 
-# A file that was modified this recently could be written again without a change of its modification time: its hash is not
-# cached.
+# A file that was modified this recently could be written again without a change of its modification time: its hash is
+# not cached.
 MTIME_SETTLE_SECONDS = 2.0
 
 
@@ -112,7 +112,7 @@ def stat_file(name: str, path: pathlib.Path) -> SourceFile:
 
 
 def _list_files(root: pathlib.Path, excluded: Collection[str]) -> list[pathlib.Path]:
-  """Paths of the files under `root`, without hidden files and folders, folders named in `excluded`, and links to folders."""
+  """Paths of the files under `root`, without hidden files and folders, folders in `excluded`, and links to folders."""
   paths = []
   for folder, folders, names in os.walk(root):
     folders[:] = [name for name in folders if name not in excluded and not name.startswith(".")]

@@ -25,8 +25,9 @@ BOS_NAMES = ("<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<s>", "<bos>
 EOS_NAMES = ("<｜end▁of▁sentence｜>", "<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "[SEP]")
 
 # BPE time grows with the square of a text's length (1.1 MB: 14 s), so documents are encoded in chunks. Every common
-# pre-tokenizer splits between two words, and after a line break between characters other than spaces. Chunks end there, so
-# that the ids equal those of the unsplit text. At every line break they would not: DeepSeek-V3 has tokens like "\n\n".
+# pre-tokenizer splits between two words, and after a line break between characters other than spaces. Chunks end there,
+# so that the ids equal those of the unsplit text. At every line break they would not: DeepSeek-V3 has tokens like
+# "\n\n".
 SPLIT_POINT = re.compile(r"(?<=\S\n)(?=\S)|(?<=[a-z])(?= [a-z])")
 MIN_CHUNK_CHARACTERS = 2048
 CHUNKS_PER_CALL = 2048  # bounds the memory of the library's encodings, about 200 bytes per token
@@ -89,7 +90,10 @@ class ByteTokenizer:
 
 
 class JsonTokenizer:
-  """A tokenizer.json run by the `tokenizers` package, in many threads. `install`: the command that installs the package."""
+  """A tokenizer.json run by the `tokenizers` package, in many threads.
+
+  `install`: the command that installs the package.
+  """
 
   def __init__(self, path: pathlib.Path, install: str):
     try:
@@ -106,7 +110,8 @@ class JsonTokenizer:
       self._tokenizer = tokenizers.Tokenizer.from_str(content)
     except Exception as error:  # the library raises nothing narrower
       raise DataError(f"{path} is not a tokenizer.json that the tokenizers package can read: {error}") from None
-    # A file may ask for truncation or padding, or parse "</s>" inside a document as its end: none of this suits packing.
+    # A file may ask for truncation or padding, or parse "</s>" inside a document as its end: none of this suits
+    # packing.
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
     self._tokenizer.encode_special_tokens = True

@@ -11,7 +11,8 @@ def next_token(logits: jax.Array, token_in_text: jax.Array, key: jax.Array, conf
 
   Args:
     logits: [batch, vocab] float; -inf for ids that must not be sampled.
-    token_in_text: [batch, vocab] bool, ids already in the text, for `repetition_penalty` (Keskar et al. 2019, section 4.1).
+    token_in_text: [batch, vocab] bool, ids already in the text, for `repetition_penalty` (Keskar et al. 2019, section
+      4.1).
     key: PRNG key.
     config: temperature (0: greedy), top_k, top_p, repetition_penalty.
 

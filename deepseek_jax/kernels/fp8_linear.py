@@ -1,8 +1,8 @@
 """Linear layers whose three GEMMs are in FP8: y = x w, dx = dy w^T, dw = x^T dy (V3 report, figure 6).
 
-x and dy are quantized twice, rowwise and columnwise: in tiles along each dimension that is contracted. w is quantized once, in
-square tiles that serve both. All are e4m3fn. The forward pass saves only the columnwise copy of x, which dw reads. Of an x
-that is a SwiGLU it saves the inputs in FP8, and dw recomputes it from them (section 3.3.3).
+x and dy are quantized twice, rowwise and columnwise: in tiles along each dimension that is contracted. w is quantized
+once, in square tiles that serve both. All are e4m3fn. The forward pass saves only the columnwise copy of x, which dw
+reads. Of an x that is a SwiGLU it saves the inputs in FP8, and dw recomputes it from them (section 3.3.3).
 """
 
 import dataclasses
@@ -50,8 +50,8 @@ def fp8_linear(
 ) -> tuple[jax.Array, ...]:
   """`x` [rows, k] times each of `weights` [k, n]: a tuple of [rows, n] in the dtype of `x`.
 
-  x: or a pair (gate, up) of such arrays, for silu(gate) * up. Layers of one activation belong in one call, which saves one copy
-  of it for all of them. Gradients have the dtypes of their primals. Each size is free; last tiles are partial.
+  x: or a pair (gate, up) of such arrays, for silu(gate) * up. Layers of one activation belong in one call, which saves
+  one copy of it for all of them. Gradients have the dtypes of their primals. Each size is free; last tiles are partial.
 
   Raises:
     ValueError: an implementation that does not exist, or does not support what `recipe` asks.
@@ -68,7 +68,8 @@ def fp8_ragged_linear(
 ) -> tuple[jax.Array, ...]:
   """As `fp8_linear`, of rows sorted by group, each group with its own of `weights` [groups, k, n].
 
-  group_sizes: [groups] int32, any sizes; rows past their sum come out zero. step: as in `fp8_grouped_matmul`, a power of two.
+  group_sizes: [groups] int32, any sizes; rows past their sum come out zero. step: as in `fp8_grouped_matmul`, a power
+  of two.
   """
   # A tile is a multiple of a step.
   return _fp8_matmuls(recipe, min(step, recipe.block), *match_vma(group_sizes, x, *weights))

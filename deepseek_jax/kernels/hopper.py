@@ -1,9 +1,10 @@
 """FP8 GEMM for Hopper GPUs: what the dense and the grouped kernels share.
 
-The kernel is persistent: one thread block a multiprocessor takes output tiles until none is left. It is warp-specialized: one
-warpgroup copies operands with TMA into a ring buffer of stages, two multiply them with wgmma (e4m3), each half of the tile's
-rows. wgmma accumulates in fewer bits than float32 has. So each block of the contraction starts from zero, is scaled, and is added
-to the accumulator in float32 registers: it is promoted (V3 report, section 3.3.2).
+The kernel is persistent: one thread block a multiprocessor takes output tiles until none is left. It is
+warp-specialized: one warpgroup copies operands with TMA into a ring buffer of stages, two multiply them with wgmma
+(e4m3), each half of the tile's rows. wgmma accumulates in fewer bits than float32 has. So each block of the contraction
+starts from zero, is scaled, and is added to the accumulator in float32 registers: it is promoted (V3 report, section
+3.3.2).
 """
 
 import dataclasses
@@ -28,16 +29,16 @@ from deepseek_jax.kernels.tiles import BLOCK, MMA_WARPGROUPS, MULTIPROCESSORS, W
 
 COPY_REGISTERS, MMA_REGISTERS = 24, 240  # of a thread, by what its warpgroup does
 SWIZZLE = 128  # bytes
-# Rows of operands are padded to multiples of these: copies start at multiples of 8 rows, and stores have 64 columns at a time,
-# which are rows of b.
+# Rows of operands are padded to multiples of these: copies start at multiples of 8 rows, and stores have 64 columns at
+# a time, which are rows of b.
 ROW_ALIGNMENT, COLUMN_ALIGNMENT = 8, 64
 
 
 class WorkTile(NamedTuple):
   """The output tile that a cluster computes next: int32 scalars.
 
-  row, column: the first in a and in b. group: of b and of the result, where they have groups. first_block, steps: blocks of the
-  contraction. start, end: the group's own rows of a, or its own k of the contraction.
+  row, column: the first in a and in b. group: of b and of the result, where they have groups. first_block, steps:
+  blocks of the contraction. start, end: the group's own rows of a, or its own k of the contraction.
   """
 
   row: jax.Array
@@ -221,7 +222,7 @@ def _copy_operands(tiles, stages, a, a_scales, b, b_scales, full, empty, rings, 
 
 
 def _multiply_operands(tiles, stages, warpgroup, tile, steps_done, b_scales, full, empty, rings, masked):
-  """The warpgroup's rows of a tile, float32: for each wgmma tile of rows a list of column pieces [WGMMA_ROWS, width]."""
+  """The warpgroup's rows of a tile, float32: for each wgmma tile a list of column pieces [WGMMA_ROWS, width]."""
   row_slices = [pl.ds((warpgroup * tiles.waves + wave) * WGMMA_ROWS, WGMMA_ROWS) for wave in range(tiles.waves)]
   b_row_scales = rings["scales_b_ring"]
   # The columns of a piece lie in one block of b, and so have one scale.
@@ -244,7 +245,8 @@ def _multiply_operands(tiles, stages, warpgroup, tile, steps_done, b_scales, ful
 
       def multiply(accumulator, rows=rows, last=wave == tiles.waves - 1):
         plgpu.wgmma(accumulator, rings["a_ring"].at[stage, rows], rings["b_ring"].at[stage].T)
-        # Loads while wgmma runs. The next copy to this stage is the async proxy's; the commit orders it after these loads.
+        # Loads while wgmma runs. The next copy to this stage is the async proxy's; the commit orders it after these
+        # loads.
         row_scale = _compat.load_smem(rings["scales_a_ring"].at[stage, rows], plgpu.Layout.WGMMA.reduce(1))
         column_scale = None
         if b_row_scales is not None:
@@ -287,7 +289,10 @@ def _zero_outside(values, row_slices, start, end):
 
 
 def _store_rows(staging, out, row, column, pieces):
-  """Stores WGMMA_ROWS rows, `pieces` of columns, to `out` from (row, column) on. TMA leaves out what lies outside `out`."""
+  """Stores WGMMA_ROWS rows, `pieces` of columns, to `out` from (row, column) on.
+
+  TMA leaves out what lies outside `out`.
+  """
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the store before has read `staging`
   width = pieces[0].shape[1]
   for i, piece in enumerate(pieces):
@@ -347,7 +352,10 @@ class RowRangeStore:
 
 
 def _store_some_rows(staging, out, row, low, count, column, pieces):
-  """Stores `count` < WGMMA_ROWS rows from `low` on. Copies have fixed shapes: rows are copied by the bits of `count`."""
+  """Stores `count` < WGMMA_ROWS rows from `low` on.
+
+  Copies have fixed shapes: rows are copied by the bits of `count`.
+  """
   (_, chunk), width = staging.shape, pieces[0].shape[1]
   for i, piece in enumerate(pieces):
     for offset in range(0, width, chunk):

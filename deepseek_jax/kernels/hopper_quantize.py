@@ -1,7 +1,7 @@
 """Quantization to FP8 on Hopper GPUs: what the kernels of `quantize` and `swiglu` share.
 
-Each thread block reads a tile of 128 x 128 of its inputs into shared memory once, and takes the absmax there along rows, along
-columns or over the whole tile.
+Each thread block reads a tile of 128 x 128 of its inputs into shared memory once, and takes the absmax there along
+rows, along columns or over the whole tile.
 """
 
 import functools
@@ -70,7 +70,7 @@ def pad_to_tiles(x: jax.Array) -> jax.Array:
 
 
 def _quantize_hopper(function, inputs, pow2_scales, square=False, both=False):
-  """(values, scales) of `function` of `inputs`, and with `both` the pair of its transpose; scales [tiles across, rows]."""
+  """(values, scales [tiles across, rows]) of `function` of `inputs`, and with `both` the pair of its transpose."""
   inputs = match_vma(*inputs)
   rows, columns = inputs[0].shape
   down, across, array = rows // BLOCK, columns // BLOCK, jax.ShapeDtypeStruct

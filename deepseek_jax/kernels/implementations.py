@@ -76,7 +76,8 @@ def replace_kernels(replacements: Replacements) -> Iterator[None]:
 def record_calls() -> Iterator[dict[str, Call]]:
   """Gives a dict to which the Pallas kernel calls that are traced in the block are added, by their keys.
 
-  The program has XLA's implementations in their place. So a kernel that cannot even be traced is recorded, and raises nothing.
+  The program has XLA's implementations in their place. So a kernel that cannot even be traced is recorded, and raises
+  nothing.
   """
   calls: dict[str, Call] = {}
   token = _recorded_calls.set(calls)
@@ -90,8 +91,9 @@ def call_kernel(kernel: str, function: str, implementation: str, *args: Any) -> 
   """The result of `function` of `kernels/<kernel>/<implementation>.py` for `args`.
 
   Args:
-    implementation: one of IMPLEMENTATIONS; "pallas": the platform's Pallas kernel; "auto": likewise, with a fallback to XLA
-      where there is none, where it does not support these shapes, which is logged once, or where `replace_kernels` says so.
+    implementation: one of IMPLEMENTATIONS; "pallas": the platform's Pallas kernel; "auto": likewise, with a fallback to
+      XLA where there is none, where it does not support these shapes, which is logged once, or where `replace_kernels`
+      says so.
 
   Raises:
     ValueError: no such implementation, or none for this platform.
@@ -117,7 +119,10 @@ def call_kernel(kernel: str, function: str, implementation: str, *args: Any) -> 
 
 
 def _record(call: Call, args: tuple, recorded: dict[str, Call]) -> None:
-  """Adds `call` to `recorded`. Raises Unsupported as its kernel does; other errors are left to the self-test to find."""
+  """Adds `call` to `recorded`.
+
+  Raises Unsupported as its kernel does; other errors are left to the self-test to find.
+  """
   try:
     load_function(call.kernel, call.function, call.file)(*args)
   except Unsupported:
@@ -128,7 +133,10 @@ def _record(call: Call, args: tuple, recorded: dict[str, Call]) -> None:
 
 
 def resolve_implementation(kernel: str, implementation: str) -> str:
-  """The file, of IMPLEMENTATIONS, that `call_kernel` takes for `implementation`. Raises ValueError as `call_kernel` does."""
+  """The file, of IMPLEMENTATIONS, that `call_kernel` takes for `implementation`.
+
+  Raises ValueError as `call_kernel` does.
+  """
   available = [file for file in IMPLEMENTATIONS if importlib.util.find_spec(f"deepseek_jax.kernels.{kernel}.{file}")]
   native = native_file(device_kind())
   if native not in available:
@@ -183,7 +191,8 @@ def log_once(message: str) -> None:
 def match_vma(*trees: PyTree) -> PyTree:
   """`trees`, a tuple, typed as varying over all manual mesh axes that any of their arrays varies over.
 
-  Loops need it of what they carry: their input and output types must agree. Backward, the cast sums the devices' gradients.
+  Loops need it of what they carry: their input and output types must agree. Backward, the cast sums the devices'
+  gradients.
   """
   varying = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in jax.tree.leaves(trees)))
 
@@ -195,7 +204,10 @@ def match_vma(*trees: PyTree) -> PyTree:
 
 
 def _abstract(leaf: Any) -> Any:
-  """The shape and dtype of a jax.Array. NumPy arrays, which are constants of a program, and all else stay as they are."""
+  """The shape and dtype of a jax.Array.
+
+  NumPy arrays, which are constants of a program, and all else stay as they are.
+  """
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array) else leaf
 
 

@@ -1,7 +1,8 @@
 """Pallas kernels of libraries, adapted to `shard_map(check_vma=True)` and to cost estimates.
 
-Kernels that come with jax do not type their results as varying over mesh axes, and some have no cost estimate. So their module
-is loaded a second time, with a `pallas_call` that does both. Kernels that refuse such types see operands without them.
+Kernels that come with jax do not type their results as varying over mesh axes, and some have no cost estimate. So their
+module is loaded a second time, with a `pallas_call` that does both. Kernels that refuse such types see operands without
+them.
 """
 
 import functools
@@ -46,8 +47,8 @@ def tpu_library(name: str, dtype: str, cost: Callable[..., pl.CostEstimate] | No
       kwargs.setdefault("name", getattr(kernel, "__qualname__", "").partition(".")[0])
       if cost:
         kwargs["cost_estimate"] = cost(kwargs, operands, out_types)
-      # The default precision has too few bits for float32, inside a kernel too. The model's matmul_precision does not reach
-      # the backward pass, which is traced outside of it.
+      # The default precision has too few bits for float32, inside a kernel too. The model's matmul_precision does not
+      # reach the backward pass, which is traced outside of it.
       with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
         return pl.pallas_call(kernel, out_shape=out_types, interpret=device_kind() == "cpu", **kwargs)(*operands)
 
@@ -67,8 +68,8 @@ mlir.register_lowering(_drop_vma, lambda _, x: [x])
 def without_vma(kernel: Callable) -> Callable:
   """`kernel`, which sees operands that vary over no mesh axis; its results vary over all axes that its operands do.
 
-  Only for a kernel with a gradient of its own that vmap does not map: the cast has no rule for either. A gradient through it
-  would lose the sum over devices.
+  Only for a kernel with a gradient of its own that vmap does not map: the cast has no rule for either. A gradient
+  through it would lose the sum over devices.
   """
 
   @functools.wraps(kernel)

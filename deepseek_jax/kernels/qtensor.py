@@ -1,4 +1,4 @@
-"""QTensor: an FP8 matrix with a scale a tile, the operand of DeepSeek-V3's FP8 GEMMs (arXiv 2412.19437, section 3.3)."""
+"""QTensor: an FP8 matrix with a scale a tile, the operand of DeepSeek-V3's FP8 GEMMs (V3 report, section 3.3)."""
 
 import dataclasses
 from typing import Any
@@ -60,8 +60,8 @@ def tile_counts(shape: tuple[int, ...], tile: tuple[int, int]) -> tuple[int, int
 def compute_absmax(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
   """The largest magnitude (amax) of `x`, float32, over `axis`; NaN if there is one.
 
-  Compares bits as integers, whose order is that of magnitudes with NaN last. XLA's maximum of floats on CPUs ignores NaN
-  (jax 0.10.2 and 0.12.0).
+  Compares bits as integers, whose order is that of magnitudes with NaN last. XLA's maximum of floats on CPUs ignores
+  NaN (jax 0.10.2 and 0.12.0).
   """
   return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32).max(axis), jnp.float32)
 
@@ -70,7 +70,8 @@ def compute_scales(absmax: jax.Array, pow2_scales: bool) -> jax.Array:
   """Scales, float32, of tiles whose largest magnitudes are `absmax`, so that `absmax` / scale is 448.
 
   pow2_scales: the least powers of two that keep every value within 448, as 8 exponent bits (UE8M0) hold them.
-  A tile with a NaN or an infinity has such a scale, and dequantizes to NaN. The least scale is 2^-126, that of a tile of zeros.
+  A tile with a NaN or an infinity has such a scale, and dequantizes to NaN. The least scale is 2^-126, that of a tile
+  of zeros.
   """
   if pow2_scales:
     # By bits, which every kernel can do: 448 is 1.75 * 2^8. The exponent 255 is that of NaN and infinity.

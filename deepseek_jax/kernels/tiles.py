@@ -1,6 +1,7 @@
-"""Tile sizes of FP8 GEMMs on Hopper GPUs: measured by benchmarks/tune_kernels.py, or else estimated. No run-time autotuning.
+"""Tile sizes of FP8 GEMMs on Hopper GPUs: measured by benchmarks/tune_kernels.py, or else estimated.
 
-So every host makes the same program. tiles.json holds what was measured: operation -> chip -> sizes -> fields of TileConfig.
+There is no autotuning at run time, so that every host makes the same program. tiles.json holds what was measured:
+operation -> chip -> sizes -> fields of TileConfig.
 """
 
 import dataclasses
@@ -20,7 +21,8 @@ MMA_WARPGROUPS = 2  # warpgroups that multiply
 WGMMA_ROWS = 64  # rows of one wgmma instruction
 BLOCK = 128  # k between promotions to float32, and bytes of a swizzled row: the one size that is implemented
 SHARED_BYTES = 232_448 - 2_048  # of a thread block, less room for barriers
-# Bytes that a multiprocessor gets from the L2 cache in a cycle: an assumption, of the order that others measured on H100s.
+# Bytes that a multiprocessor gets from the L2 cache in a cycle: an assumption, of the order that others measured on
+# H100s.
 L2_BYTES_PER_CYCLE = 45
 
 
@@ -30,7 +32,8 @@ class TileConfig:
 
   waves: wgmma tiles of 64 rows that each of the two warpgroups holds: a tile has 128 rows a wave.
   n: columns of a tile, a multiple of 64.
-  cluster: thread blocks, 1 or 2, of a cluster; their tiles are below one another, and the tile of b is multicast to them.
+  cluster: thread blocks, 1 or 2, of a cluster; their tiles are below one another, and the tile of b is multicast to
+  them.
   band: tiles down that are visited before the next tiles across, so that neighbors in time share the L2 cache.
   """
 

@@ -117,7 +117,7 @@ class Attention(nnx.Module):
     self.config = a
 
   def project_qkv(self, x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries [batch, seq, heads, head_dim], keys and values [batch, seq, kv_heads, head_dim]; x is [batch, seq, embed]."""
+    """q [batch, seq, heads, head_dim], k and v [batch, seq, kv_heads, head_dim] of x [batch, seq, embed]."""
     q, k, v = fused_linear("bsd,dhk->bshk", x, self.q, self.k, self.v)
     return apply_rope(q, *rotation).astype(x.dtype), apply_rope(k, *rotation).astype(x.dtype), v
 

@@ -1,8 +1,8 @@
 """Context parallelism: causal attention to a sequence that C devices share, each with an equal part of the causal half.
 
 The sequence is cut into 2C chunks of L positions. Device c holds chunk c, its early chunk, and chunk 2C-1-c, its late
-one (Llama 3, arXiv 2407.21783, section 3.3.2). Of the (2C)^2 pairs of a query chunk and a key chunk, each device computes
-2C+1: 3 of its own chunks, and 2 with those of each other device. Pairs are merged as in an online softmax.
+one (Llama 3, arXiv 2407.21783, section 3.3.2). Of the (2C)^2 pairs of a query chunk and a key chunk, each device
+computes 2C+1: 3 of its own chunks, and 2 with those of each other device. Pairs are merged as in an online softmax.
 """
 
 import functools
@@ -24,7 +24,8 @@ OWN_PAIRS = ((EARLY, EARLY), (LATE, LATE), (LATE, EARLY))  # (query chunk, key c
 ExpandKV = Callable[[Any], tuple[jax.Array, jax.Array]]
 # What a device holds and sends: (kv, its segment_ids or None).
 KVShard = tuple[PyTree, jax.Array | None]
-# Of an online softmax: largest logit [..., heads, L], denominator [..., heads, L], numerator [..., heads, L, value width].
+# Of an online softmax: largest logit [..., heads, L], denominator [..., heads, L],
+# numerator [..., heads, L, value width].
 SoftmaxState = tuple[jax.Array, jax.Array, jax.Array]
 
 

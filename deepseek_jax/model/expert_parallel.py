@@ -48,9 +48,10 @@ def expert_parallel(
     x: [tokens, embed], this device's tokens.
     indices: int [tokens, experts per token], global expert numbers; `num_experts` for none, see Routing.
     weights: [tokens, experts per token].
-    local_experts_fn: the experts of this device, numbered from 0: (x [rows, embed], indices [rows, n], weights [rows, n],
-      expected_assignments, capacity) -> (y [rows, embed], overflow). An even load is `expected_assignments`. `overflow`
-      counts the assignments over `capacity`, which are left out.
+    local_experts_fn: the experts of this device, numbered from 0:
+      (x [rows, embed], indices [rows, n], weights [rows, n], expected_assignments, capacity) ->
+      (y [rows, embed], overflow). An even load is `expected_assignments`. `overflow` counts the assignments over
+      `capacity`, which are left out.
     buffer_factor: size of the expert buffer, in rows and in assignments, as a multiple of an even load. 0: the worst
       case, every token of every device.
     recipe: of FP8. Tokens and their gradients are then dispatched in FP8. What is combined stays in the compute dtype.

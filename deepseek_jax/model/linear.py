@@ -46,8 +46,8 @@ def normal_param(
 class Linear(nnx.Module):
   """A linear layer without bias: an einsum that contracts x's last dimensions with the kernel's first.
 
-  Where devices share a contracted dimension, each device's result is a partial sum. In FP8, tiles are per device: of its
-  rows, and of its shard of the kernel.
+  Where devices share a contracted dimension, each device's result is a partial sum. In FP8, tiles are per device: of
+  its rows, and of its shard of the kernel.
 
   Args:
     shape, axes: of the kernel: sizes and logical axes.
@@ -136,7 +136,7 @@ def fwd_and_dgrad_recipes(recipe: Recipe | None) -> tuple[Recipe | None, Recipe 
 
 
 def quantize_for_dispatch(recipe: Recipe | None, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """What is sent of `x` [rows, width]: FP8 values as uint8 and scales [rows, tiles] float32, or x and scales [rows, 0]."""
+  """What is sent of `x` [rows, width]: FP8 values as uint8, scales [rows, tiles] float32; or x and scales [rows, 0]."""
   if recipe is None:
     return x, jnp.zeros((len(x), 0), jnp.float32)
   q = quantize(x, (1, recipe.block), pow2_scales=recipe.pow2_scales, implementation=recipe.implementation)

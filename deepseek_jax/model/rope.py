@@ -47,7 +47,8 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool =
   """`x` [batch, seq, heads, rope_dim] rotated by its position, in the dtype of `cos`.
 
   Pairs are (i, i + rope_dim / 2), as in DeepSeek LLM and MoE, or (2i, 2i + 1) if `interleaved`, as in MLA. In both
-  cases, the result has the first members of all pairs before the second ones. Products of queries and keys are the same.
+  cases, the result has the first members of all pairs before the second ones. Products of queries and keys are the
+  same.
   """
   x = x.astype(cos.dtype)
   first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else jnp.split(x, 2, -1)

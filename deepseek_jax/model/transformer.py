@@ -128,15 +128,15 @@ class Transformer(nnx.Module):
 
     Args:
       hidden: [batch, stream, embed], of the main model. batch_context: of the main model.
-      next_ids: int [depth, batch, seq], the ids k + 1 positions later. -1 past the end of the sequence, where the hidden
-        states mean nothing.
+      next_ids: int [depth, batch, seq], the ids k + 1 positions later. -1 past the end of the sequence, where the
+        hidden states mean nothing.
     """
     depths = []
     for depth, ids in enumerate(next_ids):
       mtp_layer = jax.tree.map(lambda p, depth=depth: p[depth], self.mtp_layers)
       key = None if dropout_key is None else jax.random.fold_in(dropout_key, self.config.layers + depth)
-      # A position belongs to the document of its hidden state. A document's last position takes the next document's first
-      # token, so that the next document must not attend to it. RoPE is relative: positions may start anywhere.
+      # A position belongs to the document of its hidden state. A document's last position takes the next document's
+      # first token, so that the next document must not attend to it. RoPE is relative: positions may start anywhere.
       depth_context = dataclasses.replace(batch_context, token_mask=ids >= 0)
 
       def layer(hidden, mtp_layer, embeddings, batch_context, key):

@@ -3,7 +3,8 @@
 This is interleaved 1F1B (Narayanan et al., arXiv:2104.04473) with S stages and V virtual stages on each:
 
 - Chunk c = v * S + s of the layers is virtual stage v of stage s. A microbatch passes through all stages V times.
-- Work item i = (g * V + v) * S + r is microbatch g * S + r on virtual stage v. S microbatches are a group, here group g.
+- Work item i = (g * V + v) * S + r is microbatch g * S + r on virtual stage v. S microbatches are a group, here group
+  g.
 - Stage s does the forward pass of item i in tick i + s.
 - It does the backward pass of item i in tick lag + i + S - 1 - s, with the virtual stages in reverse order, where
   lag = (V + 1) * S - 2 is the tick in which the first group has passed all chunks.
@@ -36,8 +37,8 @@ def layer_assignment(
   """Which layer is in which slot.
 
   Args:
-    assignment: number of layers of each of the stages * virtual_stages chunks, in order of execution. Default: as even as
-      possible, earlier chunks take one more.
+    assignment: number of layers of each of the stages * virtual_stages chunks, in order of execution. Default: as even
+      as possible, earlier chunks take one more.
 
   Returns:
     (table int32 [stages, virtual_stages, slots], where `layers` is an empty slot; mask bool, True for full slots).
@@ -71,7 +72,10 @@ def bubble_fraction(stages: int, virtual_stages: int, microbatches: int) -> floa
 
 
 def num_ticks(stages: int, virtual_stages: int, microbatches: int) -> tuple[int, int, int]:
-  """Ticks of a step: (all, those with a forward item, those with an embedding). As many have a backward item, a loss."""
+  """Ticks of a step: (all, those with a forward item, those with an embedding).
+
+  As many have a backward item, a loss.
+  """
   groups = -(-microbatches // stages)
   forward, lag = groups * stages * virtual_stages + stages - 1, (virtual_stages + 1) * stages - 2
   return forward + lag + 1, forward, groups
@@ -104,9 +108,9 @@ def interleaved_1f1b(
 ) -> tuple[Params, PyTree, tuple[PyTree, PyTree, PyTree]]:
   """Gradients of the sum of all microbatches' objectives, as far as this stage computes them.
 
-  Called inside a shard_map over all mesh axes with check_vma. An objective that varies over a mesh axis counts as the sum
-  over that axis. The caller sums gradients over the mesh axes on which a parameter is replicated; `outer_params` are
-  replicated over the stages.
+  Called inside a shard_map over all mesh axes with check_vma. An objective that varies over a mesh axis counts as the
+  sum over that axis. The caller sums gradients over the mesh axes on which a parameter is replicated; `outer_params`
+  are replicated over the stages.
 
   Args:
     embed_fn: (outer_params, microbatch) -> (x, aux). x is one array, which goes from chunk to chunk.
@@ -115,12 +119,13 @@ def interleaved_1f1b(
     loss_fn: (outer_params, microbatch, y) -> (objective [], aux).
     outer_params: of embed_fn and loss_fn, the same on all stages.
     layer_params: this stage's, [virtual_stages, slots, ...]. Both are typed as varying over all mesh axes.
-    microbatches: how many, at least 1. May be traced, the same on all devices. The functions get int32 indices below it.
+    microbatches: how many, at least 1. May be traced, the same on all devices. The functions get int32 indices below
+      it.
     axis: mesh axis of the stages.
 
   Returns:
-    (gradients of outer_params, gradients of layer_params, aux): sums over the microbatches, gradients in at least float32.
-    aux is (embed_fn's, chunk_fn's [virtual_stages, ...], loss_fn's).
+    (gradients of outer_params, gradients of layer_params, aux): sums over the microbatches, gradients in at least
+    float32. aux is (embed_fn's, chunk_fn's [virtual_stages, ...], loss_fn's).
   """
   embed_fn, chunk_fn, loss_fn = _with_varying_outputs(embed_fn, chunk_fn, loss_fn)
   microbatches = jnp.asarray(microbatches, jnp.int32)
@@ -288,8 +293,8 @@ class StageProgram:
 
   def embed_backward(self, microbatch: jax.Array, exists: jax.Array, carry: Carry) -> Carry:
     _, vjp, _ = jax.vjp(lambda params: self.embed_fn(params, microbatch), self.outer_params, has_aux=True)
-    # The cotangent is zero where there is no microbatch. The result is added in any case: of parameters sharded over the
-    # stages, `vjp` gives the terms of all stages.
+    # The cotangent is zero where there is no microbatch. The result is added in any case: of parameters sharded over
+    # the stages, `vjp` gives the terms of all stages.
     (grads,) = vjp(jnp.where(exists, carry.outbox, 0))
     outer_grads, layer_grads = carry.gradients
     return dataclasses.replace(carry, gradients=(jax.tree.map(jnp.add, outer_grads, grads), layer_grads))

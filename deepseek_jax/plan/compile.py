@@ -23,8 +23,8 @@ import jax
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.plan.topology import Topology
 
-# Takes a sixth less time than the default, with the same collectives and memory within 1% (libtpu 0.0.50, V3's widths on 64
-# chips).
+# Takes a sixth less time than the default, with the same collectives and memory within 1% (libtpu 0.0.50, V3's widths
+# on 64 chips).
 OPTIMIZATION_LEVEL = "O1"
 
 
@@ -75,7 +75,10 @@ class CompiledProgram:
 
 
 class OutOfMemory(Exception):
-  """The program does not fit the chip's HBM. `required_bytes`: what XLA says it needs, at least one byte over the limit."""
+  """The program does not fit the chip's HBM.
+
+  `required_bytes`: what XLA says it needs, at least one byte over the limit.
+  """
 
   def __init__(self, required_bytes: int):
     super().__init__(required_bytes)
@@ -156,8 +159,12 @@ def _compile(lowered: jax.stages.Lowered, log: str | None) -> dict:
 
 
 def parse_required_bytes(message: str) -> int | None:
-  """Bytes that a program needs, from XLA's out-of-memory error: at least one over the limit. None for any other error."""
-  # "Used 99.9G of 95.7G hbm", which may read "95.7G of 95.7G"; for temporaries "(204.5G) exceeds available HBM (95.7G)".
+  """Bytes that a program needs, from XLA's out-of-memory error: at least one over the limit.
+
+  None for any other error.
+  """
+  # "Used 99.9G of 95.7G hbm", which may read "95.7G of 95.7G"; for temporaries "(204.5G) exceeds available HBM
+  # (95.7G)".
   size = r"\(?([\d.]+)([KMGT])\)?"
   match = re.search(rf"(?:Used|temporaries) {size} (?:of|exceeds available HBM) {size}", message)
   if not match:

@@ -54,7 +54,10 @@ class RuntimeAssumptions:
 
 
 class Value:
-  """An array on a device, of `size` bytes. `fused_inputs`: the arrays in HBM that it is computed from; () if it is in HBM."""
+  """An array on a device, of `size` bytes.
+
+  `fused_inputs`: the arrays in HBM that it is computed from; () if it is in HBM.
+  """
 
   def __init__(self, size: float, fused_inputs: Iterable["Value"] = ()):
     self.size, self.fused_inputs = size, tuple(fused_inputs)

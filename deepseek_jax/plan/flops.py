@@ -18,7 +18,10 @@ TRACE_DEVICE = AbstractDevice("TPU v5p", 1, "tpu")
 
 
 def abstract_params(config: ModelConfig, mesh: MeshConfig) -> tuple[Params, Params]:
-  """(params, buffers) as abstract arrays with shapes, dtypes and shardings on a mesh of resolved sizes. No device is used."""
+  """(params, buffers) as abstract arrays with shapes, dtypes and shardings on a mesh of resolved sizes.
+
+  No device is used.
+  """
   with jax.sharding.use_abstract_mesh(abstract_mesh(mesh, TRACE_DEVICE)):
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 

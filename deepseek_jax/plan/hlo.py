@@ -165,7 +165,10 @@ class HloProgram:
     return range(math.prod(self.mesh_sizes.values()))
 
   def matmul_flops(self, grouped_matmul_fill: float = 1) -> float:
-    """FLOPs of a device's matmuls. Of grouped ones, `grouped_matmul_fill` is the share of their rows that hold tokens."""
+    """FLOPs of a device's matmuls.
+
+    Of grouped ones, `grouped_matmul_fill` is the share of their rows that hold tokens.
+    """
     total: float = 0
     for name, instructions in self.computations.items():
       if count := self.counts[name]:

@@ -33,9 +33,9 @@ class MemoryEstimate:
     return sum(dataclasses.astuple(self))
 
 
-# How many copies of each array XLA has live at the peak of a step. Fitted to what libtpu 0.0.50 allocates for 36 steps, dense
-# and MoE, on v5e, v5p, v6e and tpu7x, 4 to 1024 chips. The fit is within 10% for all but a model of 0.1 GiB. Second copies of
-# saved activations and of the scores are XLA's own, not the program's.
+# How many copies of each array XLA has live at the peak of a step. Fitted to what libtpu 0.0.50 allocates for 36 steps,
+# dense and MoE, on v5e, v5p, v6e and tpu7x, 4 to 1024 chips. The fit is within 10% for all but a model of 0.1 GiB.
+# Second copies of saved activations and of the scores are XLA's own, not the program's.
 COPIES = {
   "saved_inputs": 1.67,  # block inputs, remat=full
   "saved_matmuls": 0.95,  # matmul outputs, remat=dots
@@ -95,7 +95,10 @@ def _params_per_device(model: ModelConfig, mesh: MeshConfig, unsharded: bool = F
 
 
 def _temporaries(config: Config, compute_bytes: int, chip: Chip | None) -> tuple[float, float, float]:
-  """Bytes of a microbatch's passes: (activations, gathered weights of a block, head). `compute_bytes`: of an element."""
+  """Bytes of a microbatch's passes: (activations, gathered weights of a block, head).
+
+  `compute_bytes`: of an element.
+  """
   m, mesh, moe, tensor = config.model, config.mesh, config.model.moe, config.mesh.tensor
   softmax_bytes = max(4, compute_bytes)  # scores and logits are at least float32
   microbatch = config.train.microbatch or config.train.global_batch

@@ -24,8 +24,8 @@ from deepseek_jax.plan.roofline import StepTime, calibrated_step_time, ideal_ste
 from deepseek_jax.plan.subprocess_call import ADVICE, call_in_subprocess
 from deepseek_jax.plan.topology import GIB, Topology
 
-# (config, mesh) -> (the training step, its abstract arguments), called with that mesh set. A function of a module, since the
-# process that compiles imports it.
+# (config, mesh) -> (the training step, its abstract arguments), called with that mesh set. A function of a module,
+# since the process that compiles imports it.
 MakeStep = Callable[[Config, Any], tuple[Callable, tuple]]
 
 

@@ -16,7 +16,9 @@ from deepseek_jax.plan.topology import Chip, Topology
 
 @dataclasses.dataclass(frozen=True)
 class Efficiency:
-  """Fractions of the peaks that a step reaches, by kind of operation; `overlap`: of interconnect time, hidden by compute.
+  """Fractions of the peaks that a step reaches, by kind of operation.
+
+  overlap: fraction of the interconnect time that compute hides.
 
   Large bfloat16 matmuls reach about 80% of the peak on TPUs and on Hopper, long copies about as much of the HBM
   bandwidth. Grouped matmuls and fused attention are known for about half. None of these numbers was measured in this
@@ -72,7 +74,10 @@ def collective_seconds(o: Operation, topology: Topology, mesh_sizes: Mapping[str
 
 
 def matmul_seconds(o: Operation, chip: Chip, block: int) -> float:
-  """Seconds of all executions of an operation's FLOPs at the chip's peak. FP8 GEMMs have a scale every `block` terms."""
+  """Seconds of all executions of an operation's FLOPs at the chip's peak.
+
+  FP8 GEMMs have a scale every `block` terms.
+  """
   return o.count * o.flops / chip.peak_flops / (chip.fp8_speedup(block) if o.fp8 else 1)
 
 

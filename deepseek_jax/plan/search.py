@@ -64,7 +64,7 @@ def search(
   progress: Callable[[str], None] = print,
   max_plans: int = MAX_PLANS,
 ) -> list[Plan]:
-  """Plans for other meshes, microbatches, buffer factors and remat policies than the config's, the fastest that fits first.
+  """Plans for other meshes, microbatches, buffer factors and remat policies than the config's, fastest that fits first.
 
   Starts with the config's mesh and with one for each number of expert shards. Then it plans the neighbors of the best
   plan so far, until there are `max_plans` or no candidate is left. A candidate that does not fit by the estimate is not

@@ -1,4 +1,4 @@
-"""Calls a function in a process of its own, since libtpu aborts the whole process where one of its internal checks fails."""
+"""Calls a function in a process of its own: libtpu aborts the whole process where one of its internal checks fails."""
 
 import multiprocessing
 import re

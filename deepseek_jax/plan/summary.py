@@ -1,4 +1,7 @@
-"""A config in a few lines: parameters, FLOPs, tokens, mesh and memory. Printed by --dry_run and at the start of a run."""
+"""A config in a few lines: parameters, FLOPs, tokens, mesh and memory.
+
+Printed by --dry_run and at the start of a run.
+"""
 
 from deepseek_jax.config import Config
 from deepseek_jax.data.pipeline import batch_size

@@ -20,7 +20,8 @@ COMPILER_ENVIRONMENT = {
   "TPU_ACCELERATOR_TYPE": "v5p-8",
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may compile at once
   "TPU_STDERR_LOG_LEVEL": "1",  # warnings to stderr and not to a file
-  # JAX's compilation cache cannot read back what was compiled without a TPU: each hit is a warning and a new compilation.
+  # JAX's compilation cache cannot read back what was compiled without a TPU: each hit is a warning and a new
+  # compilation.
   "JAX_ENABLE_COMPILATION_CACHE": "false",
 }
 
@@ -36,7 +37,8 @@ class Chip:
 
   FP8 speedups are the rate of FP8 GEMMs over the rate of bfloat16 GEMMs, with scales every 128, 256 and 512 terms:
   - TPUs: from the length of the kernels' steps (tests/kernels/bundles.json; v5e is taken for a v5p).
-  - Hopper: what DeepGEMM reaches (1410e12 on an H800) over bfloat16 (788e12 on an H200). This project's kernels have not been timed.
+  - Hopper: what DeepGEMM reaches (1410e12 on an H800) over bfloat16 (788e12 on an H200). This project's kernels have
+    not been timed.
   - Others: 1, since XLA multiplies in bfloat16. HBM bytes are counted as for FP8 kernels all the same.
   """
 
@@ -83,7 +85,10 @@ _TOPOLOGY_PATTERN = re.compile(r"(?:(\d+)\*)?([a-z]\w*)(?::(\d+(?:x\d+)*))?")
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """`num_slices` equal slices of `shape` packages of `chip`. On GPUs, `shape` is (nodes, GPUs per node), with one slice."""
+  """`num_slices` equal slices of `shape` packages of `chip`.
+
+  On GPUs, `shape` is (nodes, GPUs per node), with one slice.
+  """
 
   text: str  # as the user wrote it
   chip_name: str  # a key of CHIPS

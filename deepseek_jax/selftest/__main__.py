@@ -1,10 +1,11 @@
 """Tests each kernel that a config uses on the local accelerator:  python -m deepseek_jax.selftest --config=v3
 
-Kernels and shapes are those of the config's own training step; large ones are cut to a slice. Each kernel is compared with XLA's
-implementation, forward and backward, and timed with it. Kernels run in a process of their own, so that one that crashes or
-hangs is found too. Results are saved in the cache folder; a second call tests what is missing. Any field of the config can be
-set: --config.model.precision=fp8. Exit codes: 0 all pass or there is nothing to test, 1 one does not (wrong, failed, crashed,
-hung, slower than XLA, or not comparable), 2 a config that cannot run, 3 not all were reached: run the same command again.
+Kernels and shapes are those of the config's own training step; large ones are cut to a slice. Each kernel is compared
+with XLA's implementation, forward and backward, and timed with it. Kernels run in a process of their own, so that one
+that crashes or hangs is found too. Results are saved in the cache folder; a second call tests what is missing. Any
+field of the config can be set: --config.model.precision=fp8. Exit codes: 0 all pass or there is nothing to test, 1 one
+does not (wrong, failed, crashed, hung, slower than XLA, or not comparable), 2 a config that cannot run, 3 not all were
+reached: run the same command again.
 """
 
 import json

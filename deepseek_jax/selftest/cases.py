@@ -17,7 +17,8 @@ from deepseek_jax.training.step import abstract_step
 class Case:
   """A call to test.
 
-  covers: keys of the program's calls for which it is tested: the same call, larger ones, and of some kernels smaller ones.
+  covers: keys of the program's calls for which it is tested: the same call, larger ones, and of some kernels smaller
+  ones.
   """
 
   call: Call
@@ -56,7 +57,7 @@ def program_calls(config: Config, device: AbstractDevice) -> list[Call]:
 
 
 def make_cases(calls: list[Call]) -> list[Case]:
-  """The cases to test, most important first: the largest of each function, then the second largest of each, and so on."""
+  """The cases to test, most important first: the largest of each function, then the second largest, and so on."""
   groups = defaultdict(list)
   for call in calls:
     spec = KERNEL_SPECS[call.name]

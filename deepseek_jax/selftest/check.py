@@ -88,7 +88,7 @@ def compile_case(case: Case, precision: Precision) -> CompiledCase:
 
 
 def traceable_functions(case: Case, precision: Precision) -> tuple[list[np.ndarray], dict[str, Callable]]:
-  """(inputs, {file: function of them}) of the kernel of `case` and of XLA, forward and where gradients are tested backward."""
+  """(inputs, {file: function of them}) of the kernel of `case` and of XLA: forward, and backward if that is tested."""
   call = case.call
   abstract, tree = jax.tree.flatten(call.arguments)
   traced = [i for i, leaf in enumerate(abstract) if isinstance(leaf, jax.ShapeDtypeStruct)]
@@ -183,13 +183,15 @@ def device_works() -> bool:
 
 
 def relative_errors(actual: PyTree, expected: PyTree) -> list[jax.Array]:
-  """The error of each pair of results; NaN where a value of `actual` is not finite, infinity where one of `expected` is not.
+  """The error of each pair of results.
 
-  - Of arrays a and b the largest, over blocks of 128 x 128, of |a - b| / |b| (Frobenius norms) and, over single values, of
-    |a - b| / (16 r + 8 |b|), where r is the root mean square of the block. A block's norm counts as at least a thousandth of the
-    blocks' root mean square.
-  - Of QTensors only the norms, since a value may be rounded to either neighbor, and 1 more where scales differ by more than
-    SCALE_ERROR.
+  It is NaN where a value of `actual` is not finite, infinity where one of `expected` is not.
+
+  - Of arrays a and b the largest, over blocks of 128 x 128, of |a - b| / |b| (Frobenius norms) and, over single values,
+    of |a - b| / (16 r + 8 |b|), where r is the root mean square of the block. A block's norm counts as at least a
+    thousandth of the blocks' root mean square.
+  - Of QTensors only the norms, since a value may be rounded to either neighbor, and 1 more where scales differ by more
+    than SCALE_ERROR.
   """
   pairs = zip(_result_leaves(actual), _result_leaves(expected), strict=True)
   return [_fp8_error(a, b) if isinstance(a, QTensor) else _error(a, b) for a, b in pairs]

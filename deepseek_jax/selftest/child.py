@@ -1,7 +1,7 @@
 """The process that opens the device:  python -m deepseek_jax.selftest.child REQUEST.json
 
-It may crash or hang at any kernel. So it writes to a journal, line by line, what it is about to do and the results. `supervise.py`
-reads the journal, and starts another process for the cases after the kernel at fault.
+It may crash or hang at any kernel. So it writes to a journal, line by line, what it is about to do and the results.
+`supervise.py` reads the journal, and starts another process for the cases after the kernel at fault.
 """
 
 import concurrent.futures
@@ -162,7 +162,7 @@ def results_path(folder: str, key: str) -> pathlib.Path:
 
 
 def read_results(folder: str, key: str) -> dict[str, dict]:
-  """{key of a case: fields of its Result} that were saved for such a machine; empty where the file is missing or damaged."""
+  """{key of a case: fields of its Result} saved for such a machine; empty where the file is missing or damaged."""
   return {
     name: result for name, result in read_json_dict(results_path(folder, key)).items() if isinstance(result, dict)
   }

@@ -1,4 +1,4 @@
-"""The machine of a self-test: its accelerators, and what results depend on in addition to shapes (chip, versions, flags, source)."""
+"""The machine of a self-test: its accelerators, and what results depend on (chip, versions, flags, source)."""
 
 import dataclasses
 import functools

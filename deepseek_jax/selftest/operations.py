@@ -35,8 +35,8 @@ class KernelSpec:
   make_integers: arguments -> the same with arrays in place of abstract integers.
   gradients: of which arguments the gradients are tested too.
   largest_only: test only the largest of shapes that differ in no more than their number of full tiles.
-  tile_magnitudes: inputs have magnitudes that differ from tile to tile. Not those of attention: its softmax would be all ones
-    and zeros.
+  tile_magnitudes: inputs have magnitudes that differ from tile to tile. Not those of attention: its softmax would be
+    all ones and zeros.
   """
 
   bounds: dict[str, float]
@@ -88,7 +88,10 @@ def _normal_pool(dtype: np.dtype, tile_magnitudes: bool) -> np.ndarray:
 
 
 def uneven_groups(groups: int, rows: int, multiple: int = 8) -> np.ndarray:
-  """[groups] int32 multiples of `multiple`. One group is empty if there are at least four. Some rows belong to no group."""
+  """[groups] int32 multiples of `multiple`.
+
+  One group is empty if there are at least four. Some rows belong to no group.
+  """
   rng = np.random.default_rng(0)
   weights = np.exp(0.5 * rng.standard_normal(groups))
   if groups >= 4:
@@ -160,7 +163,10 @@ def _attention_of_part_integers(q, k, v, segment_ids, scale, positions, shard):
 
 
 def _attention_flops(q, k, v, *_):
-  """Causal: half of the pairs. Forward q k and p v; backward the scores again, their gradient, and those of q, k and v."""
+  """Causal: half of the pairs.
+
+  Forward q k and p v; backward the scores again, their gradient, and those of q, k and v.
+  """
   pairs = q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1] / 2
   return 2 * pairs * (4 * q.shape[3] + 3 * v.shape[3])
 
@@ -181,7 +187,8 @@ def _fp8_matmul_flops(a, b, out_dtype):
   return 2 * a.shape[0] * a.shape[1] * b.shape[0]
 
 
-# fp8_grouped_matmul: matmul(a [rows, k], b [groups, n, k], group_sizes, step, out_dtype); wgrad(a [m, rows], b [n, rows], ..).
+# fp8_grouped_matmul: matmul(a [rows, k], b [groups, n, k], group_sizes, step, out_dtype);
+# wgrad(a [m, rows], b [n, rows], ..).
 
 
 def _shrink_groups(group_sizes, rows):
@@ -239,7 +246,8 @@ def _grouped_matmul_flops(x, w, group_sizes, block):
   return 6 * float(rows) * x.shape[1] * w.shape[2]
 
 
-# quantize(x [.., rows, columns], tile, pow2_scales), quantize_both(x, block, pow2_scales), swiglu_quantize(gate, up, block, pow2_scales).
+# quantize(x [.., rows, columns], tile, pow2_scales), quantize_both(x, block, pow2_scales),
+# swiglu_quantize(gate, up, block, pow2_scales).
 
 
 def _shrink_quantize(x, *options):

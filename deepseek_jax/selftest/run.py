@@ -161,8 +161,8 @@ def _summarize(report: Report) -> str:
 def _merge_choices(stored: Choice, new: Choice) -> Choice:
   """The choice of a resume on the same chip: each call that the run has made before stays as it was.
 
-  `new` decides for calls that the run did not make before, as on another mesh. Under other versions or kernels bits may differ
-  in any case, so that kernels that fail now fall back too.
+  `new` decides for calls that the run did not make before, as on another mesh. Under other versions or kernels bits may
+  differ in any case, so that kernels that fail now fall back too.
   """
   same_machine = results_key(stored.machine) == results_key(new.machine)
   known_functions = {call.partition("(")[0] for call in stored.known}

@@ -20,8 +20,8 @@ from deepseek_jax.selftest.check import CRASHED, HUNG, UNCOMPARED, Result, new_r
 from deepseek_jax.selftest.child import Request, read_results, results_path
 from deepseek_jax.selftest.machine import child_environment, cuda_devices, results_key
 
-# Seconds without an event in the journal after which a process counts as hung, by phase: tracing the program, the phases of
-# check.py, and the test whether the device still works.
+# Seconds without an event in the journal after which a process counts as hung, by phase: tracing the program, the
+# phases of check.py, and the test whether the device still works.
 PHASE_TIMEOUTS = {"start": 300, "compile": 180, "reference": 60, "kernel": 30, "compare": 60, "time": 60, "device": 30}
 GRACE_SECONDS = 10  # after the deadline, for a kernel that was started before
 CHILD_COMMAND = "-m", "deepseek_jax.selftest.child"
@@ -33,7 +33,8 @@ _log = logging.getLogger(__name__)
 class Report:
   """The outcome of a self-test.
 
-  machine: as `describe_device` gives it. cases: {key: [kernel, calls that it covers ..]}. results: {key: Result} of those reached.
+  machine: as `describe_device` gives it. cases: {key: [kernel, calls that it covers ..]}. results: {key: Result} of
+  those reached.
   refused: why the config cannot run on these devices. stopped: why cases are left although there was time.
   """
 
@@ -191,7 +192,8 @@ class Child:
             self._keys, self._phase, HUNG, f"no event for {PHASE_TIMEOUTS[self._phase]} s ({self._phase})"
           )
         if time.time() > self._deadline:
-          # A kernel that was started before the deadline has had GRACE_SECONDS. A program that compiles may only be slow.
+          # A kernel that was started before the deadline has had GRACE_SECONDS. A program that compiles may only be
+          # slow.
           at_kernel = self._phase == "kernel"
           return ChildExit(
             self._keys if at_kernel else [], self._phase, HUNG, f"not finished within {GRACE_SECONDS} s ({self._phase})"

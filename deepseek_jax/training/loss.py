@@ -22,9 +22,9 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
   """(loss_sums [batch], objective []): the cross entropy in nats, summed over positions, and what is optimized.
 
-  The objective is summed over batch and positions. objective = (1 - label_smoothing) * cross entropy + label_smoothing * mean over vocab of -log p + z_loss * log(Z)^2.
-  Only the objective has a gradient. Both are of the sequences and positions that this device has, and the same on all
-  devices that share `vocab`.
+  The objective is the sum over batch and positions of (1 - label_smoothing) * cross entropy
+  + label_smoothing * mean over vocab of -log p + z_loss * log(Z)^2. Only the objective has a gradient. Both are of the
+  sequences and positions that this device has, and the same on all devices that share `vocab`.
 
   Args:
     head: [embed, vocab], this device's shard of the parameter.

@@ -81,7 +81,7 @@ class Objective:
     return model.batch_context(inputs.ids, inputs.position_ids, inputs.rope_positions, inputs.segment_ids, no_drop_key)
 
   def head_loss(self, model: Transformer, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`cross_entropy` of `hidden` [batch, stream, embed] and `targets` [batch, seq]: (loss_sums [batch], objective [])."""
+    """`cross_entropy` of `hidden` [batch, stream, embed], `targets` [batch, seq]: (loss_sums [batch], objective [])."""
     train = self.config.train
     head = model.output_embedding()
     return cross_entropy(
@@ -95,7 +95,7 @@ class Objective:
     key: jax.Array | None = None,
     mtp_weight: jax.Array | float = 0.0,
   ) -> tuple[jax.Array, jax.Array, PyTree]:
-    """(loss_sums [batch], local_objective [], metrics), as `head_losses`, of full sequences `tokens` [batch, seq + 1]."""
+    """(loss_sums [batch], local_objective [], metrics) as `head_losses`, of sequences `tokens` [batch, seq + 1]."""
     inputs = self.local_inputs(tokens)
     batch_context = self.batch_context(model, inputs, key)
     hidden, aux_by_stack = model(inputs.ids, batch_context, key, self.layer_aux)  # [batch, stream, embed]

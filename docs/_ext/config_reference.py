@@ -1,4 +1,4 @@
-"""The directive `config-reference`: every config field, from the dataclasses. Names of fields in all pages link to it."""
+"""The directive `config-reference`: every config field, from the dataclasses. Names of fields on pages link to it."""
 
 import typing
 

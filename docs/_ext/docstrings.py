@@ -27,7 +27,7 @@ def indentation(line):
 
 
 def reformat(app, what, name, obj, options, lines):
-  """In place: escapes markup, makes literal blocks of indented paragraphs, and leaves sections such as Args to napoleon."""
+  """In place: escapes markup, makes indented paragraphs literal blocks, leaves sections such as Args to napoleon."""
   result, in_section, in_block, item, blank = [], False, False, None, True
   for line in lines:
     if not line.strip():
@@ -66,7 +66,10 @@ def result_item(lines):
 
 
 def module_names(name):
-  """The module `name`, or the public modules of that package, in alphabetical order. Most packages have no __init__.py."""
+  """The module `name`, or the public modules of that package, in alphabetical order.
+
+  Few packages have an __init__.py.
+  """
   folder = ROOT / name.replace(".", "/")
   if not folder.is_dir():
     return [name]

@@ -1,4 +1,4 @@
-"""Causal attention of a training step: softmax(scale q k^T) v, where a query sees the keys of its segment up to itself."""
+"""Causal attention of a training step: softmax(scale q k^T) v. A query sees the keys of its segment up to itself."""
 
 import jax
 import numpy as np
@@ -41,7 +41,7 @@ def attention_of_part(
   segment_ids: tuple[jax.Array, jax.Array] | None = None,
   implementation: str = "auto",
 ) -> jax.Array:
-  """`attention` of one context-parallel shard: of queries at `positions[shard]` of a sequence, to the keys of all of it.
+  """`attention` of one context-parallel shard: of queries at `positions[shard]` of a sequence, to all of its keys.
 
   Args:
     q: [batch, queries, heads, key width]. k and v as in `attention`, of the whole sequence.

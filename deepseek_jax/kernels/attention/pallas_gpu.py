@@ -1,8 +1,8 @@
 """tokamax's flash attention for Hopper: blocks of scores stay on the chip, forward and backward.
 
-Its kernels are called directly, since its public function asks the local device. A segment is a run of positions, so that a
-query sees the keys from its segment's first on. Forward, blocks that no query of a block sees are skipped; backward they are
-masked.
+Its kernels are called directly, since its public function asks the local device. A segment is a run of positions, so
+that a query sees the keys from its segment's first on. Forward, blocks that no query of a block sees are skipped;
+backward they are masked.
 """
 
 import functools
@@ -21,8 +21,8 @@ TOKAMAX_VERSION = "0.0.17"  # exactly this: what is called here is internal to i
 MODULES = "tokamax._src.ops.attention.pallas_mosaic_gpu"  # prefix of the modules of its kernels
 SEQ_MULTIPLE = 128  # two warpgroups of 64 queries, or of 64 keys backward
 MAX_WIDTHS = 192, 128  # of keys and of values: more does not fit on the chip
-# tokamax's own defaults for causal attention of these widths on Hopper; not measured by us. For context-parallel parts its
-# default is a schedule that asks the local device.
+# tokamax's own defaults for causal attention of these widths on Hopper; not measured by us. For context-parallel parts
+# its default is a schedule that asks the local device.
 FORWARD = {"block_q": 64, "block_kv": 128, "num_stages": 2}
 BACKWARD = {"block_q_dkv": 64, "block_kv_dkv": 64, "block_q_dq": 64, "block_kv_dq": 64, "num_stages": 2}
 
@@ -92,7 +92,7 @@ def _segment_starts(segment_ids):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(scale, q, k, v, starts, ends):
-  """Each query sees the keys from `starts` to before `ends`, int32 [batch, 1, queries]; None: from 0, and up to itself."""
+  """Each query sees the keys in [`starts`, `ends`), int32 [batch, 1, queries]; None: from 0, and up to itself."""
   return _attention_fwd(scale, q, k, v, starts, ends)[0]
 
 

@@ -1,4 +1,4 @@
-"""jax's splash attention: blocks of scores stay on the chip, forward and backward, and those in the future are skipped."""
+"""jax's splash attention: blocks of scores stay on the chip, forward and backward, and future blocks are skipped."""
 
 import math
 
@@ -14,8 +14,8 @@ from deepseek_jax.kernels.libraries import tpu_library
 LANES = 128
 BLOCK = 512  # of queries and of keys: maxtext's default; not measured by us
 
-# Matmuls of each kernel that have the width of keys, and of values: forward q k and p v; backward the scores again, for the
-# gradient of queries and once more for those of keys and values.
+# Matmuls of each kernel that have the width of keys, and of values: forward q k and p v; backward the scores again, for
+# the gradient of queries and once more for those of keys and values.
 MATMULS = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}
 
 
@@ -64,8 +64,8 @@ def _block_sizes(queries, seq):
 def _splash_cost(call, operands, results):
   """The cost of one kernel, for all heads of a sequence.
 
-  It computes the blocks of scores that are not masked. For each it reads one more block of keys and values, or of queries and
-  gradients. Its other operands and results are read and written once a head.
+  It computes the blocks of scores that are not masked. For each it reads one more block of keys and values, or of
+  queries and gradients. Its other operands and results are read and written once a head.
   """
   q, k, v = operands[3:6]  # [heads, positions, width]
   q_block, kv_block = _block_sizes(q.shape[1], k.shape[1])

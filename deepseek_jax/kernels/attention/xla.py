@@ -64,9 +64,11 @@ def masked_attention(
 
   Args:
     mask: [queries, keys] or [batch, 1, queries, keys] bool, True where a query sees a key.
-    q: [batch, queries, heads, key width]. k: [batch, keys, kv_heads, key width]. v: [batch, keys, kv_heads, value width].
+    q: [batch, queries, heads, key width]. k: [batch, keys, kv_heads, key width].
+    v: [batch, keys, kv_heads, value width].
     scale: factor of the logits.
-    dropout: maps the softmax [batch, kv_heads, group, queries, keys], in the dtype of `v`, to the weights of the values.
+    dropout: maps the softmax [batch, kv_heads, group, queries, keys], in the dtype of `v`, to the weights of the
+      values.
   """
   q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])  # [batch, queries, kv_heads, group, key width]
   accumulator_dtype = jnp.promote_types(q.dtype, jnp.float32)

@@ -18,7 +18,9 @@ def fp8_grouped_matmul(
   out_dtype: DTypeLike = jnp.float32,
   implementation: str = "auto",
 ) -> jax.Array:
-  """Rows of `a` [rows, k] times the transpose of their group's matrix in `b` [groups, n, k]: [rows, n]. Forward and dgrad.
+  """Rows of `a` [rows, k] times the transpose of their group's matrix in `b` [groups, n, k]: [rows, n].
+
+  Forward and dgrad.
 
   Args:
     group_sizes: [groups] int32, any sizes, also zero. Rows past their sum belong to no group and come out zero.
@@ -42,7 +44,8 @@ def fp8_grouped_wgrad(
 ) -> jax.Array:
   """The contraction of `a` [m, rows] and `b` [n, rows] over each group's own rows: [groups, m, n]. Wgrad.
 
-  Tiles are along rows and do not follow groups. A tile at a border has rows of two groups, which share its scale, and a NaN.
+  Tiles are along rows and do not follow groups. A tile at a border has rows of two groups, which share its scale, and a
+  NaN.
 
   Args:
     group_sizes: as in `fp8_grouped_matmul`.

@@ -1,4 +1,4 @@
-"""The tiles of the dense kernel, visited by group: a tile at a border is visited once for each group that has rows in it."""
+"""The tiles of the dense kernel, visited by group: a tile at a border once for each group with rows in it."""
 
 import jax
 import jax.numpy as jnp
@@ -142,7 +142,8 @@ def _compiler_params(*dimension_semantics):
 def _group_visits(group_sizes, rows, tiles, min_visits):
   """Each group's visits to the tiles of `rows` rows in which it has some: ([1] how many, group ids, tile ids).
 
-  Group after group. min_visits: of a group without rows. Ids are [tiles + groups] int32, as many visits as there can be.
+  Group after group. min_visits: of a group without rows. Ids are [tiles + groups] int32, as many visits as there can
+  be.
   """
   ends = jnp.cumsum(group_sizes)
   first_tile = (ends - group_sizes) // rows

@@ -1,4 +1,4 @@
-"""FP8 GEMM with blockwise scales: each block of the contraction is scaled and accumulated in float32 (V3 report, figure 7)."""
+"""FP8 GEMM with blockwise scales: each block of k is scaled and accumulated in float32 (V3 report, figure 7)."""
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,8 @@ def fp8_matmul(
   """`a` [m, k] times the transpose of `b` [n, k], both contiguous along k as tensor cores read them: [m, n].
 
   Args:
-    a, b: QTensors whose tiles are equally wide along k, which is the k between promotions: (1, block) of activations and
-      gradients, (block, block) of weights. m, n and k are free: last tiles may be partial.
+    a, b: QTensors whose tiles are equally wide along k, which is the k between promotions: (1, block) of activations
+      and gradients, (block, block) of weights. m, n and k are free: last tiles may be partial.
 
   Raises:
     ValueError: k or its tiles differ, or an `implementation` that does not exist or does not support this.

@@ -82,14 +82,14 @@ def check_operands(a: QTensor, b: QTensor) -> None:
 
 
 def pad_to_steps(q: QTensor) -> QTensor:
-  """`q` with zeros that fill its last tile, and of more than 32 tiles the last eight, so that steps of several divide them."""
+  """`q` with zeros that fill its last tile, and of more than 32 tiles the last eight: steps of several divide them."""
   q = pad_contraction(q)
   missing = -q.scales.shape[-1] % 8 if q.scales.shape[-1] > 32 else 0
   return QTensor(pad_with_zeros(q.values, -1, missing * q.tile[1]), pad_with_zeros(q.scales, -1, missing), q.tile)
 
 
 def blocks_per_step(blocks: int, block: int, rows: int, columns: int) -> int:
-  """Blocks of the contraction in a step: the most that divide `blocks`, fit in VMEM, and have their scales in one register."""
+  """Blocks of the contraction in a step: the most that divide `blocks`, fit in VMEM, and have scales in a register."""
   most = STEP_BYTES // (2 * (rows + columns) * block)  # two steps' operands at a time
   fitting = (n for n in range(min(blocks, most), 0, -1) if blocks % n == 0 and (blocks <= LANES or LANES % n == 0))
   return next(fitting)

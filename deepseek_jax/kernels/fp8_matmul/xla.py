@@ -28,8 +28,8 @@ def blockwise_matmul(a: QTensor, b: QTensor) -> jax.Array:
 def unscaled_matmul(a: jax.Array, b: jax.Array) -> jax.Array:
   """`a` [m, k] times the transpose of `b` [n, k], without scales, in float32.
 
-  Operands are cast to float32: CPUs do not have every product of bfloat16 (jax 0.10.2). Values of FP8 and bfloat16 are exact
-  in the fewer bits that chips multiply by default.
+  Operands are cast to float32: CPUs do not have every product of bfloat16 (jax 0.10.2). Values of FP8 and bfloat16 are
+  exact in the fewer bits that chips multiply by default.
   """
   exact = all(x.dtype in (FP8, jnp.bfloat16) for x in (a, b))
   precision = jax.lax.Precision.DEFAULT if exact else jax.lax.Precision.HIGHEST

@@ -20,7 +20,8 @@ def grouped_matmul(
   """`x` [rows, k] times `w` [groups, k, n], by group: [rows, n] in the dtype of `x`, accumulated in at least float32.
 
   Args:
-    x: rows sorted by group; those past sum(group_sizes) belong to none and come out zero. rows is a multiple of `block`.
+    x: rows sorted by group; those past sum(group_sizes) belong to none and come out zero. rows is a multiple of
+      `block`.
     group_sizes: [groups] int32, each a multiple of `block`.
     implementation: as in `call_kernel`; "pallas_tpu" is jax's megablox, "pallas_gpu" its ragged_dot for Hopper.
 

@@ -1,7 +1,8 @@
 """Grouped matmul without a kernel: a loop over the blocks of rows in use, each of one group.
 
-`lax.ragged_dot` is this operation. XLA expands it to every row times every matrix on CPU and on TPUs other than v5p, and on GPUs
-at least in the backward pass (reported by XLA's users, not measured by us). The loop does no such extra work.
+`lax.ragged_dot` is this operation. XLA expands it to every row times every matrix on CPU and on TPUs other than v5p,
+and on GPUs at least in the backward pass (reported by XLA's users, not measured by us). The loop does no such extra
+work.
 """
 
 import functools

@@ -22,7 +22,7 @@ def quantize(
 def quantize_both(
   x: jax.Array, block: int, *, pow2_scales: bool = False, implementation: str = "auto"
 ) -> tuple[QTensor, QTensor]:
-  """(rowwise, columnwise): `x` [rows, columns] and its transpose, each in tiles (1, block), for GEMMs along either dimension.
+  """(rowwise, columnwise): `x` [rows, columns] and its transpose, each in tiles (1, block), for GEMMs along both.
 
   `x` is quantized twice: a tile of one copy is not a tile of the other. Raises ValueError as `quantize` does.
   """

@@ -1,4 +1,4 @@
-"""Quantization on Hopper GPUs: each thread block reads a tile of 128 x 128 into shared memory once, for either direction."""
+"""Quantization on Hopper GPUs: each thread block reads a tile of 128 x 128 into shared memory once, for both copies."""
 
 import jax
 

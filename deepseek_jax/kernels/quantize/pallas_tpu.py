@@ -1,4 +1,4 @@
-"""Quantization on TPUs: a row of tiles at a time in VMEM, so that one read of the matrix gives both of its FP8 copies."""
+"""Quantization on TPUs: a row of tiles at a time in VMEM, so that one read of the matrix gives both FP8 copies."""
 
 import functools
 import math
@@ -94,8 +94,8 @@ def _quantize_tpu(function, inputs, block, pow2_scales, square=False, transpose=
       transcendentals=0,
     ),
   )(*inputs)
-  # Without the barrier libtpu (0.0.42, 0.0.50) fuses the kernel with the update of a loop's stack, and fails on the layout of
-  # FP8.
+  # Without the barrier libtpu (0.0.42, 0.0.50) fuses the kernel with the update of a loop's stack, and fails on the
+  # layout of FP8.
   values, scales, *transposed = jax.lax.optimization_barrier(outputs)
   scales = jnp.moveaxis(scales, 1, 3).reshape(count, steps_down * scale_rows, steps * step_tiles)
   copies = [(values, scales[:, : steps_down if square else m, :tiles_across])]
