@@ -46,7 +46,7 @@ def token_stream(split: pipeline.ConcatSplit) -> np.ndarray:
 
 
 def ngram_probabilities(train: np.ndarray, heldout: np.ndarray, order: int, vocab: int) -> np.ndarray:
-  """float64 [len(heldout) - 1]: Witten-Bell probability of each id of `heldout` but the first, given up to `order` ids before."""
+  """float64 [len(heldout) - 1]: Witten-Bell probability of each id of `heldout` but the first, given `order` ids."""
   probability = np.full(len(heldout), 1 / vocab)
   for k in range(order + 1):
     grams, gram_counts = np.unique(ngram_codes(train, k + 1, vocab), return_counts=True)

@@ -50,7 +50,9 @@ def small_v3(vocab: int, embed: int, layers: int, experts: int) -> ModelConfig:
 
 
 def write_random_checkpoint(folder: pathlib.Path, config: ModelConfig) -> int:
-  """Writes a Hugging Face checkpoint, one tensor at a time, router biases in float32. Returns bytes of the largest tensor.
+  """Writes a Hugging Face checkpoint, one tensor at a time, router biases in float32.
+
+  Returns bytes of the largest tensor.
 
   Copies of the embedding and the head are equal to the original.
   """

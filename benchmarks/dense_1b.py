@@ -1,4 +1,4 @@
-"""A dense model of 1.2B parameters for one 80 GB GPU: the LLaMA architecture with grouped-query attention, 4096 positions.
+"""A dense model of 1.2B parameters for one 80 GB GPU: LLaMA architecture with grouped-query attention, 4096 positions.
 
 python -m benchmarks.train_step --config=benchmarks/dense_1b.py      (part of: python -m benchmarks.gpu --part=2)
 

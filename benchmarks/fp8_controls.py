@@ -1,4 +1,6 @@
-"""Trains with outlier channels or per-tensor scales:  python -m benchmarks.fp8_controls --outliers --per_tensor --config=FILE
+"""Trains with outlier channels or per-tensor scales:
+
+  python -m benchmarks.fp8_controls --outliers --per_tensor --config=FILE
 
 --outliers: scales NUM_OUTLIERS channels of the FP8 GEMMs' inputs, after the blocks' norms, by 2^EXPONENT, and the
   matching rows of the weights by its inverse. Powers of two are exact, so without FP8 the function and its gradients
@@ -117,7 +119,7 @@ def outlier_errors(
 
 
 def accumulation_errors(lengths: Sequence[int], bits: int = 14, size: int = 64) -> dict[str, list[tuple[int, float]]]:
-  """{accumulation: [(k, error)]} of FP8 dot products of length k, accumulated in registers with `bits` significant bits.
+  """{accumulation: [(k, error)]} of FP8 dot products of length k, accumulated with `bits` significant bits.
 
   Operands are N(0, 1) as e4m3fn. The error is that of the sum alone: |y - exact| / |exact| over [size, size] results.
   The default of `bits` is what the V3 report (section 3.5.2) found of Hopper. This emulation adds the terms of an

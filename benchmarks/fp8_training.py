@@ -119,7 +119,10 @@ def main(argv: list[str]) -> int:
 
 
 def is_within_limit(runs: Runs, controls: bool) -> bool:
-  """Whether fp8 costs at most LIMIT and, with `controls`, one scale per matrix costs more. False if a run is missing."""
+  """Whether fp8 costs at most LIMIT and, with `controls`, one scale per matrix costs more.
+
+  False if a run is missing.
+  """
   fp8, per_tensor = (
     relative_to_bf16(runs, name, "heldout") if name in runs else [] for name in ("fp8", "per tensor, outliers")
   )
@@ -145,7 +148,7 @@ def train_arm(name: str, values: flags.FlagValues, workdir: str, fields: Mapping
 
 
 def read_run(workdir: str | os.PathLike) -> dict[str, Any] | None:
-  """{"losses": of each step, "heldout": last held-out loss, "last": mean of the last losses}; None of an unfinished run."""
+  """{"losses": of each step, "heldout": last held-out loss, "last": mean of the last}; None of an unfinished run."""
   events = metrics.read_jsonl(os.path.join(workdir, metrics.EVENTS))
   if not any(e["event"] == "end" and e["reason"] == "finished" for e in events):
     return None

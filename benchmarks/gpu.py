@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
 
 
 class Driver:
-  """Runs the steps of a part and records them in gpu.json: {"machine", "toy", "steps": {name: entry of `_record_step`}}."""
+  """Runs a part's steps and records them in gpu.json: {"machine", "toy", "steps": {name: entry of `_record_step`}}."""
 
   def __init__(self, values: flags.FlagValues, overrides: Mapping[str, str]):
     self._toy, self._start = values.toy, time.monotonic()

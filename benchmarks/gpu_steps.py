@@ -24,8 +24,8 @@ class Step:
   name: str
   part: int
   seconds: float  # its share of the part's time; it gets more if the steps before it took less
-  # Arguments of the interpreter. Filled in are {json}: file of its results, {out}: folder of all results, {seconds}: time
-  # limit, and for plans {topology} and {attention}.
+  # Arguments of the interpreter. Filled in are {json}: file of its results, {out}: folder of all results, {seconds}:
+  # time limit, and for plans {topology} and {attention}.
   command: tuple[str, ...]
   toy_arguments: tuple[str, ...] = ()  # make it small, for --toy
   environment: dict[str, str] = dataclasses.field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Rows of a benchmark in a JSON file that is rewritten after each row: a run that was interrupted continues with the others."""
+"""Rows of a benchmark in a JSON file that is rewritten after each row: an interrupted run continues with the others."""
 
 import contextlib
 import json

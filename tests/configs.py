@@ -1,4 +1,7 @@
-"""The models of the tests, in miniature: a dense one, and one with all that DeepSeek-V3 has. Tests change the fields they are about."""
+"""The models of the tests, in miniature: a dense one, and one with all that DeepSeek-V3 has.
+
+Tests change the fields they are about.
+"""
 
 import dataclasses
 
@@ -51,7 +54,8 @@ def float64(config: Config) -> Config:
   )
 
 
-# A whole run of the command line: a config file with the text's folder, the cache and the number of steps to be filled in.
+# A whole run of the command line: a config file with the text's folder, the cache and the number of steps to be filled
+# in.
 RUN = """
 from ml_collections import ConfigDict
 

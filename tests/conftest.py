@@ -13,10 +13,12 @@ os.environ["XLA_FLAGS"] = _flags if _COUNT in _flags else f"{_flags} {_COUNT}=4"
 _LEVEL = "--xla_backend_optimization_level"
 if _LEVEL not in os.environ["XLA_FLAGS"]:
   os.environ["XLA_FLAGS"] += f" {_LEVEL}=0"
-# So it does with XLA's older emitters of fusions, which write LLVM's code at once; jax 0.12 has none and refuses the flag.
+# So it does with XLA's older emitters of fusions, which write LLVM's code at once; jax 0.12 has none and refuses the
+# flag.
 if importlib.metadata.version("jaxlib") < "0.11":
   os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
-# As flags.size_cpu_thread_pool does for programs: with a thread a core, collectives on virtual devices wait for one another.
+# As flags.size_cpu_thread_pool does for programs: with a thread a core, collectives on virtual devices wait for one
+# another.
 os.environ.setdefault("NPROC", "16")
 os.environ["JAX_PLATFORMS"] = "cpu"
 

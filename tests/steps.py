@@ -11,8 +11,8 @@ from deepseek_jax.training.step import make_apply_gradients, make_gradients
 
 
 def make_state(config, mesh):
-  """A first TrainState on `mesh`, of NumPy's noise, and so equal on every mesh. init_state's program takes as long to compile
-  as the update's."""
+  """A first TrainState on `mesh`, of NumPy's noise, and so equal on every mesh. init_state's program takes as long to
+  compile as the update's."""
   abstract, rng = abstract_state(config, mesh), np.random.default_rng(config.seed)
 
   def param(path, x):
@@ -25,7 +25,7 @@ def make_state(config, mesh):
 
 
 def make_step_with_grads(config, bos=0):
-  """make_train_step from the same two functions: `(state, batch, microbatches, schedules) -> (state, metrics, gradients)`."""
+  """make_train_step of the same functions: (state, batch, microbatches, schedules) -> (state, metrics, gradients)."""
   gradients, apply_gradients = make_gradients(config, graphdef(config.model), bos), make_apply_gradients(config)
 
   def step(state, batch, microbatches, schedules):

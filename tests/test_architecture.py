@@ -1,4 +1,7 @@
-"""The rules of the code's architecture, read off its syntax trees. Every rule is shown to fail on a source that breaks it."""
+"""The rules of the code's architecture, read off its syntax trees.
+
+Every rule is shown to fail on a source that breaks it.
+"""
 
 import ast
 import functools
@@ -58,8 +61,8 @@ BANNED = {
 BANNED_METHODS = {"sow": "an argument or a result"}
 LONGEST_MODULE, LONGEST_FUNCTION = 400, 70
 
-# tests/X/test_Y.py tests deepseek_jax/X/Y.py or the package deepseek_jax/X/Y, and so for the other folders of code. Test files
-# that test no single module, with what they test instead; a folder stands for all of its files.
+# tests/X/test_Y.py tests deepseek_jax/X/Y.py or the package deepseek_jax/X/Y, and so for the other folders of code.
+# Test files that test no single module, with what they test instead; a folder stands for all of its files.
 MIRRORED = (PACKAGE, "benchmarks", "launch")
 UNMIRRORED = {
   "test_architecture.py": "rules for all of the code",

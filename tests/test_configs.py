@@ -32,8 +32,9 @@ def test_golden_dump(path):
 def fields_without_source(source, changed):
   """The paths of `changed` that the config file `source` sets without a comment that says why.
 
-  A comment counts for a field if it is on the field's line, on the line before, or likewise at the section that the field
-  is in (not at the sections around that). A field that only names a constant may have it where the constant is assigned.
+  A comment counts for a field if it is on the field's line, on the line before, or likewise at the section that the
+  field is in (not at the sections around that). A field that only names a constant may have it where the constant is
+  assigned.
   """
   tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
   comments = {t.start[0] for t in tokens if t.type == tokenize.COMMENT and is_reason(t.string)}

@@ -43,12 +43,12 @@ def pipeline_stack(config: Config) -> tuple[str, np.ndarray]:
   return stack, layer_assignment(num_layers, axis_size("stages"), parallel.virtual_stages, parallel.stage_layers)[0]
 
 
-def to_stage_layout(layers: Params, axes: PyTree, table: np.ndarray, gather: bool) -> Params:
+def to_stage_layout(layers: Params, logical_axes: PyTree, table: np.ndarray, gather: bool) -> Params:
   """Parameters of this stage's layers, [virtual_stages, slots, ...]. Empty slots are zeros: such blocks do nothing.
 
   Args:
     layers: shards of a stack's parameters [layers, ...].
-    axes: their logical axes.
+    logical_axes: of each parameter.
     table: layer ids, of `pipeline_stack`.
     gather: whether to all-gather the other FSDP axes as well.
   """
@@ -59,7 +59,7 @@ def to_stage_layout(layers: Params, axes: PyTree, table: np.ndarray, gather: boo
     return all_gather_params(param, None, *axes) if gather else param
 
   with axis_rules(STAGE_LOCAL):
-    return jax.tree.map(leaf, layers, axes)
+    return jax.tree.map(leaf, layers, logical_axes)
 
 
 class PipelineStage:

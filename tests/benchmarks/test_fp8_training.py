@@ -1,4 +1,4 @@
-"""benchmarks/fp8_training.py and its controls: what they change, what they show, and that they go on where they were."""
+"""benchmarks/fp8_training.py and its controls: what they change, what they show, and that they resume."""
 
 import json
 import os

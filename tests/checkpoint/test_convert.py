@@ -1,4 +1,4 @@
-"""Checkpoints from Hugging Face's form to ours and back: values, refusals, interruptions, and runs that start from them."""
+"""Checkpoints from Hugging Face's format to ours and back: values, refusals, interruptions, and runs from them."""
 
 import dataclasses
 import json

@@ -304,7 +304,7 @@ def test_generate_continues_the_prompt(folder, uninterrupted, capsys):
 
 
 def test_a_published_v3_is_trained_on_and_goes_back(folder):
-  """With router bias and multi-token prediction: names and shapes stay, and every tensor moves as far as two updates can."""
+  """With router bias and multi-token prediction: names and shapes stay, and tensors move as far as two updates can."""
   published, written = folder / "published", folder / "written"
   published.mkdir()
   before = write_folder(published, Case(HUGGING_FACE))

@@ -1,8 +1,9 @@
 """A run that commit dab6e1f saved, whose config.json has the old names of config fields, resumes to the same values.
 
-saved_before_renames.tar.xz was made on jax 0.10.2 with JAX_ENABLE_X64=1, four CPU devices and the XLA flags of conftest.py:
+saved_before_renames.tar.xz was made on jax 0.10.2 with JAX_ENABLE_X64=1, four CPU devices and the XLA flags of
+conftest.py:
 
-    python -m deepseek_jax.train --config=config.py --workdir=run    # the code of dab6e1f, 4 steps, checkpoints of 2 and 4
+    python -m deepseek_jax.train --config=config.py --workdir=run    # dab6e1f, 4 steps, checkpoints of 2 and 4
 
 It holds config.py, text/, run/ without checkpoint 4 and what was logged after step 2, and expected.npz: every array of
 checkpoint 4, rounded to float32.

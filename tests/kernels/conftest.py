@@ -1,4 +1,4 @@
-"""Pallas kernels run in its interpreters, with the race detector on; `make test` runs only the cases that are marked `quick`."""
+"""Pallas kernels run in its interpreters, with the race detector on; `make test` runs only cases marked `quick`."""
 
 import pathlib
 
@@ -9,7 +9,8 @@ import pytest
 def pytest_collection_modifyitems(config, items):
   """Marks each case of a Pallas kernel `kernels`, unless a `quick` mark of its test names its parameters.
 
-  `@pytest.mark.quick(implementation="pallas_gpu", step=128)` on a test: its cases with these parameters run in `make test`.
+  `@pytest.mark.quick(implementation="pallas_gpu", step=128)` on a test: its cases with these parameters run in
+  `make test`.
   """
   here = [item for item in items if item.path.parent == pathlib.Path(__file__).parent]
   marks = {}  # (test, mark) -> whether it names a case

@@ -1,7 +1,7 @@
 """Compiles every kernel for an NVIDIA H200 ahead of time, without a GPU: one line of JSON for each case.
 
-Runs in a process of its own. The CUDA plugin of jax compiles for a described device; ptxas and nvdisasm come from wheels. Mosaic
-dumps what they print.
+Runs in a process of its own. The CUDA plugin of jax compiles for a described device; ptxas and nvdisasm come from
+wheels. Mosaic dumps what they print.
 """
 
 import functools
@@ -51,7 +51,7 @@ def read_dump(dump):
 
 
 def cases():
-  """name -> (function, arguments, tile config or None): every kernel, and GEMMs in every tile config that may be chosen."""
+  """name -> (function, arguments, tile config or None): every kernel, and GEMMs in every tile config."""
   import jax
   import jax.numpy as jnp
 

@@ -46,7 +46,7 @@ def test_values_and_gradients(name, packed):
 
 
 def test_bfloat16_is_rounded_only_where_it_is_stored():
-  """Of the four results, against float32: no more than twice what rounding the operands and results makes inevitable."""
+  """Of the four results, against float32: at most twice what rounding the operands and results makes inevitable."""
   arrays, segments = problem("mla", jnp.bfloat16)
   exact = computed(*(x.astype(jnp.float32) for x in arrays), segments, "xla")
   for a, b in zip(computed(*arrays, segments, "pallas_tpu"), exact, strict=True):

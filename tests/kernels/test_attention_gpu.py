@@ -1,7 +1,8 @@
 """tokamax's attention for Hopper: against XLA's, interpreted on CPU, and how it is traced.
 
-jax's interpreter does not know products of an operand in registers nor tokamax's barriers of named numbers. So here it gets
-the former, and stages enough that none is used twice, which makes the latter needless: arithmetic is tested, its order is not.
+jax's interpreter does not know products of an operand in registers nor tokamax's barriers of named numbers. So here it
+gets the former, and stages enough that none is used twice, which makes the latter needless: arithmetic is tested, its
+order is not.
 """
 
 import functools

@@ -58,7 +58,8 @@ def test_machine_code(compiled, name):
   if tiles is None:
     assert not found["QGMMA"]
     return
-  # 64 x n sums are 64 n / 128 for each thread; a block of 128 terms takes four wgmma of 32, and one addition of each sum.
+  # 64 x n sums are 64 n / 128 for each thread; a block of 128 terms takes four wgmma of 32, and one addition of each
+  # sum.
   additions = tiles.n / 2 / 4
   assert found["QGMMA"] % (4 * tiles.waves) == 0 < found["QGMMA"]
   assert found["FFMA"] / found["QGMMA"] == additions
@@ -106,5 +107,6 @@ def test_kernels_are_traced_inside_shard_map_and_scan_and_checkpoint():
     sharded = jax.shard_map(loss, in_specs=(jax.P("data"), jax.P(), jax.P()), out_specs=jax.P())
     lowered = jax.jit(jax.grad(sharded, argnums=(0, 1))).trace(*arguments).lower(lowering_platforms=("cuda",))
   calls = lowered.as_text().count("custom_call @mosaic_gpu")
-  # Of each layer: quantization of x and w and a GEMM; quantization of dy and two GEMMs; x and w once more under checkpoint.
+  # Of each layer: quantization of x and w and a GEMM; quantization of dy and two GEMMs; x and w once more under
+  # checkpoint.
   assert calls == 6 + 6 + 2, calls

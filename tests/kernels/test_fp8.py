@@ -1,7 +1,7 @@
 """FP8 quantization and GEMMs: the same tests for every implementation.
 
-GEMMs are compared with float64 products of the same FP8 operands, so that a test bounds the kernel's error alone. Scales differ
-by powers of two, which are exact: a wrong scale is a large error.
+GEMMs are compared with float64 products of the same FP8 operands, so that a test bounds the kernel's error alone.
+Scales differ by powers of two, which are exact: a wrong scale is a large error.
 """
 
 import functools
@@ -71,7 +71,7 @@ def operands(k=K, outliers=False, pow2_scales=False, wgrad=False):
 
 
 def random_scales(q, seed):
-  """`q` with another power of two as the scale of each tile: a scale that is used in the wrong place is wrong by a factor."""
+  """`q` with another power of two as the scale of each tile: a scale used in the wrong place is wrong by a factor."""
   exponents = np.random.default_rng(seed).permutation(q.scales.size).reshape(q.scales.shape) % 64 - 32
   return QTensor(q.values, jnp.asarray(2.0**exponents, jnp.float32), q.tile)
 
@@ -209,7 +209,7 @@ def test_the_reference_is_exact_where_jax_has_float64():
 
 @EACH
 def test_tiles_keep_outliers_apart(implementation):
-  """Against the product before quantization: fine tiles must be better than one scale a matrix, which rounds most values to zero."""
+  """Against the product before quantization: fine tiles beat a scale a matrix, which rounds most to zero."""
   x, w = normal(ROWS, 2048, outliers=True), normal(N, 2048, seed=1)
   reference = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
   fine = fp8_matmul(quantize(x, (1, 128)), quantize(w, (128, 128)), implementation=implementation)

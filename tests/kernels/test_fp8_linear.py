@@ -1,4 +1,4 @@
-"""FP8 linear layers: values and gradients by their definition in NumPy, what they save for the backward pass, and on a mesh."""
+"""FP8 linear layers: values and gradients by their definition in NumPy, what the forward pass saves, and on a mesh."""
 
 import dataclasses
 import itertools

@@ -58,7 +58,10 @@ def test_forward_and_backward(product, name):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_groups_that_share_tiles(dtype):
-  """The kernel for TPUs takes groups of any sizes. Its tiles are of 128 rows here, and the last ones are no whole tiles."""
+  """The kernel for TPUs takes groups of any sizes.
+
+  Its tiles are of 128 rows here, and the last ones are no whole tiles.
+  """
   (x, w, dy), sizes = problem((100, 0, 130, 30, 0), rows=300, k=24, n=20, dtype=jnp.dtype(dtype))
   y, vjp = jax.vjp(jax.jit(lambda x, w: megablox(x, w, sizes, 1)), x, w)
   for ours, reference in zip((y, *vjp(dy)), expected(x, w, dy, sizes), strict=True):
@@ -206,7 +209,7 @@ def test_work_follows_the_rows_and_not_the_groups(monkeypatch, experts):
 
 
 def test_compiled_work_does_not_follow_the_groups():
-  """XLA counts a loop's body once: what is outside of loops, and one product of a block, are as large for more groups."""
+  """XLA counts a loop's body once: what is outside of loops, and a block's product, are as large for more groups."""
   flops = []
   for groups in (8, 64):
     arrays = jax.ShapeDtypeStruct((2048, 32), jnp.float32), jax.ShapeDtypeStruct((groups, 32, 16), jnp.float32)

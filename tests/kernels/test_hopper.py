@@ -130,7 +130,7 @@ def test_a_missing_fence_is_found(monkeypatch, on_gpu, capsys):
 @pytest.mark.kernels
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_a_training_step_is_traced_for_hopper_without_a_gpu(precision):
-  """In widths that its kernels do: experts' three products forward, once more for the backward pass, and six gradients."""
+  """In widths that its kernels do: experts' three products forward, again for the backward pass, and six gradients."""
   fields = {
     "model.compute_dtype": "bfloat16",
     "model.embed": "128",

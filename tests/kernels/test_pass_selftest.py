@@ -1,4 +1,4 @@
-"""Every Pallas kernel, interpreted, passes the self-test: its bounds and inputs are those that right kernels can meet."""
+"""Every Pallas kernel, interpreted, passes the self-test: right kernels can meet its bounds with its inputs."""
 
 import contextlib
 
@@ -12,8 +12,8 @@ from deepseek_jax.selftest.cases import Case
 from tests.selftest.test_check import CALLS
 
 CASES = [(name, number) for name in CALLS for number in range(len(CALLS[name]))]
-# Kernels of jax's library, which are interpreted on CPUs by themselves. On GPUs attention is tokamax's, which needs stand-ins
-# for that (test_attention_gpu.py), and grouped matmuls want widths of whole tiles.
+# Kernels of jax's library, which are interpreted on CPUs by themselves. On GPUs attention is tokamax's, which needs
+# stand-ins for that (test_attention_gpu.py), and grouped matmuls want widths of whole tiles.
 LIBRARY = [(name, number) for name, number in CASES if name.startswith(("attention", "grouped"))]
 OURS = [case for case in CASES if case not in LIBRARY]
 

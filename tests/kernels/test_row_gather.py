@@ -11,7 +11,10 @@ ROWS, PLACES, EACH, WIDTH = 7, 12, 3, 5
 
 
 def problem(dtype):
-  """(x, index, inverse, cotangent); some rows are named up to EACH times. PLACES and ROWS are out of range: they name none."""
+  """(x, index, inverse, cotangent); some rows are named up to EACH times.
+
+  PLACES and ROWS are out of range: they name none.
+  """
   rng = np.random.default_rng(0)
   inverse = rng.permutation(ROWS * EACH).reshape(ROWS, EACH)  # those of PLACES and above are none
   index = np.full(PLACES, ROWS)

@@ -1,4 +1,4 @@
-"""The pipeline gives the gradients of the layers one after another, in memory that does not grow with the microbatches."""
+"""The pipeline gives the gradients of the layers one after another, in memory independent of the microbatches."""
 
 import re
 

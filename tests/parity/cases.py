@@ -1,4 +1,4 @@
-"""The models whose outputs are compared with transformers: config.json as DeepSeek publishes it, and what is fed to them.
+"""The models whose outputs are compared with transformers: config.json as DeepSeek publishes it, and their inputs.
 
 Where Hugging Face and DeepSeek's inference code differ, transformers 5.23 is the reference:
 - v3_plain: `norm_topk_prob` false leaves sigmoid weights as they are; the inference code always normalizes them.
@@ -66,8 +66,8 @@ FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "we
 class Case:
   """A model and its input.
 
-  config: config.json. batch, seq: of the tokens. bias: added to every router bias. shard: bytes a safetensors file holds,
-  0 for one file. seed: of weights and tokens. A `quantization_config` in `config` makes the files FP8.
+  config: config.json. batch, seq: of the tokens. bias: added to every router bias. shard: bytes a safetensors file
+  holds, 0 for one file. seed: of weights and tokens. A `quantization_config` in `config` makes the files FP8.
   """
 
   config: dict

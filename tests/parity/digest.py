@@ -55,7 +55,7 @@ def digest(outputs):
 
 
 def errors(kept, outputs, mtp_weight):
-  """{what: largest error}: of logits, router weights and each gradient over the largest of their tensor; of the loss relative.
+  """{what: largest error}: of logits, router weights and gradients over the tensor's largest; of the loss relative.
 
   `kept` is what `digest` gave for the reference. The loss of `outputs` has mtp_weight * mtp_loss in it. Raises
   AssertionError where the choices of the router, or the names of the gradients, are not the same.

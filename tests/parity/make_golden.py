@@ -1,4 +1,4 @@
-"""Writes golden/CASE.npz, the outputs of transformers that test_golden.py compares with, for the named cases or for all:
+"""Writes golden/CASE.npz, the outputs of transformers for test_golden.py, for the named cases or for all:
 
 .venv-parity/bin/python -m tests.parity.make_golden [CASE ...]
 """

@@ -16,8 +16,8 @@ LIMITS = {
 }
 
 
-# Tests compile without LLVM's optimization (tests/conftest.py), which also sums less exactly: of V2's float32 gradients the
-# largest error is then 2.7e-5, and 8e-6 as users compile (jax 0.12.0, AMD EPYC).
+# Tests compile without LLVM's optimization (tests/conftest.py), which also sums less exactly: of V2's float32 gradients
+# the largest error is then 2.7e-5, and 8e-6 as users compile (jax 0.12.0, AMD EPYC).
 AS_USERS_COMPILE = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
 
 

@@ -1,4 +1,7 @@
-"""What transformers computes for a case: logits, losses, routing, gradients, in float64. Needs torch and transformers."""
+"""What transformers computes for a case: logits, losses, routing, gradients, in float64.
+
+Needs torch and transformers.
+"""
 
 import contextlib
 import json
@@ -16,7 +19,7 @@ from tests.parity.weights import module_shapes, published
 
 
 class Float64(TorchFunctionMode):
-  """Gives float64 where float32 is asked for: norms, softmax, router and rotary tables of transformers up-cast to float32."""
+  """Gives float64 where float32 is asked for: norms, softmax, router and rotary tables of transformers upcast to it."""
 
   def __torch_function__(self, function, types, args=(), kwargs=None):
     if function is torch.Tensor.float:
@@ -41,7 +44,7 @@ def float64():
 
 
 class MoEV1(torch.nn.Module):
-  """DeepSeekMoE 16B has no class in transformers; the text model of DeepSeek-OCR-2 is that architecture without a head."""
+  """DeepSeekMoE 16B has no class in transformers; the text model of DeepSeek-OCR-2 is the same without a head."""
 
   def __init__(self, config):
     super().__init__()
@@ -72,7 +75,7 @@ def read_config(folder):
 
 
 def make_modules(folder, case, modules):
-  """(model, MtpModel or None) of transformers in float64 with the values of `modules`, {name: array}, all of them used."""
+  """(model, MtpModel or None) of transformers in float64 with the values of all `modules`, {name: array}."""
   config = read_config(folder)
   with float64():
     v1 = case.config["model_type"] == "deepseek"
@@ -95,8 +98,8 @@ def make_modules(folder, case, modules):
 def compute(folder, case, modules):
   """Everything that is compared, in float64.
 
-  Returns a dict: logits [batch, seq, vocab]; loss; mtp_loss (0 without); indices and weights [moe_layers, batch, seq, k] by
-  expert id (absent without experts); grads {published name: array} of loss + mtp_weight * mtp_loss.
+  Returns a dict: logits [batch, seq, vocab]; loss; mtp_loss (0 without); indices and weights [moe_layers, batch, seq,
+  k] by expert id (absent without experts); grads {published name: array} of loss + mtp_weight * mtp_loss.
   """
   model, mtp = make_modules(folder, case, modules)
   tokens, routing = torch.from_numpy(case.tokens), []

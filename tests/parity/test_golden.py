@@ -1,4 +1,4 @@
-"""Every architecture against what transformers computed: golden/ was written by make_golden.py and needs no torch here."""
+"""Every architecture against what transformers computed: golden/ is from make_golden.py; no torch is needed here."""
 
 import json
 import pathlib
@@ -16,8 +16,9 @@ from tests.parity.digest import errors
 from tests.parity.weights import write_folder
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-# What a few cases prove runs for them in `make test`, and for all in `make parity`. Gradients are those of the forward pass, and
-# that is compared in every case. Float64 shows that the mathematics is the same, float32 how far roundings go.
+# What a few cases prove runs for them in `make test`, and for all in `make parity`. Gradients are those of the forward
+# pass, and that is compared in every case. Float64 shows that the mathematics is the same, float32 how far roundings
+# go.
 ARCHITECTURES, ROUNDED = ("dense_gqa", "moe_v1", "v2", "v3_mtp"), ("dense_gqa", "v3_mtp")
 
 

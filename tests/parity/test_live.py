@@ -1,4 +1,4 @@
-"""Beside transformers itself, in an environment that has it (make parity): other models than the 17, and whole gradients."""
+"""Against transformers itself, where it is installed (make parity): other models than the 17, all gradients."""
 
 import dataclasses
 

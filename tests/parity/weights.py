@@ -45,7 +45,7 @@ def swiglu_shapes(embed, mlp):
 
 
 def layer_shapes(c, moe):
-  """{name: shape} of a decoder layer as transformers 5 has it: the matrices of the experts are fused into two tensors."""
+  """{name: shape} of a decoder layer as transformers 5 has it: the experts' matrices are fused into two tensors."""
   embed, shapes = c["hidden_size"], {}
   shapes["input_layernorm.weight"] = shapes["post_attention_layernorm.weight"] = (embed,)
   shapes |= {f"self_attn.{name}.weight": shape for name, shape in attention_shapes(c).items()}

@@ -127,7 +127,8 @@ def test_kernels_count_by_their_cost_estimate_and_group_fill():
   (matmul,) = [o for o in count_operations(jax.jit(dense).trace(x, w).jaxpr, {}) if o.kind == "matmul"]
   assert matmul.flops == 2 * m * n * k and matmul.fp8
   assert matmul_seconds(matmul, parse_topology("tpu7x").chip, 256) == matmul.flops / 1153.5e12 / 0.79
-  # The matrix that is taken out of two is read and written; scales are a thirty-second of values or less, and written anew.
+  # The matrix that is taken out of two is read and written; scales are a thirty-second of values or less, and written
+  # anew.
   least = (m * k + n * k + 4 * m * n) + 2 * n * k
   assert least < matmul.hbm_bytes < 1.1 * least
   found = count_operations(jax.jit(grouped).trace(x, w, sizes).jaxpr, {}, RuntimeAssumptions(grouped_matmul_fill=0.5))

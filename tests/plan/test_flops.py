@@ -88,7 +88,7 @@ def test_parameters_of_a_configs_other_models(total, active, changes, moe):
 
 
 def loss_and_gradient(config):
-  """(function, arguments): one loss chunk; unrolled with one layer, so that XLA, which counts a loop's body once, sees all."""
+  """(function, arguments): one loss chunk; unrolled with one layer, since XLA counts a loop's body once."""
 
   def loss(params, buffers, tokens):
     model = nnx.merge(graphdef(config), params, buffers)

@@ -119,8 +119,8 @@ def test_gpus_count_fused_attention_if_the_config_names_it(capsys):
 
 
 def test_mfu_is_near_maxtexts_for_v3_on_512_chips():
-  """AI-Hypercomputer/maxtext, deepseek_v3_dropless_v5p_1024: fsdp alone, 8 sequences of 8192 a chip, flash attention, block
-  inputs offloaded, 33.2% MFU measured."""
+  """AI-Hypercomputer/maxtext, deepseek_v3_dropless_v5p_1024: fsdp alone, 8 sequences of 8192 a chip, flash attention,
+  block inputs offloaded, 33.2% MFU measured."""
   fields = {
     "mesh.fsdp": 512, "mesh.expert": 1, "mesh.context": 1, "data.seq": 8192, "train.global_batch": 4096, "train.microbatch": 4096,
     "train.batch_ramp_from": 0, "train.batch_ramp_tokens": 0, "model.remat": "offload", "model.moe.buffer_factor": 0,

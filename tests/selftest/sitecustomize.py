@@ -1,7 +1,7 @@
 """Fakes an accelerator in the processes of a test. Its kernels are XLA's implementations with the faults of FAULTS.
 
-Python imports a module of this name at its start, from a folder in PYTHONPATH. FAULTS: "kernel.function=fault,..". CHOICES: a
-folder in which each training process writes which kernels fell back.
+Python imports a module of this name at its start, from a folder in PYTHONPATH. FAULTS: "kernel.function=fault,..".
+CHOICES: a folder in which each training process writes which kernels fell back.
 """
 
 import dataclasses

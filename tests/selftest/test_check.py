@@ -170,7 +170,7 @@ def test_inputs_are_what_kernels_take():
 
 
 def test_large_shapes_are_cut_and_equal_ones_tested_once():
-  """Rows of tokens are cut, widths are not; quantization is tested at its largest shape, and at the largest with partial tiles."""
+  """Rows of tokens are cut, widths are not; quantization is tested at the largest, with and without partial tiles."""
   wide = [
     call("fp8_matmul.matmul", (fp8((1, 128), rows, 7168), fp8((128, 128), 576, 7168), BF16))
     for rows in (65_536, 16_384)
@@ -210,7 +210,7 @@ def test_large_shapes_are_cut_and_equal_ones_tested_once():
   ],
 )
 def test_the_cases_are_those_of_the_config_s_own_step(device, platform, expected):
-  """At the shapes that a device of the mesh has: two sequences of 4096 positions, of which it holds half the positions."""
+  """At the shapes that a device of the mesh has: two sequences of 4096 positions, of which it holds half."""
   config = load_config("configs/v2_lite.py", {"mesh.context": 2, "train.microbatch": 4, "mesh.fsdp": 2, "mesh.data": 1})
   config = resolve_mesh(config, min_devices(config.mesh))
   calls = program_calls(config, jax.sharding.AbstractDevice(device, 1, platform))

@@ -148,8 +148,8 @@ def selftest(folder, *arguments, code=0, **kwargs):
 def test_the_command_reports_and_keeps_results(folder):
   """A second call takes what the first one found.
 
-  A compiler that crashes is found among kernels that compile at once, and after a kernel that takes the device with it the
-  others are tested in a new process.
+  A compiler that crashes is found among kernels that compile at once, and after a kernel that takes the device with it
+  the others are tested in a new process.
   """
   cache = f"--config.data.cache={folder}/reports"
   faults = {

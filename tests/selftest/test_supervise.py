@@ -10,7 +10,8 @@ from deepseek_jax.selftest import supervise
 from deepseek_jax.selftest.check import Result
 from deepseek_jax.selftest.supervise import ChildFailed, run_selftest
 
-# Plays the next of the scenes: lines for the journal, and at last how it ends. {"skip": ..} is what it was asked to leave out.
+# Plays the next of the scenes: lines for the journal, and at last how it ends. {"skip": ..} is what it was asked to
+# leave out.
 PLAYER = """
 import json, os, pathlib, sys, time
 request, folder = json.loads(pathlib.Path(sys.argv[1]).read_text()), pathlib.Path(__file__).parent

@@ -46,14 +46,14 @@ def step_for(topology, sizes, config) -> Step:
 
 
 def check_collectives(step: Step):
-  """The messages are those that the program says, and none carries more than one layer's weights, or the tokens' rows."""
+  """The messages are those that the program says, and none carries more than a layer's weights, or the tokens' rows."""
   found = Counter(c.kind for c in step.program.collectives())
   written = Counter(name.replace("_", "-") for name in _STABLEHLO.findall(step.compiled.stablehlo))
   # Where a group of devices fills all three dimensions of a torus, libtpu makes gathers and scatters of all-reduces.
   sums = ("all-gather", "all-reduce", "reduce-scatter")
   assert 0 < sum(found[kind] for kind in sums) <= sum(written[kind] for kind in sums)
-  # A dispatch of rows with its narrow message, and a combine: forward, recomputed, and backward; the last combine of the
-  # recomputation is not needed by all. In the layers, and in multi-token prediction.
+  # A dispatch of rows with its narrow message, and a combine: forward, recomputed, and backward; the last combine of
+  # the recomputation is not needed by all. In the layers, and in multi-token prediction.
   mixtures = 1 + step.config.model.num_mtp_layers
   assert 8 * mixtures <= found["ragged-all-to-all"] <= 9 * mixtures
   assert found["all-to-all"] <= written["all-to-all"]

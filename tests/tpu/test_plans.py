@@ -1,4 +1,4 @@
-"""Plans as they are asked for, with a compiler and without: documented ones, others, several slices, too little memory."""
+"""Plans as they are asked for, with a compiler and without: documented ones, others, slices, too little memory."""
 
 import contextlib
 import io

@@ -96,7 +96,7 @@ def test_native_grouped_products(step):
 
 
 def test_slices_exchange_gradients_once():
-  """Between two slices, whatever the microbatches: one sum of the gradients, each device its part, and a few numbers."""
+  """Between two slices, whatever the microbatches: one sum of the gradients, each device's shard, and few numbers."""
   sizes = dict(data=2, fsdp=4, expert=4, context=2, tensor=2)
   step = step_for("2*v5p:4x4x4", sizes, config_of(sizes))
   every = step.parameters * 4 / 64  # bytes, if all 64 devices of a slice carry equal parts

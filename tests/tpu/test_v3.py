@@ -1,4 +1,4 @@
-"""DeepSeek-V3 at its own widths, one dense and four MoE layers and multi-token prediction, for 64 chips of a v5p pod."""
+"""DeepSeek-V3 at its own widths, one dense and four MoE layers and MTP, for 64 chips of a v5p pod."""
 
 import re
 

@@ -30,7 +30,7 @@ KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 
 @functools.cache
 def collectives(model, mesh, parallel=(), microbatches=4):
-  """Every collective of a compiled step, (kind, [shapes of what it moves], where): where is a set of "loop", "layer", "backward"."""
+  """Every collective of a compiled step: (kind, [shapes that it moves], set of "loop", "layer", "backward")."""
   config = meshes.changed(meshes.CONFIGS[model], dict(mesh), **dict(parallel))
   config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
   with jax.set_mesh(make_mesh(config.mesh)) as _:

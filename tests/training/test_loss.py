@@ -1,4 +1,4 @@
-"""The chunked cross entropy and the gradients that it makes itself, against the definition and its automatic derivative."""
+"""The chunked cross entropy and its own gradients, against the definition and its automatic derivative."""
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ def reference(head, hidden, targets, smoothing=0.0, z_loss=0.0):
 
 
 def derivative(function, *arguments):
-  """((loss_sums, objective), (gradient of 3 * objective by head, by hidden)); 3, so that a scale that is lost is seen."""
+  """((loss_sums, objective), (gradient of 3 * objective by head, by hidden)); 3, so that a lost scale is seen."""
 
   def scaled(head, hidden):
     loss_sums, objective = function(head, hidden, *arguments)

@@ -1,4 +1,4 @@
-"""Every layout is the computation of one device: the loss, every gradient, the parameters and the experts that are chosen."""
+"""Every layout is the computation of one device: the loss, every gradient, the parameters and the chosen experts."""
 
 import dataclasses
 import functools
@@ -166,7 +166,7 @@ def test_eight_devices_equal_one(case):
 
 @pytest.mark.parametrize("case", [FOUR[1], ("v3", dict(expert=2, tensor=2), {})], ids=name)
 def test_the_first_step_in_float32_equals_one_device(case):
-  """Later ones need float64: where two experts are nearly tied, rounding chooses, and the bias moves with the choice."""
+  """Later ones need float64: where two experts nearly tie, rounding chooses, and the bias follows the choice."""
   model, mesh, parallel = case
   config = CONFIGS[model]
   ours, expected = train(changed(config, mesh, **parallel), 1), one_device(config, 1)
