@@ -11,6 +11,7 @@ from sphinx.util.nodes import nested_parse_with_titles
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SECTION = re.compile(r"(Args|Returns|Raises|Attributes|Yields):$")
+RESULT = re.compile(r"\s+[\w\\]+: ")  # an item of a section, escaped
 BULLET = re.compile(r"\s*(-|\d+\.) +")
 # Of other platforms, programs, and what only the modules beside them use.
 PRIVATE = re.compile(r"__main__|__init__|pallas_|hopper|libraries|child$|\._")
@@ -28,7 +29,7 @@ def indentation(line):
 
 def reformat(app, what, name, obj, options, lines):
   """In place: escapes markup, makes indented paragraphs literal blocks, leaves sections such as Args to napoleon."""
-  result, in_section, in_block, item, blank = [], False, False, None, True
+  result, in_section, in_block, item, blank = [], "", False, None, True
   for line in lines:
     if not line.strip():
       result.append("")
@@ -36,8 +37,10 @@ def reformat(app, what, name, obj, options, lines):
       continue
     indent = indentation(line)
     if not indent:
-      in_section, in_block = bool(SECTION.match(line)), False
-    if in_section:
+      in_section, in_block = line if SECTION.match(line) else "", False
+    if in_section == "Returns:" and not blank and RESULT.match(result[-1]) and indent > indentation(result[-1]):
+      result[-1] += " " + escaped(line.strip())  # napoleon reads the items of Returns as one paragraph
+    elif in_section:
       result.append(escaped(line) if indent else line)
     elif bullet := BULLET.match(line):
       if item is None and not blank:
