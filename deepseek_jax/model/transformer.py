@@ -1,6 +1,7 @@
 """The decoder: embedding, scanned stacks of blocks, final norm, output head, and multi-token prediction on top."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -248,6 +249,12 @@ def param_axes(config: ModelConfig) -> Params:
 
 def _abstract_model(config: ModelConfig) -> Transformer:
   """The model without arrays. The key is made inside: on the mesh of a topology you do not have, nothing may run."""
+  return _trace_model(config, jax.sharding.get_abstract_mesh(), jax.dtypes.canonicalize_dtype(config.param_dtype))
+
+
+@functools.cache  # a start needs it several times, and tracing takes seconds
+def _trace_model(config: ModelConfig, mesh: jax.sharding.AbstractMesh, dtype: jnp.dtype) -> Transformer:
+  """The model without arrays; `mesh`, the one that is set, and `dtype`, that of its parameters, fix what comes out."""
   return jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
 
 

@@ -5,6 +5,7 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractDevice
 
 from deepseek_jax.config import MeshConfig
@@ -20,8 +21,13 @@ TRACE_DEVICE = AbstractDevice("TPU v5p", 1, "tpu")
 def abstract_params(config: ModelConfig, mesh: MeshConfig) -> tuple[Params, Params]:
   """(params, buffers) as abstract arrays with shapes, dtypes and shardings on a mesh of resolved sizes.
 
-  No device is used.
+  No device is used. The trees are shared between calls: do not change them.
   """
+  return _trace_params(config, mesh, jax.dtypes.canonicalize_dtype(config.param_dtype))
+
+
+@functools.cache  # a start and a plan need them several times, and tracing the model takes seconds
+def _trace_params(config: ModelConfig, mesh: MeshConfig, dtype: jnp.dtype) -> tuple[Params, Params]:
   with jax.sharding.use_abstract_mesh(abstract_mesh(mesh, TRACE_DEVICE)):
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
@@ -36,7 +42,7 @@ class ParameterCounts:
   mtp: int
 
 
-@functools.cache  # a plan calls it several times, and tracing the model takes a moment
+@functools.cache
 def count_parameters(config: ModelConfig) -> ParameterCounts:
   """Parameters of the model that the config describes, counted on its shapes."""
   params, buffers = abstract_params(config, MeshConfig(data=1))
