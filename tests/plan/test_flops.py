@@ -126,7 +126,8 @@ def test_flops_equal_every_matmul_in_the_program(config):
     counted = dot_general_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
   expected = BATCH * SEQ * training_flops(config, SEQ).full
   if config.attention.kind == "mla":  # its scores are made once more in the backward pass
-    expected += 2 * BATCH * config.attention.heads * (24 + 8) * (config.layers + config.num_mtp_layers) * SEQ**2
+    a, layers = config.attention, config.layers + config.num_mtp_layers
+    expected += 2 * BATCH * a.heads * (a.qk_nope_head_dim + a.qk_rope_head_dim) * layers * SEQ**2
   assert counted == pytest.approx(expected, rel=1e-12)
 
 
