@@ -119,15 +119,16 @@ def time_steps(config: Config, steps: int, report: Callable[[dict[str, Any]], No
   from deepseek_jax.training.schedule import schedule_values
   from deepseek_jax.training.state import init_state
   from deepseek_jax.training.step import make_train_step
+  from deepseek_jax.training.step_config import StepConfig
 
-  mesh, train = make_mesh(config.mesh), config.train
+  mesh, train, step_config = make_mesh(config.mesh), config.train, StepConfig.of(config, bos=0)
   with jax.set_mesh(mesh):
-    state = jax.block_until_ready(jax.jit(init_state, static_argnums=0)(config, jax.random.key(0)))
+    state = jax.block_until_ready(jax.jit(init_state, static_argnums=0)(step_config, jax.random.key(0)))
     microbatch = train.microbatch or train.global_batch
     shape = (train.global_batch // microbatch, microbatch, config.data.seq + 1)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab, shape, np.int32)
     batch = jax.device_put(tokens, NamedSharding(mesh, spec(None, "batch", None)))
-    step = make_train_step(config, graphdef(config.model), bos=0)
+    step = make_train_step(step_config, graphdef(config.model))
     step = jax.jit(step, donate_argnames="state", static_argnames="microbatches")
     values = schedule_values(config, 0, 0, 1)
     schedules = {name: np.asarray(value, config.model.param_dtype) for name, value in values.items()}

@@ -17,13 +17,14 @@ from deepseek_jax.checkpoint.hf_config import to_hf_config
 from deepseek_jax.checkpoint.hf_files import DTYPES, HFReader, write_tensors
 from deepseek_jax.checkpoint.hf_model import read_config_json, read_model_config
 from deepseek_jax.checkpoint.hf_names import hf_tensors
-from deepseek_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig
+from deepseek_jax.config import MeshConfig
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.mesh import check_x64, make_mesh
 from deepseek_jax.model.transformer import graphdef, init_params
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.sharding import with_concrete_shardings
 from deepseek_jax.training.objective import Objective
+from deepseek_jax.training.step_config import StepConfig
 from deepseek_jax.typing import Params, PyTree
 
 # dtype of load_pretrained -> (parameters, computation)
@@ -51,7 +52,7 @@ def load_pretrained(directory: str | Path, dtype: str = "float32") -> "Model":
   reader.check_tensors(table)
   mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
   with jax.set_mesh(mesh):
-    abstract = with_concrete_shardings(jax.eval_shape(functools.partial(init_params, config), jax.random.key(0)), mesh)
+    abstract = with_concrete_shardings(jax.eval_shape(lambda: init_params(config, key=None)), mesh)
     arrays = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), abstract)
     for entry in table:
       if not entry.is_copy:
@@ -209,16 +210,11 @@ class Model:
   @functools.cached_property
   def _loss_and_grads(self) -> Callable:
     def loss(params, buffers, tokens, mtp_weight, depths):
-      config = Config(
-        model=dataclasses.replace(self.config, num_mtp_layers=depths),
-        # The path of a file that nothing opens: tokens come as they are, and the defaults add no term to the loss.
-        data=DataConfig(tokenizer="tokenizer.json"),
-        optimizer=OptimizerConfig(moments_dtype=self.config.param_dtype),
-      )
+      config = StepConfig(dataclasses.replace(self.config, num_mtp_layers=depths))
       if not depths:
         params, buffers = ({k: v for k, v in tree.items() if k != "mtp_layers"} for tree in (params, buffers))
       model = nnx.merge(graphdef(config.model), params, buffers)
-      _, objective, _ = Objective(config, bos=None)(model, tokens, mtp_weight=mtp_weight)
+      _, objective, _ = Objective(config)(model, tokens, mtp_weight=mtp_weight)
       return objective / (tokens.shape[0] * (tokens.shape[1] - 1))
 
     return jax.jit(jax.value_and_grad(loss), static_argnums=4)

@@ -8,12 +8,13 @@ import numpy as np
 from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.training.state import abstract_state
 from deepseek_jax.training.step import make_apply_gradients, make_gradients
+from deepseek_jax.training.step_config import StepConfig
 
 
 def make_state(config, mesh):
   """A first TrainState on `mesh`, of NumPy's noise, and so equal on every mesh. init_state's program takes as long to
   compile as the update's."""
-  abstract, rng = abstract_state(config, mesh), np.random.default_rng(config.seed)
+  abstract, rng = abstract_state(StepConfig.of(config, bos=0), mesh), np.random.default_rng(config.seed)
 
   def param(path, x):
     scale = path[-1].key == "scale"
@@ -26,7 +27,8 @@ def make_state(config, mesh):
 
 def make_step_with_grads(config, bos=0):
   """make_train_step of the same functions: (state, batch, microbatches, schedules) -> (state, metrics, gradients)."""
-  gradients, apply_gradients = make_gradients(config, graphdef(config.model), bos), make_apply_gradients(config)
+  config = StepConfig.of(config, bos)
+  gradients, apply_gradients = make_gradients(config, graphdef(config.model)), make_apply_gradients(config)
 
   def step(state, batch, microbatches, schedules):
     grads, metrics = gradients(state, batch, microbatches, schedules["mtp_weight"])

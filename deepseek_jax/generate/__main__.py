@@ -83,7 +83,7 @@ def sample_from_checkpoint(
   check_weights(config.model, MeshConfig(data=1, fsdp=devices))
   mesh = make_mesh(MeshConfig(data=1, fsdp=devices), jax.devices()[:devices])
   with jax.set_mesh(mesh):
-    shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_params(config.model, key=None))
     abstract = dict(zip(("params", "buffers"), with_concrete_shardings(shapes, mesh), strict=True))
     weights = reader.restore(step, abstract)
     return continue_prompt(

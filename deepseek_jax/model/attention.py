@@ -103,7 +103,7 @@ def update_cache(cache: PyTree, new: PyTree, position: jax.Array) -> PyTree:
 class Attention(nnx.Module):
   """Multi-head or grouped-query attention with RoPE (DeepSeek LLM section 2.2). Its cache is keys and values."""
 
-  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None):
     a = config.attention
     # A single key head is replicated on the devices that share the heads.
     kv_axes = (None if a.kv_heads == 1 else "kv_heads", "head_dim")

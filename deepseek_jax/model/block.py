@@ -25,7 +25,7 @@ class Block(nnx.Module):
   halves: each all-gathers its input and reduce-scatters its output over the sequence (Korthikanti et al. 2022).
   """
 
-  def __init__(self, config: ModelConfig, rngs: nnx.Rngs, is_moe: bool = False):
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None, is_moe: bool = False):
     self.attn_norm = RMSNorm(config.embed, config)
     self.attn = ATTENTION[config.attention.kind](config, rngs)
     self.mlp_norm = RMSNorm(config.embed, config)

@@ -25,7 +25,7 @@ def softmax_scale(config: AttentionConfig) -> float:
 class MLA(nnx.Module):
   """Expanded for training (`__call__`), absorbed for decoding (`decode`): one function, its products in two orders."""
 
-  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None):
     a = config.attention
     self.config, self.scale = a, softmax_scale(a)
     query = (a.heads, a.qk_nope_head_dim + a.qk_rope_head_dim)

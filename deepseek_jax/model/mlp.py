@@ -10,7 +10,7 @@ from deepseek_jax.model_config import ModelConfig
 class SwiGLU(nnx.Module):
   """down(silu(gate(x)) * up(x)) of inner width `mlp`. Devices that share `mlp` hold partial sums."""
 
-  def __init__(self, mlp: int, config: ModelConfig, rngs: nnx.Rngs):
+  def __init__(self, mlp: int, config: ModelConfig, rngs: nnx.Rngs | None):
     shape = (config.embed, mlp)
     self.gate = Linear(shape, ("embed", "mlp"), config, rngs)
     self.up = Linear(shape, ("embed", "mlp"), config, rngs)

@@ -18,7 +18,7 @@ from deepseek_jax.model_config import ModelConfig
 class Experts(nnx.Module):
   """The routed experts' SwiGLUs, stacked: gate and up [experts, embed, mlp], down [experts, mlp, embed]."""
 
-  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None):
     shape = (config.moe.num_routed_experts, config.embed, config.moe.mlp)
     self.gate = Linear(shape, ("experts", "expert_embed", "mlp"), config, rngs)
     self.up = Linear(shape, ("experts", "expert_embed", "mlp"), config, rngs)
@@ -32,7 +32,7 @@ class Experts(nnx.Module):
 class MoE(nnx.Module):
   """Fine-grained routed experts and shared experts (DeepSeekMoE eq. 3 and 6)."""
 
-  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None):
     self.router = Router(config, rngs)
     self.experts = Experts(config, rngs)
     if config.moe.num_shared_experts:

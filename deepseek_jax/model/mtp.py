@@ -21,7 +21,7 @@ class MTPLayer(nnx.Module):
   - The next depth gets the hidden state after its norm. torchtitan passes it on before the norm.
   """
 
-  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None):
     self.embed_norm = RMSNorm(config.embed, config)
     self.hidden_norm = RMSNorm(config.embed, config)
     # The FP8 releases keep this one in bfloat16.

@@ -59,7 +59,7 @@ def limit_to_groups(scores: jax.Array, config: MoEConfig) -> jax.Array:
 class Router(nnx.Module):
   """Affinities and top-k (DeepSeekMoE eq. 9 to 11, V2 section 2.2.2, V3 eq. 12 to 16), in at least float32."""
 
-  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None):
     self.config = config.moe
     experts = config.moe.num_routed_experts
     self.kernel = normal_param((config.embed, experts), ("embed", None), config, rngs)

@@ -34,9 +34,15 @@ STACKS = ("dense_layers", "moe_layers")  # in the order in which they run
 AuxFn = Callable[[Routing | None, PyTree], PyTree]
 
 
-def init_stack(make_layer: Callable[[nnx.Rngs], nnx.Module], layers: int, key: jax.Array) -> nnx.Module:
+def make_rngs(key: jax.Array | None) -> nnx.Rngs | None:
+  """The Rngs of `key`; None for no key."""
+  return None if key is None else nnx.Rngs(key)
+
+
+def init_stack(make_layer: Callable[[nnx.Rngs | None], nnx.Module], layers: int, key: jax.Array | None) -> nnx.Module:
   """`layers` modules, each from its own key, as one module whose parameters have a leading `layers` dimension."""
-  return jax.vmap(lambda key: make_layer(nnx.Rngs(key)))(jax.random.split(key, layers))
+  keys = None if key is None else jax.random.split(key, layers)
+  return jax.vmap(lambda key: make_layer(make_rngs(key)), axis_size=layers)(keys)
 
 
 def layer_keys(key: jax.Array | None, layer_numbers: jax.Array) -> jax.Array | None:
@@ -52,17 +58,18 @@ def no_aux(routing: Routing | None, cache: PyTree) -> None:
 class Transformer(nnx.Module):
   """Every DeepSeek model up to V3: pre-norm, RMSNorm, SwiGLU, RoPE; dense layers first, then mixtures of experts."""
 
-  def __init__(self, config: ModelConfig, key: jax.Array):
+  def __init__(self, config: ModelConfig, key: jax.Array | None):
+    """key: of the initial parameters. None: zeros, where only shapes are asked for."""
     check_kernels(config)
-    keys = jax.random.split(key, 5)
-    self.embed = normal_param((config.vocab, config.embed), ("vocab", "embed"), config, nnx.Rngs(keys[0]))
+    keys = [None] * 5 if key is None else jax.random.split(key, 5)
+    self.embed = normal_param((config.vocab, config.embed), ("vocab", "embed"), config, make_rngs(keys[0]))
     if config.num_dense_layers:
       self.dense_layers = init_stack(lambda rngs: Block(config, rngs), config.num_dense_layers, keys[1])
     if config.num_moe_layers:
       self.moe_layers = init_stack(lambda rngs: Block(config, rngs, is_moe=True), config.num_moe_layers, keys[3])
     self.final_norm = RMSNorm(config.embed, config)
     if not config.tied_embeddings:
-      self.head = Linear((config.embed, config.vocab), ("embed", "vocab"), config, nnx.Rngs(keys[2]))
+      self.head = Linear((config.embed, config.vocab), ("embed", "vocab"), config, make_rngs(keys[2]))
     if config.num_mtp_layers:
       self.mtp_layers = init_stack(lambda rngs: MTPLayer(config, rngs), config.num_mtp_layers, keys[4])
     self.config = config
@@ -235,8 +242,8 @@ def graphdef(config: ModelConfig) -> nnx.GraphDef:
   return nnx.graphdef(_abstract_model(config))
 
 
-def init_params(config: ModelConfig, key: jax.Array) -> tuple[Params, Params]:
-  """(params, buffers) of an initial model: plain nested dicts of arrays."""
+def init_params(config: ModelConfig, key: jax.Array | None) -> tuple[Params, Params]:
+  """(params, buffers) of an initial model, as `Transformer` makes it of `key`: plain nested dicts of arrays."""
   _, params, buffers = nnx.split(Transformer(config, key), nnx.Param, ...)  # type: ignore[misc]
   return nnx.to_pure_dict(params), nnx.to_pure_dict(buffers)
 
@@ -248,14 +255,14 @@ def param_axes(config: ModelConfig) -> Params:
 
 
 def _abstract_model(config: ModelConfig) -> Transformer:
-  """The model without arrays. The key is made inside: on the mesh of a topology you do not have, nothing may run."""
+  """The model without arrays."""
   return _trace_model(config, jax.sharding.get_abstract_mesh(), jax.dtypes.canonicalize_dtype(config.param_dtype))
 
 
 @functools.cache  # a start needs it several times, and tracing takes seconds
 def _trace_model(config: ModelConfig, mesh: jax.sharding.AbstractMesh, dtype: jnp.dtype) -> Transformer:
   """The model without arrays; `mesh`, the one that is set, and `dtype`, that of its parameters, fix what comes out."""
-  return jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
+  return jax.eval_shape(lambda: Transformer(config, key=None))
 
 
 def _logical_axes(param: nnx.Variable) -> tuple[str | None, ...]:

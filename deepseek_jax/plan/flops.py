@@ -29,7 +29,7 @@ def abstract_params(config: ModelConfig, mesh: MeshConfig) -> tuple[Params, Para
 @functools.cache  # a start and a plan need them several times, and tracing the model takes seconds
 def _trace_params(config: ModelConfig, mesh: MeshConfig, dtype: jnp.dtype) -> tuple[Params, Params]:
   with jax.sharding.use_abstract_mesh(abstract_mesh(mesh, TRACE_DEVICE)):
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return jax.eval_shape(lambda: init_params(config, key=None))
 
 
 @dataclasses.dataclass(frozen=True)

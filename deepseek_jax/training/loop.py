@@ -40,7 +40,8 @@ from deepseek_jax.training.schedule import schedule_values
 from deepseek_jax.training.signals import StopRequest, stop_requests
 from deepseek_jax.training.skipped import Diverged, check_skipped
 from deepseek_jax.training.state import TrainState, abstract_state, init_state, state_from_params, state_sha256
-from deepseek_jax.training.step import make_eval_step, make_train_step
+from deepseek_jax.training.step import jit_eval_step, jit_train_step
+from deepseek_jax.training.step_config import StepConfig
 from deepseek_jax.training.timing import IntervalTimer, device_metrics
 
 
@@ -81,6 +82,7 @@ def run(
     weights = open_weights(config.init_from)
     check_weights_fit(weights.directory, weights.model, config)
   functions, calls = broadcast_from_process0(lambda: select_kernels(config, run_folder.path))
+  replacements = Replacements(frozenset(functions), frozenset(calls))
   on_mesh = resolve_mesh(config, len(jax.devices()))
   mesh = make_mesh(on_mesh.mesh)
   print(f"run      {config.name} in {_absolute(workdir)}")
@@ -91,7 +93,7 @@ def run(
   flops = training_flops(config.model, config.data.seq).causal
   with (
     jax.set_mesh(mesh),
-    replace_kernels(Replacements(frozenset(functions), frozenset(calls))),
+    replace_kernels(replacements),
     open_checkpointer(workdir, config.checkpoint) as checkpointer,
   ):
     # The other processes may wait while one packs the data, but not in a step: a collective would time out.
@@ -99,7 +101,7 @@ def run(
       data = open_data(config.data, config.model.vocab, config.seed)
     barrier("data")
     training_run = Run(
-      config, workdir, run_folder, mesh, data, checkpointer, evaluate, sample, weights, flops, [*functions, *calls]
+      config, workdir, run_folder, mesh, data, checkpointer, evaluate, sample, weights, flops, replacements
     )
     training_run.find_start(accept_data_change)
     return training_run.main()
@@ -113,7 +115,7 @@ class Run:
     checkpointer: as `open_checkpointer` gives it.
     weights: as `open_weights` gives them, to start from; or None.
     flops_per_token: model FLOPs of a training step per token.
-    replaced_kernels: kernels, by function or call, that XLA's implementation replaces.
+    replacements: those that are set.
   """
 
   def __init__(
@@ -128,21 +130,20 @@ class Run:
     sample: Callable[..., str],
     weights: HuggingFaceWeights | WorkdirWeights | None,
     flops_per_token: float,
-    replaced_kernels: Sequence[str],
+    replacements: Replacements,
   ):
     self.config, self.workdir, self.run_folder, self.mesh, self.data = config, workdir, run_folder, mesh, data
     self.checkpointer, self.evaluate_fn, self.sample_fn = checkpointer, evaluate, sample
-    self.weights, self.flops_per_token, self.replaced_kernels = weights, flops_per_token, replaced_kernels
-    self.graphdef = graphdef(config.model)
+    self.weights, self.flops_per_token, self.replacements = weights, flops_per_token, replacements
     import_libraries()
     train, self.microbatch_size = config.train, config.train.microbatch or config.train.global_batch
     # Made here, because no mesh is set in the thread that reads ahead.
     self.batch_sharding = NamedSharding(mesh, spec(None, "batch", None))
     # Without a batch ramp the number of microbatches is a constant of the program, else an argument.
-    static = () if train.batch_ramp_from else ("microbatches",)
-    step = make_train_step(config, self.graphdef, data.tokenizer.bos)
-    self.train_step = jax.jit(step, donate_argnames="state", static_argnames=static)
-    self.eval_step = jax.jit(make_eval_step(config, self.graphdef, data.tokenizer.bos))
+    self.step_config = StepConfig.of(config, data.tokenizer.bos)
+    program = self.step_config, graphdef(config.model), replacements
+    self.train_step = jit_train_step(*program, static_microbatches=not train.batch_ramp_from)
+    self.eval_step = jit_eval_step(*program)
     self.logged_schedules = {"learning_rate"}
     if config.model.num_mtp_layers:
       self.logged_schedules.add("mtp_weight")
@@ -182,15 +183,17 @@ class Run:
     """The state to start from: a checkpoint's, or a new one with given weights or random parameters."""
     if self.weights:
       print(f"start    from the weights in {self.weights.directory}: at step 0, with a new optimizer state", flush=True)
-      abstract = abstract_state(self.config, self.mesh)
+      abstract = abstract_state(self.step_config, self.mesh)
       weights = self.weights.load({"params": abstract.params, "buffers": abstract.buffers})
       start = jax.jit(state_from_params, static_argnums=0, donate_argnums=(1, 2))
-      return jax.block_until_ready(start(self.config, weights["params"], weights["buffers"]))
+      return jax.block_until_ready(start(self.step_config, weights["params"], weights["buffers"]))
     if self.step:
       print(f"resume   from the checkpoint of step {self.step} ({self.samples:,} sequences seen)")
-      return self.checkpointer.restore(self.step, abstract_state(self.config, self.mesh))
+      return self.checkpointer.restore(self.step, abstract_state(self.step_config, self.mesh))
     print("start    no checkpoint here: from scratch")
-    return jax.block_until_ready(jax.jit(init_state, static_argnums=0)(self.config, jax.random.key(self.config.seed)))
+    return jax.block_until_ready(
+      jax.jit(init_state, static_argnums=0)(self.step_config, jax.random.key(self.config.seed))
+    )
 
   def main(self) -> int:
     """Trains and ends the run, unless it has ended before. Returns the exit code."""
@@ -231,7 +234,7 @@ class Run:
       devices=f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}",
       jax=jax.__version__,
       mesh=dict(self.mesh.shape),
-      kernels_replaced=self.replaced_kernels,
+      kernels_replaced=sorted(self.replacements.functions | self.replacements.calls),
       parameters=sum(array.size for array in jax.tree.leaves(self.state.params)),
       data_fingerprint=self.data.fingerprint,
       processes=jax.process_count(),

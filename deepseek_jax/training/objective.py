@@ -9,7 +9,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.config import Config
 from deepseek_jax.model.batch_context import BatchContext
 from deepseek_jax.model.context_parallel import zigzag
 from deepseek_jax.model.linear import at_least_float32
@@ -17,6 +16,7 @@ from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.sharding import all_gather_sequence, axis_index, axis_size, psum
 from deepseek_jax.training.balance import make_layer_aux
 from deepseek_jax.training.loss import cross_entropy
+from deepseek_jax.training.step_config import StepConfig
 from deepseek_jax.typing import PyTree
 
 
@@ -41,7 +41,7 @@ class LocalInputs:
   rope_positions: jax.Array | None
 
 
-def document_positions(ids: jax.Array, bos: int | None) -> tuple[jax.Array, jax.Array]:
+def document_positions(ids: jax.Array, bos: int) -> tuple[jax.Array, jax.Array]:
   """(segment_ids, positions in the document), each [batch, seq], of `ids` [batch, seq]. `bos` starts each document."""
   starts = ids == bos
   index = jax.lax.broadcasted_iota(jnp.int32, ids.shape, 1)
@@ -51,10 +51,10 @@ def document_positions(ids: jax.Array, bos: int | None) -> tuple[jax.Array, jax.
 
 
 class Objective:
-  """The objective of a config. `bos` is the token that starts each document."""
+  """The objective of a step. A notebook needs only `StepConfig(model)`."""
 
-  def __init__(self, config: Config, bos: int | None):
-    self.config, self.bos = config, bos
+  def __init__(self, config: StepConfig):
+    self.config = config
     self.layer_aux = make_layer_aux(config.model.moe, config.balance)
 
   def local_inputs(self, tokens: jax.Array) -> LocalInputs:
@@ -63,8 +63,8 @@ class Objective:
     position_ids = jnp.asarray(zigzag(seq, axis_size("seq")))[axis_index("seq")]
     ids, targets = tokens[:, :-1], tokens[:, 1:]
     segment_ids = rope_positions = None
-    if self.config.data.mask_documents:
-      segment_ids, rope_positions = document_positions(ids, self.bos)
+    if self.config.document_start is not None:
+      segment_ids, rope_positions = document_positions(ids, self.config.document_start)
       segment_ids, rope_positions = segment_ids[:, position_ids], rope_positions[:, position_ids]
     # [batch, seq + depths]: -1 past the end
     padded_ids, padded_targets = (jnp.pad(a, ((0, 0), (0, depths)), constant_values=-1) for a in (ids, targets))
@@ -82,10 +82,9 @@ class Objective:
 
   def head_loss(self, model: Transformer, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`cross_entropy` of `hidden` [batch, stream, embed], `targets` [batch, seq]: (loss_sums [batch], objective [])."""
-    train = self.config.train
-    head = model.output_embedding()
+    config, head = self.config, model.output_embedding()
     return cross_entropy(
-      head, all_gather_sequence(hidden), targets, train.loss_chunk, train.label_smoothing, train.z_loss
+      head, all_gather_sequence(hidden), targets, config.loss_chunk, config.label_smoothing, config.z_loss
     )
 
   def __call__(

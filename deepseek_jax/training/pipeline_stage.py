@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deepseek_jax.config import Config
 from deepseek_jax.model.transformer import Transformer, layer_keys, no_aux
 from deepseek_jax.parallel.pipeline import interleaved_1f1b, layer_assignment, to_stage_params
 from deepseek_jax.sharding import (
@@ -28,10 +27,11 @@ from deepseek_jax.sharding import (
   pvary,
 )
 from deepseek_jax.training.objective import Objective
+from deepseek_jax.training.step_config import StepConfig
 from deepseek_jax.typing import Params, PyTree
 
 
-def pipeline_stack(config: Config) -> tuple[str, np.ndarray]:
+def pipeline_stack(config: StepConfig) -> tuple[str, np.ndarray]:
   """(name of the stack that is in the stages, layer ids of each stage), for the mesh that is set.
 
   Layer ids are int32 [stages, virtual_stages, slots]; an empty slot has the number of layers.
@@ -75,7 +75,7 @@ class PipelineStage:
 
   def __init__(
     self,
-    config: Config,
+    config: StepConfig,
     graphdef: nnx.GraphDef,
     objective: Objective,
     buffers: Params,

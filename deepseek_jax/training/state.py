@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from deepseek_jax.config import Config
 from deepseek_jax.distributed import gather_to_host
 from deepseek_jax.model.transformer import init_params
 from deepseek_jax.sharding import with_concrete_shardings
 from deepseek_jax.training.optimizer import make_optimizer, place_opt_state
+from deepseek_jax.training.step_config import StepConfig
 from deepseek_jax.typing import Params, PyTree
 
 MAX_GATHERED_BYTES = 2**30  # of an array that is all-gathered to every device and process for its hash
@@ -33,12 +33,12 @@ class TrainState:
   skipped: dict[str, jax.Array]  # counts [] int32 of skipped updates: "total", "in_a_row"
 
 
-def init_state(config: Config, key: jax.Array) -> TrainState:
-  """State before the first update. Run it under `jax.jit`, so that every array is created sharded."""
+def init_state(config: StepConfig, key: jax.Array | None) -> TrainState:
+  """State before the first update, of `init_params`. Run it under `jax.jit`, so that every array is created sharded."""
   return state_from_params(config, *init_params(config.model, key))
 
 
-def state_from_params(config: Config, params: Params, buffers: Params) -> TrainState:
+def state_from_params(config: StepConfig, params: Params, buffers: Params) -> TrainState:
   """State before the first update of the given parameters. Run it under `jax.jit`: moments are sharded as `params`."""
   zero, opt_state = jnp.zeros((), jnp.int32), make_optimizer(config.optimizer).init(params)
   return TrainState(
@@ -50,9 +50,9 @@ def state_from_params(config: Config, params: Params, buffers: Params) -> TrainS
   )
 
 
-def abstract_state(config: Config, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> TrainState:
+def abstract_state(config: StepConfig, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> TrainState:
   """The state as ShapeDtypeStructs with shardings; nothing is allocated. `mesh` is the mesh that is set."""
-  state = with_concrete_shardings(jax.eval_shape(lambda: init_state(config, jax.random.key(0))), mesh)
+  state = with_concrete_shardings(jax.eval_shape(lambda: init_state(config, key=None)), mesh)
   if config.optimizer.offload:  # eval_shape loses the memory kind
     state = dataclasses.replace(state, opt_state=place_opt_state(jax.memory.Space.Host, state.opt_state))
   return state

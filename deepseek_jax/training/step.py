@@ -2,16 +2,17 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from deepseek_jax.config import Config
+from deepseek_jax.kernels.implementations import Replacements
 from deepseek_jax.model.transformer import graphdef, param_axes
 from deepseek_jax.sharding import (
   LATENT_RULES,
@@ -32,6 +33,7 @@ from deepseek_jax.training.objective import Objective
 from deepseek_jax.training.optimizer import make_optimizer, place_opt_state
 from deepseek_jax.training.pipeline_stage import PipelineStage, pipeline_stack, to_stage_layout
 from deepseek_jax.training.state import TrainState, abstract_state
+from deepseek_jax.training.step_config import StepConfig
 from deepseek_jax.typing import Params, PyTree
 
 
@@ -40,14 +42,12 @@ def partition_specs(tree: PyTree) -> PyTree:
   return jax.tree.map(lambda array: jax.typeof(array).sharding.spec, tree)
 
 
-def make_eval_step(
-  config: Config, graphdef: nnx.GraphDef, bos: int | None
-) -> Callable[[Params, Params, jax.Array], jax.Array]:
+def make_eval_step(config: StepConfig, graphdef: nnx.GraphDef) -> Callable[[Params, Params, jax.Array], jax.Array]:
   """`(params, buffers, tokens [batch, seq + 1]) -> [batch]`: the cross entropy in nats, summed over each sequence.
 
   It is NaN where assignments overflowed an expert buffer, so that nothing is dropped unnoticed.
   """
-  objective = Objective(config, bos)
+  objective = Objective(config)
 
   def local(params, buffers, tokens):
     loss_sums, _, metrics = objective(nnx.merge(graphdef, params, buffers), tokens)
@@ -79,13 +79,13 @@ def cast_and_gather(params: Params, logical_axes: PyTree, dtype: DTypeLike) -> P
 
 
 def make_gradients(
-  config: Config, graphdef: nnx.GraphDef, bos: int | None
+  config: StepConfig, graphdef: nnx.GraphDef
 ) -> Callable[[TrainState, jax.Array, jax.Array | int, jax.Array], tuple[Params, PyTree]]:
   """`(state, batch, microbatches, mtp_weight) -> (gradients, metrics)`, both means over the tokens of the batch.
 
   Gradients have the layout of state.params. Arguments and metrics are as in `make_train_step`; counts are sums.
   """
-  objective, logical_axes = Objective(config, bos), param_axes(config.model)
+  objective, logical_axes = Objective(config), param_axes(config.model)
   model, gather_once = config.model, config.parallel.zero < 3
   needs_key = model.dropout > 0 or model.attention.dropout > 0 or model.moe.dispatch == "capacity"
 
@@ -137,7 +137,7 @@ def make_gradients(
 class StepContext:
   """The inputs of one device's part of a step."""
 
-  config: Config
+  config: StepConfig
   graphdef: nnx.GraphDef
   objective: Objective
   logical_axes: PyTree  # of each parameter
@@ -222,7 +222,9 @@ def pipeline_grads(context: StepContext) -> tuple[Params, PyTree]:
   return grads | {stack: layer_grads}, metrics
 
 
-def make_apply_gradients(config: Config) -> Callable[[TrainState, Params, PyTree, PyTree], tuple[TrainState, PyTree]]:
+def make_apply_gradients(
+  config: StepConfig,
+) -> Callable[[TrainState, Params, PyTree, PyTree], tuple[TrainState, PyTree]]:
   """`(state, grads, metrics, schedules) -> (state, metrics)`: the optimizer and the update of router biases.
 
   An update is skipped when the gradient norm is not finite or assignments overflowed an expert buffer. Then params,
@@ -255,8 +257,8 @@ def make_apply_gradients(config: Config) -> Callable[[TrainState, Params, PyTree
 
 
 def make_train_step(
-  config: Config, graphdef: nnx.GraphDef, bos: int | None
-) -> Callable[[TrainState, jax.Array, jax.Array | int, dict[str, jax.Array]], tuple[TrainState, PyTree]]:
+  config: StepConfig, graphdef: nnx.GraphDef
+) -> Callable[[TrainState, jax.Array, jax.Array | int, Mapping[str, ArrayLike]], tuple[TrainState, PyTree]]:
   """`(state, batch, microbatches, schedules) -> (state, metrics)`: the update. Jit it with `donate_argnames="state"`.
 
   Its arguments:
@@ -273,7 +275,7 @@ def make_train_step(
     overflow: assignments that overflowed an expert buffer.
     skipped: {"total", "in_a_row"}, counts of skipped updates.
   """
-  gradients, apply_gradients = make_gradients(config, graphdef, bos), make_apply_gradients(config)
+  gradients, apply_gradients = make_gradients(config, graphdef), make_apply_gradients(config)
 
   def train_step(state, batch, microbatches, schedules):
     grads, metrics = gradients(state, batch, microbatches, schedules["mtp_weight"])
@@ -282,18 +284,41 @@ def make_train_step(
   return train_step
 
 
+@functools.lru_cache(maxsize=4)  # so that another run of this process, as in a notebook, compiles nothing again
+def jit_train_step(
+  config: StepConfig, graphdef: nnx.GraphDef, replacements: Replacements, static_microbatches: bool
+) -> Callable[[TrainState, jax.Array, jax.Array | int, Mapping[str, ArrayLike]], tuple[TrainState, PyTree]]:
+  """`make_train_step`, compiled, which donates `state`.
+
+  Args:
+    replacements: those that are set when it is called: two programs.
+    static_microbatches: the number of microbatches is a constant of the program, else an argument.
+  """
+  static = "microbatches" if static_microbatches else ()
+  return jax.jit(make_train_step(config, graphdef), donate_argnames="state", static_argnames=static)
+
+
+@functools.lru_cache(maxsize=4)
+def jit_eval_step(
+  config: StepConfig, graphdef: nnx.GraphDef, replacements: Replacements
+) -> Callable[[Params, Params, jax.Array], jax.Array]:
+  """`make_eval_step`, compiled. `replacements` as in `jit_train_step`."""
+  return jax.jit(make_eval_step(config, graphdef))
+
+
 def abstract_step(config: Config, mesh: Mesh | AbstractMesh) -> tuple[Callable, tuple[TrainState, PyTree, PyTree]]:
   """(update, (state, batch, schedules)): the update of a full batch, and its abstract arguments, to trace or compile.
 
   Nothing is allocated or run. `mesh` is the mesh that is set. It may be abstract, or of a topology you do not have. The
   number of microbatches is a constant of the program, also where a batch ramp makes it an argument in training.
   """
-  state, microbatch = abstract_state(config, mesh), config.train.microbatch or config.train.global_batch
+  step_config, microbatch = StepConfig.of(config, bos=0), config.train.microbatch or config.train.global_batch
+  state = abstract_state(step_config, mesh)
   microbatches = config.train.global_batch // microbatch
   shape = microbatches, microbatch, config.data.seq + 1
   batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, spec(None, "batch", None)))
   scalar = jax.ShapeDtypeStruct((), config.model.param_dtype, sharding=NamedSharding(mesh, spec()))
-  train_step = make_train_step(config, graphdef(config.model), bos=0)
+  train_step = make_train_step(step_config, graphdef(config.model))
 
   def step(state, batch, schedules):
     return train_step(state, batch, microbatches, schedules)

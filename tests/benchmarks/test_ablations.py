@@ -7,7 +7,7 @@ from tests.benchmarks.programs import benchmark
 
 def test_ablations_go_on_where_they_were(text, tmp_path):
   sizes = (
-    "model.embed=32", "model.layers=2", "model.mlp=48", "model.moe.mlp=16", "data.seq=32", "train.global_batch=2",
+    "model.embed=32", "model.layers=1", "model.first_dense_layers=0", "model.moe.mlp=16", "data.seq=32", "train.global_batch=2",
     f"data.sources={text}", f"data.cache={tmp_path}", "log.tensorboard=false", "sample.max_tokens=2",
   )  # fmt: skip
   arguments = (

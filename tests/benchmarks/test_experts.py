@@ -7,7 +7,10 @@ from tests.benchmarks.programs import benchmark
 
 
 def test_experts():
-  sizes = ("model.embed=32", "model.layers=2", "model.mlp=48", "model.vocab=272", "model.moe.mlp=16", "data.seq=32")
+  sizes = (
+    "model.embed=32", "model.layers=1", "model.first_dense_layers=0", "model.num_mtp_layers=0", "model.vocab=272",
+    "model.moe.mlp=16", "data.seq=32",
+  )  # fmt: skip
   arguments = [f"--config.{size}" for size in (*sizes, "train.global_batch=2")]
   out, _ = benchmark("experts", "--steps=1", *arguments, codes=(0, 1))  # no time is to be relied on at this size
   assert [line.split()[0] for line in out.splitlines()] == ["experts", "8", "16", "32", "64"]

@@ -73,6 +73,7 @@ def processes_with(text):
   return found
 
 
+@pytest.mark.chaos
 @pytest.mark.skipif(not pathlib.Path("/proc").exists(), reason="looks for processes in /proc")
 def test_a_rehearsal_that_is_killed_goes_on_and_is_reported(tmp_path):
   out = f"--out={tmp_path}/gpu"

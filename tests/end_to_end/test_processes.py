@@ -72,7 +72,11 @@ def folder(tmp_path_factory):
   for i in range(30):
     (folder / "text" / f"{i}.txt").write_text(" ".join(f"def f{i * j % 17} ( x ) = y + {j % 7}" for j in range(40)))
   config = RUN.format(source=str(folder / "text"), cache=str(folder / "cache"), steps=STEPS)
-  config = config.replace("layers=3", "layers=2").replace("log=dict(", "log=dict(tensorboard=False, ")
+  config = (
+    config.replace("layers=3", "layers=2")
+    .replace("num_mtp_layers=1", "num_mtp_layers=0")
+    .replace("log=dict(", "log=dict(tensorboard=False, ")
+  )
   (folder / "config.py").write_text(ONE_KEY + LARGE_ARRAYS + FAULTS + config)
   return folder
 

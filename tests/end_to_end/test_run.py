@@ -1,5 +1,10 @@
-"""Whole runs in real processes, through the command line: kill, signal, resume, and what a run leaves behind."""
+"""Whole runs through the command line: kill, signal, resume, and what a run leaves behind.
 
+Processes that are killed are real ones. The others run here, where a program is traced and compiled once.
+"""
+
+import contextlib
+import io
 import json
 import os
 import random
@@ -12,8 +17,12 @@ import time
 import numpy as np
 import pytest
 
+from deepseek_jax import train
+from deepseek_jax.checkpoint.__main__ import main as checkpoint_main
 from deepseek_jax.checkpoint.hf_files import HFReader
+from deepseek_jax.flags import run_program
 from deepseek_jax.generate.__main__ import main as generate_main
+from deepseek_jax.training.metrics import MetricsWriter
 from tests.configs import RUN
 from tests.parity.cases import V3, Case
 from tests.parity.weights import write_folder
@@ -30,7 +39,7 @@ HUGGING_FACE = V3 | {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """A folder with text, a config and a data cache; the device count of the parent does not reach the runs."""
+  """A folder with text, a config and a data cache."""
   folder = tmp_path_factory.mktemp("runs")
   (folder / "text").mkdir()
   rng = random.Random(0)
@@ -49,18 +58,30 @@ def environment():
   return env
 
 
+def flags_of(folder, workdir):
+  return f"--config={folder}/config.py", f"--workdir={folder / workdir}"
+
+
 def start(folder, workdir, *arguments):
-  """A training process in `folder`/`workdir`."""
-  command = [
-    sys.executable,
-    "-m",
-    "deepseek_jax.train",
-    f"--config={folder}/config.py",
-    f"--workdir={folder / workdir}",
-  ]
-  return subprocess.Popen(
-    [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
-  )
+  """A training process in `folder`/`workdir`, with as many devices as this one has."""
+  command = [sys.executable, "-m", "deepseek_jax.train", *flags_of(folder, workdir), *arguments]
+  return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def call(main, *arguments, code=0):
+  """What a program prints that ends with `code`, run in this process."""
+  out = io.StringIO()
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+    patch.setattr(sys, "argv", ["program", *arguments])
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+      run_program(main)
+  assert end.value.code == code, out.getvalue()
+  return out.getvalue()
+
+
+def run(folder, workdir, *arguments, code=0):
+  """What a training run in `folder`/`workdir` prints."""
+  return call(train.main, *flags_of(folder, workdir), *arguments, code=code)
 
 
 def finish(process, code=0):
@@ -94,7 +115,7 @@ def wait_for_step(folder, workdir, step, process):
 @pytest.fixture(scope="module")
 def uninterrupted(folder):
   """(printed text, state_sha256, losses) of a run that nothing disturbed."""
-  out = finish(start(folder, "reference"))
+  out = run(folder, "reference")
   end = lines(folder, "reference", "events.jsonl")[-1]
   assert end["event"] == "end" and end["reason"] == "finished" and f"state_sha256 {end['state_sha256']}" in out
   return out, end["state_sha256"], [line["loss"] for line in lines(folder, "reference")]
@@ -103,7 +124,7 @@ def uninterrupted(folder):
 @pytest.fixture(scope="module")
 def six_steps(folder):
   """The workdir of a run that was asked for six steps only."""
-  finish(start(folder, "six", "--config.train.steps=6"))
+  run(folder, "six", "--config.train.steps=6")
   return "six"
 
 
@@ -117,7 +138,7 @@ def test_a_run_shows_and_leaves_what_it_should(folder, uninterrupted):
   out, _, losses = uninterrupted
   workdir = folder / "reference"
   for words in (
-    "parameters ", "FLOPs per token", "tokens planned", "memory estimate", "devices  1 x cpu", str(workdir), "from scratch",
+    "parameters ", "FLOPs per token", "tokens planned", "memory estimate", "devices  4 x cpu", str(workdir), "from scratch",
     "model.embed = 32", f"step {STEPS}/{STEPS}", "held-out loss", "sample\ndef ", "report.html", "--config.train.steps=24",
     "fields differ from the defaults", "--config=small",
   ):  # fmt: skip
@@ -154,7 +175,7 @@ def test_a_run_shows_and_leaves_what_it_should(folder, uninterrupted):
 
 def test_the_same_command_again_says_that_it_finished(folder, uninterrupted):
   before = (folder / "reference" / "metrics.jsonl").read_bytes()
-  assert "finished already: step 12 of 12" in finish(start(folder, "reference"))
+  assert "finished already: step 12 of 12" in run(folder, "reference")
   assert (folder / "reference" / "metrics.jsonl").read_bytes() == before
 
 
@@ -164,7 +185,7 @@ def test_kill_9_resumes_bitwise(folder, uninterrupted, kills, steps):
   reference, workdir, length = "reference", f"killed-{kills}", f"--config.train.steps={steps}"
   if steps != STEPS:
     reference = "long-reference"
-    finish(start(folder, reference, length))
+    run(folder, reference, length)
   seed = random.randrange(10**6)
   rng = random.Random(seed)
   print("seed of the kills:", seed)
@@ -179,7 +200,7 @@ def test_kill_9_resumes_bitwise(folder, uninterrupted, kills, steps):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     killed += process.returncode == -signal.SIGKILL
-  finish(start(folder, workdir, length))
+  run(folder, workdir, length)
   events = lines(folder, workdir, "events.jsonl")
   assert killed >= kills // 2 and "resume" in {e["event"] for e in events}
   assert events[-1]["state_sha256"] == lines(folder, reference, "events.jsonl")[-1]["state_sha256"]
@@ -187,17 +208,34 @@ def test_kill_9_resumes_bitwise(folder, uninterrupted, kills, steps):
     assert [line[key] for line in lines(folder, workdir)] == [line[key] for line in lines(folder, reference)]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stop_signal_saves_and_the_same_command_goes_on(folder, uninterrupted, number, code):
+def run_until(folder, workdir, step, *arguments):
+  """What a run prints that gets SIGINT, as of Ctrl-C, when it logs `step`."""
+  write = MetricsWriter.write
+
+  def write_and_stop(self, logged, *values, **histograms):
+    write(self, logged, *values, **histograms)
+    if logged == step:
+      signal.raise_signal(signal.SIGINT)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(MetricsWriter, "write", write_and_stop)
+    return run(folder, workdir, *arguments, code=130)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_signal_saves_and_the_same_command_goes_on(folder, uninterrupted, number):
   workdir = number.name
-  process = start(folder, workdir)
-  wait_for_step(folder, workdir, 2, process)
-  process.send_signal(number)
-  out = finish(process, code)
+  if number == signal.SIGINT:
+    out = run_until(folder, workdir, 2)
+  else:
+    process = start(folder, workdir)
+    wait_for_step(folder, workdir, 2, process)
+    process.send_signal(number)
+    out = finish(process, 143)
   stopped = lines(folder, workdir, "events.jsonl")[-1]
   assert stopped["reason"] == number.name and f"stopped by {number.name} at step {stopped['step']}" in out
   assert 2 <= stopped["step"] < STEPS
-  out = finish(start(folder, workdir))
+  out = run(folder, workdir)
   assert f"resume   from the checkpoint of step {stopped['step']}" in out
   assert lines(folder, workdir, "events.jsonl")[-1]["state_sha256"] == uninterrupted[1]
 
@@ -209,7 +247,7 @@ def test_corrupt_checkpoint_falls_back_and_ends_the_same(folder, uninterrupted):
   content = bytearray(data.read_bytes())
   content[len(content) // 2] ^= 1
   data.write_bytes(content)
-  out = finish(start(folder, "corrupt"))
+  out = run(folder, "corrupt")
   assert "12 rejected" in out and "resume   from the checkpoint of step 9" in out
   assert lines(folder, "corrupt", "events.jsonl")[-1]["state_sha256"] == uninterrupted[1]
   assert [line["step"] for line in lines(folder, "corrupt")] == list(range(1, STEPS + 1))
@@ -220,7 +258,7 @@ def test_a_stop_in_the_last_step_still_gets_its_evaluation_and_sample(folder, un
   path = folder / "last" / "events.jsonl"
   events = [e for e in lines(folder, "last", "events.jsonl") if e["event"] in ("start", "end")]
   path.write_text("".join(json.dumps(e | {"reason": "SIGTERM"}) + "\n" for e in events))
-  assert "held-out loss" in finish(start(folder, "last"))
+  assert "held-out loss" in run(folder, "last")
   events = lines(folder, "last", "events.jsonl")
   assert [e["event"] for e in events[-3:]] == ["eval", "sample", "end"] and events[-1]["reason"] == "finished"
 
@@ -230,20 +268,20 @@ def test_no_good_checkpoint_is_an_error_and_not_a_fresh_start(folder, six_steps)
   for step in ("3", "6"):
     (folder / "rotten" / "checkpoints" / step / "manifest.json").write_text("{}")
   before = (folder / "rotten" / "metrics.jsonl").read_bytes()
-  out = finish(start(folder, "rotten"), 2)
+  out = run(folder, "rotten", code=2)
   assert out.count("malformed") == 2 and "--workdir" in out and "Traceback" not in out
   assert (folder / "rotten" / "metrics.jsonl").read_bytes() == before
 
 
 def test_raising_the_steps_continues_a_finished_run(folder, uninterrupted, six_steps):
   copied(folder, six_steps, "longer")
-  out = finish(start(folder, "longer"))
+  out = run(folder, "longer")
   assert "changed  train.steps: 6 -> 12" in out and "resume   from the checkpoint of step 6" in out
   assert lines(folder, "longer", "events.jsonl")[-1]["state_sha256"] == uninterrupted[1]
 
 
 def test_another_model_is_refused_with_the_fields(folder, uninterrupted):
-  out = finish(start(folder, "reference", "--config.model.mlp=96", "--config.train.steps=20"), 2)
+  out = run(folder, "reference", "--config.model.mlp=96", "--config.train.steps=20", code=2)
   assert "model.mlp: checkpoint 48, config 96" in out and "--workdir" in out and "Traceback" not in out
 
 
@@ -252,46 +290,40 @@ def test_other_data_is_refused_unless_accepted(folder, six_steps):
   extra = folder / "text" / "extra.txt"
   extra.write_text("def new ( x ) = y " * 100)
   try:
-    out = finish(start(folder, workdir, "--config.train.steps=7"), 2)
+    out = run(folder, workdir, "--config.train.steps=7", code=2)
     assert "fingerprint" in out and "--accept_data_change" in out and "Traceback" not in out
-    finish(start(folder, workdir, "--config.train.steps=7", "--accept_data_change"))
+    run(folder, workdir, "--config.train.steps=7", "--accept_data_change")
   finally:
     extra.unlink()
   assert lines(folder, workdir)[-1]["step"] == 7
 
 
 def test_non_finite_losses_stop_the_run(folder):
-  out = finish(start(folder, "diverged", "--config.schedule.peak=1e30", "--config.train.max_skipped=2"), 1)
+  out = run(folder, "diverged", "--config.schedule.peak=1e30", "--config.train.max_skipped=2", code=1)
   assert "2 updates in a row" in out and "Traceback" not in out
   assert lines(folder, "diverged", "events.jsonl")[-1]["reason"] == "diverged"
   assert (folder / "diverged" / "report.html").exists()
 
 
 def test_a_run_resumes_on_other_meshes(folder, uninterrupted):
-  """Checkpoints know no mesh: six steps with two stages, moments in host memory, then experts and sequences shared."""
-  command = [sys.executable, "-m", "deepseek_jax.train", f"--config={folder}/config.py", f"--workdir={folder}/mesh"]
-  env = environment() | {"JAX_NUM_CPU_DEVICES": "4"}
-  for axes, steps, more in (
-    (
-      {"stage": 2, "tensor": 2},
-      STEPS // 2,
-      ["--config.optimizer.offload=true", "--config.parallel.mla_latent=sharded"],
-    ),
-    ({"expert": 2, "context": 2}, STEPS, ["--config.parallel.zero=1", "--config.model.moe.buffer_factor=4"]),
+  """Checkpoints know no mesh: five steps with two stages, moments in host memory, then experts and sequences shared.
+
+  Each is stopped, since programs to evaluate and to sample would only take time.
+  """
+  for axes, step, more in (
+    ({"stage": 2, "tensor": 2}, 5, ["--config.optimizer.offload=true", "--config.parallel.mla_latent=sharded"]),
+    ({"expert": 2, "context": 2}, 10, ["--config.parallel.zero=1", "--config.model.moe.buffer_factor=4"]),
   ):
     axes = {"data": 1, "stage": 1, "tensor": 1} | axes
     mesh = [f"--config.mesh.{axis}={size}" for axis, size in axes.items()]
-    done = subprocess.run(
-      [*command, *mesh, *more, f"--config.train.steps={steps}"], capture_output=True, text=True, env=env, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert ("bubble" in done.stdout) == (axes["stage"] > 1)
-  assert [line["loss"] for line in lines(folder, "mesh")] == pytest.approx(uninterrupted[2], abs=2e-5)
+    out = run_until(folder, "mesh", step, *mesh, *more, "--config.eval.every=100")
+    assert ("bubble" in out) == (axes["stage"] > 1) and f"stopped by SIGINT at step {step}" in out
+  assert [line["loss"] for line in lines(folder, "mesh")] == pytest.approx(uninterrupted[2][:10], abs=2e-5)
 
 
 def test_generate_continues_the_prompt(folder, uninterrupted, capsys):
   def generate(*arguments):
-    """In this process, which saves four starts of one; the next test starts it as a user does."""
+    """What goes to stdout; the next test starts a process as a user does."""
     assert generate_main(["generate", f"--workdir={folder}/reference", "--prompt=def x", *arguments]) == 0
     out, err = capsys.readouterr()
     assert "checkpoint of step 12" in err
@@ -308,9 +340,9 @@ def test_a_published_v3_is_trained_on_and_goes_back(folder):
   published, written = folder / "published", folder / "written"
   published.mkdir()
   before = write_folder(published, Case(HUGGING_FACE))
-  out = finish(start(folder, "continued", f"--config.init_from={published}", "--config.train.steps=2"))
+  out = run(folder, "continued", f"--config.init_from={published}", "--config.train.steps=2")
   assert f"start    from the weights in {published}" in out
-  program("checkpoint", "convert", f"--from={folder}/continued", f"--to={written}")
+  call(checkpoint_main, "convert", f"--from={folder}/continued", f"--to={written}")
   reader = HFReader(written)
   after = {name: reader.read(name) for name in reader.names}
   assert {name: a.shape for name, a in after.items()} == {name: a.shape for name, a in before.items()}
@@ -321,24 +353,18 @@ def test_a_published_v3_is_trained_on_and_goes_back(folder):
 
 def test_deepseeks_own_model_args_become_a_config_that_train_takes(tmp_path):
   (tmp_path / "args.json").write_text('{"dtype": "bf16"}')  # what a ModelArgs leaves out is V2-Lite
-  program("checkpoint", "convert", f"--from_model_args={tmp_path}/args.json", f"--to={tmp_path}/config.json")
-  out = program("train", f"--config={tmp_path}/config.json", "--dry_run")
+  call(checkpoint_main, "convert", f"--from_model_args={tmp_path}/args.json", f"--to={tmp_path}/config.json")
+  out = call(train.main, f"--config={tmp_path}/config.json", "--dry_run")
   assert "parameters       15,706,484,224 (2,661,150,208 active" in out and "data.tokenizer = 'deepseek-llm'" in out
 
 
 def test_errors_of_the_workdir_and_the_data_exit_2(folder, tmp_path):
-  out = finish(start(folder, "bad", "--config.data.sources=/no/such/folder"), 2)
+  out = run(folder, "bad", "--config.data.sources=/no/such/folder", code=2)
   assert "/no/such/folder" in out and "Traceback" not in out
   (folder / "file").write_text("")
-  out = finish(start(folder, "file"), 2)
+  out = run(folder, "file", code=2)
   assert str(folder / "file") in out and "Traceback" not in out
   (folder / "odd" / "metrics.jsonl").mkdir(parents=True)
-  out = finish(start(folder, "odd"), 2)
+  out = run(folder, "odd", code=2)
   assert "metrics.jsonl" in out and "Traceback" not in out
-  process = subprocess.run(
-    [sys.executable, "-m", "deepseek_jax.generate", f"--workdir={tmp_path}"],
-    capture_output=True,
-    text=True,
-    env=environment(),
-  )
-  assert process.returncode == 2 and "no checkpoint in" in process.stderr
+  assert "no checkpoint in" in call(generate_main, f"--workdir={tmp_path}", code=2)

@@ -13,6 +13,7 @@ from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.plan.memory import estimate_memory
 from deepseek_jax.training.state import init_state
 from deepseek_jax.training.step import make_train_step
+from deepseek_jax.training.step_config import StepConfig
 from tests.plan.test_flops import SMALL, V3
 
 RAGGED_MOE = dataclasses.replace(V3.moe, num_routed_experts=8, num_experts_per_token=2, dispatch="ragged")
@@ -28,8 +29,12 @@ def test_memory_estimate_is_near_what_xla_allocates(model):
   model = dataclasses.replace(model, layers=8, vocab=2048, attention=attention)
   config = Config(model=model, mesh=MeshConfig(data=1), train=TrainConfig(global_batch=8, loss_chunk=128))
   with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
-    step = jax.jit(make_train_step(config, graphdef(model), 0), donate_argnames="state", static_argnames="microbatches")
-    state = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
+    step = jax.jit(
+      make_train_step(StepConfig.of(config, bos=0), graphdef(model)),
+      donate_argnames="state",
+      static_argnames="microbatches",
+    )
+    state = jax.eval_shape(lambda: init_state(StepConfig.of(config, bos=0), jax.random.key(0)))
     batch = jax.ShapeDtypeStruct((1, 8, config.data.seq + 1), jnp.int32)
     rates = dict.fromkeys(("learning_rate", "mtp_weight", "bias_update_rate"), np.float32(0))
     xla = step.lower(state, batch, 1, rates).compile().memory_analysis()

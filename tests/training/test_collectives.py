@@ -20,6 +20,7 @@ from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.sharding import spec
 from deepseek_jax.training.state import abstract_state
 from deepseek_jax.training.step import make_train_step
+from deepseek_jax.training.step_config import StepConfig
 
 _spec = importlib.util.spec_from_file_location("meshes", pathlib.Path(__file__).with_name("test_meshes.py"))
 meshes = importlib.util.module_from_spec(_spec)
@@ -35,13 +36,13 @@ def collectives(model, mesh, parallel=(), microbatches=4):
   config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
   with jax.set_mesh(make_mesh(config.mesh)) as _:
     mesh = make_mesh(config.mesh)
-    state = abstract_state(config, mesh)
+    state = abstract_state(StepConfig.of(config, bos=0), mesh)
     rows = NamedSharding(mesh, spec(None, "batch", None))
     batch = jax.ShapeDtypeStruct((microbatches, 8, SEQ + 1), jnp.int32, sharding=rows)
     rates = {
       name: jax.ShapeDtypeStruct((), jnp.float32) for name in ("learning_rate", "mtp_weight", "bias_update_rate")
     }
-    step = jax.jit(make_train_step(config, graphdef(config.model), bos=0), static_argnums=2)
+    step = jax.jit(make_train_step(StepConfig.of(config, bos=0), graphdef(config.model)), static_argnums=2)
     text = step.lower(state, batch, microbatches, rates).compile().as_text()
   found = []
   for shapes, kind, name in re.findall(rf"= (\S.*?) ({KINDS})\(.*op_name=\"([^\"]*)\"", text):

@@ -14,6 +14,7 @@ from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.sharding import spec
 from deepseek_jax.training.state import init_state
 from deepseek_jax.training.step import make_eval_step, make_train_step
+from deepseek_jax.training.step_config import StepConfig
 from tests import configs
 from tests.configs import float64, make_config, with_model, with_moe
 from tests.steps import make_state, make_step_with_grads
@@ -193,11 +194,13 @@ def test_choices_without_room_skip_the_step_and_say_so():
     mesh = make_mesh(config.mesh)
     state = make_state(config, mesh)
     state = dataclasses.replace(state, buffers=jax.tree.map(lambda b: b.at[..., :3].set(9.0), state.buffers))
-    step = jax.jit(make_train_step(config, graphdef(config.model), bos=0), static_argnums=2)
+    step = jax.jit(make_train_step(StepConfig.of(config, bos=0), graphdef(config.model)), static_argnums=2)
     batch = jax.device_put(tokens(0), NamedSharding(mesh, spec(None, "batch", None)))
     rates = {name: np.float32(0.01) for name in ("learning_rate", "mtp_weight", "bias_update_rate")}
     after, metrics = jax.block_until_ready(step(state, batch, MICROBATCHES, rates))
-    losses = jax.jit(make_eval_step(config, graphdef(config.model), bos=0))(state.params, state.buffers, batch[0])
+    losses = jax.jit(make_eval_step(StepConfig.of(config, bos=0), graphdef(config.model)))(
+      state.params, state.buffers, batch[0]
+    )
   assert int(metrics["overflow"]) > 0 and np.isfinite(metrics["grad_norm"])
   assert int(after.skipped["total"]) == 1 and np.isnan(losses).all()
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.params), jax.device_get(state.params))

@@ -16,6 +16,7 @@ from deepseek_jax.sharding import spec
 from deepseek_jax.training.objective import document_positions
 from deepseek_jax.training.state import abstract_state, init_state, state_sha256
 from deepseek_jax.training.step import make_train_step
+from deepseek_jax.training.step_config import StepConfig
 from tests import configs
 from tests.configs import float64, make_config, with_model, with_moe
 from tests.steps import make_state, make_step_with_grads
@@ -92,7 +93,7 @@ def test_capacity_for_all_equals_the_dropless_dispatch():
 def test_state_is_born_in_the_layout_that_abstract_state_says():
   mesh = make_mesh(MESHES["fsdp=2 x tensor=2"])
   with jax.set_mesh(mesh):
-    abstract = abstract_state(CONFIG, mesh)
+    abstract = abstract_state(StepConfig.of(CONFIG, bos=0), mesh)
     state = jax.jit(init_state, static_argnums=0)(CONFIG, jax.random.key(0))
   jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(f"{a} {b}"), abstract, state)
   assert all(
@@ -119,7 +120,7 @@ def test_a_ramp_uses_the_first_microbatches_only_and_no_other_program():
   config = make_config(CONFIG.model, SEQ, global_batch=8, microbatch=2, loss_chunk=7)
   mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
   with jax.set_mesh(mesh):
-    step = jax.jit(make_train_step(config, graphdef(config.model), bos=0))
+    step = jax.jit(make_train_step(StepConfig.of(config, bos=0), graphdef(config.model)))
     state = make_state(config, mesh)
     batch = tokens(0, 4)
     _, two = step(state, batch, 2, rates(1e-2, np.float32))
@@ -149,7 +150,9 @@ def test_training_learns():
 def test_non_finite_gradients_skip_the_update_and_are_counted():
   mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
   with jax.set_mesh(mesh):
-    step = jax.jit(make_train_step(CONFIG, graphdef(CONFIG.model), bos=0), static_argnames="microbatches")
+    step = jax.jit(
+      make_train_step(StepConfig.of(CONFIG, bos=0), graphdef(CONFIG.model)), static_argnames="microbatches"
+    )
     state = make_state(CONFIG, mesh)
     state, _ = step(state, tokens(0), 1, rates(1e-2, np.float32))
     poisoned = jax.tree.map(lambda x: x, state)
