@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
   train = TrainConfig(global_batch=batch)
   for steps in (len(data.train) // batch + 1, values.steps):  # the first pass warms the page cache
     wall_start, cpu_start = time.perf_counter(), time.process_time()
-    for windows, _ in pipeline.iterate_batches(data, train, 0, steps, data.train.tokens):
+    for windows, _ in pipeline.iterate_batches(data, train, pipeline.Consumed(), steps, data.train.tokens):
       assert windows.shape == (batch, seq + 1)
     wall, cpu = time.perf_counter() - wall_start, time.process_time() - cpu_start
   tokens = values.steps * batch * seq

@@ -31,8 +31,9 @@ _SHAPE_FIELDS = {
   "attention.qk_nope_head_dim", "attention.qk_rope_head_dim", "attention.v_head_dim", "moe.num_routed_experts",
   "moe.num_shared_experts", "moe.mlp", "moe.router_bias",
 }  # fmt: skip
-# Fields of `data` that do not change which tokens a sample has, and so not the fingerprint.
-_NOT_IN_FINGERPRINT = {"data.mask_documents", "data.cache", "data.verify"}
+# Fields of `data` that the compared fingerprints do not depend on: they do not change which tokens a sample has, but for
+# data.seq, at whose saved value both are taken.
+_NOT_IN_FINGERPRINT = {"data.mask_documents", "data.cache", "data.verify", "data.seq"}
 
 
 def check_compatible(
@@ -43,6 +44,9 @@ def check_compatible(
   accept_data_change: bool = False,
 ) -> list[Difference]:
   """Compares a checkpoint's config (nested dict, as JSON gives it) and data fingerprint with those of this run.
+
+  `fingerprint` is of this run's data at the checkpoint's `data.seq`, which may change: a run goes on with the sample of
+  the same index, in the order of the windows of the new length, and with the tokens seen so far.
 
   Returns the differences that are allowed. A field that the checkpoint lacks was added later: there it has its default.
   For a field that only the checkpoint has, the value now is None.
@@ -64,6 +68,12 @@ def check_compatible(
       "use another --workdir, or pass --accept_data_change to continue on the new data"
     )
   return differences
+
+
+def saved_value(saved_config: Mapping[str, Any], path: str) -> Any:
+  """The value of the field at the dotted `path` in a checkpoint's config; its default where the checkpoint lacks it."""
+  saved = dict(_config_leaves(saved_config))
+  return saved[path] if path in saved else flatten_config(Config())[path]
 
 
 def check_weights_fit(directory: str | os.PathLike, model: ModelConfig, config: Config) -> list[Difference]:

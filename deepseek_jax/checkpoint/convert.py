@@ -82,8 +82,8 @@ def import_hugging_face(source: pathlib.Path, folder: pathlib.Path, target: path
         writer.write(tree_path(tensor), index, (value.T if tensor.transposed else value).reshape(shape))
         advance(value.size)
   reader.check_finite()
-  meta = {"format_version": FORMAT_VERSION, "config": dataclasses.asdict(config), "samples": 0, "weights_only": True}
-  meta |= {"data_fingerprint": None, "tokenizer_fingerprint": None}
+  meta = {"format_version": FORMAT_VERSION, "config": dataclasses.asdict(config), "samples": 0, "tokens": 0}
+  meta |= {"data_fingerprint": None, "tokenizer_fingerprint": None, "weights_only": True}
   (step / "meta").mkdir()
   (step / "meta" / "metadata").write_text(json.dumps(meta), encoding="utf-8")
   (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2), encoding="utf-8")

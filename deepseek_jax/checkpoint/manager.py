@@ -18,6 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from deepseek_jax.checkpoint import lock, manifest
+from deepseek_jax.checkpoint.compatibility import saved_value
 from deepseek_jax.checkpoint.orbax_logging import silence_orbax
 from deepseek_jax.checkpoint.tree import TreePath, check_arrays_match, flatten_tree, list_first, unflatten_to_dicts
 from deepseek_jax.config import CheckpointConfig
@@ -54,6 +55,8 @@ class CheckpointReader:
   def meta(self, step: int) -> dict[str, Any]:
     """The dict saved with `step`; its config has the current names of fields.
 
+    "tokens", those seen, is samples times data.seq where a version before the count was stored saved it.
+
     Raises CheckpointError where it is missing, malformed or of a newer format.
     """
     where = f"{self._directory}/{step}"
@@ -71,6 +74,7 @@ class CheckpointReader:
       )
     if "config" in meta:
       meta["config"] = with_current_names(meta["config"])
+      meta.setdefault("tokens", meta["samples"] * saved_value(meta["config"], "data.seq"))
     return meta
 
   def restore(self, step: int, abstract: PyTree) -> PyTree:

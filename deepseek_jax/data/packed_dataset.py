@@ -25,7 +25,8 @@ class PackedSplit:
   """The windows of one split of one source, memory-mapped: reading copies only the windows that are asked for."""
 
   def __init__(self, folder: pathlib.Path, split: str, seq: int):
-    self._num_windows = max(0, os.path.getsize(folder / f"{split}.tokens") // DTYPE.itemsize - 1) // seq
+    self._num_targets = max(0, os.path.getsize(folder / f"{split}.tokens") // DTYPE.itemsize - 1)
+    self._num_windows = self.num_windows(seq)
     if self._num_windows:  # an empty file cannot be mapped
       stream = np.asarray(np.memmap(folder / f"{split}.tokens", DTYPE, "r"))
       self._tokens = np.lib.stride_tricks.sliding_window_view(stream, seq + 1)[::seq]
@@ -33,6 +34,10 @@ class PackedSplit:
 
   def __len__(self) -> int:
     return self._num_windows
+
+  def num_windows(self, seq: int) -> int:
+    """How many windows of `seq` targets the stream has; it does not depend on the length that it was packed for."""
+    return self._num_targets // seq
 
   def tokens(self, window_ids: np.ndarray) -> np.ndarray:
     """uint32 [n, seq + 1] of the windows `window_ids` [n]."""

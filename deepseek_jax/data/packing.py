@@ -8,7 +8,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import rich.console
@@ -23,8 +23,16 @@ from deepseek_jax.errors import DataError
 BATCH_CHARACTERS = 1 << 22  # tokenized at once: enough for every thread, little enough for memory
 
 
-def pack_source(source: Source, tokenizer: Tokenizer, config: DataConfig) -> tuple[pathlib.Path, str, bool]:
-  """Packs `source` into the cache, unless it is there already. Returns (folder, fingerprint in hex, was it there).
+class PackedSource(NamedTuple):
+  """A source in the cache: its folder, the hash of its text in hex, and whether an earlier run packed it."""
+
+  folder: pathlib.Path
+  content_hash: str
+  reused: bool
+
+
+def pack_source(source: Source, tokenizer: Tokenizer, config: DataConfig) -> PackedSource:
+  """Packs `source` into the cache, unless it is there already.
 
   - Processes that want the same data wait for the one that packs it.
   - The data is written to a temporary folder, which is renamed when complete. So two processes that pack the same data
@@ -38,13 +46,13 @@ def pack_source(source: Source, tokenizer: Tokenizer, config: DataConfig) -> tup
     root.mkdir(parents=True, exist_ok=True)
     source_hash = hashlib.sha256(os.path.abspath(os.path.expanduser(source.name)).encode()).hexdigest()[:16]
     content_hash = source.fingerprint(root / f"hashes-{source_hash}.json")
-    fingerprint = _data_fingerprint(content_hash, tokenizer, config)
+    fingerprint = source_fingerprint(content_hash, tokenizer, config)
     folder = root / fingerprint[:24]
     if folder.is_dir():
-      return folder, fingerprint, True
+      return PackedSource(folder, content_hash, reused=True)
     with cache.exclusive_lock(root / f"{folder.name}.lock", f"packs {source.name}") as locked:
       if folder.is_dir():
-        return folder, fingerprint, True
+        return PackedSource(folder, content_hash, reused=True)
       with cache.temporary_folder(folder, remove_stale=locked) as temporary:
         _write_packed(temporary, fingerprint, source, tokenizer, config)
         _rename_unless_exists(temporary, folder)
@@ -52,7 +60,7 @@ def pack_source(source: Source, tokenizer: Tokenizer, config: DataConfig) -> tup
     raise DataError(
       f"cannot write packed data under {root}: {error.strerror or error}. Make room, or set data.cache to another folder"
     ) from None
-  return folder, fingerprint, False
+  return PackedSource(folder, content_hash, reused=False)
 
 
 def is_heldout(text: str, fraction: float) -> bool:
@@ -66,7 +74,8 @@ def _packing_settings(config: DataConfig) -> dict[str, Any]:
   return {"seq": config.seq, "heldout_fraction": config.heldout_fraction, "text_field": config.text_field}
 
 
-def _data_fingerprint(content_hash: str, tokenizer: Tokenizer, config: DataConfig) -> str:
+def source_fingerprint(content_hash: str, tokenizer: Tokenizer, config: DataConfig) -> str:
+  """Hex hash of everything that decides the packed files of a source whose text has `content_hash`."""
   content = [packed_dataset.FORMAT, content_hash, tokenizer.fingerprint, _packing_settings(config)]
   return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

@@ -1,15 +1,17 @@
 """From config to batches: packed sources, the order of samples, and global batches read ahead.
 
-The only state is one integer, the samples consumed. Which window sample i is, is a pure function of (seed, i). So a run
-resumes exactly, on any number of hosts, and each host reads only its rows.
+The only state is the samples and tokens consumed. Which window sample i is, is a pure function of (seed, seq, i). So a
+run resumes exactly, on any number of hosts, and each host reads only its rows. A run that goes on with another `data.seq`
+goes on with the sample of the same index, in the order of the new windows.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -19,6 +21,13 @@ from deepseek_jax.data import cache, packed_dataset, packing, sources
 from deepseek_jax.data.packed_dataset import PackedSplit
 from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
 from deepseek_jax.errors import ConfigError, DataError
+
+
+class Consumed(NamedTuple):
+  """What a run has trained on. The sequences need not all be of one length."""
+
+  samples: int = 0  # sequences
+  tokens: int = 0  # targets in these sequences
 
 
 class ConcatSplit:
@@ -63,7 +72,7 @@ class ConcatSplit:
 class Data:
   """What a run trains and evaluates on.
 
-  fingerprint: hex hash of everything that decides which tokens sample i has.
+  fingerprint_at: seq -> hex hash of everything that decides which tokens sample i of that length has.
   shuffled_ids: maps a sample index to a window id of `train`; it has no end.
   """
 
@@ -71,8 +80,13 @@ class Data:
   seq: int
   train: ConcatSplit
   heldout: ConcatSplit
-  fingerprint: str
+  fingerprint_at: Callable[[int], str]
   shuffled_ids: grain.MapDataset
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """`fingerprint_at` the length that this data has."""
+    return self.fingerprint_at(self.seq)
 
   def window_ids(self, first_sample: int, count: int) -> np.ndarray:
     """int64 [count]: the windows of `train` that samples first_sample, first_sample + 1, ... are."""
@@ -98,23 +112,31 @@ def open_data(config: DataConfig, vocab: int, seed: int) -> Data:
   """
   tokenizer = load_model_tokenizer(config, vocab)
   all_sources = [sources.find_source(name, cache.cache_root(config) / "objects") for name in config.sources]
-  fingerprints, indexes, splits = [], [], []
+  content_hashes, indexes, splits = [], [], []
   for source in all_sources:
-    folder, fingerprint, reused = packing.pack_source(source, tokenizer, config)
+    folder, content_hash, reused = packing.pack_source(source, tokenizer, config)
+    fingerprint = packing.source_fingerprint(content_hash, tokenizer, config)
     index, source_splits = packed_dataset.open_packed(folder, fingerprint, config.seq, config.verify)
     action = f"{'reused from' if reused else 'packed into'} {folder}"
     _print_summary(source.name, index, source_splits, config.seq, action)
     _check_not_empty("train", [source], [index], [source_splits], config)
-    fingerprints.append(fingerprint)
+    content_hashes.append(content_hash)
     indexes.append(index)
     splits.append(source_splits)
   _check_not_empty("heldout", all_sources, indexes, splits, config)
   train, heldout = (ConcatSplit([source_splits[name] for source_splits in splits]) for name in packed_dataset.SPLITS)
-  sizes = [len(source_splits["train"]) for source_splits in splits]
-  weights = list(config.weights or sizes)
-  order = json.dumps([fingerprints, weights, seed])
-  fingerprint = hashlib.sha256(order.encode()).hexdigest()
-  return Data(tokenizer, config.seq, train, heldout, fingerprint, shuffle_and_mix(sizes, weights, seed))
+
+  def sizes(seq: int) -> list[int]:
+    return [source_splits["train"].num_windows(seq) for source_splits in splits]
+
+  def fingerprint_at(seq: int) -> str:
+    at_seq = dataclasses.replace(config, seq=seq)
+    fingerprints = [packing.source_fingerprint(content_hash, tokenizer, at_seq) for content_hash in content_hashes]
+    order = json.dumps([fingerprints, list(config.weights or sizes(seq)), seed])
+    return hashlib.sha256(order.encode()).hexdigest()
+
+  order = shuffle_and_mix(sizes(config.seq), config.weights or sizes(config.seq), seed)
+  return Data(tokenizer, config.seq, train, heldout, fingerprint_at, order)
 
 
 def shuffle_and_mix(sizes: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
@@ -132,12 +154,11 @@ def shuffle_and_mix(sizes: Sequence[int], weights: Sequence[float], seed: int) -
   return grain.MapDataset.mix(datasets, weights) if len(datasets) > 1 else datasets[0]
 
 
-def batch_size(train: TrainConfig, seq: int, samples: int) -> int:
-  """Sequences in the update that follows `samples` consumed ones, of `seq` tokens each.
+def batch_size(train: TrainConfig, tokens: int) -> int:
+  """Sequences in the update that follows `tokens` consumed ones.
 
   With a ramp: linear in tokens from batch_ramp_from to global_batch, rounded down to a multiple of microbatch.
   """
-  tokens = samples * seq
   if tokens >= train.batch_ramp_tokens:
     return train.global_batch
   rise = (train.global_batch - train.batch_ramp_from) * tokens // train.batch_ramp_tokens
@@ -146,25 +167,30 @@ def batch_size(train: TrainConfig, seq: int, samples: int) -> int:
 
 
 def iterate_batches(
-  data: Data, train: TrainConfig, samples: int, steps: int, load: Callable[[np.ndarray], Any]
-) -> Iterator[tuple[Any, int]]:
-  """An iterator over the `steps` updates that follow `samples` consumed ones, two of them read ahead by a thread.
+  data: Data, train: TrainConfig, consumed: Consumed, steps: int, load: Callable[[np.ndarray], Any]
+) -> Iterator[tuple[Any, Consumed]]:
+  """An iterator over the `steps` updates that follow `consumed`, two of them read ahead by a thread.
 
-  Yields (load(window_ids), samples consumed after this update), where `window_ids` int64 [global batch] are windows of
+  Yields (load(window_ids), what is consumed after this update), where `window_ids` int64 [global batch] are windows of
   data.train. `load` runs in that thread: it reads the rows this host needs and puts them on its devices.
   """
-  # First samples of the updates in the ramp, and of the first update after it; from there all updates have one size.
-  ramp_starts = [samples]
-  while len(ramp_starts) <= steps and ramp_starts[-1] * data.seq < train.batch_ramp_tokens:
-    ramp_starts.append(ramp_starts[-1] + batch_size(train, data.seq, ramp_starts[-1]))
+  # Samples from the first update on, before each update in the ramp and before the first one after it; from there all
+  # updates have one size.
+  ramp_starts = [0]
+  while len(ramp_starts) <= steps:
+    tokens = consumed.tokens + ramp_starts[-1] * data.seq
+    if tokens >= train.batch_ramp_tokens:
+      break
+    ramp_starts.append(ramp_starts[-1] + batch_size(train, tokens))
 
-  def first_sample(step: int) -> int:
+  def samples_before(step: int) -> int:
     in_ramp = min(step, len(ramp_starts) - 1)
     return ramp_starts[in_ramp] + (step - in_ramp) * train.global_batch
 
-  def batch(step: int) -> tuple[Any, int]:
-    first, end = first_sample(step), first_sample(step + 1)
-    return load(data.window_ids(first, end - first)), end
+  def batch(step: int) -> tuple[Any, Consumed]:
+    start, end = samples_before(step), samples_before(step + 1)
+    window_ids = data.window_ids(consumed.samples + start, end - start)
+    return load(window_ids), Consumed(consumed.samples + end, consumed.tokens + end * data.seq)
 
   options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
   return iter(grain.MapDataset.range(steps).map(batch).to_iter_dataset(options))

@@ -13,11 +13,11 @@ from deepseek_jax.schema import flatten_config
 
 
 def planned_tokens(config: Config) -> int:
-  """Tokens of `train.steps` steps, with the batch ramp counted step by step."""
-  train, seq, samples, steps = config.train, config.data.seq, 0, 0
-  while steps < train.steps and samples * seq < train.batch_ramp_tokens:
-    samples, steps = samples + batch_size(train, seq, samples), steps + 1
-  return (samples + (train.steps - steps) * train.global_batch) * seq
+  """Tokens of `train.steps` steps from the start, all at `data.seq`, with the batch ramp counted step by step."""
+  train, tokens, steps = config.train, 0, 0
+  while steps < train.steps and tokens < train.batch_ramp_tokens:
+    tokens, steps = tokens + batch_size(train, tokens) * config.data.seq, steps + 1
+  return tokens + (train.steps - steps) * train.global_batch * config.data.seq
 
 
 def config_summary(config: Config) -> str:

@@ -17,11 +17,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from deepseek_jax.checkpoint.bucket import BucketCheckpointer, open_checkpointer, open_reader
-from deepseek_jax.checkpoint.compatibility import check_compatible, check_weights_fit
+from deepseek_jax.checkpoint.compatibility import check_compatible, check_weights_fit, saved_value
 from deepseek_jax.checkpoint.manager import FORMAT_VERSION, Checkpointer
 from deepseek_jax.checkpoint.weights import HuggingFaceWeights, WorkdirWeights, open_weights
 from deepseek_jax.config import Config
-from deepseek_jax.data.pipeline import Data, iterate_batches, load_model_tokenizer, open_data
+from deepseek_jax.data.pipeline import Consumed, Data, iterate_batches, load_model_tokenizer, open_data
 from deepseek_jax.distributed import barrier, broadcast_from_process0
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.kernels.implementations import Replacements, import_libraries, replace_kernels
@@ -156,23 +156,24 @@ class Run:
     self.writer: metrics.MetricsWriter = metrics.NullWriter()
 
   def find_start(self, accept_data_change: bool) -> None:
-    """Sets `step` and `samples` to those of the newest valid checkpoint, or to 0.
+    """Sets `step` and `consumed` to those of the newest valid checkpoint, or to 0.
 
     A checkpoint without optimizer state, as a conversion writes it, gives weights to start from at step 0.
     Raises CheckpointError where the checkpoint does not fit the config.
     """
     newest = self.checkpointer.latest()
     self.step = self.saved_step = newest or 0
-    self.samples = 0
+    self.consumed = Consumed()
     changes: list[tuple[str, Any, Any]] = []
     if newest is not None:
       meta = self.checkpointer.meta(newest)
-      self.samples = meta["samples"]
+      self.consumed = Consumed(meta["samples"], meta["tokens"])
       if "weights_only" in meta:
         self.weights = WorkdirWeights(self.workdir, newest)
       else:
+        fingerprint = self.data.fingerprint_at(saved_value(meta["config"], "data.seq"))
         changes = check_compatible(
-          meta["config"], self.config, meta["data_fingerprint"], self.data.fingerprint, accept_data_change
+          meta["config"], self.config, meta["data_fingerprint"], fingerprint, accept_data_change
         )
     if self.weights:
       changes = check_weights_fit(self.weights.directory, self.weights.model, self.config)
@@ -188,7 +189,8 @@ class Run:
       start = jax.jit(state_from_params, static_argnums=0, donate_argnums=(1, 2))
       return jax.block_until_ready(start(self.step_config, weights["params"], weights["buffers"]))
     if self.step:
-      print(f"resume   from the checkpoint of step {self.step} ({self.samples:,} sequences seen)")
+      seen = f"{self.consumed.samples:,} sequences, {self.consumed.tokens:,} tokens seen"
+      print(f"resume   from the checkpoint of step {self.step} ({seen})")
       return self.checkpointer.restore(self.step, abstract_state(self.step_config, self.mesh))
     print("start    no checkpoint here: from scratch")
     return jax.block_until_ready(
@@ -274,23 +276,23 @@ class Run:
     """
     train, steps = self.config.train, self.config.train.steps - self.step
     load = functools.partial(load_batch, self.data, train, sharding=self.batch_sharding)
-    data_iterator = iterate_batches(self.data, train, self.samples, steps, load)
+    data_iterator = iterate_batches(self.data, train, self.consumed, steps, load)
     pending = None
     self.is_compiled = False
     with StepProgress(self.step, train.steps) as self.progress:
       self.timer.reset()
       while self.step < train.steps and request.stop_signal is None:
         with self.timer.measure("data"):
-          batch, samples = next(data_iterator)
+          batch, consumed = next(data_iterator)
         step_metrics = self.start_step(batch)
         if self.block_each_step:
           jax.block_until_ready(self.state)
         if self.process_max:
           step_metrics["stop_signal"] = self.process_max(request.received or 0)
-        self.samples = samples
+        self.consumed = consumed
         if pending:
           self.log_step(request, *pending)
-        pending = (self.step, samples, batch, step_metrics)
+        pending = (self.step, consumed, batch, step_metrics)
         eval_is_due = self.step % self.config.eval.every == 0
         checkpoint_is_due = self.step % self.config.checkpoint.every == 0
         if self.block_each_step or eval_is_due or checkpoint_is_due or self.step == train.steps:
@@ -307,7 +309,7 @@ class Run:
 
   def start_step(self, batch: Batch) -> dict[str, Any]:
     """Starts one step and returns its metrics, on the device, and its logged schedules."""
-    schedules = schedule_values(self.config, self.step, self.samples * self.config.data.seq, batch.target_tokens)
+    schedules = schedule_values(self.config, self.step, self.consumed.tokens, batch.target_tokens)
     arrays = {name: np.asarray(value, self.config.model.param_dtype) for name, value in schedules.items()}
     start = time.monotonic()
     self.state, step_metrics = self.train_step(self.state, batch.tokens, batch.microbatches, arrays)
@@ -318,12 +320,14 @@ class Run:
     self.step += 1
     return {**step_metrics, **{name: value for name, value in schedules.items() if name in self.logged_schedules}}
 
-  def log_step(self, request: StopRequest, step: int, samples: int, batch: Batch, step_metrics: dict[str, Any]) -> None:
+  def log_step(
+    self, request: StopRequest, step: int, consumed: Consumed, batch: Batch, step_metrics: dict[str, Any]
+  ) -> None:
     """Reads the metrics of a step, shows them, and writes a line every `log.every` steps.
 
     Sets `request.stop_signal` where a process of the run received a signal. Raises Diverged as `check_skipped`.
 
-    step, samples: completed updates and consumed sequences after the step. step_metrics: of `start_step`.
+    step, consumed: completed updates, and what they consumed, after the step. step_metrics: of `start_step`.
     """
     values = jax.device_get(step_metrics)
     if stop_signal := int(values.pop("stop_signal", 0)):
@@ -342,7 +346,7 @@ class Run:
     self.progress.update(step, values["loss"], values["bits_per_byte"], tokens_per_second)
     if step % self.config.log.every and step != self.config.train.steps:
       return
-    values |= {"tokens": samples * self.config.data.seq, "samples": samples, "skipped": int(skipped["total"])}
+    values |= {"tokens": consumed.tokens, "samples": consumed.samples, "skipped": int(skipped["total"])}
     values |= throughput | device_metrics(self.mesh, tokens_per_second * self.flops_per_token)
     scalars, load_fractions = load_metrics(self.config.model, load)
     self.writer.write(step, values | scalars, histograms=load_fractions)
@@ -376,7 +380,7 @@ class Run:
     if self.step == self.saved_step:
       return
     meta = {"format_version": FORMAT_VERSION, "config": dataclasses.asdict(self.config)}
-    meta |= {"samples": self.samples, "data_fingerprint": self.data.fingerprint}
+    meta |= {**self.consumed._asdict(), "data_fingerprint": self.data.fingerprint}
     meta |= {"tokenizer_fingerprint": self.data.tokenizer.fingerprint}
     with self.timer.measure("checkpoint"):
       self.publish()  # before the checkpoint, which needs the metrics of the steps before it

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from deepseek_jax.checkpoint.compatibility import check_compatible
+from deepseek_jax.checkpoint.compatibility import check_compatible, saved_value
 from deepseek_jax.config import Config
 from deepseek_jax.errors import CheckpointError
 from deepseek_jax.schema import from_dict
@@ -55,13 +55,24 @@ def test_other_changes_are_returned():
 
 def test_changed_data_is_refused_unless_accepted():
   with pytest.raises(CheckpointError) as error:
-    check_compatible(saved(), make(data={"seq": 64}), "old", "new")
+    check_compatible(saved(), make(data={"text_field": "body"}), "old", "new")
   message = str(error.value)
-  assert "old" in message and "new" in message and "data.seq: checkpoint 256, config 64" in message
+  assert "old" in message and "new" in message and "data.text_field: checkpoint text, config body" in message
   assert "pass --accept_data_change" in message
-  assert check_compatible(saved(), make(data={"seq": 64}), "old", "new", accept_data_change=True) == [
-    ("data.seq", 256, 64)
+  assert check_compatible(saved(), make(data={"text_field": "body"}), "old", "new", accept_data_change=True) == [
+    ("data.text_field", "text", "body")
   ]
+
+
+def test_another_length_of_sequences_is_no_other_data():
+  assert check_compatible(saved(), make(data={"seq": 64}), "f", "f") == [("data.seq", 256, 64)]
+  with pytest.raises(CheckpointError, match="the files or the tokenizer changed"):
+    check_compatible(saved(), make(data={"seq": 64}), "old", "new")
+
+
+def test_a_saved_value_is_the_default_where_the_checkpoint_lacks_it():
+  assert saved_value(saved(data={"seq": 64}), "data.seq") == 64
+  assert saved_value({"name": "run"}, "data.seq") == 256
 
 
 def test_a_changed_seed_is_named_as_the_reason_for_other_data():

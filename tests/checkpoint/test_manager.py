@@ -19,7 +19,9 @@ from deepseek_jax.errors import CheckpointError
 
 pytestmark = pytest.mark.jax_version
 
-META = {"format_version": FORMAT_VERSION, "config": {"name": "run"}, "samples": 160, "data_fingerprint": "ab"}
+META = {
+  "format_version": FORMAT_VERSION, "config": {"name": "run"}, "samples": 160, "tokens": 7000, "data_fingerprint": "ab",
+}  # fmt: skip
 
 
 @jax.tree_util.register_dataclass

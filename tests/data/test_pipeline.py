@@ -7,6 +7,7 @@ import pytest
 
 from deepseek_jax.config import DataConfig, TrainConfig
 from deepseek_jax.data import pipeline
+from deepseek_jax.data.pipeline import Consumed
 
 
 @pytest.fixture
@@ -80,16 +81,16 @@ def test_sources_are_mixed_by_weight_or_size(config, weights, share):
 
 def test_a_ramp_rises_in_steps_of_the_microbatch():
   train = TrainConfig(global_batch=64, microbatch=8, batch_ramp_from=16, batch_ramp_tokens=96_000)
-  sizes = [pipeline.batch_size(train, 100, samples) for samples in range(1200)]
+  sizes = [pipeline.batch_size(train, 100 * samples) for samples in range(1200)]
   assert [sizes[i] for i in (0, 159, 160, 319, 320, 959, 960, 1199)] == [16, 16, 24, 24, 32, 56, 64, 64]
-  assert pipeline.batch_size(TrainConfig(global_batch=64), 100, 0) == 64
+  assert pipeline.batch_size(TrainConfig(global_batch=64), 0) == 64
 
 
 def test_batches_can_start_anywhere(config):
   data = pipeline.open_data(config(), 257, 0)
   train = TrainConfig(global_batch=16, microbatch=4, batch_ramp_from=4, batch_ramp_tokens=64 * 100)
-  whole = list(pipeline.iterate_batches(data, train, 0, 20, lambda ids: ids))
-  np.testing.assert_array_equal(np.concatenate([ids for ids, _ in whole]), data.window_ids(0, whole[-1][1]))
+  whole = list(pipeline.iterate_batches(data, train, Consumed(), 20, lambda ids: ids))
+  np.testing.assert_array_equal(np.concatenate([ids for ids, _ in whole]), data.window_ids(0, whole[-1][1].samples))
   assert (len(whole[0][0]), len(whole[-1][0])) == (4, 16)
   for (ids, end), (expected, expected_end) in zip(
     pipeline.iterate_batches(data, train, whole[6][1], 13, lambda ids: ids), whole[7:], strict=True
@@ -102,19 +103,30 @@ def test_batches_of_a_ramp_follow_batch_size_one_by_one(config):
   data = pipeline.open_data(config(), 257, 0)
   ramped = TrainConfig(global_batch=16, microbatch=4, batch_ramp_from=4, batch_ramp_tokens=64 * 100)
   for train in (ramped, TrainConfig(global_batch=16)):
-    for samples in (0, 44, 99, 100, 1000):  # 100 is where the ramp ends
+    # 100 samples of 64 tokens are where the ramp ends.
+    for samples, earlier_seq in ((0, 64), (44, 64), (99, 64), (100, 64), (1000, 64), (100, 16)):
       for steps in (1, 5, 30):
-        ends = [samples]
+        ends = [Consumed(samples, samples * earlier_seq)]
         for _ in range(steps):
-          ends.append(ends[-1] + pipeline.batch_size(train, data.seq, ends[-1]))
-        assert [end for _, end in pipeline.iterate_batches(data, train, samples, steps, len)] == ends[1:]
+          size = pipeline.batch_size(train, ends[-1].tokens)
+          ends.append(Consumed(ends[-1].samples + size, ends[-1].tokens + size * data.seq))
+        assert [end for _, end in pipeline.iterate_batches(data, train, ends[0], steps, len)] == ends[1:]
+
+
+def test_another_length_goes_on_with_the_sample_of_the_same_index(config):
+  short, long = (pipeline.open_data(config(seq=seq), 257, 0) for seq in (32, 64))
+  train, before = TrainConfig(global_batch=16), Consumed(samples=48, tokens=48 * 64)
+  ((ids, after),) = pipeline.iterate_batches(short, train, before, 1, lambda ids: ids)
+  np.testing.assert_array_equal(ids, short.window_ids(48, 16))
+  assert after == Consumed(64, 48 * 64 + 16 * 32)
+  assert short.fingerprint_at(64) == long.fingerprint != short.fingerprint == long.fingerprint_at(32)
 
 
 def test_a_long_run_costs_nothing_before_its_first_batch(config):
   data = pipeline.open_data(config(), 257, 0)
   train = TrainConfig(global_batch=16, microbatch=4, batch_ramp_from=4, batch_ramp_tokens=64 * 100)
   tracemalloc.start()
-  next(pipeline.iterate_batches(data, train, 0, 10**12, len))
+  next(pipeline.iterate_batches(data, train, Consumed(), 10**12, len))
   assert tracemalloc.get_traced_memory()[1] < 1 << 20
   tracemalloc.stop()
 
@@ -128,7 +140,7 @@ def test_two_batches_are_read_ahead_by_another_thread(config):
     if len(placed) == 3:
       third.set()
 
-  stream = pipeline.iterate_batches(data, TrainConfig(), 0, 50, lambda ids: place(ids) or ids)
+  stream = pipeline.iterate_batches(data, TrainConfig(), Consumed(), 50, lambda ids: place(ids) or ids)
   next(stream)
   assert third.wait(10)
   assert len(placed) <= 4
@@ -142,4 +154,4 @@ def test_what_place_raises_arrives(config):
     raise OSError("no room on the device")
 
   with pytest.raises(OSError, match="no room on the device"):
-    next(pipeline.iterate_batches(data, TrainConfig(), 0, 5, place))
+    next(pipeline.iterate_batches(data, TrainConfig(), Consumed(), 5, place))

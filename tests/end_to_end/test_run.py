@@ -20,6 +20,7 @@ import pytest
 from deepseek_jax import train
 from deepseek_jax.checkpoint.__main__ import main as checkpoint_main
 from deepseek_jax.checkpoint.hf_files import HFReader
+from deepseek_jax.checkpoint.manager import CheckpointReader
 from deepseek_jax.flags import run_program
 from deepseek_jax.generate.__main__ import main as generate_main
 from deepseek_jax.training.metrics import MetricsWriter
@@ -278,6 +279,26 @@ def test_raising_the_steps_continues_a_finished_run(folder, uninterrupted, six_s
   out = run(folder, "longer")
   assert "changed  train.steps: 6 -> 12" in out and "resume   from the checkpoint of step 6" in out
   assert lines(folder, "longer", "events.jsonl")[-1]["state_sha256"] == uninterrupted[1]
+
+
+def test_the_length_of_sequences_may_change_and_tokens_go_on(folder, six_steps):
+  """768 tokens in 6 steps, then sequences of half the length, and back; products with samples would be other counts."""
+  workdir = copied(folder, six_steps, "lengths")
+  by_tokens = ("--config.schedule.warmup_tokens=1000", "--config.schedule.tokens=4000", "--config.eval.every=100")
+  frozen = "--config.balance.bias_update_tokens=900"
+  out = run_until(folder, workdir, 9, "--config.data.seq=16", *by_tokens, frozen)
+  assert "changed  data.seq: 32 -> 16" in out and "step 6 (24 sequences, 768 tokens seen)" in out
+  out = run_until(folder, workdir, 10, *by_tokens, frozen)
+  assert "changed  data.seq: 16 -> 32" in out and "step 9 (44 sequences, 1,088 tokens seen)" in out
+  samples, tokens = [24, 28, 36, 44, 52], [768, 832, 960, 1088, 1344]  # the ramp ends at 800 tokens
+  logged = lines(folder, workdir)[5:]
+  assert ([line["samples"] for line in logged], [line["tokens"] for line in logged]) == (samples, tokens)
+  metas = [CheckpointReader(folder / workdir).meta(step) for step in (6, 9, 10)]
+  assert [(meta["samples"], meta["tokens"]) for meta in metas] == [(24, 768), (44, 1088), (52, 1344)]
+  resumed = logged[1:]
+  assert [line["mtp_weight"] for line in resumed] == [0.3, 0.3, 0.3, 0.1]  # 0.1 from 1000 tokens on
+  assert [line["bias_update_rate"] for line in resumed] == [0.01, 0.01, 0, 0]
+  assert [line["learning_rate"] for line in resumed[:2]] == pytest.approx([3e-3 * 0.832, 3e-3 * 0.96])
 
 
 def test_another_model_is_refused_with_the_fields(folder, uninterrupted):

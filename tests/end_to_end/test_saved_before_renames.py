@@ -19,6 +19,7 @@ import pytest
 
 from deepseek_jax import train
 from deepseek_jax.checkpoint.arrays import open_arrays
+from deepseek_jax.checkpoint.manager import CheckpointReader
 from deepseek_jax.generate import decoding
 from deepseek_jax.renamed_fields import RENAMED_FIELDS
 
@@ -51,7 +52,13 @@ def test_resumes_by_workdir_alone_to_the_values_of_the_old_code(old_run, capsys)
   renamed = {old: new for old, new in RENAMED_FIELDS.items() if old in saved}
   assert len(renamed) >= 7
   assert train.main(["train", "--workdir=run"]) == 0
-  assert "resume   from the checkpoint of step 2" in capsys.readouterr().out
+  # It has no count of tokens: they are the samples at its own length.
+  reader = CheckpointReader(old_run)
+  assert "tokens" not in json.loads((old_run / "checkpoints/2/meta/metadata").read_bytes())
+  assert (reader.meta(2)["samples"], reader.meta(2)["tokens"]) == (8, 8 * saved["data.seq"])
+  assert "resume   from the checkpoint of step 2 (8 sequences, 128 tokens seen)" in capsys.readouterr().out
+  logged = {line["step"]: line["tokens"] for line in map(json.loads, open(old_run / "metrics.jsonl"))}
+  assert (logged[4], reader.meta(4)["tokens"]) == (16 * saved["data.seq"],) * 2
   current = fields(json.loads((old_run / "config.json").read_bytes()))
   assert {new: current[new] for new in renamed.values()} == {new: saved[old] for old, new in renamed.items()}
 
