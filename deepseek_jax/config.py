@@ -43,15 +43,20 @@ class DataConfig(Section, path="data"):
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Section, path="optimizer"):
+  kind: str = field("adamw", "AdamW, or Muon for hidden matrices and AdamW for the rest", choices=("adamw", "muon"))
   clip: float = field(1.0, "global gradient norm above which gradients are scaled down", above=0)
   beta1: float = field(0.9, "AdamW's decay of the first moment", at_least=0, below=1)
   beta2: float = field(0.95, "AdamW's decay of the second moment", at_least=0, below=1)
   eps: float = field(1e-8, "AdamW's epsilon; DeepSeek publishes none before V4", above=0)
   weight_decay: float = field(0.1, "decoupled weight decay of matrices; norm scales have none", at_least=0)
-  moments_dtype: str = field(
-    "float32", "dtype of both moments between updates", choices=("bfloat16", "float32", "float64")
+  momentum: float = field(0.95, "Muon's momentum (V4: 0.95)", at_least=0, below=1)
+  update_rms: float = field(
+    0.18, "root mean square of Muon's updates (V4: 0.18; Moonlight: 0.2, near AdamW's)", above=0
   )
-  offload: bool = field(False, "keep both moments in the host's memory between updates")
+  moments_dtype: str = field(
+    "float32", "dtype of the moments or the momentum between updates", choices=("bfloat16", "float32", "float64")
+  )
+  offload: bool = field(False, "keep the moments or the momentum in the host's memory between updates")
 
 
 @dataclasses.dataclass(frozen=True)

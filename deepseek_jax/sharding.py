@@ -183,7 +183,30 @@ def reduce_scatter_grads(gradient: jax.Array, *names: str | None) -> jax.Array:
   return gradient
 
 
-def axis_size(*names: str) -> int:
+def shard_stack(stack: jax.Array, *names: str | None) -> jax.Array:
+  """All-to-all of `stack` [stack, *names]: whole matrices, which share the stack instead of the dimensions `names`.
+
+  The devices that share logical axes of `names` have to divide the stack. The inverse is `unshard_stack`.
+  """
+  for dimension, name in enumerate(names, start=1):
+    if axes := mesh_axes(name):
+      blocks = stack.reshape(axis_size(name), -1, *stack.shape[1:])
+      blocks = jnp.moveaxis(jax.lax.all_to_all(blocks, axes, 0, 0), 0, dimension)
+      stack = jax.lax.collapse(blocks, dimension, dimension + 2)
+  return stack
+
+
+def unshard_stack(stack: jax.Array, *names: str | None) -> jax.Array:
+  """The inverse of `shard_stack`: all-to-all of whole matrices, the shared stack, into shards [stack, *names]."""
+  for dimension, name in reversed(list(enumerate(names, start=1))):
+    if axes := mesh_axes(name):
+      shape = *stack.shape[:dimension], axis_size(name), -1, *stack.shape[dimension + 1 :]
+      blocks = jnp.moveaxis(stack.reshape(shape), dimension, 0)
+      stack = jax.lax.collapse(jax.lax.all_to_all(blocks, axes, 0, 0), 0, 2)
+  return stack
+
+
+def axis_size(*names: str | None) -> int:
   """Number of devices that share the logical axes `names`."""
   return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in _union_mesh_axes(names))
 
@@ -207,7 +230,7 @@ def _additional_mesh_axes(name: str, other: str) -> tuple[str, ...]:
   return tuple(axis for axis in mesh_axes(name) if axis not in mesh_axes(other))
 
 
-def _union_mesh_axes(names: tuple[str, ...]) -> tuple[str, ...]:
+def _union_mesh_axes(names: tuple[str | None, ...]) -> tuple[str, ...]:
   return tuple(dict.fromkeys(axis for name in names for axis in mesh_axes(name)))
 
 

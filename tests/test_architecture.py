@@ -23,6 +23,7 @@ LAYERS = (
   {"kernels"},
   {"model"},
   {"parallel"},
+  {"optimizers"},
   {"plan"},
   {"checkpoint"},
   {"training", "evaluate", "generate"},

@@ -52,7 +52,7 @@ def check_compatible(
   For a field that only the checkpoint has, the value now is None.
 
   Raises CheckpointError that lists what must be equal and is not: all of `model` except how it is computed,
-  optimizer.moments_dtype, and the fingerprint unless `accept_data_change`.
+  optimizer.kind and moments_dtype, and the fingerprint unless `accept_data_change`.
   """
   differences = _differences(saved_config, config)
   incompatible = [d for d in differences if _must_be_equal(d[0]) and d[2] is not None]
@@ -93,7 +93,9 @@ def check_weights_fit(directory: str | os.PathLike, model: ModelConfig, config: 
 
 
 def _must_be_equal(path: str) -> bool:
-  return path == "optimizer.moments_dtype" or (path.startswith("model.") and path not in _MAY_CHANGE)
+  return path in ("optimizer.kind", "optimizer.moments_dtype") or (
+    path.startswith("model.") and path not in _MAY_CHANGE
+  )
 
 
 def _in_fingerprint(path: str) -> bool:

@@ -248,10 +248,13 @@ def init_params(config: ModelConfig, key: jax.Array | None) -> tuple[Params, Par
   return nnx.to_pure_dict(params), nnx.to_pure_dict(buffers)
 
 
-def param_axes(config: ModelConfig) -> Params:
-  """The tree of params with each one's logical axes, a tuple of names. The first axis of stacked layers is None."""
-  state = nnx.state(_abstract_model(config), nnx.Param)
-  return nnx.to_pure_dict(jax.tree.map(_logical_axes, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
+def param_axes(config: ModelConfig, stacked: bool = True) -> Params:
+  """The tree of params with each one's logical axes, a tuple of names.
+
+  stacked: with the first axis of stacked layers, which is None; else the axes that a layer by itself has.
+  """
+  state, axes = nnx.state(_abstract_model(config), nnx.Param), _logical_axes if stacked else _layer_axes
+  return nnx.to_pure_dict(jax.tree.map(axes, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
 
 
 def _abstract_model(config: ModelConfig) -> Transformer:
@@ -265,6 +268,10 @@ def _trace_model(config: ModelConfig, mesh: jax.sharding.AbstractMesh, dtype: jn
   return jax.eval_shape(lambda: Transformer(config, key=None))
 
 
+def _layer_axes(param: nnx.Variable) -> tuple[str | None, ...]:
+  return param.get_metadata()["logical"]
+
+
 def _logical_axes(param: nnx.Variable) -> tuple[str | None, ...]:
-  logical = param.get_metadata()["logical"]
+  logical = _layer_axes(param)
   return (None,) * (len(param.shape) - len(logical)) + logical

@@ -7,12 +7,13 @@ import math
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.config import Config, MeshConfig
+from deepseek_jax.config import Config, MeshConfig, OptimizerConfig
 from deepseek_jax.mesh import abstract_mesh
 from deepseek_jax.model.all_to_all import has_ragged_all_to_all
 from deepseek_jax.model_config import ModelConfig, MoEConfig
+from deepseek_jax.optimizers.optimizer import make_optimizer
 from deepseek_jax.parallel.pipeline import layer_assignment
-from deepseek_jax.plan.flops import abstract_params
+from deepseek_jax.plan.flops import TRACE_DEVICE, abstract_params
 from deepseek_jax.plan.topology import Chip
 from deepseek_jax.sharding import UNSHARDED_PARAMS, axis_rules, elements_per_device, num_batch_shards
 
@@ -22,7 +23,7 @@ class MemoryEstimate:
   """Bytes of HBM on one device. What is offloaded to the host is not counted."""
 
   params: int  # master weights
-  optimizer: int  # Adam's moments
+  optimizer: int  # moments or momentum
   gradients: int
   activations: int
   collectives: int  # gathered weights
@@ -79,7 +80,7 @@ def estimate_memory(config: Config, chip: Chip | None = None) -> MemoryEstimate:
     gathered, gradients = unsharded * compute_bytes, COPIES["unsharded_gradients"] * unsharded
   elif mesh.stage > 1:
     gathered = sharded * param_bytes  # a copy in stage layout
-  moments = 0 if config.optimizer.offload else 2 * sharded * jnp.dtype(config.optimizer.moments_dtype).itemsize
+  moments = 0 if config.optimizer.offload else _opt_state_bytes(config.optimizer, shapes, mesh)
   activations, block_weights, head = map(int, _temporaries(config, compute_bytes, chip))
   return MemoryEstimate(
     sharded * param_bytes, moments, int(gradients * param_bytes), activations, gathered + block_weights, head
@@ -92,6 +93,15 @@ def _params_per_device(model: ModelConfig, mesh: MeshConfig, unsharded: bool = F
   with axis_rules(UNSHARDED_PARAMS if unsharded else {}):
     params = abstract_params(model, mesh)[0]
     return sum(elements_per_device(leaf) for leaf in jax.tree.leaves(params[stack] if stack else params))
+
+
+@functools.cache
+def _opt_state_bytes(optimizer: OptimizerConfig, model: ModelConfig, mesh: MeshConfig) -> int:
+  """Bytes of the optimizer's state on one device, without its counters."""
+  params = abstract_params(model, mesh)[0]
+  with jax.sharding.use_abstract_mesh(abstract_mesh(mesh, TRACE_DEVICE)):
+    state = jax.eval_shape(make_optimizer(optimizer, model).init, params)
+  return sum(elements_per_device(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if leaf.ndim)
 
 
 def _temporaries(config: Config, compute_bytes: int, chip: Chip | None) -> tuple[float, float, float]:

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 from deepseek_jax.config import Config
 from deepseek_jax.kernels.implementations import Replacements
 from deepseek_jax.model.transformer import graphdef, param_axes
+from deepseek_jax.optimizers.optimizer import make_optimizer, place_opt_state
 from deepseek_jax.sharding import (
   LATENT_RULES,
   UNSHARDED_PARAMS,
@@ -30,7 +31,6 @@ from deepseek_jax.sharding import (
 )  # fmt: skip
 from deepseek_jax.training.balance import update_router_bias
 from deepseek_jax.training.objective import Objective
-from deepseek_jax.training.optimizer import make_optimizer, place_opt_state
 from deepseek_jax.training.pipeline_stage import PipelineStage, pipeline_stack, to_stage_layout
 from deepseek_jax.training.state import TrainState, abstract_state
 from deepseek_jax.training.step_config import StepConfig
@@ -232,7 +232,7 @@ def make_apply_gradients(
 
   grads, metrics: of `make_gradients`. schedules: as in `make_train_step`. The metrics gain grad_norm and skipped.
   """
-  tx, offload = make_optimizer(config.optimizer), config.optimizer.offload
+  tx, offload = make_optimizer(config.optimizer, config.model), config.optimizer.offload
 
   def apply_gradients(state, grads, metrics, schedules):
     grad_norm = optax.tree.norm(grads)

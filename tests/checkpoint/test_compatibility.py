@@ -32,9 +32,16 @@ def test_model_change_is_refused_with_every_field():
   assert "--workdir" in str(error.value)
 
 
-def test_moments_dtype_is_refused():
-  with pytest.raises(CheckpointError, match="optimizer.moments_dtype: checkpoint float32, config bfloat16"):
-    check_compatible(saved(), make(optimizer={"moments_dtype": "bfloat16"}), "f", "f")
+@pytest.mark.parametrize(
+  ("field", "value", "difference"),
+  [
+    ("moments_dtype", "bfloat16", "checkpoint float32, config bfloat16"),
+    ("kind", "muon", "checkpoint adamw, config muon"),
+  ],
+)
+def test_another_optimizer_state_is_refused(field, value, difference):
+  with pytest.raises(CheckpointError, match=f"optimizer.{field}: {difference}"):
+    check_compatible(saved(), make(optimizer={field: value}), "f", "f")
 
 
 def test_other_changes_are_returned():

@@ -1,4 +1,6 @@
-"""AdamW against its definition (Loshchilov and Hutter 2019), what is decayed, and the dtype of the moments."""
+"""The table, AdamW against its definition (Loshchilov and Hutter 2019), what is decayed, and the dtype of the moments."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,13 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import OptimizerConfig
-from deepseek_jax.training.optimizer import make_optimizer
+from deepseek_jax.optimizers.optimizer import OPTIMIZERS, make_optimizer
+from tests.configs import DENSE
+
+
+def test_every_choice_has_its_row():
+  choices = next(f for f in dataclasses.fields(OptimizerConfig) if f.name == "kind").metadata["choices"]
+  assert tuple(OPTIMIZERS) == choices
 
 
 def params():
@@ -15,7 +23,7 @@ def params():
 
 def test_three_steps_equal_the_definition():
   config, rate = OptimizerConfig(clip=1.0), 0.1
-  tx, p = make_optimizer(config), params()
+  tx, p = make_optimizer(config, DENSE), params()
   state = tx.init(p)
   rng = np.random.default_rng(0)
   expected = {"kernel": np.array(p["a"]["kernel"]), "scale": np.array(p["norm"]["scale"])}
@@ -40,7 +48,7 @@ def test_three_steps_equal_the_definition():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_moments_dtype(dtype):
-  tx = make_optimizer(OptimizerConfig(moments_dtype=dtype))
+  tx = make_optimizer(OptimizerConfig(moments_dtype=dtype), DENSE)
   state = tx.init(params())
   updates, state = tx.update(jax.tree.map(jnp.ones_like, params()), state, params())
   kept = {x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)}

@@ -1,5 +1,9 @@
-"""AdamW as an Optax chain without its learning rate, which the step applies: the schedule lives on the host."""
+"""The optimizers as one table, and what is the same for all: clipping, weight decay, and the state's dtype and memory.
 
+The learning rate is applied by the step, since its schedule lives on the host.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,7 +11,21 @@ import jax.numpy as jnp
 import optax
 
 from deepseek_jax.config import OptimizerConfig
+from deepseek_jax.model_config import ModelConfig
+from deepseek_jax.optimizers.muon import muon
 from deepseek_jax.typing import Params, PyTree
+
+
+def adamw(config: OptimizerConfig, model: ModelConfig) -> optax.GradientTransformation:
+  """Adam (Kingma and Ba 2015) for every parameter. With decoupled weight decay it is AdamW (Loshchilov and Hutter 2019)."""
+  return optax.scale_by_adam(config.beta1, config.beta2, config.eps)
+
+
+# optimizer.kind -> what makes updates of clipped gradients. `make_optimizer` adds weight decay, and the state's dtype.
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig, ModelConfig], optax.GradientTransformation]] = {
+  "adamw": adamw,
+  "muon": muon,
+}
 
 
 def weight_decay_mask(params: Params) -> PyTree:
@@ -46,10 +64,14 @@ def place_opt_state(space: Any, opt_state: optax.OptState) -> optax.OptState:
   return jax.tree.map(leaf, opt_state)
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-  """AdamW: clip by global norm, Adam, decoupled weight decay. The caller multiplies updates by -learning_rate."""
+def make_optimizer(config: OptimizerConfig, model: ModelConfig) -> optax.GradientTransformation:
+  """Clipping by the global norm, then the optimizer `config.kind`, then decoupled weight decay.
+
+  The caller multiplies updates by -learning_rate. `model`: whose parameters they are, for optimizers that treat some
+  apart. Its trees may hold a part of them. A mesh has to be set where it is called.
+  """
   return optax.chain(
     optax.clip_by_global_norm(config.clip),
-    with_state_dtype(jnp.dtype(config.moments_dtype), optax.scale_by_adam(config.beta1, config.beta2, config.eps)),
+    with_state_dtype(jnp.dtype(config.moments_dtype), OPTIMIZERS[config.kind](config, model)),
     optax.add_decayed_weights(config.weight_decay, mask=weight_decay_mask),
   )

@@ -1,0 +1,188 @@
+"""Muon, as DeepSeek-V4 uses it: the momentum of every hidden matrix, orthogonalized, is its update.
+
+Of each matrix W [n, m], with the clipped gradient G, momentum M and rate eta (V4 report, Algorithm 1):
+
+  M = mu M + G
+  O = newton_schulz(mu M + G)             Nesterov's momentum (Jordan et al. 2024)
+  W = (1 - eta decay) W - eta gamma sqrt(max(n, m)) O
+
+- mu 0.95 (`optimizer.momentum`), gamma 0.18 (`optimizer.update_rms`), decay 0.1, the ten Newton-Schulz steps, and AdamW
+  for embedding, head and norms are the V4 report's, section 2. It was read in a translation that is public on GitHub, not
+  in the original. Its router is no exception, so that it is Muon's here.
+- gamma sqrt(max(n, m)): an orthogonal [n, m] has a root mean square of 1 / sqrt(max(n, m)), so that updates have one of
+  gamma, about AdamW's, and the same learning rate serves both (Moonlight, arXiv:2502.16982, with 0.2).
+- V4 says "each logically independent weight", and not whether heads are. Moonlight's code orthogonalizes the projection
+  of all heads as one matrix. So does this: heads x head_dim is one dimension. Gate and up are two matrices, MLA's
+  up-projection of keys and values is one, and each expert's are its own.
+- V4 clips no attention logits (QK-Clip): it has norms on queries and keys, which models up to V3 lack.
+- Clipping by the global norm comes first, in `make_optimizer`. It weighs a step against the others in the momentum. One
+  scale for all gradients of a step would cancel in the orthogonalization of that step alone. Whether V4 clips is not
+  in its report; V3 does, at 1.
+- Matrix products are in `model.compute_dtype`, bfloat16 by default, with sums in at least float32: V4 finds them stable in
+  bfloat16 (section 3.5.1).
+"""
+
+import collections
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from deepseek_jax.config import OptimizerConfig
+from deepseek_jax.model.linear import at_least_float32, matmul_precision
+from deepseek_jax.model.transformer import param_axes
+from deepseek_jax.model_config import ModelConfig
+from deepseek_jax.sharding import axis_size, mesh_axes, shard_stack, spec, spmd, unshard_stack
+from deepseek_jax.typing import Params, PyTree
+
+# (a, b, c) of each step (V4 report, eq. 28 and below): eight that converge fast, two that end at 1.
+COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
+MIN_NORM = 1e-18  # float32 has the squares of larger elements
+# Matrices that are multiplied at once have at most so many elements, which bounds the memory of their products.
+MAX_BATCH_ELEMENTS = 2**26
+
+
+def muon(config: OptimizerConfig, model: ModelConfig) -> optax.GradientTransformation:
+  """Muon for hidden matrices, Adam for the rest: embedding, head and every vector."""
+
+  def labels(params):
+    axes = _select(param_axes(model, stacked=False), params)
+    return jax.tree.map(lambda _, a: "muon" if is_hidden_matrix(a) else "adamw", params, axes)
+
+  def orthogonalized(updates, params):
+    axes = (_select(param_axes(model, stacked=stacked), updates) for stacked in (True, False))
+    layouts = jax.tree.map(lambda _, *axes: MatrixLayout.of(*axes), updates, *axes)
+    specs = jax.tree.map(lambda layout: spec(*layout.axes), layouts)
+
+    def local(shards):
+      results = orthogonalize_shards(jax.tree.leaves(layouts), model, config.update_rms, jax.tree.leaves(shards))
+      return jax.tree.unflatten(jax.tree.structure(shards), results)
+
+    return spmd(local, (specs,), specs, differentiable=False)(updates)
+
+  momentum = optax.trace(config.momentum, nesterov=True)
+  return optax.partition(
+    {
+      "adamw": optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+      "muon": optax.chain(momentum, optax.stateless(orthogonalized)),
+    },
+    labels,
+  )
+
+
+def _select(tree: PyTree, params: Params) -> PyTree:
+  """The tuples in the nested dicts `tree` at the paths of `params`, which may hold a part of them."""
+  leaves = dict(jax.tree.leaves_with_path(tree, is_leaf=lambda node: isinstance(node, tuple)))
+  return jax.tree.map_with_path(lambda path, _: leaves[path], params)
+
+
+def is_hidden_matrix(axes: Sequence[str | None]) -> bool:
+  """Whether a parameter with these logical axes, without that of stacked layers, is a matrix between hidden states.
+
+  Raises:
+    ValueError: it is neither matrix nor vector, and Muon has to be told what it is.
+  """
+  dimensions = matrix_dimensions(axes)
+  if len(dimensions) > 2:
+    raise ValueError(f"a parameter with logical axes {axes} is neither matrix nor vector: see matrix_dimensions")
+  return len(dimensions) == 2 and "vocab" not in axes
+
+
+def matrix_dimensions(axes: Sequence[str | None]) -> list[tuple[str | None, ...]]:
+  """The logical axes of each dimension of a matrix or vector: heads and head_dim are one, experts are a stack of them."""
+  dimensions: list[tuple[str | None, ...]] = []
+  for name in axes:
+    if name == "head_dim" and dimensions:
+      dimensions[-1] = (*dimensions[-1], name)
+    elif name != "experts":
+      dimensions.append((name,))
+  return dimensions
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixLayout:
+  """A parameter as a stack of matrices."""
+
+  axes: tuple[str | None, ...]  # logical axes of all dimensions: those of the stack first
+  rows: tuple[str | None, ...]  # those that make a matrix's rows, of which the first may be sharded
+  columns: tuple[str | None, ...]
+
+  @classmethod
+  def of(cls, axes: tuple[str | None, ...], own_axes: tuple[str | None, ...]) -> Self:
+    """axes: of the whole parameter. own_axes: without that of stacked layers."""
+    return cls(axes, *matrix_dimensions(own_axes))
+
+  def to_stack(self, shard: jax.Array) -> jax.Array:
+    """A parameter's shard as [stack, rows, columns]."""
+    shape, num_rows = shard.shape[shard.ndim - len(self.rows + self.columns) :], len(self.rows)
+    return shard.reshape(-1, math.prod(shape[:num_rows]), math.prod(shape[num_rows:]))
+
+
+def orthogonalize_shards(
+  layouts: Sequence[MatrixLayout], model: ModelConfig, update_rms: float, shards: Sequence[jax.Array]
+) -> list[jax.Array]:
+  """Each of `shards`, one device's part of stacks of matrices, orthogonalized and scaled. Called inside `spmd`.
+
+  Matrices of the same shape and sharding are one batch. A wide matrix and the transpose of a tall one are the same shape.
+  """
+  groups: dict[tuple, list[tuple]] = collections.defaultdict(list)
+  for i, (layout, shard) in enumerate(zip(layouts, shards, strict=True)):
+    names, stack = (layout.rows[0], layout.columns[0]), layout.to_stack(shard)
+    sizes = tuple(size * axis_size(name) for size, name in zip(stack.shape[1:], names, strict=True))
+    is_tall = sizes[0] > sizes[1]
+    if is_tall:
+      names, sizes, stack = names[::-1], sizes[::-1], stack.mT
+    groups[sizes, tuple(map(mesh_axes, names))].append((i, names, is_tall, stack))
+  results = list(shards)
+  for ((_, longer), _), members in groups.items():
+    stack = jnp.concatenate([stack for *_, stack in members]).astype(model.compute_dtype)
+    with matmul_precision(model):
+      stack = orthogonalize_stack(stack, *members[0][1])
+    ends = itertools.accumulate(len(stack) for *_, stack in members)
+    for (i, _, is_tall, _), part in zip(members, jnp.split(stack, list(ends)[:-1]), strict=True):
+      part = (part.mT if is_tall else part).reshape(shards[i].shape).astype(shards[i].dtype)
+      results[i] = update_rms * math.sqrt(longer) * part
+  return results
+
+
+def orthogonalize_stack(stack: jax.Array, rows: str | None, columns: str | None) -> jax.Array:
+  """The matrices of `stack` [stack, rows, columns] orthogonalized, on the devices that share logical axes of theirs.
+
+  Each device gets whole matrices for shards of all, and gives shards back: an all-to-all per sharded dimension, both
+  ways. Zero matrices fill the stack where the devices do not divide it. Devices with copies compute the same, as V4's
+  do beyond its limit of ZeRO.
+  """
+  num_matrices, devices = len(stack), axis_size(rows, columns)
+  stack = jnp.pad(stack, ((0, -num_matrices % devices), (0, 0), (0, 0)))
+  stack = newton_schulz(shard_stack(stack, rows, columns))
+  return unshard_stack(stack, rows, columns)[:num_matrices]
+
+
+def newton_schulz(stack: jax.Array) -> jax.Array:
+  """U V^T of each matrix U S V^T of `stack` [stack, n, m], n <= m, about: singular values that are not tiny end near 1."""
+  dtype, wide = stack.dtype, at_least_float32(stack.dtype)
+  matmul = functools.partial(jnp.matmul, preferred_element_type=wide)
+
+  def orthogonalize(matrix):
+    matrix = matrix.astype(wide)
+    matrix /= jnp.maximum(jnp.sqrt(jnp.sum(matrix**2)), MIN_NORM)
+
+    def step(x, coefficients):
+      a, b, c = coefficients
+      narrow = x.astype(dtype)
+      gram = matmul(narrow, narrow.T)
+      polynomial = b * gram + c * matmul(gram.astype(dtype), gram.astype(dtype))
+      return a * x + matmul(polynomial.astype(dtype), narrow), None
+
+    return jax.lax.scan(step, matrix, jnp.array(COEFFICIENTS, wide))[0].astype(dtype)
+
+  batch_size = max(MAX_BATCH_ELEMENTS // math.prod(stack.shape[1:]), 1)
+  if len(stack) <= batch_size:
+    return jax.vmap(orthogonalize)(stack)
+  return jax.lax.map(orthogonalize, stack, batch_size=batch_size)
