@@ -21,8 +21,7 @@ from deepseek_jax.checkpoint.compatibility import check_compatible
 from deepseek_jax.config import Config
 from deepseek_jax.errors import ConfigError, UserError
 from deepseek_jax.flags import define_config_flags, load_config, parse, run_program
-from deepseek_jax.model_config import ModelConfig
-from deepseek_jax.plan.flops import count_parameters, training_flops
+from deepseek_jax.plan.flops import cache_elements_per_token, count_parameters, training_flops
 from deepseek_jax.training import metrics
 from deepseek_jax.training.plot import Series
 
@@ -139,12 +138,6 @@ def results_table(runs: Mapping[str, Sequence[Run]]) -> str:
       f"{', '.join(f'{b:.4f}' for b in bits)} | {statistics.mean(bits):.4f} | {max_vio:.2f} |"
     )
   return "\n".join(rows)
-
-
-def cache_elements_per_token(model: ModelConfig) -> int:
-  """Elements of the decoding cache per token, in all layers."""
-  a = model.attention
-  return model.layers * (a.kv_lora_rank + a.qk_rope_head_dim if a.kind == "mla" else 2 * a.kv_heads * a.head_dim)
 
 
 def mean_curve(seeds: Sequence[Run], key: str) -> list[tuple[float, float]]:

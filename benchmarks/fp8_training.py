@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from benchmarks import fp8_controls
 from benchmarks.ablations import check_same_settings
 from benchmarks.curve import write_svg
-from deepseek_jax.checkpoint.chunks import shapes_and_chunks
+from deepseek_jax.checkpoint.compatibility import array_shapes
 from deepseek_jax.errors import UserError
 from deepseek_jax.flags import define_config_flags, load_config, parse, run_program
 from deepseek_jax.model_config import ModelConfig
@@ -160,9 +160,7 @@ def read_run(workdir: str | os.PathLike) -> dict[str, Any] | None:
 def count_fp8_parameters(model: ModelConfig) -> int:
   """Parameters of FP8 GEMMs: all matrices except embedding, head and routers."""
   matrices = {
-    path: shape
-    for path, (shape, _) in shapes_and_chunks(model).items()
-    if path[-1] == "kernel" and "router" not in path
+    path: shape for path, shape in array_shapes(model).items() if path[-1] == "kernel" and "router" not in path
   }
   return sum(math.prod(shape) for path, shape in matrices.items() if path[1].endswith("_layers") and path[-2] != "proj")
 

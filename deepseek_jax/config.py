@@ -8,7 +8,7 @@ import dataclasses
 import math
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.model_config import ModelConfig
+from deepseek_jax.model_config import ATTENTION_KINDS, ModelConfig
 from deepseek_jax.schema import Section, field
 
 # Number of ids that a tokenizer may emit, known without installing it. byte: 256 bytes and the separator.
@@ -321,10 +321,9 @@ class Config(Section):
   def check_mesh(self) -> None:
     """Raises ConfigError unless every sharded dimension divides over its mesh axes."""
     mesh, attention, moe = self.mesh, self.model.attention, self.model.moe
-    replicated = attention.kind == "mla" or attention.kv_heads == 1
+    for name in ATTENTION_KINDS[attention.kind].head_counts(attention):
+      check_divides(f"model.attention.{name}", getattr(attention, name), "mesh.tensor", mesh.tensor)
     for path, size in (
-      ("model.attention.heads", attention.heads),
-      ("model.attention.kv_heads", mesh.tensor if replicated else attention.kv_heads),
       ("model.mlp", self.model.mlp if self.model.num_dense_layers else mesh.tensor),
       ("model.moe.mlp", moe.mlp if moe.num_routed_experts else mesh.tensor),
       ("model.vocab", self.model.vocab),
@@ -379,9 +378,8 @@ def axis_product(mesh: MeshConfig, *names: str) -> tuple[str, int]:
 def check_weights(model: ModelConfig, mesh: MeshConfig) -> None:
   """Raises ConfigError unless the mesh axes that shard the weights divide them evenly."""
   check_divides("model.embed", model.embed, *axis_product(mesh, "fsdp", "expert", "context", "stage"))
-  if model.attention.kind == "mla":
-    for name in ("q_lora_rank", "kv_lora_rank"):
-      check_divides(f"model.attention.{name}", getattr(model.attention, name), *axis_product(mesh, "fsdp", "stage"))
+  for name in ATTENTION_KINDS[model.attention.kind].latent_dims:
+    check_divides(f"model.attention.{name}", getattr(model.attention, name), *axis_product(mesh, "fsdp", "stage"))
 
 
 def check_divides(path: str, size: int, axis: str, devices: int) -> None:

@@ -1,6 +1,7 @@
 """Every setting of a model and its default: what decides the shapes of its parameters and what it computes."""
 
 import dataclasses
+from collections.abc import Callable
 
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.schema import Section, field
@@ -26,8 +27,57 @@ class YarnConfig(Section, path="model.attention.yarn"):
 
 
 @dataclasses.dataclass(frozen=True)
+class AttentionKind:
+  """A row of ATTENTION_KINDS: what a config must know of an attention kind. Strings name fields of AttentionConfig.
+
+  Attributes:
+    shape_fields: fields that decide the shapes of its parameters. It reads no other kind's shape fields.
+    required: those of them that must be above 0.
+    rope_dim: the width of the part of a head with RoPE.
+    latent_dims: widths of the dimensions of its parameters with the logical axis `latent`.
+    head_counts: config -> numbers of heads, which `mesh.tensor` shards.
+    check: raises ConfigError where its fields do not fit each other.
+  """
+
+  shape_fields: tuple[str, ...]
+  required: tuple[str, ...]
+  rope_dim: str
+  latent_dims: tuple[str, ...]
+  head_counts: Callable[["AttentionConfig"], tuple[str, ...]]
+  check: Callable[["AttentionConfig"], None] = lambda config: None
+
+
+def _check_gqa(config: "AttentionConfig") -> None:
+  if config.heads % config.kv_heads:
+    raise ConfigError(
+      f"model.attention.heads={config.heads} is not a multiple of model.attention.kv_heads={config.kv_heads}: "
+      "each key head belongs to the same number of query heads; change one of them"
+    )
+
+
+ATTENTION_KINDS = {
+  "gqa": AttentionKind(
+    shape_fields=("heads", "kv_heads", "head_dim"),
+    required=(),
+    rope_dim="head_dim",
+    latent_dims=(),
+    head_counts=lambda config: ("heads",) if config.kv_heads == 1 else ("heads", "kv_heads"),  # one is replicated
+    check=_check_gqa,
+  ),
+  "mla": AttentionKind(
+    shape_fields=("heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+    required=("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+    rope_dim="qk_rope_head_dim",
+    latent_dims=("q_lora_rank", "kv_lora_rank"),
+    head_counts=lambda config: ("heads",),
+  ),
+}
+ATTENTION_SHAPE_FIELDS = {name for row in ATTENTION_KINDS.values() for name in row.shape_fields}
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionConfig(Section, path="model.attention"):
-  kind: str = field("gqa", "gqa (also MHA and MQA) or mla (multi-head latent attention)", choices=("gqa", "mla"))
+  kind: str = field("gqa", "gqa (also MHA and MQA) or mla (multi-head latent attention)", choices=ATTENTION_KINDS)
   heads: int = field(4, "query heads", at_least=1)
   kv_heads: int = field(4, "gqa: key and value heads; as many as heads is multi-head attention", at_least=1)
   head_dim: int = field(32, "gqa: width of one head", at_least=2)
@@ -52,31 +102,26 @@ class AttentionConfig(Section, path="model.attention"):
   yarn: YarnConfig = YarnConfig()
 
   def check(self) -> None:
-    if self.kind == "mla":
-      for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-        if not getattr(self, name):
-          raise ConfigError(f"model.attention.kind=mla needs model.attention.{name}: set it above 0")
-    elif self.heads % self.kv_heads:
-      raise ConfigError(
-        f"model.attention.heads={self.heads} is not a multiple of model.attention.kv_heads={self.kv_heads}: "
-        "each key head belongs to the same number of query heads; change one of them"
-      )
+    row = ATTENTION_KINDS[self.kind]
+    for name in row.required:
+      if not getattr(self, name):
+        raise ConfigError(f"model.attention.kind={self.kind} needs model.attention.{name}: set it above 0")
+    row.check(self)
     if self.dropout and self.implementation == "pallas":
       raise ConfigError(
         f"model.attention.implementation=pallas with model.attention.dropout={self.dropout}: kernels have no dropout; use auto"
       )
     if self.kv_comm == "ring" and self.implementation == "pallas":
       raise ConfigError("model.attention.implementation=pallas with kv_comm=ring: kernels need gather, or use auto")
-    name = "qk_rope_head_dim" if self.kind == "mla" else "head_dim"
-    if getattr(self, name) % 2:
+    if self.rope_dim % 2:
       raise ConfigError(
-        f"model.attention.{name}={getattr(self, name)} is odd: rotary embeddings need pairs; use an even width"
+        f"model.attention.{row.rope_dim}={self.rope_dim} is odd: rotary embeddings need pairs; use an even width"
       )
 
   @property
   def rope_dim(self) -> int:
     """Width of the part of a head with RoPE."""
-    return self.qk_rope_head_dim if self.kind == "mla" else self.head_dim
+    return getattr(self, ATTENTION_KINDS[self.kind].rope_dim)
 
 
 @dataclasses.dataclass(frozen=True)

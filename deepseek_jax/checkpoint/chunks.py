@@ -1,9 +1,10 @@
-"""How the arrays of a model are cut into chunks by layer, expert and size, so that none has to be in memory at once."""
+"""How a conversion cuts the arrays of a model into chunks by layer, expert and size, so that none is in memory at once."""
 
 import math
 from collections.abc import Iterator
 
-from deepseek_jax.checkpoint.hf_names import HFTensor, hf_tensors
+from deepseek_jax.checkpoint.hf_names import hf_tensors
+from deepseek_jax.checkpoint.hf_tensor import HFTensor
 from deepseek_jax.model_config import ModelConfig
 
 MAX_CHUNK_BYTES = 1 << 26  # of float32; a matrix of one of V3's experts is a little less

@@ -5,10 +5,11 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from deepseek_jax.checkpoint.chunks import shapes_and_chunks
-from deepseek_jax.config import Config
+from deepseek_jax.checkpoint.tree import TreePath, flatten_tree
+from deepseek_jax.config import Config, MeshConfig
 from deepseek_jax.errors import CheckpointError
-from deepseek_jax.model_config import ModelConfig
+from deepseek_jax.model_config import ATTENTION_SHAPE_FIELDS, ModelConfig
+from deepseek_jax.plan.flops import abstract_params
 from deepseek_jax.schema import flatten_config
 
 Difference = tuple[str, Any, Any]  # (dotted path of the field, value in the checkpoint, value now)
@@ -26,10 +27,9 @@ _MAY_CHANGE_AT_START = {
 }  # fmt: skip
 # Fields of the model that decide which arrays there are, and their shapes.
 _SHAPE_FIELDS = {
-  "vocab", "embed", "layers", "first_dense_layers", "num_mtp_layers", "mlp", "tied_embeddings", "attention.kind",
-  "attention.heads", "attention.kv_heads", "attention.head_dim", "attention.q_lora_rank", "attention.kv_lora_rank",
-  "attention.qk_nope_head_dim", "attention.qk_rope_head_dim", "attention.v_head_dim", "moe.num_routed_experts",
-  "moe.num_shared_experts", "moe.mlp", "moe.router_bias",
+  "vocab", "embed", "layers", "first_dense_layers", "num_mtp_layers", "mlp", "tied_embeddings", "moe.num_routed_experts",
+  "moe.num_shared_experts", "moe.mlp", "moe.router_bias", "attention.kind",
+  *(f"attention.{name}" for name in ATTENTION_SHAPE_FIELDS),
 }  # fmt: skip
 # Fields of `data` that the compared fingerprints do not depend on: they do not change which tokens a sample has, but for
 # data.seq, at whose saved value both are taken.
@@ -76,6 +76,12 @@ def saved_value(saved_config: Mapping[str, Any], path: str) -> Any:
   return saved[path] if path in saved else flatten_config(Config())[path]
 
 
+def array_shapes(model: ModelConfig) -> dict[TreePath, tuple[int, ...]]:
+  """{path in a checkpoint: shape} of the model's parameters and buffers, as the model itself makes them."""
+  params, buffers = abstract_params(model, MeshConfig(data=1))
+  return {path: leaf.shape for path, leaf in flatten_tree({"params": params, "buffers": buffers}).items()}
+
+
 def check_weights_fit(directory: str | os.PathLike, model: ModelConfig, config: Config) -> list[Difference]:
   """Compares `model`, the config of the weights in `directory` from which a run starts, with the model of its `config`.
 
@@ -83,10 +89,10 @@ def check_weights_fit(directory: str | os.PathLike, model: ModelConfig, config: 
   differs, with the fields that cause it.
   """
   differences = [d for d in _differences({"model": dataclasses.asdict(model)}, config) if d[0].startswith("model.")]
-  if shapes_and_chunks(model) != shapes_and_chunks(config.model):
+  if array_shapes(model) != array_shapes(config.model):
     shapes = [d for d in differences if d[0].removeprefix("model.") in _SHAPE_FIELDS]
     raise CheckpointError(
-      f"the weights in {directory} do not fit this config: {_format(shapes)}; take these values from the checkpoint"
+      f"the weights in {directory} do not fit this config: {_format(shapes or differences)}; take these values from the checkpoint"
     )
   ignored = _MAY_CHANGE | _MAY_CHANGE_AT_START
   return [d for d in differences if d[0] not in ignored and d[0].removeprefix("model.") not in _SHAPE_FIELDS]

@@ -18,10 +18,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from deepseek_jax.checkpoint import manifest
 from deepseek_jax.checkpoint.arrays import ArrayWriter, open_arrays
 from deepseek_jax.checkpoint.chunks import shapes_and_chunks, tensor_chunks, tree_path
+from deepseek_jax.checkpoint.compatibility import array_shapes
 from deepseek_jax.checkpoint.hf_config import to_hf_config
 from deepseek_jax.checkpoint.hf_files import CONFIG_FILE, HFReader, write_tensors
 from deepseek_jax.checkpoint.hf_model import read_config_json, read_model_config
-from deepseek_jax.checkpoint.hf_names import HFTensor, hf_tensors
+from deepseek_jax.checkpoint.hf_names import hf_tensors
+from deepseek_jax.checkpoint.hf_tensor import HFTensor
 from deepseek_jax.checkpoint.manager import FORMAT_VERSION, CheckpointReader
 from deepseek_jax.checkpoint.model_args import TOKENIZERS
 from deepseek_jax.checkpoint.tree import TreePath
@@ -101,7 +103,7 @@ def export_hugging_face(source: pathlib.Path, folder: pathlib.Path, dtype: np.dt
   model, tensors = config.model, hf_tensors(config.model)
   state = reader.state_folder(step)
   arrays = {path: array for path, array in open_arrays(state).items() if path[0] in ("params", "buffers")}
-  check_shapes(state, {path: array.shape for path, array in arrays.items()}, shapes_and_chunks(model))
+  check_shapes(state, {path: array.shape for path, array in arrays.items()}, array_shapes(model))
   by_name = {tensor.name: tensor for tensor in tensors}
 
   def export_dtype(tensor: HFTensor) -> np.dtype:
@@ -156,14 +158,10 @@ def special_token_ids(name: str) -> dict[str, int]:
 def check_shapes(
   where: pathlib.Path,
   shapes: Mapping[TreePath, tuple[int, ...]],
-  expected_shapes: Mapping[TreePath, tuple[tuple[int, ...], tuple[int, ...]]],
+  expected: Mapping[TreePath, tuple[int, ...]],
 ) -> None:
-  """Raises CheckpointError that lists every array that is missing, not expected or of another shape.
-
-  expected_shapes: {path: (shape, chunk shape)}.
-  """
+  """Raises CheckpointError that lists every array that is missing, not expected or of another shape."""
   actual = {path: tuple(shape) for path, shape in shapes.items()}
-  expected = {path: shape for path, (shape, _) in expected_shapes.items()}
   wrong = [path for path in sorted(actual.keys() | expected.keys()) if actual.get(path) != expected.get(path)]
   if wrong:
     lines = [

@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from deepseek_jax.checkpoint.hf_attention import hf_attention
 from deepseek_jax.checkpoint.hf_files import CONFIG_FILE
-from deepseek_jax.checkpoint.hf_model import MLA_DEFAULTS, to_model_config
+from deepseek_jax.checkpoint.hf_model import to_model_config
 from deepseek_jax.errors import CheckpointError
-from deepseek_jax.model_config import ModelConfig
+from deepseek_jax.model_config import ATTENTION_KINDS, ATTENTION_SHAPE_FIELDS, AttentionConfig, ModelConfig
 
 ARCHITECTURES = {
   "llama": "LlamaForCausalLM",
@@ -23,10 +24,8 @@ NOT_IN_HF_CONFIG = {
 
 
 def hf_model_type(config: ModelConfig) -> str:
-  """The `model_type` of the Hugging Face model that is nearest to `config`."""
-  if config.attention.kind == "gqa":
-    return "deepseek" if config.moe.num_routed_experts else "llama"
-  return "deepseek_v3" if config.moe.score == "sigmoid" else "deepseek_v2"
+  """The `model_type` of the Hugging Face model that is nearest to `config`. Raises CheckpointError where there is none."""
+  return hf_attention(config.attention.kind).model_type(config)
 
 
 def to_hf_config(config: ModelConfig, dtype: str, original: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -58,7 +57,6 @@ def to_hf_config(config: ModelConfig, dtype: str, original: Mapping[str, Any] | 
     "intermediate_size": config.mlp,
     "num_hidden_layers": config.layers,
     "num_attention_heads": a.heads,
-    "num_key_value_heads": a.kv_heads if a.kind == "gqa" else a.heads,
     "hidden_act": "silu",
     "rms_norm_eps": config.norm_eps,
     "initializer_range": config.init_std,
@@ -68,10 +66,7 @@ def to_hf_config(config: ModelConfig, dtype: str, original: Mapping[str, Any] | 
     "attention_bias": False,
     "attention_dropout": a.dropout,
   }
-  if a.kind == "mla":
-    raw |= {key: getattr(a, key) for key in MLA_DEFAULTS} | {"q_lora_rank": a.q_lora_rank or None}
-  elif a.head_dim * a.heads != config.embed or "head_dim" in raw:
-    raw["head_dim"] = a.head_dim
+  raw |= hf_attention(a.kind).to_hf(config, raw)
   raw |= _moe_keys(config, kind) if moe.num_routed_experts else {}
   _check_round_trip(config, raw)
   return raw
@@ -121,8 +116,8 @@ def _changed_fields(before: Any, after: Any) -> Iterator[str]:
   ignored = set(NOT_IN_HF_CONFIG)
   if getattr(before, "num_expert_groups", 0) == 1:
     ignored.add("group_score")
-  if getattr(before, "kind", None) == "mla":
-    ignored |= {"kv_heads", "head_dim"}
+  if isinstance(before, AttentionConfig):
+    ignored |= ATTENTION_SHAPE_FIELDS - set(ATTENTION_KINDS[before.kind].shape_fields)
   if getattr(before, "factor", 0) == 1:  # YaRN is off
     return
   for field in dataclasses.fields(before):

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from deepseek_jax.checkpoint.hf_names import HFTensor
+from deepseek_jax.checkpoint.hf_tensor import HFTensor
 from deepseek_jax.errors import CheckpointError
 
 CONFIG_FILE, SINGLE_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from deepseek_jax.checkpoint.hf_attention import MLA_DEFAULTS, attention_kind, hf_attention
 from deepseek_jax.checkpoint.hf_files import CONFIG_FILE, FP8_BLOCK, HFReader
 from deepseek_jax.errors import CheckpointError, ConfigError
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
@@ -17,13 +18,6 @@ _COMMON = {
   "attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False, "moe_layer_freq": 1, "rope_interleave": True,
   "num_key_value_heads": None, "head_dim": None,
 }  # fmt: skip
-MLA_DEFAULTS = {
-  "kv_lora_rank": 512,
-  "q_lora_rank": 1536,
-  "qk_nope_head_dim": 128,
-  "qk_rope_head_dim": 64,
-  "v_head_dim": 128,
-}
 DEFAULTS: dict[str, dict[str, Any]] = {
   "llama": _COMMON | {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -140,13 +134,7 @@ def check_supported(kind: str, values: Mapping[str, Any], source: str | os.PathL
     wrong.append(
       f"quantization_config={quantization} (only fp8 with a weight_block_size of [{FP8_BLOCK}, {FP8_BLOCK}] is)"
     )
-  heads = values["num_attention_heads"]
-  if kind in ("deepseek_v2", "deepseek_v3") and values["num_key_value_heads"] not in (None, heads):
-    wrong.append(
-      f"num_key_value_heads={values['num_key_value_heads']} (latent attention has as many as heads, {heads})"
-    )
-  if kind == "deepseek" and values["head_dim"] and values["head_dim"] * heads != values["hidden_size"]:
-    wrong.append(f"head_dim={values['head_dim']} (the code of {kind} takes only hidden_size / num_attention_heads)")
+  wrong += hf_attention(attention_kind(kind)).unsupported(kind, values)
   if wrong:
     raise CheckpointError(f"{source} has values that are not supported: {'; '.join(wrong)}")
 
@@ -161,14 +149,11 @@ def mtp_depth(names: Iterable[str], layers: int) -> int:
 
 def attention_config(kind: str, values: Mapping[str, Any], source: str | os.PathLike) -> AttentionConfig:
   """Attention as the classes of transformers build it from `values`."""
-  heads = values["num_attention_heads"]
   theta, yarn = rope_config(values, source)
+  heads = values["num_attention_heads"]
   common: dict[str, Any] = dict(heads=heads, rope_theta=theta, yarn=yarn, dropout=values["attention_dropout"] or 0.0)
-  if kind in ("deepseek_v2", "deepseek_v3"):
-    ranks = {key: values[key] for key in MLA_DEFAULTS} | {"q_lora_rank": values["q_lora_rank"] or 0}
-    return AttentionConfig(kind="mla", **common, **ranks)
-  head_dim = values["head_dim"] or values["hidden_size"] // heads
-  return AttentionConfig(kind="gqa", kv_heads=values["num_key_value_heads"] or heads, head_dim=head_dim, **common)
+  attention = attention_kind(kind)
+  return AttentionConfig(kind=attention, **common, **hf_attention(attention).from_hf(values))
 
 
 def rope_config(values: Mapping[str, Any], source: str | os.PathLike) -> tuple[float, YarnConfig]:

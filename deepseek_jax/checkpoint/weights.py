@@ -12,7 +12,8 @@ from deepseek_jax.checkpoint.bucket import open_reader
 from deepseek_jax.checkpoint.chunks import tree_path
 from deepseek_jax.checkpoint.hf_files import HFReader
 from deepseek_jax.checkpoint.hf_model import read_model_config
-from deepseek_jax.checkpoint.hf_names import HFTensor, hf_tensors
+from deepseek_jax.checkpoint.hf_names import hf_tensors
+from deepseek_jax.checkpoint.hf_tensor import HFTensor
 from deepseek_jax.checkpoint.manager import CheckpointReader
 from deepseek_jax.config import Config
 from deepseek_jax.distributed import broadcast_from_process0

@@ -3,10 +3,9 @@
 import jax
 from flax import nnx
 
-from deepseek_jax.model.attention import Attention
+from deepseek_jax.model.attention_kinds import ATTENTION
 from deepseek_jax.model.batch_context import BatchContext
 from deepseek_jax.model.dropout import dropout, fold_in_grid
-from deepseek_jax.model.mla import MLA
 from deepseek_jax.model.mlp import SwiGLU
 from deepseek_jax.model.moe import MoE
 from deepseek_jax.model.norm import RMSNorm
@@ -14,8 +13,6 @@ from deepseek_jax.model.router import Routing
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.sharding import all_gather_sequence, reduce_scatter_sequence
 from deepseek_jax.typing import PyTree
-
-ATTENTION: dict[str, type[Attention] | type[MLA]] = {"gqa": Attention, "mla": MLA}
 
 
 class Block(nnx.Module):

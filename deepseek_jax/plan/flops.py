@@ -6,29 +6,37 @@ import math
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import AbstractDevice
 
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.mesh import abstract_mesh
-from deepseek_jax.model.transformer import init_params
-from deepseek_jax.model_config import ModelConfig
+from deepseek_jax.model.transformer import graphdef, init_params
+from deepseek_jax.model_config import ModelConfig, MoEConfig
+from deepseek_jax.plan.attention import ATTENTION_PLANS
+from deepseek_jax.sharding import UNSHARDED_PARAMS, axis_rules
 from deepseek_jax.typing import Params
 
 # Programs are traced for this device whatever the topology: it has every kernel that a config may name.
 TRACE_DEVICE = AbstractDevice("TPU v5p", 1, "tpu")
 
 
-def abstract_params(config: ModelConfig, mesh: MeshConfig) -> tuple[Params, Params]:
+def abstract_params(config: ModelConfig, mesh: MeshConfig, unsharded: bool = False) -> tuple[Params, Params]:
   """(params, buffers) as abstract arrays with shapes, dtypes and shardings on a mesh of resolved sizes.
 
   No device is used. The trees are shared between calls: do not change them.
+
+  Args: `unsharded`: as ZeRO 1 and 2 gather them for a step.
   """
-  return _trace_params(config, mesh, jax.dtypes.canonicalize_dtype(config.param_dtype))
+  return _trace_params(config, mesh, jax.dtypes.canonicalize_dtype(config.param_dtype), unsharded)
 
 
-@functools.cache  # a start and a plan need them several times, and tracing the model takes seconds
-def _trace_params(config: ModelConfig, mesh: MeshConfig, dtype: jnp.dtype) -> tuple[Params, Params]:
-  with jax.sharding.use_abstract_mesh(abstract_mesh(mesh, TRACE_DEVICE)):
+# A start and a plan need them several times, and tracing the model takes seconds. The rules of axes that the trace reads
+# are an argument, so that the cache knows of them.
+@functools.cache
+def _trace_params(config: ModelConfig, mesh: MeshConfig, dtype: jnp.dtype, unsharded: bool) -> tuple[Params, Params]:
+  rules = UNSHARDED_PARAMS if unsharded else {}
+  with jax.sharding.use_abstract_mesh(abstract_mesh(mesh, TRACE_DEVICE)), axis_rules(rules):
     return jax.eval_shape(lambda: init_params(config, key=None))
 
 
@@ -54,6 +62,18 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
   inactive_experts = config.num_moe_layers * (moe.num_routed_experts - moe.num_experts_per_token)
   active = total - inactive_experts * 3 * config.embed * moe.mlp
   return ParameterCounts(total, active, active - config.vocab * config.embed, mtp)
+
+
+def cache_elements_per_token(config: ModelConfig) -> int:
+  """Elements of the decoding cache per token, in all layers, from the abstract prefill of a sequence."""
+  # Only attention has a cache: the model is traced without its experts.
+  config, length = dataclasses.replace(config.for_sampling(), moe=MoEConfig(), first_dense_layers=0), 8
+  with jax.sharding.use_abstract_mesh(abstract_mesh(MeshConfig(data=1), TRACE_DEVICE)):
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    _, cache = jax.eval_shape(
+      lambda tokens: nnx.merge(graphdef(config), *init_params(config, key=None)).prefill(tokens), tokens
+    )
+  return sum(leaf.size for leaf in jax.tree.leaves(cache)) // length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +113,8 @@ def training_flops(config: ModelConfig, seq: int) -> TrainingFlops:
       active = moe.num_experts_per_token / moe.num_routed_experts if "experts" in names else 1
       matmul_params += math.prod(leaf.shape) * active
   a = config.attention
-  qk_dim, v_dim = (a.qk_nope_head_dim + a.qk_rope_head_dim, a.v_head_dim) if a.kind == "mla" else (a.head_dim,) * 2
-  macs_per_pair = a.heads * (qk_dim + v_dim)  # multiply-accumulates per pair of positions and layer
-  macs_per_pair *= config.layers + config.num_mtp_layers
+  # Multiply-accumulates per pair of positions, in all layers.
+  macs_per_pair = a.heads * sum(ATTENTION_PLANS[a.kind].head_dims(a)) * (config.layers + config.num_mtp_layers)
   return TrainingFlops(
     6 * matmul_params,
     attention_causal=6 * macs_per_pair * (seq + 1) / 2,

@@ -13,9 +13,10 @@ from deepseek_jax.model.all_to_all import has_ragged_all_to_all
 from deepseek_jax.model_config import ModelConfig, MoEConfig
 from deepseek_jax.optimizers.optimizer import make_optimizer
 from deepseek_jax.parallel.pipeline import layer_assignment
+from deepseek_jax.plan.attention import ATTENTION_PLANS
 from deepseek_jax.plan.flops import TRACE_DEVICE, abstract_params
 from deepseek_jax.plan.topology import Chip
-from deepseek_jax.sharding import UNSHARDED_PARAMS, axis_rules, elements_per_device, num_batch_shards
+from deepseek_jax.sharding import elements_per_device, num_batch_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +67,7 @@ def estimate_memory(config: Config, chip: Chip | None = None) -> MemoryEstimate:
     chip: a v5p if None.
   """
   model, mesh, zero = config.model, config.mesh, config.parallel.zero
-  # Fields that no shape depends on, set to one value for the cache of _params_per_device.
-  shapes = dataclasses.replace(model, remat="full", moe=dataclasses.replace(model.moe, buffer_factor=0.0))
+  shapes = _shapes_only(model)
   param_bytes, compute_bytes = jnp.dtype(model.param_dtype).itemsize, jnp.dtype(model.compute_dtype).itemsize
   sharded = _params_per_device(shapes, mesh)
   gathered, gradients = 0, COPIES["gradients"] * sharded
@@ -87,12 +87,16 @@ def estimate_memory(config: Config, chip: Chip | None = None) -> MemoryEstimate:
   )
 
 
+def _shapes_only(model: ModelConfig) -> ModelConfig:
+  """`model` with fields that no shape depends on at one value, for the caches below."""
+  return dataclasses.replace(model, remat="full", moe=dataclasses.replace(model.moe, buffer_factor=0.0))
+
+
 @functools.cache  # a search asks for few meshes, each with many microbatches and remat policies
 def _params_per_device(model: ModelConfig, mesh: MeshConfig, unsharded: bool = False, stack: str | None = None) -> int:
   """Parameters on one device, of one stack or of all. `unsharded`: as ZeRO 1 and 2 gather them for a step."""
-  with axis_rules(UNSHARDED_PARAMS if unsharded else {}):
-    params = abstract_params(model, mesh)[0]
-    return sum(elements_per_device(leaf) for leaf in jax.tree.leaves(params[stack] if stack else params))
+  params = abstract_params(model, mesh, unsharded)[0]
+  return sum(elements_per_device(leaf) for leaf in jax.tree.leaves(params[stack] if stack else params))
 
 
 @functools.cache
@@ -116,7 +120,7 @@ def _temporaries(config: Config, compute_bytes: int, chip: Chip | None) -> tuple
   seq = config.data.seq // mesh.context
   tokens = sequences * seq
   residual = tokens * m.embed * compute_bytes // tensor  # one residual stream
-  _, attention_params = _attention_sizes(m, tensor)
+  attention_params = _attention_params(_shapes_only(m), tensor)
   expert_params = 3 * m.embed * moe.mlp * (moe.num_routed_experts // mesh.expert) // tensor
   # Keys of a query: the whole sequence, or with context parallelism one pair of chunks at a time.
   keys = config.data.seq if mesh.context == 1 else seq // 2
@@ -160,35 +164,32 @@ def _saved_bytes_per_layer(
     scores, expert_rows, block_weights: bytes of the layer's attention scores, rows of its experts and gathered weights.
   """
   m, a, moe, tensor = config.model, config.model.attention, config.model.moe, config.mesh.tensor
-  residual, (qkv_dims, _) = tokens * m.embed * compute_bytes // tensor, _attention_sizes(m, tensor)
+  residual, attention = tokens * m.embed * compute_bytes // tensor, ATTENTION_PLANS[a.kind]
+  head_dims, latent_dims = attention.qkv_dims(a)
+  qkv_dims = head_dims // tensor + latent_dims
   if m.remat in ("full", "offload"):
     return COPIES["saved_inputs"] * residual * (m.remat == "full")
   # Inner width of the SwiGLUs that all tokens pass, on average over the layers.
   mlp = (m.num_dense_layers * m.mlp + m.num_moe_layers * moe.num_shared_experts * moe.mlp) // m.layers
   if m.remat == "dots":  # outputs of ordinary matmuls, but not of the grouped ones of routed experts
-    if a.kind == "mla" and config.mesh.context > 1:  # keys and values are expanded for every pair of chunks
-      qkv_dims += a.heads * (a.qk_nope_head_dim + a.v_head_dim) // tensor * (2 * config.mesh.context - 1) // 2
+    if config.mesh.context > 1:
+      qkv_dims += attention.expanded_dims(a) // tensor * (2 * config.mesh.context - 1) // 2
     matmul_dims = 2 * m.embed + qkv_dims + 2 * mlp // tensor
     return COPIES["saved_matmuls"] * (residual + tokens * matmul_dims * compute_bytes)
-  # remat=none saves gathered weights and elementwise results too. MLA and dropout recompute their scores.
-  saved_scores = 1.5 * scores if a.kind == "gqa" and not a.dropout and compute_bytes < 8 else 0
+  # remat=none saves gathered weights and elementwise results too. Dropout and float64 recompute their scores.
+  saved_scores = 0 if attention.recomputes_scores or a.dropout or compute_bytes >= 8 else 1.5 * scores
   mlp_dims = 6 * (mlp + _expert_slots_per_token(moe, config.mesh.expert) * moe.mlp) // tensor
   block_weights += 3 * m.embed * mlp // tensor * compute_bytes
   activations = 14 * residual + tokens * (qkv_dims + mlp_dims) * compute_bytes + 3 * expert_rows
   return COPIES["saved"] * (activations + saved_scores + block_weights)
 
 
-def _attention_sizes(model: ModelConfig, tensor: int) -> tuple[int, int]:
-  """A layer's attention on a device: (elements of a token's queries, keys and values, parameters)."""
-  a = model.attention
-  if a.kind != "mla":
-    qkv_dims = (a.heads + 2 * a.kv_heads) * a.head_dim // tensor
-    return qkv_dims, 2 * model.embed * (a.heads + a.kv_heads) * a.head_dim // tensor
-  qk_dim, v_dim = a.qk_nope_head_dim + a.qk_rope_head_dim, a.v_head_dim
-  params = a.q_lora_rank * model.embed + (a.q_lora_rank or model.embed) * a.heads * qk_dim // tensor
-  params += a.kv_lora_rank * (model.embed + a.heads * (a.qk_nope_head_dim + v_dim) // tensor)
-  params += a.heads * v_dim * model.embed // tensor
-  return a.heads * (2 * qk_dim + v_dim + a.qk_nope_head_dim) // tensor + a.q_lora_rank + a.kv_lora_rank, params
+@functools.cache
+def _attention_params(model: ModelConfig, tensor: int) -> int:
+  """Parameters of a layer's attention on a device, all-gathered over what FSDP shards."""
+  params = abstract_params(model, MeshConfig(data=1, tensor=tensor))[0]
+  stack = params["moe_layers" if model.num_moe_layers else "dense_layers"]["attn"]
+  return sum(elements_per_device(leaf) // leaf.shape[0] for leaf in jax.tree.leaves(stack))
 
 
 def uses_fused_attention(config: Config, chip: Chip | None) -> bool:
@@ -208,8 +209,11 @@ def uses_fused_attention(config: Config, chip: Chip | None) -> bool:
 def _score_copies(config: Config, chip: Chip | None) -> float:
   """Live copies of the scores. XLA makes more where each query head has its own key head, above all on newer chips."""
   a, is_dots = config.model.attention, config.model.remat == "dots"
-  if a.kind == "mla" or a.kv_heads < a.heads:
-    return COPIES["scores"] + (is_dots and a.kind != "mla")
+  attention = ATTENTION_PLANS[a.kind]
+  if attention.recomputes_scores:
+    return COPIES["scores"]
+  if attention.num_kv_heads(a) < a.heads:
+    return COPIES["scores"] + is_dots
   is_newer_chip = chip and chip.kind in ("TPU v6e", "TPU7x")
   return 4.1 if is_newer_chip else COPIES["scores"] + (config.mesh.tensor > 1) + 2 * is_dots
 

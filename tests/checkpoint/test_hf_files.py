@@ -10,7 +10,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from deepseek_jax.checkpoint.hf_files import HFReader, write_tensors
-from deepseek_jax.checkpoint.hf_names import HFTensor, hf_tensors
+from deepseek_jax.checkpoint.hf_names import hf_tensors
+from deepseek_jax.checkpoint.hf_tensor import HFTensor
 from deepseek_jax.errors import CheckpointError
 from tests import configs
 

@@ -14,6 +14,7 @@ from deepseek_jax.model.mla import softmax_scale
 from deepseek_jax.model.rope import apply_rope, rope_cos_sin, rope_frequencies
 from deepseek_jax.model.transformer import graphdef, init_params
 from deepseek_jax.model_config import AttentionConfig, YarnConfig
+from deepseek_jax.plan.flops import cache_elements_per_token
 from tests import configs
 
 MLA = dataclasses.replace(configs.MLA, heads=4, qk_rope_head_dim=6, v_head_dim=10)
@@ -60,6 +61,7 @@ def test_bytes_of_the_cache(name):
   width = a.kv_lora_rank + a.qk_rope_head_dim if a.kind == "mla" else 2 * a.kv_heads * a.head_dim
   total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
   assert total == 2 * 12 * config.layers * width * 4
+  assert cache_elements_per_token(config) == config.layers * width
 
 
 def test_rotation_keeps_relative_positions_and_pairs_are_interleaved():

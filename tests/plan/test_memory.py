@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.config import Config, MeshConfig, TrainConfig
+from deepseek_jax.config import Config, MeshConfig, ParallelConfig, TrainConfig
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import graphdef
-from deepseek_jax.plan.memory import estimate_memory
+from deepseek_jax.plan.memory import COPIES, estimate_memory
 from deepseek_jax.training.state import init_state
 from deepseek_jax.training.step import make_train_step
 from deepseek_jax.training.step_config import StepConfig
@@ -42,3 +42,15 @@ def test_memory_estimate_is_near_what_xla_allocates(model):
   assert ours.params + ours.optimizer == pytest.approx(xla.argument_size_in_bytes, rel=0.01)
   assert 0.5 < (ours.total_bytes - ours.params - ours.optimizer) / xla.temp_size_in_bytes < 2
   assert np.isfinite(ours.total_bytes)
+
+
+def test_zero_1_holds_gathered_weights_and_unsharded_gradients():
+  """Whichever layout was traced first."""
+  config = Config(model=SMALL, mesh=MeshConfig(data=1, fsdp=4), train=TrainConfig(global_batch=8))
+  sharded, unsharded = (
+    estimate_memory(dataclasses.replace(config, parallel=ParallelConfig(zero=zero))) for zero in (3, 1)
+  )
+  assert sharded.params == unsharded.params
+  assert unsharded.gradients == pytest.approx(
+    4 * sharded.gradients * COPIES["unsharded_gradients"] / COPIES["gradients"], rel=0.02
+  )
