@@ -116,7 +116,7 @@ def time_steps(config: Config, steps: int, report: Callable[[dict[str, Any]], No
   from deepseek_jax.mesh import make_mesh
   from deepseek_jax.model.transformer import graphdef
   from deepseek_jax.sharding import spec
-  from deepseek_jax.training.schedule import schedule_values
+  from deepseek_jax.training.schedule import StepInputs
   from deepseek_jax.training.state import init_state
   from deepseek_jax.training.step import make_train_step
   from deepseek_jax.training.step_config import StepConfig
@@ -130,10 +130,9 @@ def time_steps(config: Config, steps: int, report: Callable[[dict[str, Any]], No
     batch = jax.device_put(tokens, NamedSharding(mesh, spec(None, "batch", None)))
     step = make_train_step(step_config, graphdef(config.model))
     step = jax.jit(step, donate_argnames="state", static_argnames="microbatches")
-    values = schedule_values(config, 0, 0, 1)
-    schedules = {name: np.asarray(value, config.model.param_dtype) for name, value in values.items()}
+    inputs = StepInputs.at(config, 0, 0, 1).as_arrays(config.model.param_dtype)
     start = time.perf_counter()
-    compiled = step.lower(state, batch, shape[0], schedules).compile()
+    compiled = step.lower(state, batch, shape[0], inputs).compile()
     timings: dict[str, Any] = {
       "compile": time.perf_counter() - start,
       "cost": compiled.cost_analysis(),
@@ -143,10 +142,10 @@ def time_steps(config: Config, steps: int, report: Callable[[dict[str, Any]], No
     }
     report = report or (lambda timings: None)
     report(timings)
-    state, _ = jax.block_until_ready(compiled(state, batch, schedules))
+    state, _ = jax.block_until_ready(compiled(state, batch, inputs))
     for _ in range(steps):
       wall_start, cpu_start = time.perf_counter(), time.process_time()
-      state, metrics = jax.block_until_ready(compiled(state, batch, schedules))
+      state, metrics = jax.block_until_ready(compiled(state, batch, inputs))
       timings["wall"].append(time.perf_counter() - wall_start)
       timings["cpu"].append(time.process_time() - cpu_start)
       timings["loss"].append(float(metrics["loss"]))

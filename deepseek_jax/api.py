@@ -198,7 +198,8 @@ class Model:
 
   @functools.cached_property
   def _routing(self) -> Callable:
-    def chosen_experts(routing, cache):
+    def chosen_experts(output):
+      routing = output.aux.get("routing")
       return None if routing is None else (routing.indices, routing.weights)
 
     def routing(params, buffers, tokens):

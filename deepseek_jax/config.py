@@ -9,7 +9,7 @@ import math
 
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.model_config import ATTENTION_KINDS, ModelConfig
-from deepseek_jax.schema import Section, field
+from deepseek_jax.schema import Section, field, table_keys
 
 # Number of ids that a tokenizer may emit, known without installing it. byte: 256 bytes and the separator.
 TOKENIZER_SIZES = {"byte": 257, "deepseek-llm": 100_015, "deepseek-v3": 128_815}
@@ -64,7 +64,7 @@ class ScheduleConfig(Section, path="schedule"):
   kind: str = field(
     "constant",
     "shape of the learning rate after warm-up",
-    choices=("constant", "warmup_cosine", "multi_step", "wsd"),
+    choices=table_keys("training.schedule", "SCHEDULE"),
   )
   peak: float = field(1e-3, "highest learning rate", above=0)
   warmup_steps: int = field(0, "linear warm-up from zero, in steps", at_least=0)
@@ -198,6 +198,10 @@ class BalanceConfig(Section, path="balance"):
     0, "groups of experts that the last two losses count as devices; 0: model.moe.num_expert_groups", at_least=0
   )
   router_z_loss: float = field(0.0, "weight of the squared log of the router's normalizer", at_least=0)
+  bias_rule: str = field(
+    "sign", "how router biases move: sign (V3: by the update rate, towards an even load)",
+    choices=table_keys("training.router_bias", "BIAS_RULES"),
+  )  # fmt: skip
   bias_update_rate: float = field(
     0.0, "update rate of the router bias of each expert: its change in a step (V3: bias update speed 0.001)", at_least=0
   )

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.schema import Section, field
+from deepseek_jax.schema import Section, field, table_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,14 +132,20 @@ class MoEConfig(Section, path="model.moe"):
   )
   num_experts_per_token: int = field(0, "routed experts of each token (top-k)", at_least=0)
   mlp: int = field(0, "inner width of one expert", at_least=0)
-  score: str = field(
-    "softmax", "affinity from the router's logits: softmax (MoE, V2) or sigmoid (V3)", choices=("softmax", "sigmoid")
+  router: str = field(
+    "topk",
+    "how tokens choose experts: topk (those with the highest scores)",
+    choices=table_keys("model.router", "ROUTERS"),
   )
+  score: str = field(
+    "softmax", "affinity from the router's logits: softmax (MoE, V2) or sigmoid (V3)", choices=table_keys("model.router", "SCORES"),
+  )  # fmt: skip
   num_expert_groups: int = field(1, "groups of experts (a group is a device in V2, a node in V3)", at_least=1)
   topk_groups: int = field(1, "groups that a token's experts may come from", at_least=1)
   group_score: str = field(
-    "max", "score of a group: its best expert (V2), or the sum of its best two (V3)", choices=("max", "top2_sum")
-  )
+    "max", "score of a group: its best expert (V2), or the sum of its best two (V3)",
+    choices=table_keys("model.router", "GROUP_SCORES"),
+  )  # fmt: skip
   router_bias: bool = field(
     False, "a bias of each expert, for the selection only, updated by load (V3 eq. 16); see balance.bias_update_rate"
   )
@@ -148,7 +154,7 @@ class MoEConfig(Section, path="model.moe"):
   dispatch: str = field(
     "ragged", "ragged (tokens sorted by expert, dropless), dense (all experts on all tokens: the reference), capacity (V2's token "
     "dropping)",
-    choices=("ragged", "dense", "capacity"),
+    choices=table_keys("model.dispatch", "DISPATCH"),
   )  # fmt: skip
   implementation: str = field(
     "auto", "grouped matmuls in compute_dtype: xla, pallas (this platform's kernel; an error where it has none for a shape), or auto: "

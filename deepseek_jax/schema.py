@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import difflib
 import math
+import pathlib
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -17,6 +18,20 @@ SectionT = TypeVar("SectionT", bound="Section")
 def field(default: Any, doc: str, **limits: Any) -> Any:
   """A dataclass field with one line of `doc` and `limits`: choices, at_least, at_most, above, below."""
   return dataclasses.field(default=default, metadata={"doc": doc, **limits})
+
+
+def table_keys(module: str, table: str) -> tuple[str, ...]:
+  """The keys of `table`, a dict that `module`, as "model.router", defines by a display with strings as keys.
+
+  They are read from the source: what a config may say is written once, beside the implementations, and checking it
+  imports neither them nor jax.
+  """
+  path = pathlib.Path(__file__).parent.joinpath(*module.split(".")).with_suffix(".py")
+  for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+    targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+    if any(isinstance(target, ast.Name) and target.id == table for target in targets):
+      return tuple(ast.literal_eval(key) for key in statement.value.keys)  # type: ignore[attr-defined]
+  raise LookupError(f"{path} defines no table {table}")
 
 
 # Name of a limit -> (whether a value is within it, how an error says so).

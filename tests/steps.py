@@ -26,12 +26,12 @@ def make_state(config, mesh):
 
 
 def make_step_with_grads(config, bos=0):
-  """make_train_step of the same functions: (state, batch, microbatches, schedules) -> (state, metrics, gradients)."""
+  """make_train_step of the same functions: (state, batch, microbatches, inputs) -> (state, metrics, gradients)."""
   config = StepConfig.of(config, bos)
   gradients, apply_gradients = make_gradients(config, graphdef(config.model)), make_apply_gradients(config)
 
-  def step(state, batch, microbatches, schedules):
-    grads, metrics = gradients(state, batch, microbatches, schedules["mtp_weight"])
-    return *apply_gradients(state, grads, metrics, schedules), grads
+  def step(state, batch, microbatches, inputs):
+    grads, metrics = gradients(state, batch, microbatches, inputs.mtp_weight)
+    return *apply_gradients(state, grads, metrics, inputs), grads
 
   return step

@@ -13,6 +13,7 @@ from deepseek_jax.kernels.implementations import Unsupported, log_once, resolve_
 from deepseek_jax.model.batch_context import BatchContext
 from deepseek_jax.model.context_parallel import all_gather_kv_attention, context_parallel_attention
 from deepseek_jax.model.dropout import dropout, fold_in_grid
+from deepseek_jax.model.layer_output import LayerOutput
 from deepseek_jax.model.linear import Linear, fused_linear
 from deepseek_jax.model.rope import apply_rope
 from deepseek_jax.model_config import AttentionConfig, ModelConfig
@@ -123,12 +124,12 @@ class Attention(nnx.Module):
 
   def __call__(
     self, x: jax.Array, batch_context: BatchContext, dropout_key: jax.Array | None = None
-  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """(partial sums [batch, seq, embed], cache: keys and values); x is [batch, stream, embed]."""
+  ) -> tuple[jax.Array, LayerOutput]:
+    """(partial sums [batch, seq, embed], LayerOutput with the cache: keys and values); x is [batch, stream, embed]."""
     q, k, v = self.project_qkv(all_gather_sequence(x), batch_context.rotation)
     scale = self.config.head_dim**-0.5
     y = causal_self_attention(q, (k, v), lambda kv: kv, scale, self.config, batch_context, dropout_key)
-    return self.o("bshk,hkd->bsd", y), (k, v)
+    return self.o("bshk,hkd->bsd", y), LayerOutput((k, v))
 
   def decode(
     self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], cache: PyTree, position: jax.Array

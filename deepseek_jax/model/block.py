@@ -1,15 +1,17 @@
 """One pre-norm transformer block."""
 
+import dataclasses
+
 import jax
 from flax import nnx
 
 from deepseek_jax.model.attention_kinds import ATTENTION
 from deepseek_jax.model.batch_context import BatchContext
 from deepseek_jax.model.dropout import dropout, fold_in_grid
+from deepseek_jax.model.layer_output import LayerOutput
 from deepseek_jax.model.mlp import SwiGLU
 from deepseek_jax.model.moe import MoE
 from deepseek_jax.model.norm import RMSNorm
-from deepseek_jax.model.router import Routing
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.sharding import all_gather_sequence, reduce_scatter_sequence
 from deepseek_jax.typing import PyTree
@@ -34,21 +36,25 @@ class Block(nnx.Module):
 
   def __call__(
     self, x: jax.Array, batch_context: BatchContext, dropout_key: jax.Array | None = None
-  ) -> tuple[jax.Array, Routing | None, PyTree]:
-    """(x, Routing or None in a dense block, cache of the attention); x is [batch, stream, embed]."""
+  ) -> tuple[jax.Array, LayerOutput]:
+    """(x, the attention's LayerOutput with the aux of the feed-forward); x is [batch, stream, embed]."""
     keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
-    y, cache = self.attn(self.attn_norm(x), batch_context, keys[0])
+    y, output = self.attn(self.attn_norm(x), batch_context, keys[0])
     x = x + self.residual_dropout(reduce_scatter_sequence(y), batch_context, keys[1])
-    y, routing = self.feed_forward(self.mlp_norm(x), batch_context)
-    return x + self.residual_dropout(reduce_scatter_sequence(y), batch_context, keys[2]), routing, cache
+    y, aux = self.feed_forward(self.mlp_norm(x), batch_context)
+    x = x + self.residual_dropout(reduce_scatter_sequence(y), batch_context, keys[2])
+    return x, dataclasses.replace(output, aux=output.aux | aux)
 
-  def feed_forward(self, x: jax.Array, batch_context: BatchContext | None = None) -> tuple[jax.Array, Routing | None]:
-    """(y [batch, seq, embed], Routing or None in a dense block); x is [batch, stream, embed].
+  def feed_forward(self, x: jax.Array, batch_context: BatchContext) -> tuple[jax.Array, dict[str, PyTree]]:
+    """(y [batch, seq, embed], aux of LayerOutput); x is [batch, stream, embed].
 
     y has partial sums over the devices that share `mlp`; the caller reduce-scatters.
     """
     x = all_gather_sequence(x)
-    return self.moe(x, batch_context) if self.is_moe else (self.mlp(x), None)
+    if not self.is_moe:
+      return self.mlp(x), {}
+    y, routing = self.moe(x, batch_context)
+    return y, {"routing": routing}
 
   def residual_dropout(self, y: jax.Array, batch_context: BatchContext, key: jax.Array | None) -> jax.Array:
     """`y` [batch, stream, embed] after dropout."""
@@ -57,10 +63,10 @@ class Block(nnx.Module):
     return dropout(y, self.dropout, fold_in_grid(key, batch_context.sequence_ids, batch_context.position_ids))
 
   def decode(
-    self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], cache: PyTree, position: jax.Array
+    self, x: jax.Array, batch_context: BatchContext, cache: PyTree, position: jax.Array
   ) -> tuple[jax.Array, PyTree]:
-    """(x, cache) after the token `x` [batch, 1, embed] at `position`."""
-    y, cache = self.attn.decode(self.attn_norm(x), rotation, cache, position)
+    """(x, cache) after the token `x` [batch, 1, embed] at `position`, which `batch_context` describes."""
+    y, cache = self.attn.decode(self.attn_norm(x), batch_context.rotation, cache, position)
     x = x + reduce_scatter_sequence(y)
-    y, _ = self.feed_forward(self.mlp_norm(x))
+    y, _ = self.feed_forward(self.mlp_norm(x), batch_context)
     return x + reduce_scatter_sequence(y), cache

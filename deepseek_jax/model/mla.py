@@ -6,6 +6,7 @@ from flax import nnx
 
 from deepseek_jax.model.attention import causal_self_attention, decode_attention, update_cache
 from deepseek_jax.model.batch_context import BatchContext
+from deepseek_jax.model.layer_output import LayerOutput
 from deepseek_jax.model.linear import Linear, fused_linear
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.model.rope import apply_rope, mscale
@@ -68,8 +69,8 @@ class MLA(nnx.Module):
 
   def __call__(
     self, x: jax.Array, batch_context: BatchContext, dropout_key: jax.Array | None = None
-  ) -> tuple[jax.Array, Latents]:
-    """(partial sums [batch, seq, embed], cache: latents); x is [batch, stream, embed]."""
+  ) -> tuple[jax.Array, LayerOutput]:
+    """(partial sums [batch, seq, embed], LayerOutput with the cache: latents); x is [batch, stream, embed]."""
     x = all_gather_sequence(x, "stream", "latent_seq")
     queries, latents = self.project_latents(x, batch_context.rotation)
     kv_b = self.kv_b.weight(x.dtype)
@@ -83,7 +84,7 @@ class MLA(nnx.Module):
 
     q = jnp.concatenate(queries, -1)
     y = causal_self_attention(q, latents, expand_kv, self.scale, self.config, batch_context, dropout_key)
-    return self.o("bshv,hvd->bsd", y), latents
+    return self.o("bshv,hvd->bsd", y), LayerOutput(latents)
 
   def decode(
     self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], cache: Latents, position: jax.Array

@@ -11,7 +11,7 @@ from deepseek_jax.model.dispatch import DISPATCH, token_dropping_mask
 from deepseek_jax.model.expert_parallel import expert_parallel
 from deepseek_jax.model.linear import Linear
 from deepseek_jax.model.mlp import SwiGLU
-from deepseek_jax.model.router import Router, Routing
+from deepseek_jax.model.router import ROUTERS, Routing
 from deepseek_jax.model_config import ModelConfig
 
 
@@ -33,26 +33,24 @@ class MoE(nnx.Module):
   """Fine-grained routed experts and shared experts (DeepSeekMoE eq. 3 and 6)."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None):
-    self.router = Router(config, rngs)
+    self.router = ROUTERS[config.moe.router](config, rngs)
     self.experts = Experts(config, rngs)
     if config.moe.num_shared_experts:
       self.shared = SwiGLU(config.moe.num_shared_experts * config.moe.mlp, config, rngs)
     self.config = config.moe
 
-  def __call__(self, x: jax.Array, batch_context: BatchContext | None = None) -> tuple[jax.Array, Routing]:
+  def __call__(self, x: jax.Array, batch_context: BatchContext) -> tuple[jax.Array, Routing]:
     """(partial sums [batch, seq, embed] over the devices that share `mlp`, Routing) of `x` [batch, seq, embed].
 
-    Of `batch_context` it uses `token_mask`, and `no_drop` with dispatch=capacity. None: all tokens are routed.
+    Of `batch_context` it uses `token_mask`, `no_drop` with dispatch=capacity, and what the router uses.
     """
     config, (batch, seq, _) = self.config, x.shape
-    token_mask = None if batch_context is None else batch_context.token_mask
-    no_drop = None if batch_context is None else batch_context.no_drop
-    routing = self.router(x)
+    token_mask, routing = batch_context.token_mask, self.router(x, batch_context)
     indices = routing.indices
     if token_mask is not None:  # masked tokens choose no expert
       indices = jnp.where(token_mask[..., None], indices, config.num_routed_experts)
     x_tokens, token_indices, token_weights = (a.reshape(batch * seq, -1) for a in (x, indices, routing.weights))
-    y, overflow = self.routed_experts(x_tokens, token_indices, token_weights, no_drop)
+    y, overflow = self.routed_experts(x_tokens, token_indices, token_weights, batch_context.no_drop)
     y = y.reshape(x.shape)
     if config.num_shared_experts:
       # This needs nothing that is sent, so that the scheduler can overlap it with the all-to-all.

@@ -6,11 +6,10 @@ from flax import nnx
 
 from deepseek_jax.model.batch_context import BatchContext
 from deepseek_jax.model.block import Block
+from deepseek_jax.model.layer_output import LayerOutput
 from deepseek_jax.model.linear import Linear
 from deepseek_jax.model.norm import RMSNorm
-from deepseek_jax.model.router import Routing
 from deepseek_jax.model_config import ModelConfig
-from deepseek_jax.typing import PyTree
 
 
 class MTPLayer(nnx.Module):
@@ -35,11 +34,11 @@ class MTPLayer(nnx.Module):
     embeddings: jax.Array,
     batch_context: BatchContext,
     dropout_key: jax.Array | None = None,
-  ) -> tuple[jax.Array, Routing | None, PyTree]:
-    """(hidden states, Routing or None, cache of the attention).
+  ) -> tuple[jax.Array, LayerOutput]:
+    """(hidden states, output of the block).
 
     hidden: [batch, stream, embed], of the depth before. embeddings: [batch, stream, embed], of the next tokens.
     """
     x = jnp.concatenate([self.embed_norm(embeddings), self.hidden_norm(hidden)], -1)  # [batch, stream, 2 embed]
-    x, routing, cache = self.block(self.proj("bsd,de->bse", x), batch_context, dropout_key)
-    return self.norm(x), routing, cache
+    x, output = self.block(self.proj("bsd,de->bse", x), batch_context, dropout_key)
+    return self.norm(x), output

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deepseek_jax.model.batch_context import BatchContext
 from deepseek_jax.model.linear import at_least_float32, normal_param
 from deepseek_jax.model_config import ModelConfig, MoEConfig
 from deepseek_jax.sharding import all_gather_params
 
 
-class Buffer(nnx.Variable):
-  """State of the model that has no gradient."""
+class RouterBias(nnx.Variable):
+  """[experts], in the selection only. It has no gradient: a rule of training.router_bias moves it."""
 
 
 @jax.tree_util.register_dataclass
@@ -64,10 +65,10 @@ class Router(nnx.Module):
     experts = config.moe.num_routed_experts
     self.kernel = normal_param((config.embed, experts), ("embed", None), config, rngs)
     if config.moe.router_bias:
-      self.bias = Buffer(jnp.zeros((experts,), jnp.dtype(config.param_dtype)))
+      self.bias = RouterBias(jnp.zeros((experts,), jnp.dtype(config.param_dtype)))
 
-  def __call__(self, x: jax.Array) -> Routing:
-    """Routing of `x` [batch, seq, embed]. Gradients flow through the chosen scores, not through the choice."""
+  def __call__(self, x: jax.Array, batch_context: BatchContext) -> Routing:
+    """Routing of `x` [batch, seq, embed], whatever else `batch_context` says of the tokens. Gradients flow through the chosen scores, not through the choice."""
     config, dtype = self.config, at_least_float32(x.dtype)
     kernel = all_gather_params(self.kernel[...].astype(dtype), "embed", None)
     # Explicit precision: in a bfloat16 model, TPUs and GPUs would multiply these float32 operands in fewer bits.
@@ -83,3 +84,7 @@ class Router(nnx.Module):
     if config.norm_topk_prob:
       weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)  # the 1e-20 is transformers'
     return Routing(indices, weights * config.route_scale, logits, scores)
+
+
+# Modules (config: ModelConfig, rngs) -> (x, batch_context) -> Routing, by model.moe.router.
+ROUTERS = {"topk": Router}

@@ -11,12 +11,12 @@ from flax import nnx
 from deepseek_jax.model.batch_context import BatchContext
 from deepseek_jax.model.block import Block
 from deepseek_jax.model.kernel_choice import check_kernels
+from deepseek_jax.model.layer_output import LayerOutput
 from deepseek_jax.model.linear import Linear, at_least_float32, matmul_precision, normal_param
 from deepseek_jax.model.mtp import MTPLayer
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.model.remat import remat_layer
 from deepseek_jax.model.rope import rope_cos_sin
-from deepseek_jax.model.router import Routing
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.sharding import (
   all_gather,
@@ -30,8 +30,8 @@ from deepseek_jax.typing import Params, PyTree
 
 STACKS = ("dense_layers", "moe_layers")  # in the order in which they run
 
-# (Routing or None, cache) of a layer -> the layer's aux output: a tree of arrays, or None.
-AuxFn = Callable[[Routing | None, PyTree], PyTree]
+# What is used of a layer's output, as a tree of arrays, or None.
+AuxFn = Callable[[LayerOutput], PyTree]
 
 
 def make_rngs(key: jax.Array | None) -> nnx.Rngs | None:
@@ -50,7 +50,7 @@ def layer_keys(key: jax.Array | None, layer_numbers: jax.Array) -> jax.Array | N
   return None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(layer_numbers)
 
 
-def no_aux(routing: Routing | None, cache: PyTree) -> None:
+def no_aux(output: LayerOutput) -> None:
   """The AuxFn of a forward pass of which only the hidden states are used."""
   return None
 
@@ -87,11 +87,11 @@ class Transformer(nnx.Module):
       ids: int [batch, seq].
       batch_context: default `self.batch_context(ids)`.
       dropout_key: None: no dropout.
-      aux_fn: what is returned of each layer.
+      aux_fn: what is returned of each layer's output.
 
     Returns:
-      Hidden states [batch, stream, embed] after the final norm, in the compute dtype, and {name of the stack: its aux
-      outputs, with a leading layers dimension}.
+      Hidden states [batch, stream, embed] after the final norm, in the compute dtype, and {name of the stack: what
+      aux_fn returns of its layers, with a leading layers dimension}.
     """
     batch_context = self.batch_context(ids) if batch_context is None else batch_context
     x, first_layer, aux = self.embed_tokens(ids), 0, {}
@@ -109,15 +109,15 @@ class Transformer(nnx.Module):
   def run_layers(
     self, layers: Block, x: jax.Array, batch_context: BatchContext, keys: jax.Array | None, aux_fn: AuxFn
   ) -> tuple[jax.Array, PyTree]:
-    """(x, aux outputs with a leading layers dimension) after the stacked blocks `layers`.
+    """(x, what aux_fn returns with a leading layers dimension) after the stacked blocks `layers`.
 
     x: [batch, stream, embed]. keys: [layers], of dropout, or None.
     """
 
     def layer(x, layer_inputs):
       block, key = layer_inputs
-      x, routing, cache = block(x, batch_context, key)
-      return x, aux_fn(routing, cache)
+      x, output = block(x, batch_context, key)
+      return x, aux_fn(output)
 
     with matmul_precision(self.config):
       return jax.lax.scan(remat_layer(layer, self.config.remat), x, (layers, keys))
@@ -130,7 +130,7 @@ class Transformer(nnx.Module):
     dropout_key: jax.Array | None = None,
     aux_fn: AuxFn = no_aux,
   ) -> list[tuple[jax.Array, PyTree]]:
-    """(hidden states [batch, stream, embed], aux output) of each depth of multi-token prediction.
+    """(hidden states [batch, stream, embed], what aux_fn returns) of each depth of multi-token prediction.
 
     Position i of depth k + 1 takes ids 0 .. i + k + 1 and predicts id i + k + 2 (V3 eq. 24), for k = 0, 1, ...
 
@@ -145,11 +145,11 @@ class Transformer(nnx.Module):
       key = None if dropout_key is None else jax.random.fold_in(dropout_key, self.config.layers + depth)
       # A position belongs to the document of its hidden state. A document's last position takes the next document's
       # first token, so that the next document must not attend to it. RoPE is relative: positions may start anywhere.
-      depth_context = dataclasses.replace(batch_context, token_mask=ids >= 0)
+      depth_context = dataclasses.replace(batch_context, token_mask=ids >= 0, token_ids=jnp.maximum(ids, 0))
 
       def layer(hidden, mtp_layer, embeddings, batch_context, key):
-        hidden, routing, cache = mtp_layer(hidden, embeddings, batch_context, key)
-        return hidden, aux_fn(routing, cache)
+        hidden, output = mtp_layer(hidden, embeddings, batch_context, key)
+        return hidden, aux_fn(output)
 
       with matmul_precision(self.config):
         embeddings = self.embed_tokens(jnp.maximum(ids, 0))
@@ -160,17 +160,17 @@ class Transformer(nnx.Module):
 
   def prefill(self, ids: jax.Array) -> tuple[jax.Array, dict[str, PyTree]]:
     """(hidden states [batch, seq, embed], cache for `decode`, of seq positions) of `ids` int [batch, seq]."""
-    return self(ids, aux_fn=lambda routing, cache: cache)
+    return self(ids, aux_fn=lambda output: output.cache)
 
   def decode(
     self, ids: jax.Array, cache: dict[str, PyTree], position: jax.Array
   ) -> tuple[jax.Array, dict[str, PyTree]]:
     """(hidden states [batch, 1, embed], cache) of `ids` int [batch, 1] at `position` int []."""
-    new_cache, rotation = {}, self.rotation(jnp.reshape(position, (1, 1)))
+    new_cache, batch_context = {}, self.batch_context(ids, position_ids=position[None])
 
     def layer(x, layer_inputs):
       block, layer_cache = layer_inputs
-      return block.decode(x, rotation, layer_cache, position)
+      return block.decode(x, batch_context, layer_cache, position)
 
     with matmul_precision(self.config):
       x = self.embed_tokens(ids)
@@ -209,6 +209,7 @@ class Transformer(nnx.Module):
     return BatchContext(
       rotation=self.rotation(position_ids[None] if rope_positions is None else rope_positions),
       segment_ids=segment_ids,
+      token_ids=ids,
       token_mask=None,
       no_drop=None if no_drop_key is None else self.draw_no_drop(sequence_ids, no_drop_key),
       sequence_ids=sequence_ids,
@@ -255,6 +256,12 @@ def param_axes(config: ModelConfig, stacked: bool = True) -> Params:
   """
   state, axes = nnx.state(_abstract_model(config), nnx.Param), _logical_axes if stacked else _layer_axes
   return nnx.to_pure_dict(jax.tree.map(axes, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
+
+
+def buffer_types(config: ModelConfig) -> Params:
+  """The tree of buffers with each one's type, a subclass of nnx.Variable."""
+  state = nnx.state(_abstract_model(config), nnx.Not(nnx.Param))
+  return nnx.to_pure_dict(jax.tree.map(type, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
 
 
 def _abstract_model(config: ModelConfig) -> Transformer:

@@ -113,7 +113,8 @@ def interleaved_1f1b(
   are replicated over the stages.
 
   Args:
-    embed_fn: (outer_params, microbatch) -> (x, aux). x is one array, which goes from chunk to chunk.
+    embed_fn: (outer_params, microbatch) -> (x, objective [], aux). x is one array, which goes from chunk to chunk. The
+      objective varies over the stages.
     chunk_fn: (layer_params of one virtual stage [slots, ...], virtual_stage, microbatch, x) -> (y like x, objective [],
       aux). The backward pass computes it again from x. A jax.checkpoint inside it decides what is saved meanwhile.
     loss_fn: (outer_params, microbatch, y) -> (objective [], aux).
@@ -204,7 +205,7 @@ class StageProgram:
       return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tree)
 
     chunk_params, index = _tree_at(self.layer_params, 0), self.stage
-    x, embed_aux = zeros(jax.eval_shape(self.embed_fn, self.outer_params, index))
+    x, _, embed_aux = zeros(jax.eval_shape(self.embed_fn, self.outer_params, index))
     x = pvary(x)
     _, _, chunk_aux = jax.eval_shape(self.chunk_fn, chunk_params, index, index, x)
     _, loss_aux = jax.eval_shape(self.loss_fn, self.outer_params, index, x)
@@ -287,15 +288,18 @@ class StageProgram:
     )
 
   def embed_forward(self, microbatch: jax.Array, exists: jax.Array, carry: Carry) -> Carry:
-    x, aux = self.embed_fn(self.outer_params, microbatch)
+    x, _, aux = self.embed_fn(self.outer_params, microbatch)
     embed_aux, *other_aux = carry.aux
     return dataclasses.replace(carry, inbox=x, aux=(_add(embed_aux, aux, exists), *other_aux))
 
   def embed_backward(self, microbatch: jax.Array, exists: jax.Array, carry: Carry) -> Carry:
-    _, vjp, _ = jax.vjp(lambda params: self.embed_fn(params, microbatch), self.outer_params, has_aux=True)
+    def outputs(outer_params):
+      return self.embed_fn(outer_params, microbatch)[:2]
+
+    (_, objective), vjp = jax.vjp(outputs, self.outer_params)
     # The cotangent is zero where there is no microbatch. The result is added in any case: of parameters sharded over
     # the stages, `vjp` gives the terms of all stages.
-    (grads,) = vjp(jnp.where(exists, carry.outbox, 0))
+    (grads,) = vjp((jnp.where(exists, carry.outbox, 0), jnp.where(exists, jnp.ones_like(objective), 0)))
     outer_grads, layer_grads = carry.gradients
     return dataclasses.replace(carry, gradients=(jax.tree.map(jnp.add, outer_grads, grads), layer_grads))
 
@@ -338,7 +342,8 @@ def _with_varying_outputs(
   """The functions with outputs typed as varying over the whole mesh, and jitted, so that each is traced only once."""
 
   def varying_embed(*args):
-    return pvary(embed_fn(*args))
+    x, objective, aux = embed_fn(*args)
+    return pvary(x), objective, aux
 
   def varying_chunk(*args):
     y, objective, aux = chunk_fn(*args)

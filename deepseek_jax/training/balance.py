@@ -1,10 +1,8 @@
-"""Load balancing of experts: the papers' balance losses, V3's auxiliary-loss-free bias, and the metrics to watch.
+"""Load balancing of experts: the papers' balance losses, and the metrics to watch. `router_bias.py` has V3's bias.
 
-Losses are per sequence (as in V2's released code and V3 eq. 17 to 20) and the bias follows the load of the whole batch,
-so that neither microbatches nor the mesh change them.
+Losses are per sequence (as in V2's released code and V3 eq. 17 to 20), so that neither microbatches nor the mesh change
+them.
 """
-
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,26 +12,6 @@ from deepseek_jax.config import BalanceConfig
 from deepseek_jax.model.router import Routing
 from deepseek_jax.model_config import ModelConfig, MoEConfig
 from deepseek_jax.sharding import psum
-from deepseek_jax.typing import Params, PyTree
-
-
-def make_layer_aux(moe: MoEConfig, balance: BalanceConfig) -> Callable[[Routing | None, PyTree], PyTree]:
-  """The training step's aux output of a layer: a function (routing, cache) -> aux, which is None for a dense layer.
-
-  aux is of one device's part of the batch:
-    load: [experts] int32, assignments to each expert.
-    loss: [batch], the weighted sum of balance losses of each sequence.
-    overflow: [] int32, assignments that overflowed the expert buffer.
-  """
-
-  def layer_aux(routing, cache):
-    if routing is None:
-      return None
-    counts = expert_counts(routing.indices, moe.num_routed_experts)  # [batch, experts]
-    loss = balance_loss(routing, counts, moe, balance)
-    return {"load": counts.sum(0, dtype=jnp.int32), "loss": loss, "overflow": routing.overflow}
-
-  return layer_aux
 
 
 def expert_counts(indices: jax.Array, experts: int) -> jax.Array:
@@ -79,19 +57,6 @@ def balance_loss(routing: Routing, counts: jax.Array, moe: MoEConfig, balance: B
   if balance.router_z_loss:
     loss += balance.router_z_loss * mean(jnp.square(jax.nn.logsumexp(routing.logits, -1)))
   return loss
-
-
-def update_router_bias(buffers: Params, load: dict[str, jax.Array], update_rate: jax.Array) -> Params:
-  """`buffers` with each router bias changed by `update_rate`: up where the load is below the mean, down where above.
-
-  V3 section 2.1.2. `load`: {stack: [layers, experts] int32, assignments of the whole batch}.
-  """
-
-  def leaf(path, bias):
-    stack_load = load[path[0].key].astype(bias.dtype)
-    return bias + update_rate.astype(bias.dtype) * jnp.sign(stack_load.mean(-1, keepdims=True) - stack_load)
-
-  return jax.tree.map_with_path(leaf, buffers)
 
 
 def load_metrics(

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from deepseek_jax.checkpoint.bucket import BucketCheckpointer, open_checkpointer, open_reader
@@ -32,11 +31,11 @@ from deepseek_jax.plan.summary import config_summary, format_changed_fields
 from deepseek_jax.sharding import spec
 from deepseek_jax.storage import RunFolder, is_url
 from deepseek_jax.training import metrics, report
-from deepseek_jax.training.balance import load_metrics
 from deepseek_jax.training.batch import Batch, load_batch, load_windows
+from deepseek_jax.training.layer_aux import logged_metrics
 from deepseek_jax.training.next_commands import next_commands
 from deepseek_jax.training.progress import StepProgress
-from deepseek_jax.training.schedule import schedule_values
+from deepseek_jax.training.schedule import StepInputs
 from deepseek_jax.training.signals import StopRequest, stop_requests
 from deepseek_jax.training.skipped import Diverged, check_skipped
 from deepseek_jax.training.state import TrainState, abstract_state, init_state, state_from_params, state_sha256
@@ -144,11 +143,6 @@ class Run:
     program = self.step_config, graphdef(config.model), replacements
     self.train_step = jit_train_step(*program, static_microbatches=not train.batch_ramp_from)
     self.eval_step = jit_eval_step(*program)
-    self.logged_schedules = {"learning_rate"}
-    if config.model.num_mtp_layers:
-      self.logged_schedules.add("mtp_weight")
-    if config.model.moe.router_bias:
-      self.logged_schedules.add("bias_update_rate")
     self.process_max = make_process_max(mesh) if jax.process_count() > 1 else None
     # Several programs in flight on virtual CPU devices can starve a collective until it times out.
     self.block_each_step = jax.default_backend() == "cpu" and mesh.size > 1
@@ -308,17 +302,19 @@ class Run:
         self.log_step(request, *pending)
 
   def start_step(self, batch: Batch) -> dict[str, Any]:
-    """Starts one step and returns its metrics, on the device, and its logged schedules."""
-    schedules = schedule_values(self.config, self.step, self.consumed.tokens, batch.target_tokens)
-    arrays = {name: np.asarray(value, self.config.model.param_dtype) for name, value in schedules.items()}
+    """Starts one step and returns its metrics, on the device, and its logged inputs."""
+    model = self.config.model
+    inputs = StepInputs.at(self.config, self.step, self.consumed.tokens, batch.target_tokens)
     start = time.monotonic()
-    self.state, step_metrics = self.train_step(self.state, batch.tokens, batch.microbatches, arrays)
+    self.state, step_metrics = self.train_step(
+      self.state, batch.tokens, batch.microbatches, inputs.as_arrays(model.param_dtype)
+    )
     if not self.is_compiled:
       self.is_compiled = True
       self.progress.print(f"compiled in {time.monotonic() - start:.1f} s")
       self.timer.reset()  # compilation does not count in the throughput
     self.step += 1
-    return {**step_metrics, **{name: value for name, value in schedules.items() if name in self.logged_schedules}}
+    return {**step_metrics, **inputs.logged(model)}
 
   def log_step(
     self, request: StopRequest, step: int, consumed: Consumed, batch: Batch, step_metrics: dict[str, Any]
@@ -332,24 +328,23 @@ class Run:
     values = jax.device_get(step_metrics)
     if stop_signal := int(values.pop("stop_signal", 0)):
       request.stop_signal = signal.Signals(stop_signal)
-    skipped, load, mtp_losses = values.pop("skipped"), values.pop("load"), values.pop("mtp_loss", ())
-    values = {name: float(value) for name, value in values.items()}
-    values |= {f"mtp_loss_{depth}": float(loss) for depth, loss in enumerate(mtp_losses, 1)}
-    timer = self.timer
+    skipped, mtp_losses = values.pop("skipped"), values.pop("mtp_loss", ())
+    values |= {f"mtp_loss_{depth}": loss for depth, loss in enumerate(mtp_losses, 1)}
+    timer, loss = self.timer, float(values["loss"])
     timer.tokens += batch.target_tokens
     if skipped["in_a_row"]:
       in_a_row, overflow = int(skipped["in_a_row"]), int(values.get("overflow", 0))
       check_skipped(self.config, step, in_a_row, overflow, self.saved_step, self.progress.print)
-    values["bits_per_byte"] = values["loss"] * batch.target_tokens / math.log(2) / max(batch.target_bytes, 1)
+    values["bits_per_byte"] = loss * batch.target_tokens / math.log(2) / max(batch.target_bytes, 1)
     throughput = timer.throughput()
     tokens_per_second = throughput["tokens_per_second"]
-    self.progress.update(step, values["loss"], values["bits_per_byte"], tokens_per_second)
+    self.progress.update(step, loss, values["bits_per_byte"], tokens_per_second)
     if step % self.config.log.every and step != self.config.train.steps:
       return
-    values |= {"tokens": consumed.tokens, "samples": consumed.samples, "skipped": int(skipped["total"])}
-    values |= throughput | device_metrics(self.mesh, tokens_per_second * self.flops_per_token)
-    scalars, load_fractions = load_metrics(self.config.model, load)
-    self.writer.write(step, values | scalars, histograms=load_fractions)
+    scalars, histograms = logged_metrics(self.config.model, values)
+    scalars |= {"tokens": consumed.tokens, "samples": consumed.samples, "skipped": int(skipped["total"])}
+    scalars |= throughput | device_metrics(self.mesh, tokens_per_second * self.flops_per_token)
+    self.writer.write(step, scalars, histograms=histograms)
     timer.reset()
 
   def evaluate(self, sequences: int) -> None:

@@ -11,10 +11,9 @@ import jax.numpy as jnp
 
 from deepseek_jax.model.batch_context import BatchContext
 from deepseek_jax.model.context_parallel import zigzag
-from deepseek_jax.model.linear import at_least_float32
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.sharding import all_gather_sequence, axis_index, axis_size, psum
-from deepseek_jax.training.balance import make_layer_aux
+from deepseek_jax.training.layer_aux import add_metrics, make_aux_fn, sum_over_layers
 from deepseek_jax.training.loss import cross_entropy
 from deepseek_jax.training.step_config import StepConfig
 from deepseek_jax.typing import PyTree
@@ -55,7 +54,7 @@ class Objective:
 
   def __init__(self, config: StepConfig):
     self.config = config
-    self.layer_aux = make_layer_aux(config.model.moe, config.balance)
+    self.aux_fn = make_aux_fn(config)
 
   def local_inputs(self, tokens: jax.Array) -> LocalInputs:
     """This device's positions of the full sequences `tokens` [batch, seq + 1] int."""
@@ -97,12 +96,11 @@ class Objective:
     """(loss_sums [batch], local_objective [], metrics) as `head_losses`, of sequences `tokens` [batch, seq + 1]."""
     inputs = self.local_inputs(tokens)
     batch_context = self.batch_context(model, inputs, key)
-    hidden, aux_by_stack = model(inputs.ids, batch_context, key, self.layer_aux)  # [batch, stream, embed]
+    hidden, observed = model(inputs.ids, batch_context, key, self.aux_fn)  # [batch, stream, embed]
     loss_sums, local_objective, metrics = self.head_losses(model, hidden, inputs, batch_context, key, mtp_weight)
-    for stack, aux in aux_by_stack.items():
-      if aux is not None:
-        balance_objective, metrics = self.add_layer_aux(metrics, aux, stack, tokens.shape[1] - 1)
-        local_objective += balance_objective
+    for stack, of_stack in observed.items():
+      layers_objective, layer_metrics = sum_over_layers(of_stack, stack, tokens.shape[1] - 1)
+      local_objective, metrics = local_objective + layers_objective, add_metrics(metrics, layer_metrics)
     return loss_sums, local_objective, metrics
 
   def head_losses(
@@ -119,12 +117,10 @@ class Objective:
     Returns:
       loss_sums: [batch], cross entropy in nats summed over each full sequence.
       local_objective: [], this device's term of the objective, summed over the batch.
-      metrics: sums over this device's part of the batch. With MTP: mtp_loss [depth]. With experts: balance_loss [],
-        load {stack: [layers, experts] int32}, overflow [] int32.
+      metrics: sums over this device's part of the batch: what the layers of MTP observe, and mtp_loss [depth].
     """
-    metrics = self.zero_metrics()
     loss_sums, objective = self.head_loss(model, hidden, inputs.targets)
-    depths = model.mtp(hidden, inputs.mtp_ids, batch_context, key, self.layer_aux)
+    depths = model.mtp(hidden, inputs.mtp_ids, batch_context, key, self.aux_fn)
     mtp_losses, seq = [], inputs.ids.shape[1] * axis_size("seq")
     for depth, ((mtp_hidden, _), targets) in enumerate(zip(depths, inputs.mtp_targets, strict=True), 1):
       mtp_loss_sums, mtp_objective = self.head_loss(model, mtp_hidden, targets)
@@ -133,33 +129,10 @@ class Objective:
       objective += mtp_weight / len(depths) * scale * mtp_objective
       mtp_losses.append(scale * psum(mtp_loss_sums.sum(), "seq"))
     local_objective = objective / axis_size("vocab")
+    metrics: dict[str, PyTree] = {}
     if mtp_losses:
+      observed = jax.tree.map(lambda *of_depths: jnp.stack(of_depths), *(of_depth for _, of_depth in depths))
+      layers_objective, metrics = sum_over_layers(observed, "mtp_layers", seq)
+      local_objective += layers_objective
       metrics["mtp_loss"] = jnp.stack(mtp_losses)
-    if depths and depths[0][1] is not None:
-      aux = jax.tree.map(lambda *of_depths: jnp.stack(of_depths), *(aux for _, aux in depths))
-      balance_objective, metrics = self.add_layer_aux(metrics, aux, "mtp_layers", seq)
-      local_objective += balance_objective
     return psum(loss_sums, "seq"), local_objective, metrics
-
-  def zero_metrics(self) -> PyTree:
-    """Zeros that `add_layer_aux` adds to."""
-    model = self.config.model
-    if not model.moe.num_routed_experts:
-      return {"load": {}}
-    zero = jnp.zeros((), at_least_float32(model.compute_dtype))
-    return {"load": {}, "balance_loss": zero, "overflow": jnp.zeros((), jnp.int32)}
-
-  def add_layer_aux(self, metrics: PyTree, aux: PyTree, stack: str, seq: int) -> tuple[jax.Array, PyTree]:
-    """(local objective [], `metrics` with `aux` added).
-
-    Args:
-      aux: outputs of `balance.make_layer_aux` with a leading layers dimension.
-      stack: name of the stack that these layers are.
-      seq: length of the full sequences.
-    """
-    loss = seq * aux["loss"].sum()  # of [layers, batch]
-    return loss / axis_size("stream"), metrics | {
-      "balance_loss": metrics["balance_loss"] + loss,
-      "overflow": metrics["overflow"] + aux["overflow"].sum(dtype=jnp.int32),
-      "load": metrics["load"] | {stack: aux["load"]},
-    }

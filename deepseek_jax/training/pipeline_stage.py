@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deepseek_jax.model.transformer import Transformer, layer_keys, no_aux
+from deepseek_jax.model.transformer import Transformer, layer_keys
 from deepseek_jax.parallel.pipeline import interleaved_1f1b, layer_assignment, to_stage_params
 from deepseek_jax.sharding import (
   FSDP_AXES,
@@ -26,6 +26,7 @@ from deepseek_jax.sharding import (
   mesh_axes,
   pvary,
 )
+from deepseek_jax.training.layer_aux import add_metrics, sum_over_layers
 from deepseek_jax.training.objective import Objective
 from deepseek_jax.training.step_config import StepConfig
 from deepseek_jax.typing import Params, PyTree
@@ -101,32 +102,48 @@ class PipelineStage:
       outer_params: all parameters but the stack's.
       layers: of `to_stage_layout`.
     """
-    (grads, layer_grads, (_, chunk_metrics, metrics)) = interleaved_1f1b(
+    (grads, layer_grads, (embed_metrics, chunk_metrics, metrics)) = interleaved_1f1b(
       self.embed, self.run_chunk, self.loss, outer_params, layers, microbatches,
       axis=mesh_axes("stages")[0], virtual_stages=self.virtual_stages,
     )  # fmt: skip
-    load = chunk_metrics.pop("load")  # {} or {stack: [virtual_stages, slots, experts]}
-    stack_load = {name: jnp.zeros((self.num_layers, x.shape[-1]), x.dtype) for name, x in load.items()}
-    stack_load = {name: pvary(stack_load[name]).at[self.layer_ids].add(x, mode="drop") for name, x in load.items()}
-    metrics = {name: x + chunk_metrics.pop(name).sum(0) if name in chunk_metrics else x for name, x in metrics.items()}
-    return grads, layer_grads, metrics | {"load": metrics["load"] | stack_load}
+    chunk_metrics = {
+      name: jax.tree.map(self.by_layer, x) if isinstance(x, dict) else x.sum(0) for name, x in chunk_metrics.items()
+    }
+    return grads, layer_grads, add_metrics(add_metrics(metrics, chunk_metrics), embed_metrics)
+
+  def by_layer(self, x: jax.Array) -> jax.Array:
+    """[layers of the stack, ...] with what this stage has of its layers, `x` [virtual_stages, slots, ...]."""
+    zeros = pvary(jnp.zeros((self.num_layers, *x.shape[2:]), x.dtype))
+    return zeros.at[self.layer_ids].add(x, mode="drop")
 
   def model(self, params: Params, layers: Params | None = None, buffers: Params | None = None) -> Transformer:
     """The model with the blocks `layers` and their `buffers` as its stack, or without the stack."""
     params = self.placeholders | params | ({self.stack: layers} if layers else {})
     return nnx.merge(self.graphdef, params, self.buffers | ({self.stack: buffers} if buffers else {}))
 
-  def embed(self, params: Params, microbatch: jax.Array) -> tuple[jax.Array, tuple[()]]:
-    """(hidden states [batch, stream, embed] that enter the stages, no metrics)."""
+  def embed(self, params: Params, microbatch: jax.Array) -> tuple[jax.Array, jax.Array, PyTree]:
+    """(hidden states [batch, stream, embed] that enter the stages, local_objective [], metrics of the layers before)."""
     tokens, key = self.get_microbatch(microbatch)
     with axis_rules(self.outer_rules):
       model, inputs = self.model(params), self.objective.local_inputs(tokens)
       x = model.embed_tokens(inputs.ids)
-      batch_context = self.objective.batch_context(model, inputs, key)
+      batch_context, observed = self.objective.batch_context(model, inputs, key), {}
       for name, layers in model.stacks():
         if name != self.stack:
-          x, _ = model.run_layers(layers, x, batch_context, layer_keys(key, jnp.arange(self.first_layer)), no_aux)
-    return x, ()
+          keys = layer_keys(key, jnp.arange(self.first_layer))
+          x, observed[name] = model.run_layers(layers, x, batch_context, keys, self.objective.aux_fn)
+    return x, *self.layer_metrics(observed, x.dtype, tokens.shape[1] - 1)
+
+  def layer_metrics(self, observed: dict[str, PyTree], dtype: jnp.dtype, seq: int) -> tuple[jax.Array, PyTree]:
+    """(local_objective [], metrics with total_loss) of what layers observed, {stack: as in `sum_over_layers`}."""
+    objective: jax.Array = jnp.zeros((), dtype)
+    metrics: dict[str, PyTree] = {}
+    for stack, of_stack in observed.items():
+      of_layers, layer_metrics = sum_over_layers(of_stack, stack, seq)
+      objective, metrics = objective + of_layers, add_metrics(metrics, layer_metrics)
+    # Typed as varying also where all devices have the same value: by its type the pipeline sums it over the devices.
+    objective = pvary(objective)
+    return objective, metrics | {"total_loss": objective}
 
   def run_chunk(
     self, layers: Params, virtual_stage: jax.Array, microbatch: jax.Array, x: jax.Array
@@ -144,15 +161,9 @@ class PipelineStage:
       model, inputs = self.model({}, layers, buffers), self.objective.local_inputs(tokens)
       batch_context = self.objective.batch_context(model, inputs, key)
       keys = layer_keys(key, self.first_layer + layer_ids)
-      x, aux = model.run_layers(getattr(model, self.stack), x, batch_context, keys, self.objective.layer_aux)
-    if aux is None:
-      return x, pvary(jnp.zeros((), x.dtype)), {"load": {}, "total_loss": pvary(jnp.zeros((), x.dtype))}
-    aux = jax.tree.map(lambda a: jnp.where(is_used.reshape(-1, *(1,) * (a.ndim - 1)), a, 0), aux)
-    zeros = self.objective.zero_metrics()
-    local_objective, metrics = self.objective.add_layer_aux(zeros, aux, self.stack, tokens.shape[1] - 1)
-    # Typed as varying also where all devices have the same value: by its type the pipeline sums it over the devices.
-    local_objective = pvary(local_objective)
-    return x, local_objective, metrics | {"total_loss": local_objective}
+      x, observed = model.run_layers(getattr(model, self.stack), x, batch_context, keys, self.objective.aux_fn)
+    observed = jax.tree.map(lambda a: jnp.where(is_used.reshape(-1, *(1,) * (a.ndim - 1)), a, 0), observed)
+    return x, *self.layer_metrics({self.stack: observed}, x.dtype, tokens.shape[1] - 1)
 
   def loss(self, params: Params, microbatch: jax.Array, x: jax.Array) -> tuple[jax.Array, PyTree]:
     """(local_objective [], metrics) of the hidden states `x` [batch, stream, embed] that leave the stages."""

@@ -1,10 +1,17 @@
 """Schedules: functions of steps and tokens, computed on the host and passed to each step."""
 
 import bisect
+import dataclasses
 import math
 from collections.abc import Callable
+from typing import Self
 
-from deepseek_jax.config import Config, ScheduleConfig
+import jax
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+from deepseek_jax.config import BalanceConfig, Config, MTPConfig, ScheduleConfig
+from deepseek_jax.model_config import ModelConfig
 
 # Each of SCHEDULE gives the learning rate as a factor of its peak. `progress` is the fraction of the schedule that is
 # done, `start` the fraction at which warm-up ends.
@@ -64,12 +71,46 @@ def learning_rate(config: ScheduleConfig, step: int, tokens: int | float, batch_
   return config.peak * warmup * SCHEDULE[config.kind](config, progress, start)
 
 
-def schedule_values(config: Config, step: int, tokens: int, batch_tokens: int) -> dict[str, float]:
-  """{"learning_rate", "mtp_weight", "bias_update_rate"} of the update that `learning_rate` describes."""
-  balance = config.balance
-  bias_is_frozen = balance.bias_update_tokens and tokens >= balance.bias_update_tokens
-  return {
-    "learning_rate": learning_rate(config.schedule, step, tokens, batch_tokens),
-    "mtp_weight": config.mtp.weights[bisect.bisect_right(config.mtp.tokens, tokens)],
-    "bias_update_rate": 0.0 if bias_is_frozen else balance.bias_update_rate,
-  }
+def mtp_weight(config: MTPConfig, tokens: int) -> float:
+  """Weight of the multi-token prediction loss after `tokens` tokens."""
+  return config.weights[bisect.bisect_right(config.tokens, tokens)]
+
+
+def bias_update_rate(config: BalanceConfig, tokens: int) -> float:
+  """Update rate of router biases after `tokens` tokens."""
+  is_frozen = config.bias_update_tokens and tokens >= config.bias_update_tokens
+  return 0.0 if is_frozen else config.bias_update_rate
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepInputs:
+  """What each step is told by the schedules, as scalars. A new one is a field, and a line in `at`."""
+
+  learning_rate: ArrayLike = 0.0
+  mtp_weight: ArrayLike = 0.0
+  bias_update_rate: ArrayLike = 0.0
+
+  @classmethod
+  def at(cls, config: Config, step: int, tokens: int, batch_tokens: int) -> Self:
+    """Those of the update that follows `step` updates on `tokens` tokens, with a batch of `batch_tokens`."""
+    return cls(
+      learning_rate=learning_rate(config.schedule, step, tokens, batch_tokens),
+      mtp_weight=mtp_weight(config.mtp, tokens),
+      bias_update_rate=bias_update_rate(config.balance, tokens),
+    )
+
+  def as_arrays(self, dtype: DTypeLike) -> Self:
+    """The same as arrays [] in `dtype`, the parameters'."""
+    return jax.tree.map(lambda value: np.asarray(value, dtype), self)
+
+  @classmethod
+  def abstract(cls, dtype: DTypeLike, sharding: jax.sharding.Sharding | None = None) -> Self:
+    """The same without values, to trace a step."""
+    scalar = jax.ShapeDtypeStruct((), dtype, sharding=sharding)
+    return jax.tree.map(lambda _: scalar, cls())
+
+  def logged(self, model: ModelConfig) -> dict[str, ArrayLike]:
+    """Those that say something of `model`."""
+    used = {"mtp_weight": model.num_mtp_layers > 0, "bias_update_rate": model.moe.router_bias}
+    return {name: value for name, value in vars(self).items() if used.get(name, True)}

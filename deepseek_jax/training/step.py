@@ -2,18 +2,18 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 from deepseek_jax.config import Config
 from deepseek_jax.kernels.implementations import Replacements
-from deepseek_jax.model.transformer import graphdef, param_axes
+from deepseek_jax.model.transformer import buffer_types, graphdef, param_axes
 from deepseek_jax.optimizers.optimizer import make_optimizer, place_opt_state
 from deepseek_jax.sharding import (
   LATENT_RULES,
@@ -29,9 +29,11 @@ from deepseek_jax.sharding import (
   spec,
   spmd,
 )  # fmt: skip
-from deepseek_jax.training.balance import update_router_bias
+from deepseek_jax.training.layer_aux import mean_over_tokens, must_skip, sum_over_devices
 from deepseek_jax.training.objective import Objective
 from deepseek_jax.training.pipeline_stage import PipelineStage, pipeline_stack, to_stage_layout
+from deepseek_jax.training.router_bias import BIAS_RULES, update_router_biases
+from deepseek_jax.training.schedule import StepInputs
 from deepseek_jax.training.state import TrainState, abstract_state
 from deepseek_jax.training.step_config import StepConfig
 from deepseek_jax.typing import Params, PyTree
@@ -45,14 +47,14 @@ def partition_specs(tree: PyTree) -> PyTree:
 def make_eval_step(config: StepConfig, graphdef: nnx.GraphDef) -> Callable[[Params, Params, jax.Array], jax.Array]:
   """`(params, buffers, tokens [batch, seq + 1]) -> [batch]`: the cross entropy in nats, summed over each sequence.
 
-  It is NaN where assignments overflowed an expert buffer, so that nothing is dropped unnoticed.
+  It is NaN where a training step would be skipped, as after an overflow of an expert buffer: nothing is dropped
+  unnoticed.
   """
   objective = Objective(config)
 
   def local(params, buffers, tokens):
     loss_sums, _, metrics = objective(nnx.merge(graphdef, params, buffers), tokens)
-    overflow = psum(metrics.get("overflow", 0), "batch", "seq")
-    return jnp.where(overflow == 0, loss_sums, jnp.nan)
+    return jnp.where(must_skip(sum_over_devices(metrics, "batch")), jnp.nan, loss_sums)
 
   def eval_step(params, buffers, tokens):
     with axis_rules(LATENT_RULES[config.parallel.mla_latent]):
@@ -103,9 +105,7 @@ def make_gradients(
     grads, metrics = (pipeline_grads if axis_size("stages") > 1 else accumulate_grads)(context)
     grads = jax.tree.map(lambda g, axes: psum_replicated(g, *axes), grads, logical_axes)
     total_loss = psum(metrics.pop("total_loss"), "batch", "stream", "stages")
-    if "overflow" in metrics:
-      metrics["overflow"] = psum(metrics["overflow"], "seq")
-    return grads, as_replicated({"total_loss": total_loss} | psum(metrics, "batch", "stages"))
+    return grads, as_replicated({"total_loss": total_loss} | sum_over_devices(metrics, "batch", "stages"))
 
   def gradients(state, batch, microbatches, mtp_weight):
     tokens_in_batch = microbatches * batch.shape[1] * (batch.shape[2] - 1)
@@ -124,11 +124,8 @@ def make_gradients(
       else:
         grads, metrics = spmd(local, (spec(), *in_specs), out_specs)(microbatches, *arguments)
 
-    def mean_over_tokens(x):
-      return x if jnp.issubdtype(x.dtype, jnp.integer) else x / tokens_in_batch
-
     # Divided by the tokens of all microbatches, so that they add up to the gradient of the global batch.
-    return jax.tree.map(mean_over_tokens, (grads, metrics))
+    return jax.tree.map(lambda g: g / tokens_in_batch, grads), mean_over_tokens(metrics, tokens_in_batch)
 
   return gradients
 
@@ -224,24 +221,25 @@ def pipeline_grads(context: StepContext) -> tuple[Params, PyTree]:
 
 def make_apply_gradients(
   config: StepConfig,
-) -> Callable[[TrainState, Params, PyTree, PyTree], tuple[TrainState, PyTree]]:
-  """`(state, grads, metrics, schedules) -> (state, metrics)`: the optimizer and the update of router biases.
+) -> Callable[[TrainState, Params, PyTree, StepInputs], tuple[TrainState, PyTree]]:
+  """`(state, grads, metrics, inputs) -> (state, metrics)`: the optimizer and the update of router biases.
 
-  An update is skipped when the gradient norm is not finite or assignments overflowed an expert buffer. Then params,
-  buffers and optimizer state stay, and `step` is counted.
+  An update is skipped when the gradient norm is not finite or an observation says so, as where assignments overflowed
+  an expert buffer. Then params, buffers and optimizer state stay, and `step` is counted.
 
-  grads, metrics: of `make_gradients`. schedules: as in `make_train_step`. The metrics gain grad_norm and skipped.
+  grads, metrics: of `make_gradients`. inputs: as in `make_train_step`. The metrics gain grad_norm and skipped.
   """
   tx, offload = make_optimizer(config.optimizer, config.model), config.optimizer.offload
+  rule, types = BIAS_RULES[config.balance.bias_rule], buffer_types(config.model)
 
-  def apply_gradients(state, grads, metrics, schedules):
+  def apply_gradients(state, grads, metrics, inputs):
     grad_norm = optax.tree.norm(grads)
-    is_good = jnp.isfinite(grad_norm) & (metrics.get("overflow", 0) == 0)
+    is_good = jnp.isfinite(grad_norm) & ~jnp.asarray(must_skip(metrics))
     old_opt_state = place_opt_state(jax.memory.Space.Device, state.opt_state) if offload else state.opt_state
     updates, opt_state = tx.update(grads, old_opt_state, state.params)
-    learning_rate = schedules["learning_rate"]
+    learning_rate = inputs.learning_rate
     params = jax.tree.map(lambda p, u: p - learning_rate.astype(p.dtype) * u, state.params, updates)
-    buffers = update_router_bias(state.buffers, metrics["load"], schedules["bias_update_rate"])
+    buffers = update_router_biases(rule, state.buffers, types, metrics, inputs.bias_update_rate)
     new, old = (params, buffers, opt_state), (state.params, state.buffers, old_opt_state)
     params, buffers, opt_state = jax.tree.map(lambda new, old: jnp.where(is_good, new, old), new, old)
     opt_state = place_opt_state(jax.memory.Space.Host, opt_state) if offload else opt_state
@@ -258,28 +256,27 @@ def make_apply_gradients(
 
 def make_train_step(
   config: StepConfig, graphdef: nnx.GraphDef
-) -> Callable[[TrainState, jax.Array, jax.Array | int, Mapping[str, ArrayLike]], tuple[TrainState, PyTree]]:
-  """`(state, batch, microbatches, schedules) -> (state, metrics)`: the update. Jit it with `donate_argnames="state"`.
+) -> Callable[[TrainState, jax.Array, jax.Array | int, StepInputs], tuple[TrainState, PyTree]]:
+  """`(state, batch, microbatches, inputs) -> (state, metrics)`: the update. Jit it with `donate_argnames="state"`.
 
   Its arguments:
     batch: [microbatch, sequence, seq + 1] int32.
     microbatches: how many of the batch's are used, the first ones. A batch ramp changes this number and no shape.
-    schedules: {name: value} of `schedule.schedule_values`, [] in the parameter dtype.
+    inputs: arrays [] in the parameter dtype.
 
   Its metrics:
     loss: cross entropy, the mean in nats per token.
     total_loss: what is optimized.
     grad_norm: before clipping.
-    balance_loss, mtp_loss [depth]: means per token; with experts, with MTP.
-    load: {stack: [layers, experts] int32}, assignments to each expert.
-    overflow: assignments that overflowed an expert buffer.
+    mtp_loss: [depth], a mean per token.
+    what layers observe, as `layer_aux.LAYER_AUX` declares it: with experts balance_loss, load and overflow.
     skipped: {"total", "in_a_row"}, counts of skipped updates.
   """
   gradients, apply_gradients = make_gradients(config, graphdef), make_apply_gradients(config)
 
-  def train_step(state, batch, microbatches, schedules):
-    grads, metrics = gradients(state, batch, microbatches, schedules["mtp_weight"])
-    return apply_gradients(state, grads, metrics, schedules)
+  def train_step(state, batch, microbatches, inputs):
+    grads, metrics = gradients(state, batch, microbatches, inputs.mtp_weight)
+    return apply_gradients(state, grads, metrics, inputs)
 
   return train_step
 
@@ -287,7 +284,7 @@ def make_train_step(
 @functools.lru_cache(maxsize=4)  # so that another run of this process, as in a notebook, compiles nothing again
 def jit_train_step(
   config: StepConfig, graphdef: nnx.GraphDef, replacements: Replacements, static_microbatches: bool
-) -> Callable[[TrainState, jax.Array, jax.Array | int, Mapping[str, ArrayLike]], tuple[TrainState, PyTree]]:
+) -> Callable[[TrainState, jax.Array, jax.Array | int, StepInputs], tuple[TrainState, PyTree]]:
   """`make_train_step`, compiled, which donates `state`.
 
   Args:
@@ -307,7 +304,7 @@ def jit_eval_step(
 
 
 def abstract_step(config: Config, mesh: Mesh | AbstractMesh) -> tuple[Callable, tuple[TrainState, PyTree, PyTree]]:
-  """(update, (state, batch, schedules)): the update of a full batch, and its abstract arguments, to trace or compile.
+  """(update, (state, batch, inputs)): the update of a full batch, and its abstract arguments, to trace or compile.
 
   Nothing is allocated or run. `mesh` is the mesh that is set. It may be abstract, or of a topology you do not have. The
   number of microbatches is a constant of the program, also where a batch ramp makes it an argument in training.
@@ -317,10 +314,10 @@ def abstract_step(config: Config, mesh: Mesh | AbstractMesh) -> tuple[Callable, 
   microbatches = config.train.global_batch // microbatch
   shape = microbatches, microbatch, config.data.seq + 1
   batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, spec(None, "batch", None)))
-  scalar = jax.ShapeDtypeStruct((), config.model.param_dtype, sharding=NamedSharding(mesh, spec()))
+  inputs = StepInputs.abstract(config.model.param_dtype, NamedSharding(mesh, spec()))
   train_step = make_train_step(step_config, graphdef(config.model))
 
-  def step(state, batch, schedules):
-    return train_step(state, batch, microbatches, schedules)
+  def step(state, batch, inputs):
+    return train_step(state, batch, microbatches, inputs)
 
-  return step, (state, batch, dict.fromkeys(("learning_rate", "mtp_weight", "bias_update_rate"), scalar))
+  return step, (state, batch, inputs)

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model import expert_parallel
+from deepseek_jax.model.batch_context import BatchContext
 from deepseek_jax.model.block import Block
 from deepseek_jax.model_config import ModelConfig, MoEConfig
 from deepseek_jax.sharding import reduce_scatter_sequence, spec, spmd
@@ -51,7 +52,8 @@ def test_an_moe_layer_issues_the_collectives_of_the_docs(monkeypatch):
 
     def feed_forward(params, x):
       block = nnx.merge(graphdef, params)
-      return x + reduce_scatter_sequence(block.feed_forward(block.mlp_norm(x))[0])
+      context = BatchContext(*[None] * 7)  # all tokens are routed
+      return x + reduce_scatter_sequence(block.feed_forward(block.mlp_norm(x), context)[0])
 
     layout = jax.tree.map(lambda a: a.sharding.spec, state), stream
     jaxpr = jax.make_jaxpr(spmd(feed_forward, layout, stream))(state, x)

@@ -39,7 +39,7 @@ def route(moe, shift=0.0):
       bias = np.random.default_rng(1).normal(size=12).astype(np.float32) * 0.2 + np.float32(shift)
       router.bias = type(router.bias)(jnp.asarray(bias))
     x = np.random.default_rng(0).normal(size=(2, 20, 16)).astype(np.float32)
-    return jax.device_get(router(jnp.asarray(x))), x, np.asarray(router.kernel[...]), bias
+    return jax.device_get(router(jnp.asarray(x), None)), x, np.asarray(router.kernel[...]), bias
 
 
 def expected(moe, x, kernel, bias):
@@ -76,12 +76,12 @@ def test_the_bias_moves_the_choice_and_not_the_weights_and_has_no_gradient():
     router = Router(config, nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 16)), jnp.float32)
     router.bias = type(router.bias)(jnp.zeros(12).at[7].set(10.0))
-    routing = router(x)
+    routing = router(x, None)
     assert (routing.indices[..., 0] == 7).all()
     of_seven = routing.scores[..., 7] / jnp.take_along_axis(routing.scores, routing.indices, -1).sum(-1) * 2.5
     np.testing.assert_allclose(routing.weights[..., 0], of_seven, rtol=1e-6)
     graph, params, buffers = nnx.split(router, nnx.Param, ...)
-    weights = lambda buffers: jnp.square(nnx.merge(graph, params, buffers)(x).weights).sum()
+    weights = lambda buffers: jnp.square(nnx.merge(graph, params, buffers)(x, None).weights).sum()
     assert all((g == 0).all() for g in jax.tree.leaves(jax.grad(weights)(buffers)))
-    by_kernel = jax.grad(lambda params: jnp.square(nnx.merge(graph, params, buffers)(x).weights).sum())(params)
+    by_kernel = jax.grad(lambda params: jnp.square(nnx.merge(graph, params, buffers)(x, None).weights).sum())(params)
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(by_kernel))

@@ -55,6 +55,7 @@ def sequential(outer, layers, tokens):
     return x.swapaxes(0, 1).reshape(x.shape[1], -1)
 
   x = outer["first"][tokens.reshape(-1)]
+  objective += 0.1 * (x**2).sum()
   for kernel, bias in zip(layers["kernel"], layers["bias"], strict=True):
     x, u = layer(x, kernel, bias, to_experts, from_experts)
     objective += 0.1 * (u**2).sum()
@@ -68,7 +69,8 @@ def functions(tokens, mask, calls, experts):
 
   def first(outer, microbatch):
     calls.append("first")
-    return outer["first"][tokens[microbatch]], {"rows": jnp.int32(ROWS)}
+    x = outer["first"][tokens[microbatch]]
+    return x, 0.1 * (x**2).sum(), {"rows": jnp.int32(ROWS)}
 
   def to_experts(x):
     return (jax.lax.all_to_all(x, "expert", 1, 0, tiled=True) if experts > 1 else x)[None]
@@ -176,7 +178,7 @@ def test_nothing_leaks_from_where_there_is_no_item():
     return jax.tree.map(
       lambda leaf: leaf[None],
       interleaved_1f1b(
-        lambda outer, microbatch: (jnp.stack([outer * (microbatch + 1), 0 * outer]), ()),
+        lambda outer, microbatch: (jnp.stack([outer * (microbatch + 1), 0 * outer]), 0 * outer, ()),
         chunk,
         lambda outer, microbatch, y: (y[0], y[1]),
         pvary(outer),
@@ -205,7 +207,7 @@ def wide(microbatches):
   mesh, (table, _) = make_mesh(STAGES), layer_assignment(8, STAGES, CIRCUITS)
 
   def first(outer, microbatch):
-    return jnp.sin(outer + microbatch * jnp.ones((ROWS, WIDE))), {}
+    return jnp.sin(outer + microbatch * jnp.ones((ROWS, WIDE))), 0 * outer, {}
 
   def chunk(layers, virtual_stage, microbatch, x):
     return jax.lax.scan(lambda x, scale: (jnp.tanh(x * scale), None), x, layers)[0], 0.0, {}

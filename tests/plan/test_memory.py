@@ -11,6 +11,7 @@ from deepseek_jax.config import Config, MeshConfig, ParallelConfig, TrainConfig
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.plan.memory import COPIES, estimate_memory
+from deepseek_jax.training.schedule import StepInputs
 from deepseek_jax.training.state import init_state
 from deepseek_jax.training.step import make_train_step
 from deepseek_jax.training.step_config import StepConfig
@@ -36,7 +37,7 @@ def test_memory_estimate_is_near_what_xla_allocates(model):
     )
     state = jax.eval_shape(lambda: init_state(StepConfig.of(config, bos=0), jax.random.key(0)))
     batch = jax.ShapeDtypeStruct((1, 8, config.data.seq + 1), jnp.int32)
-    rates = dict.fromkeys(("learning_rate", "mtp_weight", "bias_update_rate"), np.float32(0))
+    rates = StepInputs.abstract("float32")
     xla = step.lower(state, batch, 1, rates).compile().memory_analysis()
   ours = estimate_memory(config)
   assert ours.params + ours.optimizer == pytest.approx(xla.argument_size_in_bytes, rel=0.01)

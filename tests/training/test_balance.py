@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from deepseek_jax.config import BalanceConfig
 from deepseek_jax.model.router import Routing
 from deepseek_jax.model_config import ModelConfig, MoEConfig
-from deepseek_jax.training.balance import balance_loss, expert_counts, load_metrics, update_router_bias
+from deepseek_jax.training.balance import balance_loss, expert_counts, load_metrics
 
 MOE = MoEConfig(num_routed_experts=6, num_experts_per_token=2, mlp=4, num_expert_groups=3, topk_groups=2)
 B, T, E, K = 2, 7, 6, 2
@@ -81,13 +80,6 @@ def test_an_even_load_has_loss_one_and_a_worse_one_more():
   r = Routing(indices, even[..., :2], even, even)
   balance = BalanceConfig(expert_loss=1.0)
   np.testing.assert_allclose(balance_loss(r, expert_counts(indices, E), MOE, balance), [1.0], rtol=1e-6)
-
-
-def test_biases_move_against_the_load():
-  buffers = {"moe_layers": {"moe": {"router": {"bias": jnp.zeros((2, 4))}}}}
-  loads = {"moe_layers": jnp.array([[5, 1, 3, 3], [3, 3, 3, 3]], jnp.int32)}
-  moved = jax.jit(update_router_bias)(buffers, loads, np.float32(0.5))
-  np.testing.assert_array_equal(moved["moe_layers"]["moe"]["router"]["bias"], [[-0.5, 0.5, 0, 0], [0, 0, 0, 0]])
 
 
 def test_load_metrics():

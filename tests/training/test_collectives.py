@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.sharding import spec
+from deepseek_jax.training.schedule import StepInputs
 from deepseek_jax.training.state import abstract_state
 from deepseek_jax.training.step import make_train_step
 from deepseek_jax.training.step_config import StepConfig
@@ -39,9 +40,7 @@ def collectives(model, mesh, parallel=(), microbatches=4):
     state = abstract_state(StepConfig.of(config, bos=0), mesh)
     rows = NamedSharding(mesh, spec(None, "batch", None))
     batch = jax.ShapeDtypeStruct((microbatches, 8, SEQ + 1), jnp.int32, sharding=rows)
-    rates = {
-      name: jax.ShapeDtypeStruct((), jnp.float32) for name in ("learning_rate", "mtp_weight", "bias_update_rate")
-    }
+    rates = StepInputs.abstract("float32")
     step = jax.jit(make_train_step(StepConfig.of(config, bos=0), graphdef(config.model)), static_argnums=2)
     text = step.lower(state, batch, microbatches, rates).compile().as_text()
   found = []

@@ -15,6 +15,7 @@ from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.model_config import AttentionConfig, Fp8Config, MoEConfig
 from deepseek_jax.sharding import spec
+from deepseek_jax.training.schedule import StepInputs
 from deepseek_jax.training.step import abstract_step
 from tests import configs
 from tests.configs import make_config
@@ -36,8 +37,7 @@ def train(config, steps):
   """([gradients of each step], [loss of each step]) of `steps` updates with one batch, on the mesh of `config`."""
   mesh = make_mesh(config.mesh, jax.devices()[: int(np.prod(dataclasses.astuple(config.mesh)))])
   ids = np.random.default_rng(0).integers(0, 64, (1, BATCH, SEQ + 1)).astype(np.int32)
-  rates = {"learning_rate": 3e-4, "mtp_weight": 0.3, "bias_update_rate": 0.0}
-  rates = {name: np.float32(rate) for name, rate in rates.items()}
+  rates = StepInputs(learning_rate=3e-4, mtp_weight=0.3).as_arrays("float32")
   gradients, losses = [], []
   with jax.set_mesh(mesh):
     state = make_state(config, mesh)

@@ -14,6 +14,7 @@ from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.sharding import spec
 from deepseek_jax.training.objective import document_positions
+from deepseek_jax.training.schedule import StepInputs
 from deepseek_jax.training.state import abstract_state, init_state, state_sha256
 from deepseek_jax.training.step import make_train_step
 from deepseek_jax.training.step_config import StepConfig
@@ -39,8 +40,7 @@ def tokens(step, microbatches=1, batch=8):
 
 
 def rates(learning_rate, dtype, mtp_weight=0.3, bias_update_rate=1e-3):
-  rates = {"learning_rate": learning_rate, "mtp_weight": mtp_weight, "bias_update_rate": bias_update_rate}
-  return {name: np.asarray(rate, dtype) for name, rate in rates.items()}
+  return StepInputs(learning_rate, mtp_weight, bias_update_rate).as_arrays(dtype)
 
 
 def train(config, mesh_config=None, steps=1, microbatches=1, rate=1e-2, dynamic=False, batches=tokens):

@@ -1,0 +1,167 @@
+"""What training does with what layers observe: `LAYER_AUX` has a row for each name in `LayerOutput.aux`.
+
+A row declares observations, each once: what a layer contributes to it, whether it is a loss, how it is summed over
+layers, devices and microbatches, and what is logged. The step, the pipeline, evaluation and logging follow from that.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.model.layer_output import LayerOutput
+from deepseek_jax.model_config import ModelConfig
+from deepseek_jax.sharding import axis_size, psum
+from deepseek_jax.training.balance import balance_loss, expert_counts, load_metrics
+from deepseek_jax.training.step_config import StepConfig
+from deepseek_jax.typing import PyTree
+
+# ({name: scalar}, {name: heights of bars}) that are logged.
+Logged = tuple[dict[str, float | int], dict[str, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+  """Declares an array that layers give, of one device's part of a microbatch. It is summed over the batch of the step.
+
+  is_loss: it is [batch], the mean over the tokens of each full sequence, alike on all devices that share a sequence. It
+    is a term of the objective, and a metric as a mean over the tokens of the batch. Otherwise it is a sum.
+  is_mean: that sum is divided by the tokens of the batch.
+  by_layer: it stays apart by layer, as {stack: [layers, ...]}. Otherwise it is summed over layers.
+  partial_over: logical axes of the mesh over which devices have parts of it, in addition to "batch".
+  skips_update: a step in which it is not 0 is skipped, and a held-out loss is NaN.
+  log: (model, {stack: [layers, ...]}) -> what is logged of it. None: the scalar itself.
+  """
+
+  is_loss: bool = False
+  is_mean: bool = False
+  by_layer: bool = False
+  partial_over: tuple[str, ...] = ()
+  skips_update: bool = False
+  log: Callable[[ModelConfig, dict[str, np.ndarray]], Logged] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerAux:
+  """What becomes of one name in `LayerOutput.aux`.
+
+  observe: (its value, config) -> {observation: array}. It runs in the layer, so that little is kept of a large value.
+  """
+
+  observe: Callable[[Any, StepConfig], dict[str, jax.Array]]
+  observations: Mapping[str, Observation]
+
+
+def observe_routing(routing: Any, config: StepConfig) -> dict[str, jax.Array]:
+  """Of a router.Routing: the load [experts] int32, the balance losses [batch], the overflow [] int32."""
+  counts = expert_counts(routing.indices, config.model.moe.num_routed_experts)  # [batch, experts]
+  loss = balance_loss(routing, counts, config.model.moe, config.balance)
+  return {"load": counts.sum(0, dtype=jnp.int32), "balance_loss": loss, "overflow": jnp.int32(routing.overflow)}
+
+
+LAYER_AUX = {
+  "routing": LayerAux(
+    observe_routing,
+    {
+      "load": Observation(by_layer=True, log=load_metrics),  # assignments to each expert
+      "balance_loss": Observation(is_loss=True),
+      # Assignments that overflowed the expert buffer, of this device's positions.
+      "overflow": Observation(partial_over=("seq",), skips_update=True),
+    },
+  ),
+}
+
+
+def observations() -> dict[str, Observation]:
+  """{name: Observation} of all rows."""
+  return {name: observation for row in LAYER_AUX.values() for name, observation in row.observations.items()}
+
+
+def make_aux_fn(config: StepConfig) -> Callable[[LayerOutput], dict[str, jax.Array]]:
+  """The aux_fn of training: {observation: array} of a layer's output. Raises KeyError for an aux without a row."""
+
+  def aux_fn(output):
+    observed: dict[str, jax.Array] = {}
+    for name, value in output.aux.items():
+      if name not in LAYER_AUX:
+        raise KeyError(f"a layer's aux has {name!r}, for which training.layer_aux.LAYER_AUX has no row")
+      observed |= LAYER_AUX[name].observe(value, config)
+    return observed
+
+  return aux_fn
+
+
+def sum_over_layers(observed: Mapping[str, jax.Array], stack: str, seq: int) -> tuple[jax.Array | float, PyTree]:
+  """(this device's term of the objective [], metrics: sums over this device's part of the batch).
+
+  observed: {observation: [layers, ...]} of the stack that is named `stack`. seq: length of the full sequences.
+  """
+  objective: jax.Array | float = 0.0
+  metrics: dict[str, PyTree] = {}
+  for name, value in observed.items():
+    declared = observations()[name]
+    if declared.by_layer:
+      metrics[name] = {stack: value}
+      continue
+    total = value.sum(dtype=value.dtype)
+    if declared.is_loss:
+      total = seq * total  # of [layers, batch]
+      objective += total / axis_size("stream")
+    metrics[name] = total
+  return objective, metrics
+
+
+def add_metrics(a: PyTree, b: PyTree) -> PyTree:
+  """The sum of two trees of metrics, of which each may lack what the other has."""
+  if not isinstance(a, dict):
+    return a + b
+  return {
+    name: add_metrics(a[name], b[name]) if name in a and name in b else (a | b)[name]
+    for name in [*a, *(b.keys() - a.keys())]
+  }
+
+
+def sum_over_devices(metrics: PyTree, *axes: str) -> PyTree:
+  """`metrics` summed over the devices of the logical `axes`, and of those over which an observation is partial."""
+  declared = observations()
+  partial = {
+    name: psum(x, *declared[name].partial_over) if name in declared and declared[name].partial_over else x
+    for name, x in metrics.items()
+  }
+  return psum(partial, *axes)
+
+
+def mean_over_tokens(metrics: PyTree, tokens: jax.Array | int) -> PyTree:
+  """`metrics` of a step, of whose sums those of the step itself, losses and means are divided by `tokens`."""
+  declared = observations()
+  return {
+    name: jax.tree.map(lambda x: x / tokens, x) if name not in declared or declared[name].is_loss or declared[name].is_mean else x
+    for name, x in metrics.items()
+  }  # fmt: skip
+
+
+def must_skip(metrics: PyTree) -> jax.Array | bool:
+  """Whether an observation says that the update is to be skipped."""
+  skip = False
+  for name, observation in observations().items():
+    if observation.skips_update and name in metrics:
+      skip |= metrics[name] != 0
+  return skip
+
+
+def logged_metrics(model: ModelConfig, metrics: Mapping[str, Any]) -> Logged:
+  """What is logged of the `metrics` of a step, on the host: scalars as they are, and what observations say of theirs."""
+  scalars: dict[str, float | int] = {}
+  histograms: dict[str, np.ndarray] = {}
+  for name, value in metrics.items():
+    declared = observations().get(name)
+    if declared and declared.log:
+      of_layers, bars = declared.log(model, value)
+      scalars |= of_layers
+      histograms |= bars
+    else:
+      scalars[name] = float(value)
+  return scalars, histograms

@@ -1,0 +1,38 @@
+"""How router biases move, and that nothing else does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from deepseek_jax.config import MeshConfig
+from deepseek_jax.mesh import make_mesh
+from deepseek_jax.model.router import RouterBias
+from deepseek_jax.model.transformer import buffer_types
+from deepseek_jax.training.router_bias import BIAS_RULES, update_router_biases
+from tests.configs import V3
+
+
+class Statistic(nnx.Variable):
+  """Another kind of buffer."""
+
+
+def test_the_sign_rule_moves_biases_against_the_load_and_no_other_buffer():
+  buffers = {"moe_layers": {"moe": {"router": {"bias": jnp.zeros((2, 4)), "seen": jnp.zeros((2, 4))}}}}
+  types = {"moe_layers": {"moe": {"router": {"bias": RouterBias, "seen": Statistic}}}}
+  metrics = {"load": {"moe_layers": jnp.array([[5, 1, 3, 3], [3, 3, 3, 3]], jnp.int32)}}
+
+  @jax.jit
+  def update(buffers, metrics, rate):
+    return update_router_biases(BIAS_RULES["sign"], buffers, types, metrics, rate)
+
+  moved = update(buffers, metrics, np.float32(0.5))["moe_layers"]["moe"]["router"]
+  np.testing.assert_array_equal(moved["bias"], [[-0.5, 0.5, 0, 0], [0, 0, 0, 0]])
+  np.testing.assert_array_equal(moved["seen"], 0)
+
+
+def test_the_buffers_of_a_model_are_known_by_type():
+  with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])):
+    types = buffer_types(V3)
+  assert types["moe_layers"]["moe"]["router"] == {"bias": RouterBias}
+  assert jax.tree.leaves(types) == [RouterBias] * 2  # of the stack and of multi-token prediction
