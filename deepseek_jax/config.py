@@ -43,7 +43,10 @@ class DataConfig(Section, path="data"):
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Section, path="optimizer"):
-  kind: str = field("adamw", "AdamW, or Muon for hidden matrices and AdamW for the rest", choices=("adamw", "muon"))
+  kind: str = field(
+    "adamw", "AdamW, or Muon for hidden matrices and AdamW for the rest",
+    choices=table_keys("optimizers.optimizer", "OPTIMIZERS"),
+  )  # fmt: skip
   clip: float = field(1.0, "global gradient norm above which gradients are scaled down", above=0)
   beta1: float = field(0.9, "AdamW's decay of the first moment", at_least=0, below=1)
   beta2: float = field(0.95, "AdamW's decay of the second moment", at_least=0, below=1)
