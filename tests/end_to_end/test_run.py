@@ -301,6 +301,21 @@ def test_the_length_of_sequences_may_change_and_tokens_go_on(folder, six_steps):
   assert [line["learning_rate"] for line in resumed[:2]] == pytest.approx([3e-3 * 0.832, 3e-3 * 0.96])
 
 
+def test_muon_resumes_bitwise(folder):
+  """Its state is other than AdamW's: of hidden matrices one momentum, of the others two moments."""
+  options = [f"--config.{field}" for field in (
+    "optimizer.kind=muon", "optimizer.moments_dtype=bfloat16", "model.layers=1", "model.num_mtp_layers=0", "train.steps=4",
+    "eval.every=100", "eval.final_sequences=1",
+  )]  # fmt: skip
+  run(folder, "muon", *options)
+  assert "stopped by SIGINT at step 2" in run_until(folder, "muon-stopped", 2, *options)
+  assert "resume   from the checkpoint of step 2" in run(folder, "muon-stopped", *options)
+  ends = [lines(folder, workdir, "events.jsonl")[-1] for workdir in ("muon", "muon-stopped")]
+  assert ends[0]["reason"] == "finished" and ends[0]["state_sha256"] == ends[1]["state_sha256"]
+  out = run(folder, "muon", "--config.optimizer.kind=adamw", *options[1:], "--config.train.steps=5", code=2)
+  assert "optimizer.kind: checkpoint muon, config adamw" in out and "Traceback" not in out
+
+
 def test_another_model_is_refused_with_the_fields(folder, uninterrupted):
   out = run(folder, "reference", "--config.model.mlp=96", "--config.train.steps=20", code=2)
   assert "model.mlp: checkpoint 48, config 96" in out and "--workdir" in out and "Traceback" not in out
