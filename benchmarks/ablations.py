@@ -86,19 +86,29 @@ def variant_overrides(overrides: Mapping[str, Any], name: str, steps: int) -> di
 
 
 def train_variant(values: flags.FlagValues, overrides: Mapping[str, Any], name: str) -> Run:
-  """Trains a variant, or continues its run.
-
-  Raises:
-    UserError: the run failed, or the workdir has a run with other settings.
-  """
+  """Trains a variant, or continues its run. Raises as `train_run`."""
   base, config = (load_config(values.config, variant_overrides(overrides, n, values.steps)) for n in ("mla", name))
   flops_per_token, base_flops_per_token = (training_flops(c.model, c.data.seq).causal for c in (config, base))
   steps = values.steps if name == "mtp_tokens" else round(values.steps * base_flops_per_token / flops_per_token)
   fields = variant_overrides(overrides, name, steps)
   workdir = os.path.join(values.workdir, f"{name}-{config.seed}")
-  check_same_settings(workdir, load_config(values.config, fields))
-  command = [sys.executable, "-m", "deepseek_jax.train", f"--config={values.config}", f"--workdir={workdir}"]
-  print(f"== {name}, seed {config.seed}: {steps} steps", flush=True)
+  return train_run(values.config, workdir, fields, f"{name}, seed {config.seed}: {steps} steps")
+
+
+def train_run(config_name: str, workdir: str, fields: Mapping[str, Any], title: str) -> Run:
+  """Trains in a process of its own, or continues the run in `workdir`; a finished one is not repeated.
+
+  Args:
+    fields: {field: value} that differ from the config `config_name`.
+    title: is printed before.
+
+  Raises:
+    UserError: the run failed, or the workdir has a run with other settings.
+  """
+  config = load_config(config_name, fields)
+  check_same_settings(workdir, config)
+  command = [sys.executable, "-m", "deepseek_jax.train", f"--config={config_name}", f"--workdir={workdir}"]
+  print(f"== {title}", flush=True)
   code = subprocess.call([*command, *(f"--config.{path}={value}" for path, value in fields.items())])
   if code:
     raise UserError(f"the run in {workdir} ended with exit code {code}, see above; the same command resumes it")
