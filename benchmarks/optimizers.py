@@ -1,8 +1,8 @@
 """Optimizers beside each other:  python -m benchmarks.optimizers --workdir=runs/optimizers
 
-Trains configs/tiny.py for --steps steps with each optimizer, at each of its peak learning rates, once per seed: all of the
-first seed before the next. A tenth of the steps is warm-up. The same command continues: finished runs are not repeated, an interrupted one resumes. Other
-settings need another --workdir. At the end it prints a Markdown table.
+Trains configs/tiny.py for --steps steps with each optimizer, at each of its peak learning rates, once per seed: all of
+the first seed before the next. A tenth of the steps is warm-up. The same command continues: finished runs are not
+repeated, an interrupted one resumes. Other settings need another --workdir. At the end it prints a Markdown table.
 """
 
 import os
