@@ -6,20 +6,22 @@ Of each matrix W [n, m], with the clipped gradient G, momentum M and rate eta (V
   O = newton_schulz(mu M + G)             Nesterov's momentum (Jordan et al. 2024)
   W = (1 - eta decay) W - eta gamma sqrt(max(n, m)) O
 
-- mu 0.95 (`optimizer.momentum`), gamma 0.18 (`optimizer.update_rms`), decay 0.1, the ten Newton-Schulz steps, and AdamW
-  for embedding, head and norms are the V4 report's, section 2. It was read in a translation that is public on GitHub, not
-  in the original. Its router is no exception, so that it is Muon's here.
-- gamma sqrt(max(n, m)): an orthogonal [n, m] has a root mean square of 1 / sqrt(max(n, m)), so that updates have one of
-  gamma, about AdamW's, and the same learning rate serves both (Moonlight, arXiv:2502.16982, with 0.2).
-- V4 says "each logically independent weight", and not whether heads are. Moonlight's code orthogonalizes the projection
-  of all heads as one matrix. So does this: heads x head_dim is one dimension. Gate and up are two matrices, MLA's
-  up-projection of keys and values is one, and each expert's are its own.
-- V4 clips no attention logits (QK-Clip): it has norms on queries and keys, which models up to V3 lack.
-- Clipping by the global norm comes first, in `make_optimizer`. It weighs a step against the others in the momentum. One
-  scale for all gradients of a step would cancel in the orthogonalization of that step alone. Whether V4 clips is not
-  in its report; V3 does, at 1.
-- Matrix products are in `model.compute_dtype`, bfloat16 by default, with sums in at least float32: V4 finds them stable in
-  bfloat16 (section 3.5.1).
+What is from where:
+- The V4 report, which was read in two translations on GitHub that agree, and not in the original: the steps above, the ten
+  Newton-Schulz steps, AdamW for embedding, head and norms and Muon for all else (section 2.4), so that routers have Muon;
+  mu 0.95 (`optimizer.momentum`), gamma 0.18 (`optimizer.update_rms`), decay 0.1 (section 4.2.2); products in bfloat16,
+  matrices of one shape in one batch, on whole matrices that the devices share (section 3.5.1).
+- Moonlight (arXiv:2502.16982): the root mean square of an orthogonal [n, m] is 1 / sqrt(max(n, m)). Scaled to gamma, which
+  is near that of AdamW's updates, one learning rate serves both.
+- A projection to or from all heads is one matrix, as in Moonlight's code. V4 says "each logically independent weight"
+  and not whether heads are. Gate and up are two matrices, MLA's up-projection of keys and values is one, and experts
+  have their own.
+- V4 has no clipping of attention logits (QK-Clip), since it has norms on queries and keys. Models up to V3 have neither.
+
+Clipping by the global norm comes before orthogonalization, in `make_optimizer`. It limits the share of one step's gradient
+in the momentum. Orthogonalization undoes any scale of the momentum as a whole.
+
+Matrix products are in `model.compute_dtype`, with sums in at least float32: bfloat16 by default, float64 in a float64 run.
 """
 
 import collections
