@@ -89,6 +89,9 @@ class AttentionConfig(Section, path="model.attention"):
   latent_norm_eps: float = field(
     1e-6, "mla: epsilon of the norms of both latents; every release hard-codes 1e-6", above=0
   )
+  window: int = field(
+    0, "sliding window: the positions that a position attends to, itself included; 0: all up to itself", at_least=0
+  )
   rope_theta: float = field(10_000.0, "base of the rotary frequencies", above=1)
   dropout: float = field(0.0, "dropout of attention probabilities", at_least=0, below=1)
   kv_comm: str = field(

@@ -28,6 +28,7 @@ def attention_with_dropout(
   *,
   scale: float,
   segment_ids: jax.Array | None = None,
+  window: int = 0,
   dropout_rate: float = 0.0,
   dropout_keys: jax.Array | None = None,
   implementation: str = "auto",
@@ -37,12 +38,12 @@ def attention_with_dropout(
   The kernels have no dropout. With it, XLA's matrix products are used, whatever the `implementation`.
   """
   if dropout_keys is None:
-    return attention(q, k, v, scale=scale, segment_ids=segment_ids, implementation=implementation)
+    return attention(q, k, v, scale=scale, segment_ids=segment_ids, window=window, implementation=implementation)
 
   def drop(probabilities):
     return dropout(probabilities, dropout_rate, dropout_keys.reshape(probabilities.shape[:3]))
 
-  return xla.causal_dot_product_attention(q, k, v, segment_ids, scale, drop)
+  return xla.causal_dot_product_attention(q, k, v, segment_ids, scale, window, drop)
 
 
 def causal_self_attention(
@@ -54,7 +55,7 @@ def causal_self_attention(
   batch_context: BatchContext,
   dropout_key: jax.Array | None,
 ) -> jax.Array:
-  """Attention of `q` [batch, seq, heads, key width] to all earlier positions of the sequence.
+  """Attention of `q` [batch, seq, heads, key width] to earlier positions: all, or the last `config.window`.
 
   Args:
     kv: tree of arrays [batch, seq, ...]. Where devices share the sequence, they exchange these.
@@ -70,14 +71,15 @@ def causal_self_attention(
     if config.kv_comm == "gather" and kernel != "xla":
       try:
         return all_gather_kv_attention(
-          q, kv, expand_kv, scale=scale, axis=axis, segment_ids=segment_ids, implementation=kernel
-        )
+          q, kv, expand_kv,
+          scale=scale, axis=axis, segment_ids=segment_ids, window=config.window, implementation=kernel,
+        )  # fmt: skip
       except Unsupported as e:
         if config.implementation != "auto":
           raise
         log_once(f"attention: falling back to XLA, chunk pair by chunk pair: {e}")
     return context_parallel_attention(
-      q, kv, expand_kv, scale=scale, axis=axis, kind=config.kv_comm, segment_ids=segment_ids
+      q, kv, expand_kv, scale=scale, axis=axis, kind=config.kv_comm, segment_ids=segment_ids, window=config.window
     )
   dropout_keys = None
   if dropout_key is not None and config.dropout:
@@ -86,14 +88,23 @@ def causal_self_attention(
   k, v = expand_kv(kv)
   return attention_with_dropout(
     q, k, v,
-    scale=scale, segment_ids=segment_ids, dropout_rate=config.dropout, dropout_keys=dropout_keys,
+    scale=scale, segment_ids=segment_ids, window=config.window, dropout_rate=config.dropout, dropout_keys=dropout_keys,
     implementation=config.implementation,
   )  # fmt: skip
 
 
-def decode_attention(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array, *, scale: float) -> jax.Array:
-  """Attention of a new token, `q` [batch, 1, heads, key width], to positions 0 .. `position` of cached `k` and `v`."""
-  return xla.masked_attention((jnp.arange(k.shape[1]) <= position)[None], q, k, v, scale=scale)
+def decode_attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array, *, scale: float, window: int
+) -> jax.Array:
+  """Attention of a new token, `q` [batch, 1, heads, key width], to positions 0 .. `position` of cached `k` and `v`.
+
+  With a `window`, to the last so many of them; the cache has the others too.
+  """
+  positions = jnp.arange(k.shape[1])
+  mask = positions <= position
+  if window:
+    mask = mask & (positions > position - window)
+  return xla.masked_attention(mask[None], q, k, v, scale=scale)
 
 
 def update_cache(cache: PyTree, new: PyTree, position: jax.Array) -> PyTree:
@@ -137,5 +148,5 @@ class Attention(nnx.Module):
     """(partial sums [batch, 1, embed], cache) of the token `x` [batch, 1, embed] at `position`."""
     q, *new = self.project_qkv(x, rotation)
     k, v = update_cache(cache, tuple(new), position)
-    y = decode_attention(q, k, v, position, scale=self.config.head_dim**-0.5)
+    y = decode_attention(q, k, v, position, scale=self.config.head_dim**-0.5, window=self.config.window)
     return self.o("bshk,hkd->bsd", y), (k, v)

@@ -58,6 +58,15 @@ def chunk_pairs(
   return (LATE, EARLY), (like, like)
 
 
+def chunk_distance(device: jax.Array, source: jax.Array, pair: jax.Array, devices: int) -> jax.Array:
+  """Chunks of the sequence from a key chunk of `source` to a query chunk of `device`, for a (query, key) `pair`."""
+
+  def index(device, chunk):
+    return jnp.where(chunk == EARLY, device, 2 * devices - 1 - device)
+
+  return index(device, pair[0]) - index(source, pair[1])
+
+
 def context_parallel_attention(
   q: jax.Array,
   kv: PyTree,
@@ -67,6 +76,7 @@ def context_parallel_attention(
   axis: str,
   kind: str,
   segment_ids: jax.Array | None = None,
+  window: int = 0,
 ) -> jax.Array:
   """Causal attention to the whole sequence, inside `spmd`. Each device holds the positions of `zigzag`.
 
@@ -82,24 +92,27 @@ def context_parallel_attention(
     axis: mesh axis that shares the sequence, of C > 1 devices.
     kind: of KV_COMM: how `kv` is exchanged.
     segment_ids: int [batch, seq / C]; positions attend within their segment only.
+    window: keys that a query sees, itself included; 0: all up to itself. Pairs of chunks that the window masks as a
+      whole are computed too: devices keep equal work, and no less of it.
 
   Returns:
     [batch, seq / C, heads, value width] in the dtype of `q`, which keys and values share.
   """
   device, own_shard = jax.lax.axis_index(axis), (kv, segment_ids)
 
-  def attend_pair(shard, pair, own):
+  def attend_pair(shard, source, pair, own):
     # The chunks are sliced inside the checkpoint, so that it saves one `q` and one `shard`, and no copy for each pair.
-    attend = functools.partial(_attend_pair, expand_kv, scale, own)
-    return jax.checkpoint(attend, prevent_cse=False)(q, segment_ids, shard, pair)
+    attend = functools.partial(_attend_pair, expand_kv, scale, window, own)
+    distance = chunk_distance(device, source, pair, jax.lax.axis_size(axis)) if window else None
+    return jax.checkpoint(attend, prevent_cse=False)(q, segment_ids, shard, pair, distance)
 
   # Loops, so that the logits of one pair exist at a time. The first two results start the states of both query chunks.
-  own = jax.lax.map(lambda pair: attend_pair(own_shard, pair, own=True), jnp.array(OWN_PAIRS))
+  own = jax.lax.map(lambda pair: attend_pair(own_shard, device, pair, own=True), jnp.array(OWN_PAIRS))
   state = _merge(jax.tree.map(lambda x: x[:2], own), LATE, jax.tree.map(lambda x: x[2], own))
 
   def attend_shard(state, source, shard):
     def attend(state, pair):
-      return _merge(state, pair[0], attend_pair(shard, pair, own=False)), None
+      return _merge(state, pair[0], attend_pair(shard, source, pair, own=False)), None
 
     return jax.lax.scan(attend, state, jnp.array(chunk_pairs(source, device)))[0]
 
@@ -118,6 +131,7 @@ def all_gather_kv_attention(
   scale: float,
   axis: str,
   segment_ids: jax.Array | None = None,
+  window: int = 0,
   implementation: str = "auto",
 ) -> jax.Array:
   """As `context_parallel_attention`, by a kernel that skips masked blocks.
@@ -131,7 +145,10 @@ def all_gather_kv_attention(
   segments = None if segment_ids is None else (segment_ids, gather(segment_ids))
   k, v = expand_kv(jax.tree.map(gather, kv))
   positions, device = zigzag(k.shape[1], jax.lax.axis_size(axis)), jax.lax.axis_index(axis)
-  return attention_of_part(q, k, v, positions, device, scale=scale, segment_ids=segments, implementation=implementation)
+  return attention_of_part(
+    q, k, v, positions, device,
+    scale=scale, segment_ids=segments, window=window, implementation=implementation,
+  )  # fmt: skip
 
 
 def _undo_zigzag(gathered: jax.Array) -> jax.Array:
@@ -175,15 +192,17 @@ KV_COMM = {"gather": _all_gather_kv, "ring": _ring_kv}
 def _attend_pair(
   expand_kv: ExpandKV,
   scale: float,
+  window: int,
   own: bool,
   q: jax.Array,
   segment_ids: jax.Array | None,
   shard: KVShard,
   pair: jax.Array,
+  distance: jax.Array | None,
 ) -> SoftmaxState:
   """Softmax state of one pair: max logit and denominator [batch, heads, L], numerator [batch, heads, L, value width].
 
-  `own`: whether `shard` is this device's. A query that attends to no key of the pair has the lowest logit and sums that
+  `own`: whether `shard` is this device's. `distance`: of the chunks, see `chunk_distance`; with a window only. A query that attends to no key of the pair has the lowest logit and sums that
   are finite and mean nothing: their weight is zero in `_merge`.
   """
   (query_chunk, key_chunk), length = pair, q.shape[1] // 2
@@ -201,6 +220,9 @@ def _attend_pair(
   lowest = jnp.finfo(logits.dtype).min
   if own:
     logits = jnp.where(jnp.tril(jnp.ones((length, length), bool)) | (query_chunk > key_chunk), logits, lowest)
+  if distance is not None:
+    positions = jnp.arange(length)
+    logits = jnp.where(distance * length + positions[:, None] - positions < window, logits, lowest)
   if segment_ids is not None:
     q_segments, k_segments = slice_chunk(segment_ids, query_chunk), slice_chunk(kv_segment_ids, key_chunk)
     logits = jnp.where((q_segments[:, :, None] == k_segments[:, None])[:, None, None], logits, lowest)

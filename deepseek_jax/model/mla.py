@@ -99,6 +99,7 @@ class MLA(nnx.Module):
     k_up, v_up = jnp.split(self.kv_b.weight(x.dtype), [self.config.qk_nope_head_dim], -1)
     q_latent = jnp.einsum("bqhk,chk->bqhc", q_nope, k_up)
     q, k = jnp.concatenate([q_latent, q_rope], -1), jnp.concatenate([latent, k_rope], -1)
-    y = decode_attention(q, k[:, :, None], latent[:, :, None], position, scale=self.scale)  # [batch, 1, heads, kv_lora]
+    # [batch, 1, heads, kv_lora]
+    y = decode_attention(q, k[:, :, None], latent[:, :, None], position, scale=self.scale, window=self.config.window)
     y = jnp.einsum("bqhc,chv->bqhv", y, v_up)
     return self.o("bshv,hvd->bsd", y), (latent, k_rope)

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import AbstractDevice
 
 from deepseek_jax.config import MeshConfig
+from deepseek_jax.kernels.attention.api import count_visible_pairs
 from deepseek_jax.mesh import abstract_mesh
 from deepseek_jax.model.transformer import graphdef, init_params
 from deepseek_jax.model_config import ModelConfig, MoEConfig
@@ -82,7 +83,8 @@ class TrainingFlops:
 
   - `matmul`: 6 per parameter that multiplies. Of the routed experts, those that a token chose.
   - `attention_full`: attention scores and values, for every pair of positions, as XLA computes them.
-  - `attention_causal`: the same for the pairs that a causal model needs, on average (seq + 1) / 2 per token.
+  - `attention_causal`: the same for the pairs that a causal model needs, on average (seq + 1) / 2 per token, or with a
+    sliding window nearly the window.
 
   MLA counts in its expanded form. Each depth of multi-token prediction counts as a layer of all positions, since that
   is what runs, with a pass of its own through the head.
@@ -117,6 +119,6 @@ def training_flops(config: ModelConfig, seq: int) -> TrainingFlops:
   macs_per_pair = a.heads * sum(ATTENTION_PLANS[a.kind].head_dims(a)) * (config.layers + config.num_mtp_layers)
   return TrainingFlops(
     6 * matmul_params,
-    attention_causal=6 * macs_per_pair * (seq + 1) / 2,
+    attention_causal=6 * macs_per_pair * count_visible_pairs(seq, a.window) / seq,
     attention_full=6 * macs_per_pair * seq,
   )

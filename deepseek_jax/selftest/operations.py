@@ -14,6 +14,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from deepseek_jax.kernels.attention.api import count_visible_pairs
 from deepseek_jax.kernels.implementations import Call
 from deepseek_jax.kernels.qtensor import QTensor, tile_counts
 from deepseek_jax.model.context_parallel import zigzag
@@ -121,7 +122,7 @@ def cap_size(size: int, limit: int) -> int:
   return size if size <= limit else limit + size % 128
 
 
-# attention(q, k, v, segment_ids, scale): [batch, seq, heads, width].
+# attention(q, k, v, segment_ids, scale, window): [batch, seq, heads, width].
 
 
 def _shrink_heads(q, k, v):
@@ -130,15 +131,21 @@ def _shrink_heads(q, k, v):
   return kv_heads * group, kv_heads
 
 
-def _shrink_attention(q, k, v, segment_ids, scale):
+def _shrink_window(window, seq):
+  """`window`, or so much of it that a shorter sequence still has masked blocks."""
+  return min(window, seq // 2)
+
+
+def _shrink_attention(q, k, v, segment_ids, scale, window):
   (heads, kv_heads), seq = _shrink_heads(q, k, v), cap_size(q.shape[1], MAX_SEQ)
   q, k, v = (
     jax.ShapeDtypeStruct((1, seq, n, x.shape[3]), x.dtype) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads))
   )
-  return q, k, v, None if segment_ids is None else resize(segment_ids, 1, seq), scale
+  segment_ids = None if segment_ids is None else resize(segment_ids, 1, seq)
+  return q, k, v, segment_ids, scale, _shrink_window(window, seq)
 
 
-def _shrink_attention_of_part(q, k, v, segment_ids, scale, positions, shard):
+def _shrink_attention_of_part(q, k, v, segment_ids, scale, window, positions, shard):
   heads, kv_heads = _shrink_heads(q, k, v)
   if k.shape[1] > MAX_SEQ:
     positions = zigzag(MAX_SEQ, len(positions))
@@ -147,27 +154,27 @@ def _shrink_attention_of_part(q, k, v, segment_ids, scale, positions, shard):
   k, v = (jax.ShapeDtypeStruct((1, shards * queries, kv_heads, x.shape[3]), x.dtype) for x in (k, v))
   if segment_ids is not None:
     segment_ids = tuple(resize(ids, 1, x.shape[1]) for ids, x in zip(segment_ids, (q, k), strict=True))
-  return q, k, v, segment_ids, scale, positions, shard
+  return q, k, v, segment_ids, scale, _shrink_window(window, k.shape[1]), positions, shard
 
 
-def _attention_integers(q, k, v, segment_ids, scale):
-  return q, k, v, None if segment_ids is None else packed_segment_ids(*segment_ids.shape), scale
+def _attention_integers(q, k, v, segment_ids, scale, window):
+  return q, k, v, None if segment_ids is None else packed_segment_ids(*segment_ids.shape), scale, window
 
 
-def _attention_of_part_integers(q, k, v, segment_ids, scale, positions, shard):
+def _attention_of_part_integers(q, k, v, segment_ids, scale, window, positions, shard):
   shard = len(positions) - 1
   if segment_ids is not None:
     keys = packed_segment_ids(*segment_ids[1].shape)
     segment_ids = keys[:, positions[shard]], keys
-  return q, k, v, segment_ids, scale, positions, np.int32(shard)
+  return q, k, v, segment_ids, scale, window, positions, np.int32(shard)
 
 
-def _attention_flops(q, k, v, *_):
-  """Causal: half of the pairs.
+def _attention_flops(q, k, v, segment_ids, scale, window, *_):
+  """Causal: half of the pairs, or the window's.
 
   Forward q k and p v; backward the scores again, their gradient, and those of q, k and v.
   """
-  pairs = q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1] / 2
+  pairs = q.shape[0] * q.shape[2] * q.shape[1] * (count_visible_pairs(k.shape[1], window) / k.shape[1])
   return 2 * pairs * (4 * q.shape[3] + 3 * v.shape[3])
 
 

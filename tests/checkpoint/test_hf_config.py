@@ -159,6 +159,10 @@ def test_a_model_that_hugging_face_has_no_class_for_is_refused():
   attention = dataclasses.replace(v2.attention, latent_norm_eps=1e-5)
   with pytest.raises(CheckpointError, match="latent_norm_eps=1e-05"):
     to_hf_config(dataclasses.replace(v2, attention=attention), "float32")
+  for raw in (LLAMA, V3):
+    model = read(raw)
+    with pytest.raises(CheckpointError, match="model.attention.window=8 cannot be expressed"):
+      to_hf_config(dataclasses.replace(model, attention=dataclasses.replace(model.attention, window=8)), "float32")
   v1 = read(V1)
   with pytest.raises(CheckpointError, match="head_dim=24"):
     to_hf_config(dataclasses.replace(v1, attention=dataclasses.replace(v1.attention, head_dim=24)), "float32")

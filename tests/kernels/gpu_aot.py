@@ -123,10 +123,10 @@ def attention_cases():
   positions = np.arange(4096, dtype=np.int32).reshape(2, 2048)
 
   def full(segments, *arrays):
-    return pallas_gpu.attention(*arrays, segments, 0.1)
+    return pallas_gpu.attention(*arrays, segments, 0.1, 0)
 
   def part(segments, q, k, v):
-    return pallas_gpu.attention_of_part(q[:, :2048], k, v, (segments[:, :2048], segments), 0.1, positions, 0)
+    return pallas_gpu.attention_of_part(q[:, :2048], k, v, (segments[:, :2048], segments), 0.1, 0, positions, 0)
 
   def gradients(attention, segments, *arrays):
     y, pull = jax.vjp(functools.partial(attention, segments), *arrays)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from deepseek_jax.kernels.attention import pallas_tpu
 from deepseek_jax.kernels.attention.api import attention, attention_of_part
 from deepseek_jax.kernels.implementations import Unsupported
 from deepseek_jax.model.context_parallel import zigzag
@@ -28,19 +29,28 @@ def problem(name, dtype=np.float32):
   return [jnp.asarray(rng.normal(size=(batch, seq, *shape)), dtype) for shape in shapes], jnp.asarray(segments)
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
-def computed(q, k, v, dy, segments, implementation):
+@functools.partial(jax.jit, static_argnames=("implementation", "window"))
+def computed(q, k, v, dy, segments, implementation, window=0):
   """(y, dq, dk, dv)."""
-  options = {"scale": 0.1, "segment_ids": segments, "implementation": implementation}
+  options = {"scale": 0.1, "segment_ids": segments, "window": window, "implementation": implementation}
   y, pull = jax.vjp(lambda q, k, v: attention(q, k, v, **options), q, k, v)
   return y, *pull(dy)
 
 
-@pytest.mark.parametrize(("name", "packed"), [("mla", True), ("gqa in several blocks", True), ("mqa", False)])
-def test_values_and_gradients(name, packed):
+@pytest.mark.parametrize(
+  ("name", "packed", "window"),
+  [
+    ("mla", True, 0),
+    ("gqa in several blocks", True, 0),
+    ("mqa", False, 0),
+    ("gqa in several blocks", True, 100),
+    ("mqa", False, 7),
+  ],
+)
+def test_values_and_gradients(name, packed, window):
   arrays, segments = problem(name)
   segments = segments if packed else None
-  ours, expected = (computed(*arrays, segments, implementation) for implementation in ("pallas_tpu", "xla"))
+  ours, expected = (computed(*arrays, segments, implementation, window) for implementation in ("pallas_tpu", "xla"))
   for a, b in zip(ours, expected, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
 
@@ -80,7 +90,8 @@ def test_inside_shard_map_the_gradients_of_shared_keys_add_up():
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), ours, expected)
 
 
-def test_parts_of_a_sequence_are_the_whole():
+@pytest.mark.parametrize("window", [0, 100])
+def test_parts_of_a_sequence_are_the_whole(window):
   """Three devices' queries, in two blocks or one; the part is traced, as a device's own number is."""
   (q, k, v, dy), segments = problem("gqa in several blocks")
   positions = zigzag(384, 3)
@@ -89,11 +100,12 @@ def test_parts_of_a_sequence_are_the_whole():
   def of_part(q, k, v, dy, part, implementation):
     q_positions = jnp.asarray(positions)[part]
     select = lambda x: jnp.take(x, jnp.asarray(positions)[part], 1)
-    options = {"scale": 0.1, "segment_ids": (segments[:, q_positions], segments), "implementation": implementation}
+    options = {"scale": 0.1, "segment_ids": (segments[:, q_positions], segments), "window": window}
+    options["implementation"] = implementation
     y, pull = jax.vjp(lambda q, k, v: attention_of_part(select(q), k, v, positions, part, **options), q, k, v)
     return jnp.zeros_like(dy).at[:, q_positions].set(y), *pull(select(dy))
 
-  expected = computed(q, k, v, dy, segments, "xla")
+  expected = computed(q, k, v, dy, segments, "xla", window)
   for implementation in ("xla", "pallas_tpu"):
     of_parts = [of_part(q, k, v, dy, part, implementation) for part in range(3)]
     for a, b in zip(map(sum, zip(*of_parts, strict=True)), expected, strict=True):
@@ -106,3 +118,11 @@ def test_what_the_kernel_does_not_support_is_an_error():
     attention(q[:, :100], k[:, :100], v[:, :100], scale=1, implementation="pallas_tpu")
   with jax.enable_x64(True), pytest.raises(Unsupported, match="not float64"):
     attention(*(x.astype(jnp.float64) for x in (q, k, v)), scale=1, implementation="pallas_tpu")
+
+
+def test_cost_counts_the_blocks_that_the_window_leaves():
+  """Blocks of 128 keys for 128 queries: each sees its own, and the one before it."""
+  full, windowed = (pallas_tpu._visible_blocks(1024, 1024, 128, 128, window) for window in (0, 100))
+  assert (full, windowed) == (8 * 9 / 2, 8 + 7)
+  assert pallas_tpu._visible_blocks(1024, 1024, 128, 128, 1024) == full
+  assert pallas_tpu._splash_cost(100) is pallas_tpu._splash_cost(100)

@@ -128,10 +128,13 @@ def assert_close(ours, exact):
 @NEEDS_JAX_0_11
 @NEEDS_TOKAMAX
 @pytest.mark.kernels
-@pytest.mark.parametrize(("name", "packed"), [("mla", True), ("gqa", True), ("narrow", False)])
-def test_values_and_gradients(name, packed, on_cpu):
+@pytest.mark.parametrize(
+  ("name", "packed", "window"),
+  [("mla", True, 0), ("gqa", True, 0), ("narrow", False, 0), ("mla", True, 100), ("narrow", False, 7)],
+)
+def test_values_and_gradients(name, packed, window, on_cpu):
   arrays, segments = problem(name)
-  attend = functools.partial(attention, scale=0.1, segment_ids=segments if packed else None)
+  attend = functools.partial(attention, scale=0.1, segment_ids=segments if packed else None, window=window)
   ours = jax.jit(functools.partial(results, functools.partial(attend, implementation="pallas_gpu")))(*arrays)
   assert_close(ours, results(functools.partial(attend, implementation="xla"), *(x.astype(jnp.float32) for x in arrays)))
 
@@ -139,14 +142,15 @@ def test_values_and_gradients(name, packed, on_cpu):
 @NEEDS_JAX_0_11
 @NEEDS_TOKAMAX
 @pytest.mark.kernels
-def test_parts_of_a_sequence_are_the_whole(on_cpu):
+@pytest.mark.parametrize("window", [0, 100])
+def test_parts_of_a_sequence_are_the_whole(window, on_cpu):
   (q, k, v, dy), segments = problem("mla")
   positions = zigzag(256, 2)
 
   def of_part(part, q, k, v):
     q_positions = jnp.asarray(positions)[part]
     ids = segments[:, q_positions], segments
-    kwargs = {"scale": 0.1, "segment_ids": ids, "implementation": "pallas_gpu"}
+    kwargs = {"scale": 0.1, "segment_ids": ids, "window": window, "implementation": "pallas_gpu"}
     return attention_of_part(q[:, q_positions], k, v, positions, part, **kwargs)
 
   ours = [
@@ -158,7 +162,7 @@ def test_parts_of_a_sequence_are_the_whole(on_cpu):
   order = np.argsort(positions.reshape(-1))
   y = jnp.concatenate([y for y, *_ in ours], 1)[:, order]
   gradients = (sum(x.astype(jnp.float32) for x in pair) for pair in zip(*(g for _, *g in ours), strict=True))
-  whole = functools.partial(attention, scale=0.1, segment_ids=segments, implementation="xla")
+  whole = functools.partial(attention, scale=0.1, segment_ids=segments, window=window, implementation="xla")
   exact = results(whole, *(x.astype(jnp.float32) for x in (q, k, v, dy)))
   assert_close((y, *(x.astype(jnp.bfloat16) for x in gradients)), exact)
 

@@ -79,12 +79,12 @@ def pulled_back(attention, primals, cotangents):
   return y, pull(cotangents)
 
 
-def shared(name, kind, backward=True):
+def shared(name, kind, backward=True, window=0):
   """The program of all devices: (primals, segment_ids, cotangents) to (values, gradients), or to values alone."""
 
   def attention(segment_ids, q, keys, weights):
     expand = functools.partial(ATTENTIONS[name][0], weights)
-    return FORMS[kind](q, keys, expand, scale=0.5, axis="context", segment_ids=segment_ids)
+    return FORMS[kind](q, keys, expand, scale=0.5, axis="context", segment_ids=segment_ids, window=window)
 
   def program(primals, segment_ids, cotangents):
     q, keys, weights = primals
@@ -106,18 +106,18 @@ def permuted(tree, order, sharding=None):
 
 
 @functools.cache
-def alone(name, dtype, packed):
+def alone(name, dtype, packed, window=0):
   """(values, gradients) of `attention_with_dropout` on one device."""
   primals, segments, cotangents = inputs(name, dtype)
 
   def attention(q, keys, weights):
     expanded = ATTENTIONS[name][0](weights, keys)
-    return attention_with_dropout(q, *expanded, scale=0.5, segment_ids=segments if packed else None)
+    return attention_with_dropout(q, *expanded, scale=0.5, segment_ids=segments if packed else None, window=window)
 
   return jax.jit(functools.partial(pulled_back, attention))(primals, cotangents)
 
 
-def both(name, kind, parts, dtype=np.float64, packed=True):
+def both(name, kind, parts, dtype=np.float64, packed=True, window=0):
   """(values, gradients) of shared sequences, back in their order, and those of `alone`."""
   (q, keys, weights), segments, cotangents = inputs(name, dtype)
   order, mesh = zigzag(SEQ, parts).reshape(-1), mesh_of(parts)
@@ -125,9 +125,9 @@ def both(name, kind, parts, dtype=np.float64, packed=True):
     put = functools.partial(permuted, order=order, sharding=jax.NamedSharding(mesh, SHARED))
     weights = jax.device_put(weights, jax.NamedSharding(mesh, jax.P()))
     arguments = ((*put((q, keys)), weights), put(segments if packed else None), put(cotangents))
-    y, (*gradients, of_weights) = jax.block_until_ready(shared(name, kind)(*arguments))
+    y, (*gradients, of_weights) = jax.block_until_ready(shared(name, kind, window=window)(*arguments))
   y, gradients = permuted((y, gradients), np.argsort(order))
-  return (y, (*gradients, of_weights)), alone(name, dtype, packed)
+  return (y, (*gradients, of_weights)), alone(name, dtype, packed, window)
 
 
 def assert_equal(found, expected, tolerance):
@@ -147,6 +147,13 @@ def assert_equal(found, expected, tolerance):
 def test_values_and_gradients_are_those_of_the_whole_sequence(name, parts, packed, kind):
   with jax.enable_x64(True):
     assert_equal(*both(name, kind, parts, packed=packed), 1e-12)
+
+
+@pytest.mark.parametrize("kind", FORMS)
+@pytest.mark.parametrize("name, window, packed", [("gqa", 3, True), ("mla", 13, False)])  # within a chunk, and beyond
+def test_with_a_sliding_window(name, window, packed, kind):
+  with jax.enable_x64(True):
+    assert_equal(*both(name, kind, 4, packed=packed, window=window), 1e-12)
 
 
 @KINDS

@@ -27,6 +27,8 @@ ATTENTIONS = {
   "mla with yarn": dataclasses.replace(MLA, yarn=YARN),
   "gqa": GQA,
   "mha": dataclasses.replace(GQA, kv_heads=4),
+  "mla with a window": dataclasses.replace(MLA, window=3),
+  "gqa with a window": dataclasses.replace(GQA, window=3),
 }
 
 

@@ -35,9 +35,9 @@ HEADS = array(2, 256, 4, 24), array(2, 256, 2, 24), array(2, 256, 2, 16)
 SIZES = array(4, dtype=jnp.int32)
 # Arguments of small calls.
 CALLS = {
-  "attention.attention": [(*HEADS, None, 0.2), (*HEADS, IDS, 0.2)],
+  "attention.attention": [(*HEADS, None, 0.2, 0), (*HEADS, IDS, 0.2, 100)],
   "attention.attention_of_part": [
-    (array(2, 128, 4, 24), *HEADS[1:], (array(2, 128, dtype=jnp.int32), IDS), 0.2, POSITIONS, array(dtype=jnp.int32))
+    (array(2, 128, 4, 24), *HEADS[1:], (array(2, 128, dtype=jnp.int32), IDS), 0.2, 0, POSITIONS, array(dtype=jnp.int32))
   ],
   "grouped_matmul.grouped_matmul": [(array(256, 24), array(4, 24, 40), SIZES, 8)],
   "fp8_matmul.matmul": [

@@ -26,6 +26,11 @@ DENSE, V3 = (make_config(model, SEQ, BATCH, BATCH // MICROBATCHES, loss_chunk=5)
 # The parts of V3, of which a program is compiled in a fraction of the time.
 CONFIGS = {
   "dense": DENSE, "v3": V3, "moe": with_model(V3, num_mtp_layers=0), "mtp": with_model(DENSE, num_mtp_layers=1),
+  # A sliding window, within documents.
+  "window": with_model(
+    dataclasses.replace(DENSE, data=dataclasses.replace(DENSE.data, mask_documents=True)),
+    attention=dataclasses.replace(configs.GQA, window=5),
+  ),
 }  # fmt: skip
 
 
@@ -109,6 +114,7 @@ FOUR = [
   ("dense", dict(data=2, fsdp=2), dict(zero=2)),
   ("dense", dict(stage=2, fsdp=2), dict(virtual_stages=2, stage_layers=(1, 2, 1, 0))),
   ("mtp", dict(stage=2, context=2), {}),
+  ("window", dict(stage=2, tensor=2), {}),
   ("moe", dict(expert=4), {}),
   ("moe", dict(fsdp=2, expert=2), dict(zero=1)),
   ("moe", dict(expert=2, tensor=2), dict(mla_latent="sharded")),
@@ -148,7 +154,7 @@ def name(case):
 
 
 # The layouts that the newest jax is tried with as well: between them every kind of collective.
-SAMPLE = FOUR[5], FOUR[7], FOUR[10], FOUR[11]
+SAMPLE = FOUR[5], FOUR[7], FOUR[11], FOUR[12]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""Causal attention of a training step: softmax(scale q k^T) v. A query sees the keys of its segment up to itself."""
+"""Causal attention of a training step: softmax(scale q k^T) v.
+
+A query sees the keys of its segment up to itself; with a sliding window of w, the last w of them.
+"""
 
 import jax
 import numpy as np
@@ -13,6 +16,7 @@ def attention(
   *,
   scale: float,
   segment_ids: jax.Array | None = None,
+  window: int = 0,
   implementation: str = "auto",
 ) -> jax.Array:
   """[batch, seq, heads, value width] in the dtype of `v`; logits and softmax in at least float32.
@@ -21,13 +25,14 @@ def attention(
     q: [batch, seq, heads, key width]. k: [batch, seq, kv_heads, key width]. v: [batch, seq, kv_heads, value width].
     scale: factor of the logits.
     segment_ids: [batch, seq] int; positions attend within their segment only, a run of equal numbers.
+    window: keys that a query sees, itself included; 0: all up to itself.
     implementation: as in `call_kernel`; "pallas_tpu" is jax's splash attention, "pallas_gpu" that of tokamax, if it is
       installed; neither holds scores in memory.
 
   Raises:
     ValueError: an `implementation` that does not exist, or does not support this.
   """
-  return call_kernel("attention", "attention", implementation, q, k, v, segment_ids, scale)
+  return call_kernel("attention", "attention", implementation, q, k, v, segment_ids, scale, window)
 
 
 def attention_of_part(
@@ -39,6 +44,7 @@ def attention_of_part(
   *,
   scale: float,
   segment_ids: tuple[jax.Array, jax.Array] | None = None,
+  window: int = 0,
   implementation: str = "auto",
 ) -> jax.Array:
   """`attention` of one context-parallel shard: of queries at `positions[shard]` of a sequence, to all of its keys.
@@ -48,8 +54,17 @@ def attention_of_part(
     positions: [shards, queries] int32 of NumPy, which hold each position of the sequence once.
     shard: which row of `positions`; it may be traced.
     segment_ids: (of the queries [batch, queries], of the keys [batch, seq]).
+    window: as in `attention`.
 
   Raises:
     ValueError: as `attention`.
   """
-  return call_kernel("attention", "attention_of_part", implementation, q, k, v, segment_ids, scale, positions, shard)
+  return call_kernel(
+    "attention", "attention_of_part", implementation, q, k, v, segment_ids, scale, window, positions, shard
+  )
+
+
+def count_visible_pairs(seq: int, window: int) -> int:
+  """Pairs of a query and a key that it sees, in a sequence of one segment. `window`: as in `attention`."""
+  window = min(window or seq, seq)
+  return window * (window + 1) // 2 + (seq - window) * window

@@ -1,7 +1,7 @@
 """tokamax's flash attention for Hopper: blocks of scores stay on the chip, forward and backward.
 
 Its kernels are called directly, since its public function asks the local device. A segment is a run of positions, so
-that a query sees the keys from its segment's first on. Forward, blocks that no query of a block sees are skipped;
+that a query sees the keys from its segment's first on, or from its window's. Forward, blocks that no query of a block sees are skipped;
 backward they are masked.
 """
 
@@ -34,9 +34,12 @@ def import_library() -> None:
     importlib.import_module(f"{MODULES}_vjp_kernel_sm90")
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, scale: float) -> jax.Array:
+def attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, scale: float, window: int
+) -> jax.Array:
   _check_operands(q, k, v)
-  return _attention(scale, *match_vma(q, k, v, _segment_starts(segment_ids), None))
+  starts = _window_starts(_segment_starts(segment_ids), jnp.arange(q.shape[1], dtype=jnp.int32), len(q), window)
+  return _attention(scale, *match_vma(q, k, v, starts, None))
 
 
 def attention_of_part(
@@ -45,12 +48,14 @@ def attention_of_part(
   v: jax.Array,
   segment_ids: tuple[jax.Array, jax.Array] | None,
   scale: float,
+  window: int,
   positions: np.ndarray,
   shard: int | jax.Array,
 ) -> jax.Array:
   _check_operands(q, k, v)
   q_positions = jnp.asarray(positions)[shard]
   starts = None if segment_ids is None else _segment_starts(segment_ids[1])[..., q_positions]
+  starts = _window_starts(starts, q_positions, len(q), window)
   ends = jnp.broadcast_to(q_positions + 1, (q.shape[0], 1, q.shape[1]))
   return _attention(scale, *match_vma(q, k, v, starts, ends))
 
@@ -88,6 +93,14 @@ def _segment_starts(segment_ids):
   is_first = jnp.ones_like(segment_ids[:, :1], bool)
   is_first = jnp.concatenate([is_first, segment_ids[:, 1:] != segment_ids[:, :-1]], 1)
   return jax.lax.cummax(jnp.where(is_first, position, 0), axis=1)[:, None]
+
+
+def _window_starts(starts, q_positions, batch, window):
+  """`starts` [batch, 1, queries] or None: the first key of each query, no earlier than the window's."""
+  if not window:
+    return starts
+  first = jnp.broadcast_to(jnp.maximum(q_positions - (window - 1), 0), (batch, 1, len(q_positions)))
+  return first if starts is None else jnp.maximum(starts, first)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,5 +1,6 @@
 """jax's splash attention: blocks of scores stay on the chip, forward and backward, and future blocks are skipped."""
 
+import functools
 import math
 
 import jax
@@ -19,9 +20,11 @@ BLOCK = 512  # of queries and of keys: maxtext's default; not measured by us
 MATMULS = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, scale: float) -> jax.Array:
+def attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, scale: float, window: int
+) -> jax.Array:
   q_kv_segment_ids = None if segment_ids is None else (segment_ids, segment_ids)
-  return attention_of_part(q, k, v, q_kv_segment_ids, scale, np.arange(q.shape[1], dtype=np.int32)[None], 0)
+  return attention_of_part(q, k, v, q_kv_segment_ids, scale, window, np.arange(q.shape[1], dtype=np.int32)[None], 0)
 
 
 def attention_of_part(
@@ -30,6 +33,7 @@ def attention_of_part(
   v: jax.Array,
   segment_ids: tuple[jax.Array, jax.Array] | None,
   scale: float,
+  window: int,
   positions: np.ndarray,
   shard: int | jax.Array,
 ) -> jax.Array:
@@ -38,10 +42,10 @@ def attention_of_part(
     raise Unsupported(f"splash attention is for bfloat16 and float32, not {q.dtype}")
   if queries % LANES:
     raise Unsupported(f"splash attention is for a multiple of {LANES} positions on each device, not {queries}")
-  splash = tpu_library("splash_attention.splash_attention_kernel", q.dtype.name, _splash_cost)
+  splash = tpu_library("splash_attention.splash_attention_kernel", q.dtype.name, _splash_cost(window))
   q_block, kv_block = _block_sizes(queries, seq)
   sizes = splash.BlockSizes(*[q_block, kv_block, kv_block] * 2, q_block, kv_block)
-  mask = masks.CausalMask((seq, seq))
+  mask = masks.LocalMask((seq, seq), (window - 1, 0), 0) if window else masks.CausalMask((seq, seq))
   mask.q_sequence = positions.reshape(-1)
   kernel = splash.make_splash_mha(masks.MultiHeadMask([mask]), block_sizes=sizes, head_shards=1, q_seq_shards=shards)
   if shards > 1:  # the shard's blocks of the mask [1, q blocks, kv blocks], and its positions
@@ -61,7 +65,21 @@ def _block_sizes(queries, seq):
   return math.gcd(queries, BLOCK), math.gcd(seq, BLOCK)
 
 
-def _splash_cost(call, operands, results):
+def _visible_blocks(queries, seq, q_block, kv_block, window):
+  """Blocks of scores of a head that are not masked as a whole. A shard of a sequence has this many on average."""
+  if not window:
+    return queries // q_block * (seq // kv_block + 1) / 2
+  first = np.arange(0, seq, q_block)  # queries of the blocks, and the blocks of the keys that they see
+  blocks = (first + q_block - 1) // kv_block - np.maximum(first - window + 1, 0) // kv_block + 1
+  return int(blocks.sum()) * queries / seq
+
+
+@functools.cache  # so that `tpu_library` knows it again
+def _splash_cost(window):
+  return functools.partial(_cost, window)
+
+
+def _cost(window, call, operands, results):
   """The cost of one kernel, for all heads of a sequence.
 
   It computes the blocks of scores that are not masked. For each it reads one more block of keys and values, or of
@@ -69,8 +87,7 @@ def _splash_cost(call, operands, results):
   """
   q, k, v = operands[3:6]  # [heads, positions, width]
   q_block, kv_block = _block_sizes(q.shape[1], k.shape[1])
-  # A shard of a sequence has this many on average.
-  blocks = q.shape[0] * (q.shape[1] // q_block) * (k.shape[1] // kv_block + 1) // 2
+  blocks = int(q.shape[0] * _visible_blocks(q.shape[1], k.shape[1], q_block, kv_block, window))
   key_matmuls, value_matmuls = next(n for phase, n in MATMULS.items() if f"_{phase}_" in call["name"])
   head_bytes = [
     x.size // (x.shape[0] if x.ndim == 3 else 1) * x.dtype.itemsize for x in jax.tree.leaves((operands[3:], results))

@@ -12,12 +12,15 @@ def _no_dropout(probabilities: jax.Array) -> jax.Array:
   return probabilities
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, scale: float) -> jax.Array:
+def attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, scale: float, window: int
+) -> jax.Array:
   # jax.nn.dot_product_attention wants equal widths, and keeps its softmax in float32 in a float64 run.
   if q.shape[-1] == v.shape[-1] and q.dtype != jnp.float64:
     mask = None if segment_ids is None else _segment_mask(segment_ids, segment_ids)
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=True)
-  return causal_dot_product_attention(q, k, v, segment_ids, scale)
+    local = (window - 1, 0) if window else None
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=True, local_window_size=local)
+  return causal_dot_product_attention(q, k, v, segment_ids, scale, window)
 
 
 def attention_of_part(
@@ -26,10 +29,14 @@ def attention_of_part(
   v: jax.Array,
   segment_ids: tuple[jax.Array, jax.Array] | None,
   scale: float,
+  window: int,
   positions: np.ndarray,
   shard: int | jax.Array,
 ) -> jax.Array:
-  mask = jnp.asarray(positions)[shard][:, None] >= jnp.arange(k.shape[1])
+  q_positions, k_positions = jnp.asarray(positions)[shard][:, None], jnp.arange(k.shape[1])
+  mask = q_positions >= k_positions
+  if window:
+    mask = mask & (q_positions - k_positions < window)
   if segment_ids is not None:
     mask = mask & _segment_mask(*segment_ids)
   return jax.checkpoint(functools.partial(masked_attention, scale=scale), prevent_cse=False)(mask, q, k, v)
@@ -41,10 +48,14 @@ def causal_dot_product_attention(
   v: jax.Array,
   segment_ids: jax.Array | None,
   scale: float,
+  window: int = 0,
   dropout: Callable[[jax.Array], jax.Array] = _no_dropout,
 ) -> jax.Array:
   """As `attention`, with `dropout` as in `masked_attention`. The backward pass recomputes the scores."""
-  mask = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool))
+  pairs = jnp.ones((q.shape[1], k.shape[1]), bool)
+  mask = jnp.tril(pairs)
+  if window:
+    mask = mask & ~jnp.tril(pairs, -window)
   if segment_ids is not None:
     mask = mask & _segment_mask(segment_ids, segment_ids)  # [batch, 1, seq, seq]
   attend = functools.partial(masked_attention, scale=scale, dropout=dropout)
