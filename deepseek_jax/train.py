@@ -9,12 +9,17 @@ Exit codes: 0 finished, 2 config, data or checkpoint, 130 / 143 saved after Ctrl
 """
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
+from deepseek_jax.config import Config
+from deepseek_jax.console import Console, current_console, set_console
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import define_config_flags, file_exists, load_config, parse, run_program
 from deepseek_jax.processes import define_process_flags, find_initialize_args
+from deepseek_jax.training.metrics import WriterFactory
 
 
 def program_flags() -> flags.FlagValues:
@@ -87,6 +92,32 @@ def main(argv: list[str]) -> int:
     return 0
 
   initialize_args = find_initialize_args(values.coordinator, values.processes, values.process)
+  workdir = values.workdir or os.path.join("runs", config.name)
+  return train(config, workdir, values.selftest == "on", values.accept_data_change, initialize_args=initialize_args)
+
+
+def train(
+  config: Config,
+  workdir: str,
+  selftest: bool = True,
+  accept_data_change: bool = False,
+  console: Console | None = None,
+  writers: Sequence[WriterFactory] = (),
+  initialize_args: dict[str, Any] | None = None,
+) -> int:
+  """Trains `config` in `workdir`, or resumes there, as this program does; for programs that call the trainer.
+
+  Args:
+    workdir: a folder or a URL.
+    selftest, accept_data_change: as the flags.
+    console: for all that the run shows. None: the current one, which shows it on stdout and stderr.
+    writers: of metrics and events, in addition to the files of the run; each is called with the local folder of the run
+      and the step that it starts from.
+    initialize_args: of a run of several processes, as `find_initialize_args` gives them.
+
+  Returns:
+    The exit code. An error of a user is raised in a single process; it ends all of several.
+  """
   from deepseek_jax.distributed import distributed_session, print_error, process_count
   from deepseek_jax.evaluate.heldout import evaluate
   from deepseek_jax.generate.decoding import continue_prompt
@@ -94,12 +125,11 @@ def main(argv: list[str]) -> int:
   from deepseek_jax.training.loop import Diverged, run
 
   def select(config, folder):
-    return select_kernels(config, folder, process_count(), values.selftest == "on")
+    return select_kernels(config, folder, process_count(), selftest)
 
-  workdir = values.workdir or os.path.join("runs", config.name)
-  with distributed_session(initialize_args):
+  with set_console(console or current_console()), distributed_session(initialize_args):
     try:
-      return run(config, workdir, evaluate, continue_prompt, select, values.accept_data_change)
+      return run(config, workdir, evaluate, continue_prompt, select, accept_data_change, writers)
     except Diverged as error:  # all processes see it at the same step
       print_error(f"error: {error}")
       return 1

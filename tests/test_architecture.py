@@ -14,7 +14,7 @@ PACKAGE = "deepseek_jax"
 
 # Imports point down: a module imports its own package and those of lower lines.
 LAYERS = (
-  {"errors", "typing", "renamed_fields"},
+  {"errors", "typing", "renamed_fields", "console"},
   {"processes", "distributed"},
   {"schema", "storage"},
   {"model_config"},
@@ -34,7 +34,7 @@ LAYERS = (
 # Imports between neighbors, and where less is allowed than what lies below.
 BESIDE = {"sharding": {"mesh"}}
 ONLY = {
-  "errors": set(), "typing": set(), "renamed_fields": set(), "kernels": {"kernels", "typing"}, "data": {"data", "config", "errors", "storage", "typing"},
+  "errors": set(), "typing": set(), "renamed_fields": set(), "kernels": {"kernels", "typing"}, "data": {"data", "config", "console", "errors", "storage", "typing"},
   "__init__": {"api"},
 }  # fmt: skip
 
@@ -61,6 +61,8 @@ BANNED = {
 }  # fmt: skip
 BANNED_METHODS = {"sow": "an argument or a result"}
 LONGEST_MODULE, LONGEST_FUNCTION = 400, 70
+# Files beside each `__main__.py` that print.
+PROGRAM_FILES = {"console.py", "flags.py", "train.py", "distributed.py", "checkpoint/convert.py"}
 
 # tests/X/test_Y.py tests deepseek_jax/X/Y.py or the package deepseek_jax/X/Y, and so for the other folders of code.
 # Test files that test no single module, with what they test instead; a folder stands for all of its files.
@@ -204,7 +206,16 @@ def check_types(tree, path):
           yield node.lineno, f"{node.name}: give a type to {', '.join(untyped) or 'its result'}"
 
 
-CHECKS = (check_imports, check_mesh_names, check_banned, check_length, check_types)
+def check_print(tree, path):
+  """Calls of print in what programs call, which a console can silence or redirect."""
+  if path.name == "__main__.py" or str(path) in PROGRAM_FILES:
+    return
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+      yield node.lineno, "print: use current_console().print"
+
+
+CHECKS = (check_imports, check_mesh_names, check_banned, check_length, check_types, check_print)
 
 
 @functools.cache
@@ -280,6 +291,7 @@ def _long(statements):
     (check_types, "model/mlp.py", "def f(x: int): ..."),
     (check_types, "model/mlp.py", "def f(*, x=1) -> int: ..."),
     (check_types, "model/mlp.py", "class A:\n  def f(self, **rest) -> int: ..."),
+    (check_print, "training/loop.py", "def f():\n  print('step')"),
   ],
 )
 def test_a_source_that_breaks_the_rule_is_found(check, path, source):
@@ -305,6 +317,8 @@ def test_a_source_that_breaks_the_rule_is_found(check, path, source):
     (check_banned, "data/packing.py", "x = np.load(f, allow_pickle=False)"),
     (check_length, "model/mlp.py", _long(69)),
     (check_length, "kernels/attention/xla.py", _long(500)),
+    (check_print, "training/loop.py", "self.console.print('step')"),
+    (check_print, "generate/__main__.py", "print('text')"),
     (check_types, "model/mlp.py", "def _f(x): ...\nclass A:\n  def f(self, x: int) -> int:\n    def g(x): ..."),
   ],
 )

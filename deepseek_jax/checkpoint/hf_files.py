@@ -14,6 +14,7 @@ import numpy as np
 import safetensors
 
 from deepseek_jax.checkpoint.hf_tensor import HFTensor
+from deepseek_jax.console import current_console
 from deepseek_jax.errors import CheckpointError
 
 CONFIG_FILE, SINGLE_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -138,7 +139,7 @@ class HFReader:
         if not all(
           np.array_equal(self._dequantize(tensor.name, rows), self._dequantize(original, rows)) for rows in slices
         ):
-          print(f"note     {tensor.name} differs from {original}, whose values are used for both")
+          current_console().print(f"note     {tensor.name} differs from {original}, whose values are used for both")
 
   def _check_scale(self, name: str, missing: list[str], misshaped: list[str]) -> None:
     """Adds the tensor of the scales of the FP8 tensor `name` to `missing` or `misshaped`, if it is."""

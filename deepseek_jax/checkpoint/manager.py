@@ -22,6 +22,7 @@ from deepseek_jax.checkpoint.compatibility import saved_value
 from deepseek_jax.checkpoint.orbax_logging import silence_orbax
 from deepseek_jax.checkpoint.tree import TreePath, check_arrays_match, flatten_tree, list_first, unflatten_to_dicts
 from deepseek_jax.config import CheckpointConfig
+from deepseek_jax.console import current_console
 from deepseek_jax.distributed import broadcast_from_process0
 from deepseek_jax.errors import CheckpointError
 from deepseek_jax.renamed_fields import with_current_names
@@ -132,7 +133,8 @@ class CheckpointReader:
       reason = self._verify(step)
       if reason is None:
         for newer, why in reasons.items():
-          print(f"checkpoint {self._directory}/{newer} rejected: {why}{self._rename_rejected(newer)}", file=sys.stderr)
+          rejected = f"checkpoint {self._directory}/{newer} rejected: {why}{self._rename_rejected(newer)}"
+          current_console().print(rejected, err=True)
         return step
       reasons[step] = reason
     unusable = [f"{step}: {reason}" for step, reason in reasons.items()]

@@ -6,12 +6,12 @@ import json
 import os
 import pathlib
 import shutil
-import sys
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
 from deepseek_jax.config import DataConfig
+from deepseek_jax.console import current_console
 
 
 def cache_root(config: DataConfig) -> pathlib.Path:
@@ -31,7 +31,7 @@ def exclusive_lock(path: str | os.PathLike, activity: str) -> Iterator[bool]:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
       locked = True
     except BlockingIOError:
-      print(f"data: waiting for another process, which {activity}", file=sys.stderr, flush=True)
+      current_console().print(f"data: waiting for another process, which {activity}", err=True)
       fcntl.flock(file, fcntl.LOCK_EX)
       locked = True
     except OSError:

@@ -1,20 +1,17 @@
 """Documents of a source, tokenized and packed once into a cache folder that later runs reuse."""
 
 import concurrent.futures
-import contextlib
 import hashlib
 import json
 import os
 import pathlib
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-import rich.console
-import rich.progress
 
 from deepseek_jax.config import DataConfig
+from deepseek_jax.console import current_console
 from deepseek_jax.data import cache, packed_dataset, readers
 from deepseek_jax.data.sources import Source
 from deepseek_jax.data.tokenizer import Tokenizer
@@ -86,7 +83,7 @@ def _write_packed(
   """Fills `folder` with the packed files of `source`; the index is written last."""
   writers = {split: packed_dataset.PackedSplitWriter(folder, split, config.seq) for split in packed_dataset.SPLITS}
   text_bytes = 0
-  with _progress_bar(f"packing {source.name}", source.size) as update:
+  with current_console().byte_progress(f"data: packing {source.name}", source.size) as update:
     for texts, bytes_read in _prefetch_one(_text_batches(source, config.text_field)):
       for text, (ids, byte_counts) in zip(texts, tokenizer.encode_batch(texts), strict=True):
         split = "heldout" if is_heldout(text, config.heldout_fraction) else "train"
@@ -136,20 +133,6 @@ def _prefetch_one(batches: Iterator[tuple[list[str], int]]) -> Iterator[tuple[li
     while (batch := pending.result()) is not None:
       pending = reader.submit(next, batches, None)
       yield batch
-
-
-@contextlib.contextmanager
-def _progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
-  """Yields a function of the bytes done. It moves a bar on a terminal; elsewhere one line is printed at the start."""
-  if not sys.stderr.isatty():
-    print(f"data: {description} ({total / 1e6:.1f} MB)", file=sys.stderr, flush=True)
-    yield lambda done: None
-    return
-  columns = (rich.progress.TextColumn("data: {task.description}"), rich.progress.BarColumn(),
-             rich.progress.DownloadColumn(), rich.progress.TimeRemainingColumn())  # fmt: skip
-  with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bar:
-    task = bar.add_task(description, total=total)
-    yield lambda done: bar.update(task, completed=done)
 
 
 def _rename_unless_exists(temporary: pathlib.Path, folder: pathlib.Path) -> None:

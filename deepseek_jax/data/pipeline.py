@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import grain
 import numpy as np
 
 from deepseek_jax.config import DataConfig, TrainConfig
+from deepseek_jax.console import current_console
 from deepseek_jax.data import cache, packed_dataset, packing, sources
 from deepseek_jax.data.packed_dataset import PackedSplit
 from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -199,7 +199,7 @@ def iterate_batches(
 def _print_summary(name: str, index: dict[str, Any], splits: dict[str, PackedSplit], seq: int, action: str) -> None:
   counts = f"{len(splits['train']):,} train and {len(splits['heldout']):,} held-out windows of {seq} tokens"
   documents = f"{sum(index['documents'].values()):,} documents, {index['text_bytes'] / 1e6:.1f} MB"
-  print(f"data: {name}: {documents}, {counts}, {action}", file=sys.stderr, flush=True)
+  current_console().print(f"data: {name}: {documents}, {counts}, {action}", err=True)
 
 
 def _check_not_empty(

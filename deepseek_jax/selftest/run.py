@@ -10,6 +10,7 @@ import pathlib
 from collections import Counter
 
 from deepseek_jax.config import Config
+from deepseek_jax.console import current_console
 from deepseek_jax.data.cache import cache_root, read_json_dict, write_atomically
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.model.kernel_choice import implementation_fields
@@ -97,11 +98,11 @@ def _load_or_test(config: Config, key: str, chips: list[str], processes: int) ->
     report = Report(saved["machine"], saved["cases"], {name: Result(**fields) for name, fields in results.items()})
     if report.complete:
       return report
-  print("self-test  comparing kernels with XLA, once for these shapes, up to a minute", flush=True)
+  current_console().print("self-test  comparing kernels with XLA, once for these shapes, up to a minute")
   try:
     report = run_selftest(config, folder, chips, processes=processes, seconds=TIME_LIMIT)
   except ChildFailed as error:
-    print(f"self-test  could not run, so kernels are used untested: {error}", flush=True)
+    current_console().print(f"self-test  could not run, so kernels are used untested: {error}")
     return Report()
   if report.complete and not report.refused:
     try:
@@ -140,8 +141,8 @@ def _choose(config: Config, key: str, report: Report, path: pathlib.Path) -> Cho
       functions.add(result.kernel)
       messages[result.kernel] = f"{outcome}: falling back to XLA; report: {path}; {RETEST_HINT}"
   for message in messages.values():
-    print(f"self-test  {message}")
-  print(f"self-test  {_summarize(report)}", flush=True)
+    current_console().print(f"self-test  {message}")
+  current_console().print(f"self-test  {_summarize(report)}")
   known = sorted({call for names in report.cases.values() for call in names[1:]})
   results = [dataclasses.asdict(result) for result in report.results.values()]
   return Choice(key, report.machine, sorted(functions), sorted(calls), known, results)
@@ -182,6 +183,8 @@ def _read_choice(path: pathlib.Path) -> Choice | None:
     choice = Choice(**json.loads(path.read_bytes()))
     choice.machine["chip"]
   except (OSError, ValueError, TypeError, KeyError):
-    print(f"self-test  {path} is damaged: kernels are tested again, and the resume may not be bitwise", flush=True)
+    current_console().print(
+      f"self-test  {path} is damaged: kernels are tested again, and the resume may not be bitwise"
+    )
     return None
   return choice

@@ -1,4 +1,4 @@
-"""The metrics of a run on disk: `metrics.jsonl`, `events.jsonl`, and a copy for TensorBoard.
+"""The metrics of a run: writers, among them that of `metrics.jsonl` and `events.jsonl`, and reading these files.
 
 Both files hold one JSON object per line. A float that is not finite is written as null, because JSON has no NaN: a key
 that is absent was not measured, a key that is null was measured and was not finite.
@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -22,90 +22,108 @@ RESUME_FILES = METRICS, EVENTS, SELFTEST  # what a resume reads or appends to
 PROCESS_EVENTS = ("start", "resume", "end")
 
 
-class MetricsWriter:
-  """Appends to the metrics and events of `workdir`, and flushes each line. Only one process may write.
+Histograms = Mapping[str, Sequence[float] | np.ndarray]  # name -> heights of bars 0, 1, ...
+
+
+class MetricsWriter(Protocol):
+  """Where the numbers of a run go. Process 0 of a run has a list of them, and closes them at its end."""
+
+  def write(self, step: int, values: Mapping[str, Any], histograms: Histograms) -> None:
+    """Writes what was logged of an update.
+
+    Args:
+      step: completed updates.
+      values: {name: Python, NumPy or JAX scalar}; a float may be inf or NaN.
+      histograms: of each MoE layer, the share of the assignments that each expert got.
+    """
+
+  def event(self, name: str, step: int, **values: Any) -> None:
+    """Writes what happened after `step` updates: an evaluation, a sample, or one of PROCESS_EVENTS.
+
+    values: scalars, texts, and lists and dicts of these.
+    """
+
+  def close(self) -> None:
+    """Ends the writer; nothing is written to it any more."""
+
+
+class JsonlWriter:
+  """Appends to the metrics and events of `folder`, and flushes each line. Only one process may write.
 
   Lines past `resume_step` and an incomplete last line are cut on opening, so that no step is counted twice.
 
   Args:
-    workdir: a local folder.
-    tensorboard: whether to write to TensorBoard as well.
+    folder: a local folder.
     resume_step: completed updates that the run starts from; 0: a fresh start.
 
   Raises:
     DataError: a file that is not JSONL.
   """
 
-  def __init__(self, workdir: str | os.PathLike[str], tensorboard: bool, resume_step: int):
-    os.makedirs(workdir, exist_ok=True)
-    metrics, events = os.path.join(workdir, METRICS), os.path.join(workdir, EVENTS)
+  def __init__(self, folder: str | os.PathLike[str], resume_step: int):
+    os.makedirs(folder, exist_ok=True)
+    metrics, events = os.path.join(folder, METRICS), os.path.join(folder, EVENTS)
     _keep_lines(metrics, lambda line: line["step"] <= resume_step)
     _keep_lines(events, lambda line: line["event"] in PROCESS_EVENTS or line["step"] <= resume_step)
     self._metrics, self._events = open(metrics, "ab"), open(events, "ab")
-    self._tensorboard = _summary_writer(os.path.join(workdir, "tensorboard"), resume_step) if tensorboard else None
 
-  def write(
-    self, step: int, values: Mapping[str, Any], histograms: Mapping[str, Sequence[float] | np.ndarray] | None = None
-  ) -> None:
-    """Writes one line of metrics.
-
-    Args:
-      step: completed updates.
-      values: {name: Python, NumPy or JAX scalar}.
-      histograms: {name: heights of bars 0, 1, ...}, written to TensorBoard only: they would be most of the file.
-    """
-    values = _to_json(values)
-    _append(self._metrics, {"step": step, **values})
-    if self._tensorboard:
-      for name, heights in (histograms or {}).items():
-        self._tensorboard.add_histogram_raw(
-          name, min=0, max=len(heights), num=sum(heights), sum=sum(i * h for i, h in enumerate(heights)),
-          sum_squares=sum(i**2 * h for i, h in enumerate(heights)),
-          bucket_limits=range(1, len(heights) + 1), bucket_counts=heights, global_step=step,
-        )  # fmt: skip
-    self._write_tensorboard(step, values)
+  def write(self, step: int, values: Mapping[str, Any], histograms: Histograms) -> None:
+    """Writes one line of metrics, without the histograms: they would be most of the file."""
+    _append(self._metrics, {"step": step, **_to_json(values)})
 
   def event(self, name: str, step: int, **values: Any) -> None:
-    """Writes one event with the time in Unix seconds. Evaluations and samples go to TensorBoard as well."""
-    values = _to_json(values)
-    _append(self._events, {"event": name, "step": step, "time": time.time(), **values})
-    if name not in PROCESS_EVENTS:
-      self._write_tensorboard(step, values, name + "/")
+    """Writes one event with the time in Unix seconds."""
+    _append(self._events, {"event": name, "step": step, "time": time.time(), **_to_json(values)})
 
   def close(self) -> None:
-    """Closes all files."""
+    """Closes both files."""
     self._metrics.close()
     self._events.close()
-    if self._tensorboard:
-      self._tensorboard.close()
-
-  def _write_tensorboard(self, step: int, values: Mapping[str, Any], prefix: str = "") -> None:
-    if not self._tensorboard:
-      return
-    for name, value in values.items():
-      if isinstance(value, str):
-        self._tensorboard.add_text(prefix + name, value, step)
-      elif isinstance(value, (int, float)):
-        self._tensorboard.add_scalar(prefix + name, value, step)
-    self._tensorboard.flush()
 
 
-class NullWriter(MetricsWriter):
-  """A MetricsWriter that writes nothing, for all processes but process 0."""
+class TensorboardWriter:
+  """Writes to `folder`/tensorboard what is finite, and hides what an earlier process wrote past `resume_step`."""
 
-  def __init__(self) -> None:
-    pass
+  def __init__(self, folder: str | os.PathLike[str], resume_step: int):
+    from tensorboardX import SummaryWriter  # imported here: it takes 0.2 s, which a run without TensorBoard saves
 
-  def write(
-    self, step: int, values: Mapping[str, Any], histograms: Mapping[str, Sequence[float] | np.ndarray] | None = None
-  ) -> None:
-    pass
+    # TensorBoard hides the steps of earlier event files from purge_step on. Names of event files have the time in
+    # seconds, so that without the suffix a quick restart would overwrite the file before it.
+    self._writer = SummaryWriter(
+      os.path.join(folder, "tensorboard"), purge_step=resume_step + 1, filename_suffix=f".from_step_{resume_step}"
+    )
+
+  def write(self, step: int, values: Mapping[str, Any], histograms: Histograms) -> None:
+    """Writes scalars, and histograms with a bar for each expert."""
+    for name, heights in histograms.items():
+      self._writer.add_histogram_raw(
+        name, min=0, max=len(heights), num=sum(heights), sum=sum(i * h for i, h in enumerate(heights)),
+        sum_squares=sum(i**2 * h for i, h in enumerate(heights)),
+        bucket_limits=range(1, len(heights) + 1), bucket_counts=heights, global_step=step,
+      )  # fmt: skip
+    self._add(step, values)
 
   def event(self, name: str, step: int, **values: Any) -> None:
-    pass
+    """Writes evaluations and samples; starts and ends are no curves."""
+    if name not in PROCESS_EVENTS:
+      self._add(step, values, name + "/")
 
   def close(self) -> None:
-    pass
+    """Closes the event file."""
+    self._writer.close()
+
+  def _add(self, step: int, values: Mapping[str, Any], prefix: str = "") -> None:
+    for name, value in _to_json(values).items():
+      if isinstance(value, str):
+        self._writer.add_text(prefix + name, value, step)
+      elif isinstance(value, (int, float)):
+        self._writer.add_scalar(prefix + name, value, step)
+    self._writer.flush()
+
+
+# (local folder of the run, completed updates that it starts from) -> writer
+WriterFactory = Callable[[str, int], MetricsWriter]
+WRITERS: dict[str, WriterFactory] = {"jsonl": JsonlWriter, "tensorboard": TensorboardWriter}
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -159,18 +177,10 @@ def _append(file: BinaryIO, line: dict[str, Any]) -> None:
 
 def _to_json(value: Any) -> Any:
   """`value` for JSON: NumPy and JAX scalars as Python's, floats that are not finite as None."""
-  if isinstance(value, dict):
+  if isinstance(value, Mapping):
     return {name: _to_json(item) for name, item in value.items()}
   if isinstance(value, (list, tuple)):
     return [_to_json(item) for item in value]
   if hasattr(value, "item"):
     value = value.item()
   return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _summary_writer(folder: str, resume_step: int) -> Any:
-  from tensorboardX import SummaryWriter  # imported here: it takes 0.2 s, which a run without TensorBoard saves
-
-  # TensorBoard hides the steps of earlier event files from purge_step on. Names of event files have the time in
-  # seconds, so that without the suffix a quick restart would overwrite the file before it.
-  return SummaryWriter(folder, purge_step=resume_step + 1, filename_suffix=f".from_step_{resume_step}")

@@ -43,10 +43,11 @@ state.MAX_GATHERED_BYTES = 20_000
 FAULTS = """
 fault, process = os.environ.get("FAULT"), os.environ.get("JAX_PROCESS_ID")
 if fault and process == "1":
+  from deepseek_jax.errors import ConfigError
   from deepseek_jax.training import loop
   def raising(*_):
     if fault == "data":
-      raise loop.ConfigError("only this process cannot read its data")
+      raise ConfigError("only this process cannot read its data")
     raise KeyError("a mistake in the code")
   def save_on_a_full_disk(self, *arguments):
     if len(self.steps()) == 1:

@@ -21,9 +21,10 @@ from deepseek_jax import train
 from deepseek_jax.checkpoint.__main__ import main as checkpoint_main
 from deepseek_jax.checkpoint.hf_files import HFReader
 from deepseek_jax.checkpoint.manager import CheckpointReader
-from deepseek_jax.flags import run_program
+from deepseek_jax.console import SilentConsole
+from deepseek_jax.flags import load_config, run_program
 from deepseek_jax.generate.__main__ import main as generate_main
-from deepseek_jax.training.metrics import MetricsWriter
+from deepseek_jax.training.metrics import JsonlWriter
 from tests.configs import RUN
 from tests.parity.cases import V3, Case
 from tests.parity.weights import write_folder
@@ -211,15 +212,15 @@ def test_kill_9_resumes_bitwise(folder, uninterrupted, kills, steps):
 
 def run_until(folder, workdir, step, *arguments):
   """What a run prints that gets SIGINT, as of Ctrl-C, when it logs `step`."""
-  write = MetricsWriter.write
+  write = JsonlWriter.write
 
-  def write_and_stop(self, logged, *values, **histograms):
-    write(self, logged, *values, **histograms)
+  def write_and_stop(self, logged, *arguments):
+    write(self, logged, *arguments)
     if logged == step:
       signal.raise_signal(signal.SIGINT)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(MetricsWriter, "write", write_and_stop)
+    patch.setattr(JsonlWriter, "write", write_and_stop)
     return run(folder, workdir, *arguments, code=130)
 
 
@@ -314,6 +315,35 @@ def test_muon_resumes_bitwise(folder):
   assert ends[0]["reason"] == "finished" and ends[0]["state_sha256"] == ends[1]["state_sha256"]
   out = run(folder, "muon", "--config.optimizer.kind=adamw", *options[1:], "--config.train.steps=5", code=2)
   assert "optimizer.kind: checkpoint muon, config adamw" in out and "Traceback" not in out
+
+
+def test_a_program_silences_a_run_and_gets_all_that_it_writes(folder, uninterrupted, capsys):
+  written = []
+
+  class Recorder:
+    def __init__(self, run_folder, resume_step):
+      written.append(("opened", os.path.basename(run_folder), resume_step))
+
+    def write(self, step, values, histograms):
+      assert sum(histograms["router/layer_1/load"]) == pytest.approx(1)
+      written.append(("line", {"step": step, **values}))
+
+    def event(self, name, step, **values):
+      written.append(("event", {"event": name, "step": step, **values}))
+
+    def close(self):
+      written.append(("closed",))
+
+  config = load_config(f"{folder}/config.py", {"train.steps": 3, "log.tensorboard": False})
+  assert train.train(config, str(folder / "silent"), console=SilentConsole(), writers=[Recorder]) == 0
+  out = capsys.readouterr()
+  assert (out.out, out.err) == ("", "")
+  assert (written[0], written[-1]) == (("opened", "silent", 0), ("closed",))
+  assert [line for kind, *line in written[1:-1] if kind == "line"] == [[line] for line in lines(folder, "silent")]
+  events = lines(folder, "silent", "events.jsonl")
+  assert [e["event"] for e in events] == ["start", "eval", "sample", "end"] and all(e.pop("time") for e in events)
+  assert [event for kind, *event in written[1:-1] if kind == "event"] == [[event] for event in events]
+  assert not (folder / "silent" / "tensorboard").exists()
 
 
 def test_another_model_is_refused_with_the_fields(folder, uninterrupted):

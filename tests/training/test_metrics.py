@@ -15,9 +15,9 @@ def _steps(path):
 
 
 def _write(path, steps):
-  writer = metrics.MetricsWriter(path, tensorboard=False, resume_step=steps[0] - 1)
+  writer = metrics.JsonlWriter(path, resume_step=steps[0] - 1)
   for step in steps:
-    writer.write(step, {"loss": 1.0 / step})
+    writer.write(step, {"loss": 1.0 / step}, {})
   writer.close()
 
 
@@ -29,8 +29,8 @@ def test_floats_keep_every_bit(tmp_path):
     "jax": jnp.float32(2 / 3),
     "n": 7,
   }
-  writer = metrics.MetricsWriter(tmp_path, tensorboard=False, resume_step=0)
-  writer.write(1, values)
+  writer = metrics.JsonlWriter(tmp_path, resume_step=0)
+  writer.write(1, values, {})
   (line,) = metrics.read_jsonl(tmp_path / "metrics.jsonl")  # before close: each line is flushed
   writer.close()
   assert line == {"step": 1} | {name: float(value) for name, value in values.items()}
@@ -38,8 +38,8 @@ def test_floats_keep_every_bit(tmp_path):
 
 
 def test_values_that_are_not_finite_are_null(tmp_path):
-  writer = metrics.MetricsWriter(tmp_path, tensorboard=True, resume_step=0)
-  writer.write(1, {"loss": math.nan, "grad_norm": jnp.inf, "tokens": 5})
+  writer = metrics.JsonlWriter(tmp_path, resume_step=0)
+  writer.write(1, {"loss": math.nan, "grad_norm": jnp.inf, "tokens": 5}, {})
   writer.event("eval", 1, loss=np.float32("-inf"), nested={"values": [1.0, math.nan]})
   writer.close()
   (line,) = metrics.read_jsonl(tmp_path / "metrics.jsonl")
@@ -51,7 +51,7 @@ def test_values_that_are_not_finite_are_null(tmp_path):
 def test_lines_past_the_restored_step_are_cut(tmp_path):
   _write(tmp_path, range(1, 8))
   kept = (tmp_path / "metrics.jsonl").read_bytes().splitlines()[:4]
-  metrics.MetricsWriter(tmp_path, tensorboard=False, resume_step=4).close()
+  metrics.JsonlWriter(tmp_path, resume_step=4).close()
   assert (tmp_path / "metrics.jsonl").read_bytes().splitlines() == kept
   _write(tmp_path, range(5, 7))
   assert _steps(tmp_path / "metrics.jsonl") == [1, 2, 3, 4, 5, 6]
@@ -65,16 +65,16 @@ def test_a_torn_last_line_is_cut_even_if_it_parses(tmp_path):
     with open(path, "ab") as file:
       file.write(torn)
     assert _steps(path) == [1, 2, 3]
-    metrics.MetricsWriter(tmp_path, tensorboard=False, resume_step=3).close()
+    metrics.JsonlWriter(tmp_path, resume_step=3).close()
     assert path.read_bytes().endswith(b"}\n") and _steps(path) == [1, 2, 3]
 
 
 def test_of_events_past_the_restored_step_only_those_of_the_process_stay(tmp_path):
-  writer = metrics.MetricsWriter(tmp_path, tensorboard=False, resume_step=0)
+  writer = metrics.JsonlWriter(tmp_path, resume_step=0)
   for name, step in (("start", 0), ("eval", 5), ("eval", 10), ("sample", 10), ("end", 10)):
     writer.event(name, step, loss=1.0)
   writer.close()
-  metrics.MetricsWriter(tmp_path, tensorboard=False, resume_step=5).close()
+  metrics.JsonlWriter(tmp_path, resume_step=5).close()
   events = metrics.read_jsonl(tmp_path / "events.jsonl")
   assert [(e["event"], e["step"]) for e in events] == [("start", 0), ("eval", 5), ("end", 10)]
 
@@ -86,7 +86,7 @@ def test_a_line_that_is_no_record_names_file_and_line(tmp_path, bad):
   with pytest.raises(DataError, match=r"metrics\.jsonl, line 2: expected"):
     metrics.read_jsonl(path)
   with pytest.raises(DataError, match="line 2"):
-    metrics.MetricsWriter(tmp_path, tensorboard=False, resume_step=9)
+    metrics.JsonlWriter(tmp_path, resume_step=9)
   assert path.read_bytes().count(b"\n") == 3  # the file is left as it was
 
 
@@ -94,11 +94,11 @@ def test_a_missing_file_reads_as_empty(tmp_path):
   assert metrics.read_jsonl(tmp_path / "metrics.jsonl") == []
 
 
-def test_tensorboard_mirrors_numbers_and_hides_what_is_run_again(tmp_path):
+def test_tensorboard_has_the_finite_numbers_and_hides_what_is_run_again(tmp_path):
   from tensorboardX.proto.event_pb2 import Event
 
   for start in (0, 2):
-    writer = metrics.MetricsWriter(tmp_path, tensorboard=True, resume_step=start)
+    writer = metrics.TensorboardWriter(tmp_path, resume_step=start)
     writer.write(start + 1, {"loss": 0.5, "grad_norm": math.nan}, histograms={"load": np.array([0.25, 0.0, 0.75])})
     writer.event("eval", start + 1, bits_per_byte=1.25)
     writer.event("end", start + 1, parameters=3)
@@ -120,7 +120,7 @@ def test_tensorboard_mirrors_numbers_and_hides_what_is_run_again(tmp_path):
   assert sorted(bars) == [("load", step, [1, 2, 3], [0.25, 0.0, 0.75]) for step in (1, 3)]  # a bar for each expert
 
 
-def test_without_tensorboard_no_folder_is_made(tmp_path):
+def test_jsonl_makes_two_files(tmp_path):
   _write(tmp_path, [1])
   assert sorted(p.name for p in tmp_path.iterdir()) == ["events.jsonl", "metrics.jsonl"]
   assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 1.0}

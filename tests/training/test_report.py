@@ -10,7 +10,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.errors import DataError
 from deepseek_jax.schema import from_dict, leaf_paths
 from deepseek_jax.training import report
-from deepseek_jax.training.metrics import MetricsWriter
+from deepseek_jax.training.metrics import JsonlWriter
 
 VOID = {"meta"}
 
@@ -44,7 +44,7 @@ def make_run(path, steps=40, config=None, losses=None, evals=(20, 40), resumes=(
   path.mkdir(exist_ok=True)
   config = dataclasses.asdict(config or Config())
   (path / "config.json").write_text(json.dumps(config))
-  writer = MetricsWriter(path, tensorboard=False, resume_step=0)
+  writer = JsonlWriter(path, resume_step=0)
   writer.event("start", 0, devices="1 x cpu", jax="1.2.3", python="3.99", parameters=123_456)
   for step in range(1, steps + 1):
     if step - 1 in resumes:
@@ -53,7 +53,7 @@ def make_run(path, steps=40, config=None, losses=None, evals=(20, 40), resumes=(
     values = {"loss": loss, "total_loss": loss, "bits_per_byte": loss / math.log(2), "grad_norm": 1.0, "skipped": 0}
     times = {"step_seconds": 0.6, "data_seconds": 0.2, "eval_seconds": 0.1, "checkpoint_seconds": 0.1}
     speed = {"learning_rate": 1e-3, "tokens": step * 4096, "samples": step * 16, "tokens_per_second": 4096.0}
-    writer.write(step, values | times | speed)
+    writer.write(step, values | times | speed, {})
     if step in evals:
       writer.event("eval", step, loss=5 / step + 0.5, bits_per_byte=7.25 / step, sequences=64)
   if end:
@@ -165,7 +165,7 @@ def test_the_history_tells_what_changed_at_a_resume(tmp_path):
 
 def test_of_two_evaluations_at_a_step_the_later_counts(tmp_path):
   make_run(tmp_path, evals=(), end=None)
-  writer = MetricsWriter(tmp_path, tensorboard=False, resume_step=40)
+  writer = JsonlWriter(tmp_path, resume_step=40)
   for bits in (3.5, 2.25):
     writer.event("eval", 40, loss=1.0, bits_per_byte=bits, sequences=64)
   writer.close()

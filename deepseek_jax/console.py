@@ -1,0 +1,149 @@
+"""What a program shows to people: lines of text, and progress.
+
+One console is current. A program that calls the trainer gives it its own, to silence or redirect all that a run shows.
+"""
+
+import contextlib
+import contextvars
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:  # imported below where it is used: --help and config errors need no rich
+  import rich.console
+
+LINE_SECONDS = 5
+
+
+class Console:
+  """Shows lines and progress on text streams: bars on a terminal, plain lines elsewhere.
+
+  A subclass may override `print` alone, which gets every line. It sets `bars` to False then.
+
+  Args:
+    out, err: the streams. None: stdout and stderr, as they are at the moment of printing.
+    bars: whether to show progress bars on a terminal.
+  """
+
+  def __init__(self, out: TextIO | None = None, err: TextIO | None = None, bars: bool = True):
+    self._out, self._err, self._bars = out, err, bars
+    self._bar_console: rich.console.Console | None = None  # while a bar of steps is shown
+
+  def print(self, text: str, err: bool = False) -> None:
+    """Prints a line or several to `out`, or to `err`; above the bar where there is one."""
+    if self._bar_console and not err:
+      self._bar_console.print(text, markup=False, highlight=False)
+    else:
+      print(text, file=self._stream(err), flush=True)
+
+  @contextlib.contextmanager
+  def step_progress(self, step: int, steps: int) -> Iterator[Callable[[int, str], None]]:
+    """Shows how many of `steps` are done, `step` at the start, on `out`.
+
+    Yields update(completed steps, text about the last one). Without a bar it prints a line every LINE_SECONDS.
+    """
+    terminal = self._terminal(err=False)
+    if not terminal:
+      yield StepLines(self, steps).update
+      return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    # Fits 80 columns: rich would cut the time left from a wider line.
+    columns = (
+      MofNCompleteColumn(), BarColumn(8), TextColumn("{task.description}"), TimeRemainingColumn(), TextColumn("left"),
+    )  # fmt: skip
+    with Progress(*columns, console=terminal, refresh_per_second=4) as bar:
+      self._bar_console = terminal
+      task = bar.add_task("compiling", total=steps, completed=step)
+      try:
+        yield lambda completed, text: bar.update(task, completed=completed, description=text)
+      finally:
+        self._bar_console = None
+
+  @contextlib.contextmanager
+  def byte_progress(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Shows how many of `total` bytes are done, on `err`. Yields update(bytes done).
+
+    Without a bar it prints one line at the start.
+    """
+    terminal = self._terminal(err=True)
+    if not terminal:
+      self.print(f"{description} ({total / 1e6:.1f} MB)", err=True)
+      yield lambda done: None
+      return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=terminal) as bar:
+      task = bar.add_task(description, total=total)
+      yield lambda done: bar.update(task, completed=done)
+
+  def _stream(self, err: bool) -> TextIO:
+    return (self._err or sys.stderr) if err else (self._out or sys.stdout)
+
+  def _terminal(self, err: bool) -> "rich.console.Console | None":
+    """Rich's console of the stream if it is a terminal that shows bars."""
+    if not self._bars:
+      return None
+    import rich.console
+
+    console = rich.console.Console(file=self._stream(err))
+    return console if console.is_terminal else None
+
+
+class SilentConsole(Console):
+  """Shows nothing."""
+
+  def __init__(self) -> None:
+    super().__init__(bars=False)
+
+  def print(self, text: str, err: bool = False) -> None:
+    """Does nothing."""
+
+
+class StepLines:
+  """Progress as plain lines, one every LINE_SECONDS and one for the last step, with the time left."""
+
+  def __init__(self, console: Console, steps: int):
+    self._console, self._steps, self._last_line = console, steps, float("-inf")
+    # (step, time) of the first update, so that the time left does not count compilation.
+    self._first: tuple[int, float] | None = None
+
+  def update(self, step: int, text: str) -> None:
+    """Shows `text` about the last of `step` completed steps."""
+    now = time.monotonic()
+    self._first = self._first or (step, now)
+    if now - self._last_line < LINE_SECONDS and step != self._steps:
+      return
+    self._last_line = now
+    first_step, first_time = self._first
+    time_left = "-:--:--"
+    if step > first_step:
+      time_left = format_duration((now - first_time) / (step - first_step) * (self._steps - step))
+    self._console.print(f"step {step}/{self._steps}  {text}  {time_left} left")
+
+
+def format_duration(seconds: float) -> str:
+  """Seconds as h:mm:ss."""
+  minutes, seconds = divmod(round(seconds), 60)
+  return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+_DEFAULT = Console()
+_current: contextvars.ContextVar[Console | None] = contextvars.ContextVar("console", default=None)
+
+
+def current_console() -> Console:
+  """The console that is set, or one on stdout and stderr."""
+  return _current.get() or _DEFAULT
+
+
+@contextlib.contextmanager
+def set_console(console: Console) -> Iterator[Console]:
+  """Makes `console` the current one during the block, in this thread."""
+  token = _current.set(console)
+  try:
+    yield console
+  finally:
+    _current.reset(token)

@@ -1,0 +1,234 @@
+"""What a run shows and writes: lines for people, metrics and events for the writers, and the small files of its folder."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from deepseek_jax.checkpoint.compatibility import Difference
+from deepseek_jax.config import Config
+from deepseek_jax.console import Console
+from deepseek_jax.data.pipeline import Consumed
+from deepseek_jax.distributed import broadcast_from_process0
+from deepseek_jax.errors import ConfigError
+from deepseek_jax.plan.flops import training_flops
+from deepseek_jax.plan.summary import config_summary, format_changed_fields
+from deepseek_jax.storage import RunFolder, is_url
+from deepseek_jax.training import report
+from deepseek_jax.training.batch import Batch
+from deepseek_jax.training.layer_aux import logged_metrics
+from deepseek_jax.training.metrics import EVENTS, WRITERS, MetricsWriter, WriterFactory, read_jsonl
+from deepseek_jax.training.next_commands import next_commands
+from deepseek_jax.training.timing import IntervalTimer, device_metrics
+
+
+class RunLog:
+  """The output of a run. All processes have one; only process 0 writes files, and its console alone shows lines.
+
+  Args:
+    config: its mesh sizes may be unresolved.
+    workdir: a folder or a URL.
+    run_folder: the local folder of small files.
+    mesh: of the run.
+    console: for what people read.
+    writers: opened in addition to jsonl, which the report is made of, and to tensorboard with `log.tensorboard`.
+  """
+
+  def __init__(
+    self,
+    config: Config,
+    workdir: str,
+    run_folder: RunFolder,
+    mesh: Mesh,
+    console: Console,
+    writers: Sequence[WriterFactory] = (),
+  ):
+    self.config, self.workdir, self.mesh, self.console = config, workdir, mesh, console
+    self._folder = run_folder
+    names = ["jsonl", "tensorboard"] if config.log.tensorboard else ["jsonl"]
+    self._factories = [*(WRITERS[name] for name in names), *writers] if jax.process_index() == 0 else []
+    self._writers: list[MetricsWriter] = []
+    self._flops_per_token = training_flops(config.model, config.data.seq).causal
+    self.timer = IntervalTimer()  # since the last line of metrics
+    self._update_progress: Callable[[int, str], None] = lambda step, text: None
+
+  def show_config(self, on_mesh: Config) -> None:
+    """Shows workdir, devices and config; `on_mesh` is the config with its mesh sizes resolved."""
+    processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    self.console.print(f"run      {self.config.name} in {_absolute(self.workdir)}")
+    self.console.print(f"devices  {self._devices()} ({jax.default_backend()}), jax {jax.__version__}{processes}")
+    self.console.print(f"{config_summary(on_mesh)}\n{format_changed_fields(self.config)}")
+
+  def show_changes(self, changes: Sequence[Difference]) -> None:
+    """Shows the fields that differ from those of the checkpoint or of the weights that the run starts from."""
+    for path, old, new in changes:
+      self.console.print(f"changed  {path}: {old!r} -> {new!r}")
+
+  def show_start(self, step: int, consumed: Consumed, weights: str | os.PathLike | None) -> None:
+    """Shows what the run starts from: given `weights`, or the checkpoint of `step`, or nothing."""
+    if weights:
+      self.console.print(f"start    from the weights in {weights}: at step 0, with a new optimizer state")
+    elif step:
+      seen = f"{consumed.samples:,} sequences, {consumed.tokens:,} tokens seen"
+      self.console.print(f"resume   from the checkpoint of step {step} ({seen})")
+    else:
+      self.console.print("start    no checkpoint here: from scratch")
+
+  def last_end(self) -> tuple[int, str] | None:
+    """(step, reason) of the newest end that the run's events have. All processes have to call this."""
+    path = os.path.join(self._folder.path, EVENTS)
+    ends = broadcast_from_process0(
+      lambda: [(e["step"], e["reason"]) for e in read_jsonl(path) if e["event"] == "end"][-1:]
+    )
+    return tuple(ends[0]) if ends else None
+
+  def show_finished_already(self, step: int) -> None:
+    """Shows that there is nothing to do."""
+    steps = self.config.train.steps
+    self.console.print(f"finished already: step {step} of {steps}; raise --config.train.steps to go on")
+
+  @contextlib.contextmanager
+  def open(self, step: int) -> Iterator[None]:
+    """Writes config.json and opens the writers for a run from `step` on, on process 0; closes them after the block.
+
+    Raises ConfigError where the folder cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+      try:
+        for factory in self._factories:
+          writer = factory(self._folder.path, step)
+          stack.callback(writer.close)
+          self._writers.append(writer)
+        if jax.process_index() == 0:
+          self._write_config()
+      except OSError as error:
+        if not error.filename:  # of a writer that a program passed: perhaps the network
+          raise
+        raise ConfigError(f"cannot write {error.filename}: {error.strerror}; use another --workdir") from None
+      yield
+
+  def _write_config(self) -> None:
+    path = os.path.join(self._folder.path, "config.json")
+    with open(f"{path}.partial", "w", encoding="utf-8") as file:
+      json.dump(dataclasses.asdict(self.config), file, indent=2)
+    os.replace(file.name, path)
+
+  def event(self, name: str, step: int, **values: Any) -> None:
+    """Writes an event, see MetricsWriter."""
+    for writer in self._writers:
+      writer.event(name, step, **values)
+
+  def start(self, step: int, **details: Any) -> None:
+    """Writes the event of a start, or of a resume if `step` is not 0, with `details` and the machine's."""
+    self.event(
+      "resume" if step else "start",
+      step,
+      devices=self._devices(),
+      jax=jax.__version__,
+      mesh=dict(self.mesh.shape),
+      **details,
+      processes=jax.process_count(),
+    )
+
+  @contextlib.contextmanager
+  def progress(self, step: int) -> Iterator[None]:
+    """Shows progress from `step` on, as `step` of this class updates it, during the block."""
+    with self.console.step_progress(step, self.config.train.steps) as self._update_progress:
+      self.timer.reset()
+      yield
+
+  def compiled(self, seconds: float) -> None:
+    """Shows how long the program of a step took to compile, which does not count in the throughput."""
+    self.console.print(f"compiled in {seconds:.1f} s")
+    self.timer.reset()
+
+  def step(
+    self,
+    step: int,
+    consumed: Consumed,
+    batch: Batch,
+    values: dict[str, Any],
+    skipped: int,
+  ) -> None:
+    """Shows the metrics of an update, and writes them every `log.every` steps and after the last one.
+
+    Args:
+      step, consumed: completed updates, and what they consumed.
+      batch: of the update.
+      values: as `logged_metrics` takes them; "loss" is among them.
+      skipped: updates that were skipped since step 0.
+    """
+    self.timer.tokens += batch.target_tokens
+    loss = float(values["loss"])
+    bits_per_byte = loss * batch.target_tokens / math.log(2) / max(batch.target_bytes, 1)
+    throughput = self.timer.throughput()
+    tokens_per_second = throughput["tokens_per_second"]
+    speed = f"{tokens_per_second:,.0f} tok/s"
+    self._update_progress(step, f"loss {loss:.4f}  {bits_per_byte:.3f} bits/byte  {speed}")
+    if step % self.config.log.every and step != self.config.train.steps:
+      return
+    scalars, histograms = logged_metrics(self.config.model, {**values, "bits_per_byte": bits_per_byte})
+    scalars |= {"tokens": consumed.tokens, "samples": consumed.samples, "skipped": skipped}
+    scalars |= throughput | device_metrics(self.mesh, tokens_per_second * self._flops_per_token)
+    for writer in self._writers:
+      writer.write(step, scalars, histograms)
+    self.timer.reset()
+
+  def evaluation(self, step: int, result: dict[str, float | int]) -> None:
+    """Shows and writes the `result` of a held-out evaluation."""
+    if math.isnan(result["loss"]) and self.config.model.moe.buffer_factor:
+      self.console.print(
+        f"step {step}: the held-out loss is NaN. If the training loss is finite, assignments overflowed the expert "
+        "buffers: raise model.moe.buffer_factor"
+      )
+    self.event("eval", step, **result)
+    self.publish()
+    self.console.print(
+      f"step {step}: held-out loss {result['loss']:.4f}, {result['bits_per_byte']:.4f} bits per byte "
+      f"({result['sequences']} sequences)"
+    )
+
+  def sample(self, step: int, text: str) -> None:
+    """Shows and writes the `text` that follows the prompt in a finished run, and shows what to do next."""
+    prompt = self.config.sample.prompt
+    self.event("sample", step, prompt=prompt, text=text)
+    commands = next_commands(self.config, self.workdir)
+    self.console.print(f"sample\n{prompt}{text}\n\nwrote    {_absolute(self.workdir)}\nnext\n{commands}")
+
+  def end(self, step: int, reason: str, digest: str | None = None) -> None:
+    """Writes the event of the end and the report, and shows them.
+
+    reason: "finished", the name of a signal, or "diverged". digest: the state's hash, None where it diverged.
+    """
+    if digest is None:
+      self.event("end", step, reason=reason)
+      self._write_report()
+      return
+    self.event("end", step, reason=reason, state_sha256=digest)
+    self._write_report()
+    self.console.print(f"state_sha256 {digest}\nreport   {os.path.join(self.workdir, 'report.html')}")
+    if reason != "finished":
+      self.console.print(f"stopped by {reason} at step {step}, saved; the same command continues from there")
+
+  def publish(self) -> None:
+    """Uploads the small files of the run to its bucket, if it has one; process 0 does."""
+    if jax.process_index() == 0:
+      self._folder.upload()
+
+  def _write_report(self) -> None:
+    if jax.process_index() == 0:
+      report.write_report(self._folder.path)
+      self.publish()
+
+  def _devices(self) -> str:
+    return f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}"
+
+
+def _absolute(workdir: str) -> str:
+  return workdir if is_url(workdir) else os.path.abspath(workdir)

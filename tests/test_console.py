@@ -1,0 +1,103 @@
+import io
+import threading
+
+import pytest
+
+from deepseek_jax import console
+from deepseek_jax.console import Console, SilentConsole, current_console, set_console
+
+
+class Terminal(io.StringIO):
+  def isatty(self):
+    return True
+
+
+@pytest.fixture(autouse=True)
+def terminal_type(monkeypatch):
+  monkeypatch.setenv("TERM", "xterm")
+  monkeypatch.setenv("COLUMNS", "80")
+
+
+def test_lines_go_to_stdout_and_stderr_of_the_moment(capsys):
+  shown = Console()
+  shown.print("a\nb")
+  shown.print("c", err=True)
+  assert capsys.readouterr() == ("a\nb\n", "c\n")
+
+
+def test_streams_take_what_is_shown_of_them(capsys):
+  out, err = io.StringIO(), io.StringIO()
+  shown = Console(out, err)
+  with shown.step_progress(0, 2) as update:
+    update(1, "loss 1")
+    shown.print("between")
+    update(2, "loss 0.5")
+  with shown.byte_progress("data: packing x", 2_000_000) as update_bytes:
+    update_bytes(1)
+  assert out.getvalue().splitlines()[:2] == ["step 1/2  loss 1  -:--:-- left", "between"]
+  assert out.getvalue().splitlines()[2].startswith("step 2/2  loss 0.5  0:00:0")
+  assert err.getvalue() == "data: packing x (2.0 MB)\n"
+  assert capsys.readouterr() == ("", "")
+
+
+def test_lines_of_progress_are_seconds_apart_but_for_the_last(monkeypatch):
+  now, out = [0.0], io.StringIO()
+  monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+  with Console(out).step_progress(10, 110) as update:
+    for step in range(11, 111):
+      update(step, "fast")
+      now[0] += 1
+  steps = [line.split("/")[0] for line in out.getvalue().splitlines()]
+  assert steps == [f"step {step}" for step in (*range(11, 111, 5), 110)]
+  assert "step 61/110  fast  0:00:49 left" in out.getvalue()
+
+
+def test_a_terminal_has_a_bar_and_lines_above_it():
+  out = Terminal()
+  shown = Console(out, Terminal())
+  with shown.step_progress(0, 2) as update:
+    update(1, "loss 1")
+    shown.print("above [bold]it[/bold]")
+    update(2, "loss 0.5")
+  assert "━" in out.getvalue() and "loss 0.5" in out.getvalue() and "above [bold]it[/bold]" in out.getvalue()
+  shown.print("after")
+  assert out.getvalue().endswith("after\n")
+  with shown.byte_progress("data: packing x", 100) as update_bytes:
+    update_bytes(100)
+  assert "100/100 bytes" in shown._err.getvalue()
+
+
+def test_a_subclass_without_bars_gets_every_line():
+  class Lines(Console):
+    def __init__(self):
+      super().__init__(Terminal(), Terminal(), bars=False)
+      self.lines = []
+
+    def print(self, text, err=False):
+      self.lines.append((text.split("  ")[0], err))
+
+  shown = Lines()
+  shown.print("a")
+  with shown.step_progress(0, 1) as update, shown.byte_progress("data", 1):
+    update(1, "loss 1")
+  assert shown.lines == [("a", False), ("data (0.0 MB)", True), ("step 1/1", False)]
+
+
+def test_a_silent_console_prints_nothing(capsys):
+  shown = SilentConsole()
+  shown.print("a")
+  shown.print("b", err=True)
+  with shown.step_progress(0, 1) as update, shown.byte_progress("data", 1) as update_bytes:
+    update(1, "loss 1")
+    update_bytes(1)
+  assert capsys.readouterr() == ("", "")
+
+
+def test_the_current_console_is_set_for_a_block_in_one_thread():
+  first, second, elsewhere = current_console(), SilentConsole(), []
+  with set_console(second):
+    assert current_console() is second
+    thread = threading.Thread(target=lambda: elsewhere.append(current_console()))
+    thread.start()
+    thread.join()
+  assert current_console() is first and elsewhere == [first]
