@@ -47,6 +47,10 @@ class OptimizerConfig(Section, path="optimizer"):
     "adamw", "AdamW, or Muon for hidden matrices and AdamW for the rest",
     choices=table_keys("optimizers.optimizer", "OPTIMIZERS"),
   )  # fmt: skip
+  trainable: tuple[str, ...] = field(
+    (),
+    "paths of the parameters that are trained, with * for any text, as moe_layers/attn/*; the others are frozen. Empty: all",
+  )
   clip: float = field(1.0, "global gradient norm above which gradients are scaled down", above=0)
   beta1: float = field(0.9, "AdamW's decay of the first moment", at_least=0, below=1)
   beta2: float = field(0.95, "AdamW's decay of the second moment", at_least=0, below=1)
@@ -202,9 +206,8 @@ class BalanceConfig(Section, path="balance"):
   )
   router_z_loss: float = field(0.0, "weight of the squared log of the router's normalizer", at_least=0)
   bias_rule: str = field(
-    "sign", "how router biases move: sign (V3: by the update rate, towards an even load)",
-    choices=table_keys("training.router_bias", "BIAS_RULES"),
-  )  # fmt: skip
+    "sign", "how router biases move: sign (V3)", choices=table_keys("training.router_bias", "BIAS_RULES")
+  )
   bias_update_rate: float = field(
     0.0, "update rate of the router bias of each expert: its change in a step (V3: bias update speed 0.001)", at_least=0
   )

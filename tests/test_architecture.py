@@ -81,6 +81,7 @@ UNMIRRORED = {
   "kernels/test_races.py": "the race detector of the interpreter, which the other tests of kernels rely on",
   "kernels/test_pass_selftest.py": "all kernels, through the checks of selftest",
   "selftest/test_select.py": "selftest/run.py and selftest/machine.py: which results count",
+  "training/test_frozen.py": "the step, of which a part of the parameters is trained",
   "training/test_collectives.py": "collectives of the compiled step, layout by layout",
   "training/test_fp8.py": "the whole step in FP8",
   "training/test_meshes.py": "the whole step in every layout",

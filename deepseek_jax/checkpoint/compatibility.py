@@ -52,7 +52,7 @@ def check_compatible(
   For a field that only the checkpoint has, the value now is None.
 
   Raises CheckpointError that lists what must be equal and is not: all of `model` except how it is computed,
-  optimizer.kind and moments_dtype, and the fingerprint unless `accept_data_change`.
+  optimizer.kind, moments_dtype and trainable, and the fingerprint unless `accept_data_change`.
   """
   differences = _differences(saved_config, config)
   incompatible = [d for d in differences if _must_be_equal(d[0]) and d[2] is not None]
@@ -99,7 +99,7 @@ def check_weights_fit(directory: str | os.PathLike, model: ModelConfig, config: 
 
 
 def _must_be_equal(path: str) -> bool:
-  return path in ("optimizer.kind", "optimizer.moments_dtype") or (
+  return path in ("optimizer.kind", "optimizer.moments_dtype", "optimizer.trainable") or (
     path.startswith("model.") and path not in _MAY_CHANGE
   )
 

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import optax
 
 from deepseek_jax.config import OptimizerConfig
+from deepseek_jax.model.transformer import param_axes
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.optimizers.muon import muon
+from deepseek_jax.optimizers.trainable import check_trainable
 from deepseek_jax.typing import Params, PyTree
 
 
@@ -68,8 +70,11 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig) -> optax.Gradien
   """Clipping by the global norm, then the optimizer `config.kind`, then decoupled weight decay.
 
   The caller multiplies updates by -learning_rate. `model`: whose parameters they are, for optimizers that treat some
-  apart. Its trees may hold a part of them. A mesh has to be set where it is called.
+  apart. Its trees hold those that are trained. A mesh has to be set where it is called.
+
+  Raises ConfigError where `config.trainable` names no parameter.
   """
+  check_trainable(param_axes(model), config.trainable)
   return optax.chain(
     optax.clip_by_global_norm(config.clip),
     with_state_dtype(jnp.dtype(config.moments_dtype), OPTIMIZERS[config.kind](config, model)),

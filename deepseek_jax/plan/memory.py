@@ -12,6 +12,7 @@ from deepseek_jax.mesh import abstract_mesh
 from deepseek_jax.model.all_to_all import has_ragged_all_to_all
 from deepseek_jax.model_config import ModelConfig, MoEConfig
 from deepseek_jax.optimizers.optimizer import make_optimizer
+from deepseek_jax.optimizers.trainable import split_trainable
 from deepseek_jax.parallel.pipeline import layer_assignment
 from deepseek_jax.plan.attention import ATTENTION_PLANS
 from deepseek_jax.plan.flops import TRACE_DEVICE, abstract_params
@@ -70,14 +71,15 @@ def estimate_memory(config: Config, chip: Chip | None = None) -> MemoryEstimate:
   shapes = _shapes_only(model)
   param_bytes, compute_bytes = jnp.dtype(model.param_dtype).itemsize, jnp.dtype(model.compute_dtype).itemsize
   sharded = _params_per_device(shapes, mesh)
-  gathered, gradients = 0, COPIES["gradients"] * sharded
+  trainable = _params_per_device(shapes, mesh, trainable=config.optimizer.trainable)
+  gathered, gradients = 0, COPIES["gradients"] * trainable
   if zero < 3:
     unsharded = _params_per_device(shapes, mesh, unsharded=True)
     if mesh.stage > 1:  # the last stack is split into stages, every stage has the rest
       stack = "moe_layers" if model.num_moe_layers else "dense_layers"
       staged = _params_per_device(shapes, mesh, unsharded=True, stack=stack)
       unsharded += staged // mesh.stage - staged
-    gathered, gradients = unsharded * compute_bytes, COPIES["unsharded_gradients"] * unsharded
+    gathered, gradients = unsharded * compute_bytes, COPIES["unsharded_gradients"] * unsharded * trainable / sharded
   elif mesh.stage > 1:
     gathered = sharded * param_bytes  # a copy in stage layout
   moments = 0 if config.optimizer.offload else _opt_state_bytes(config.optimizer, shapes, mesh)
@@ -93,16 +95,25 @@ def _shapes_only(model: ModelConfig) -> ModelConfig:
 
 
 @functools.cache  # a search asks for few meshes, each with many microbatches and remat policies
-def _params_per_device(model: ModelConfig, mesh: MeshConfig, unsharded: bool = False, stack: str | None = None) -> int:
-  """Parameters on one device, of one stack or of all. `unsharded`: as ZeRO 1 and 2 gather them for a step."""
-  params = abstract_params(model, mesh, unsharded)[0]
+def _params_per_device(
+  model: ModelConfig,
+  mesh: MeshConfig,
+  unsharded: bool = False,
+  stack: str | None = None,
+  trainable: tuple[str, ...] = (),
+) -> int:
+  """Parameters on one device, of one stack or of all, that `trainable` selects (`optimizer.trainable`).
+
+  unsharded: as ZeRO 1 and 2 gather them for a step.
+  """
+  params, _ = split_trainable(abstract_params(model, mesh, unsharded)[0], trainable)
   return sum(elements_per_device(leaf) for leaf in jax.tree.leaves(params[stack] if stack else params))
 
 
 @functools.cache
 def _opt_state_bytes(optimizer: OptimizerConfig, model: ModelConfig, mesh: MeshConfig) -> int:
   """Bytes of the optimizer's state on one device, without its counters."""
-  params = abstract_params(model, mesh)[0]
+  params, _ = split_trainable(abstract_params(model, mesh)[0], optimizer.trainable)
   with jax.sharding.use_abstract_mesh(abstract_mesh(mesh, TRACE_DEVICE)):
     state = jax.eval_shape(make_optimizer(optimizer, model).init, params)
   return sum(elements_per_device(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if leaf.ndim)

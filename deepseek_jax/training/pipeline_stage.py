@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from deepseek_jax.model.transformer import Transformer, layer_keys
+from deepseek_jax.optimizers.trainable import merge_params
 from deepseek_jax.parallel.pipeline import interleaved_1f1b, layer_assignment, to_stage_params
 from deepseek_jax.sharding import (
   FSDP_AXES,
@@ -71,6 +72,8 @@ class PipelineStage:
     get_microbatch: index -> (tokens [batch, seq + 1], dropout key or None).
     mtp_weight: [], of the multi-token prediction loss.
     placeholders: the structure of all parameters; stands for those that a part of the pipeline does not use.
+    frozen_outer, frozen_layers: those that are not trained, of the parameters outside of the stages and of
+      `to_stage_layout`. `grads` gets the others.
     gathered: whether parameters come gathered. Otherwise the model gathers them where it uses them.
   """
 
@@ -83,10 +86,13 @@ class PipelineStage:
     get_microbatch: Callable[[jax.Array], tuple[jax.Array, jax.Array | None]],
     mtp_weight: jax.Array,
     placeholders: Params,
+    frozen_outer: Params,
+    frozen_layers: Params,
     gathered: bool,
   ):
     self.graphdef, self.objective, self.mtp_weight = graphdef, objective, mtp_weight
     self.get_microbatch, self.buffers, self.placeholders = get_microbatch, buffers, placeholders
+    self.frozen_outer, self.frozen_layers = frozen_outer, frozen_layers
     self.virtual_stages = config.parallel.virtual_stages
     self.stack, table = pipeline_stack(config)
     self.layer_ids = jnp.asarray(table)[axis_index("stages")]  # [virtual_stages, slots]
@@ -116,9 +122,13 @@ class PipelineStage:
     zeros = pvary(jnp.zeros((self.num_layers, *x.shape[2:]), x.dtype))
     return zeros.at[self.layer_ids].add(x, mode="drop")
 
-  def model(self, params: Params, layers: Params | None = None, buffers: Params | None = None) -> Transformer:
-    """The model with the blocks `layers` and their `buffers` as its stack, or without the stack."""
-    params = self.placeholders | params | ({self.stack: layers} if layers else {})
+  def model(self, params: Params | None, layers: Params | None = None, buffers: Params | None = None) -> Transformer:
+    """The model with the blocks `layers` and their `buffers` as its stack, or without the stack.
+
+    params: those that are trained, of the parameters outside of the stages. None: without those.
+    """
+    outer = {} if params is None else merge_params(params, self.frozen_outer)
+    params = self.placeholders | outer | ({self.stack: layers} if layers else {})
     return nnx.merge(self.graphdef, params, self.buffers | ({self.stack: buffers} if buffers else {}))
 
   def embed(self, params: Params, microbatch: jax.Array) -> tuple[jax.Array, jax.Array, PyTree]:
@@ -157,8 +167,9 @@ class PipelineStage:
     buffers = self.buffers.get(self.stack)
     if buffers:
       buffers = jax.tree.map(lambda b: b.at[layer_ids].get(mode="fill", fill_value=0), buffers)
+    layers = merge_params(layers, jax.tree.map(lambda p: p[virtual_stage], self.frozen_layers))
     with axis_rules(self.layer_rules):
-      model, inputs = self.model({}, layers, buffers), self.objective.local_inputs(tokens)
+      model, inputs = self.model(None, layers, buffers), self.objective.local_inputs(tokens)
       batch_context = self.objective.batch_context(model, inputs, key)
       keys = layer_keys(key, self.first_layer + layer_ids)
       x, observed = model.run_layers(getattr(model, self.stack), x, batch_context, keys, self.objective.aux_fn)

@@ -12,6 +12,7 @@ import optax
 from deepseek_jax.distributed import gather_to_host
 from deepseek_jax.model.transformer import init_params
 from deepseek_jax.optimizers.optimizer import make_optimizer, place_opt_state
+from deepseek_jax.optimizers.trainable import split_trainable
 from deepseek_jax.sharding import with_concrete_shardings
 from deepseek_jax.training.step_config import StepConfig
 from deepseek_jax.typing import Params, PyTree
@@ -40,7 +41,8 @@ def init_state(config: StepConfig, key: jax.Array | None) -> TrainState:
 
 def state_from_params(config: StepConfig, params: Params, buffers: Params) -> TrainState:
   """State before the first update of the given parameters. Run it under `jax.jit`: moments are sharded as `params`."""
-  zero, opt_state = jnp.zeros((), jnp.int32), make_optimizer(config.optimizer, config.model).init(params)
+  trainable, _ = split_trainable(params, config.optimizer.trainable)
+  zero, opt_state = jnp.zeros((), jnp.int32), make_optimizer(config.optimizer, config.model).init(trainable)
   return TrainState(
     step=zero,
     params=params,

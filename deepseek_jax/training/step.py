@@ -15,6 +15,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.kernels.implementations import Replacements
 from deepseek_jax.model.transformer import buffer_types, graphdef, param_axes
 from deepseek_jax.optimizers.optimizer import make_optimizer, place_opt_state
+from deepseek_jax.optimizers.trainable import merge_params, split_trainable
 from deepseek_jax.sharding import (
   LATENT_RULES,
   UNSHARDED_PARAMS,
@@ -85,7 +86,7 @@ def make_gradients(
 ) -> Callable[[TrainState, jax.Array, jax.Array | int, jax.Array], tuple[Params, PyTree]]:
   """`(state, batch, microbatches, mtp_weight) -> (gradients, metrics)`, both means over the tokens of the batch.
 
-  Gradients have the layout of state.params. Arguments and metrics are as in `make_train_step`; counts are sums.
+  Gradients are of the trainable parameters, in the layout of state.params. Arguments and metrics are as in `make_train_step`; counts are sums.
   """
   objective, logical_axes = Objective(config), param_axes(config.model)
   model, gather_once = config.model, config.parallel.zero < 3
@@ -103,7 +104,7 @@ def make_gradients(
       config, graphdef, objective, logical_axes, gather_once, params, buffers, get_microbatch, mtp_weight, microbatches
     )
     grads, metrics = (pipeline_grads if axis_size("stages") > 1 else accumulate_grads)(context)
-    grads = jax.tree.map(lambda g, axes: psum_replicated(g, *axes), grads, logical_axes)
+    grads = jax.tree.map(lambda g, axes: psum_replicated(g, *axes), grads, context.trainable(logical_axes))
     total_loss = psum(metrics.pop("total_loss"), "batch", "stream", "stages")
     return grads, as_replicated({"total_loss": total_loss} | sum_over_devices(metrics, "batch", "stages"))
 
@@ -117,7 +118,7 @@ def make_gradients(
         spec(),
         spec(),
       )
-      out_specs = partition_specs(state.params), spec()
+      out_specs = partition_specs(split_trainable(state.params, config.optimizer.trainable)[0]), spec()
       arguments = state.params, state.buffers, batch, mtp_weight, state.step
       if isinstance(microbatches, int):  # a constant of the program, so that XLA removes the loop over one microbatch
         grads, metrics = spmd(functools.partial(local, microbatches), in_specs, out_specs)(*arguments)
@@ -146,9 +147,13 @@ class StepContext:
   mtp_weight: jax.Array
   microbatches: jax.Array | int
 
+  def trainable(self, tree: PyTree) -> PyTree:
+    """What `tree`, of the structure of the parameters, has of those that are trained."""
+    return split_trainable(tree, self.config.optimizer.trainable)[0]
+
 
 def accumulate_grads(context: StepContext) -> tuple[Params, PyTree]:
-  """(gradients in the shards of the parameters, metrics): sums over microbatches, one after the other.
+  """(gradients in the shards of the trainable parameters, metrics): sums over microbatches, one after the other.
 
   Each device differentiates its local objective. What is optimized is total_loss = psum(local_objective), in
   `make_gradients`.
@@ -157,10 +162,12 @@ def accumulate_grads(context: StepContext) -> tuple[Params, PyTree]:
   weights = context.params
   if gather_once:
     weights = cast_and_gather(weights, logical_axes, context.config.model.compute_dtype)
+  weights, frozen = split_trainable(weights, context.config.optimizer.trainable)
+  logical_axes = context.trainable(logical_axes)
 
   def objective_fn(weights, tokens, key):
     with axis_rules(UNSHARDED_PARAMS if gather_once else {}):
-      model = nnx.merge(context.graphdef, weights, context.buffers)
+      model = nnx.merge(context.graphdef, merge_params(weights, frozen), context.buffers)
       loss_sums, local_objective, metrics = context.objective(model, tokens, key, context.mtp_weight)
     return local_objective, {"loss": loss_sums.sum(), **metrics}
 
@@ -176,7 +183,7 @@ def accumulate_grads(context: StepContext) -> tuple[Params, PyTree]:
 
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(microbatch_grads, 0))
   # Gradients are summed in the dtype of the parameters, whatever the dtype of `weights`.
-  zeros = jax.tree.map(lambda z, p: z.astype(p.dtype), zeros[0], context.params), zeros[1]
+  zeros = jax.tree.map(lambda z, p: z.astype(p.dtype), zeros[0], context.trainable(context.params)), zeros[1]
 
   def add_microbatch(i, sums):
     # The barrier: XLA for TPUs moves the reduce-scatter behind the loop, which takes memory for unsharded gradients.
@@ -191,15 +198,15 @@ def pipeline_grads(context: StepContext) -> tuple[Params, PyTree]:
   """As `accumulate_grads`, with microbatches that pass through pipeline stages."""
   stack, table = pipeline_stack(context.config)
   dtype, logical_axes = context.config.model.compute_dtype, context.logical_axes
-  gather_once = context.gather_once
+  gather_once, patterns = context.gather_once, context.config.optimizer.trainable
   outer_params = {name: params for name, params in context.params.items() if name != stack}
   outer_axes = {name: tree for name, tree in logical_axes.items() if name != stack}
 
-  def stage_layout(layers):
-    return to_stage_layout(layers, logical_axes[stack], table, gather_once)
-
-  layers = stage_layout(cast(context.params[stack], logical_axes[stack], dtype))
+  layers = cast(context.params[stack], logical_axes[stack], dtype)
+  layers = to_stage_layout(layers, logical_axes[stack], table, gather_once)
+  layers, frozen_layers = split_trainable(layers, patterns, stack)
   outer_weights = cast_and_gather(outer_params, outer_axes, dtype) if gather_once else outer_params
+  outer_weights, frozen_outer = split_trainable(outer_weights, patterns)
   placeholders = jax.tree.map(lambda _: jnp.zeros(()), context.params)
   stage = PipelineStage(
     context.config,
@@ -209,13 +216,22 @@ def pipeline_grads(context: StepContext) -> tuple[Params, PyTree]:
     context.get_microbatch,
     context.mtp_weight,
     placeholders,
+    frozen_outer,
+    frozen_layers,
     gather_once,
   )
   grads, layer_grads, metrics = stage.grads(outer_weights, layers, context.microbatches)
   if gather_once:
-    grads = jax.tree.map(lambda g, axes: reduce_scatter_grads(g, *axes), grads, outer_axes)
+    grads = jax.tree.map(lambda g, axes: reduce_scatter_grads(g, *axes), grads, context.trainable(outer_axes))
+  trainable_axes, trainable_params = (context.trainable(t).get(stack) for t in (logical_axes, context.params))
+  if not trainable_params:
+    return grads, metrics
+
+  def stage_layout(layers):
+    return to_stage_layout(layers, trainable_axes, table, gather_once)
+
   # The transpose of the layout puts the gradients of this stage's layers back into the shards of the parameters.
-  (layer_grads,) = jax.vjp(stage_layout, context.params[stack])[1](layer_grads)
+  (layer_grads,) = jax.vjp(stage_layout, trainable_params)[1](layer_grads)
   return grads | {stack: layer_grads}, metrics
 
 
@@ -236,11 +252,12 @@ def make_apply_gradients(
     grad_norm = optax.tree.norm(grads)
     is_good = jnp.isfinite(grad_norm) & ~jnp.asarray(must_skip(metrics))
     old_opt_state = place_opt_state(jax.memory.Space.Device, state.opt_state) if offload else state.opt_state
-    updates, opt_state = tx.update(grads, old_opt_state, state.params)
+    old_params, frozen = split_trainable(state.params, config.optimizer.trainable)
+    updates, opt_state = tx.update(grads, old_opt_state, old_params)
     learning_rate = inputs.learning_rate
-    params = jax.tree.map(lambda p, u: p - learning_rate.astype(p.dtype) * u, state.params, updates)
+    params = jax.tree.map(lambda p, u: p - learning_rate.astype(p.dtype) * u, old_params, updates)
     buffers = update_router_biases(rule, state.buffers, types, metrics, inputs.bias_update_rate)
-    new, old = (params, buffers, opt_state), (state.params, state.buffers, old_opt_state)
+    new, old = (params, buffers, opt_state), (old_params, state.buffers, old_opt_state)
     params, buffers, opt_state = jax.tree.map(lambda new, old: jnp.where(is_good, new, old), new, old)
     opt_state = place_opt_state(jax.memory.Space.Host, opt_state) if offload else opt_state
     is_skipped = 1 - is_good.astype(jnp.int32)
@@ -249,7 +266,7 @@ def make_apply_gradients(
       "in_a_row": is_skipped * (state.skipped["in_a_row"] + 1),
     }
     metrics = metrics | {"grad_norm": grad_norm, "skipped": skipped}
-    return TrainState(state.step + 1, params, buffers, opt_state, skipped), metrics
+    return TrainState(state.step + 1, merge_params(params, frozen), buffers, opt_state, skipped), metrics
 
   return apply_gradients
 

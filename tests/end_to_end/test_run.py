@@ -351,6 +351,17 @@ def test_another_model_is_refused_with_the_fields(folder, uninterrupted):
   assert "model.mlp: checkpoint 48, config 96" in out and "--workdir" in out and "Traceback" not in out
 
 
+def test_frozen_parameters_stay_over_a_resume(folder, uninterrupted):
+  sizes = ("--config.model.layers=1", "--config.model.num_mtp_layers=0", "--config.eval.every=100")
+  options = *sizes, "--config.optimizer.trainable=*/attn/*,head/*"
+  for workdir, steps in (("frozen", 3), ("frozen", 6), ("frozen-at-once", 6)):
+    run(folder, workdir, *options, f"--config.train.steps={steps}")
+  ends = [lines(folder, workdir, "events.jsonl")[-1] for workdir in ("frozen", "frozen-at-once")]
+  assert ends[0]["state_sha256"] == ends[1]["state_sha256"]
+  out = run(folder, "frozen", *sizes, "--config.train.steps=7", code=2)
+  assert "optimizer.trainable: checkpoint ['*/attn/*', 'head/*'], config []" in out
+
+
 def test_other_data_is_refused_unless_accepted(folder, six_steps):
   workdir = copied(folder, six_steps, "other")
   extra = folder / "text" / "extra.txt"
