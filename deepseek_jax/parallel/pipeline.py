@@ -17,9 +17,13 @@ compute it at the same time, each for one microbatch, and the results rotate fro
 
 Branches depend on the tick alone, so that all devices take the same branch and meet in its collectives. Stages without
 an item compute on stale values, which are left out of all sums.
+
+`parallel.schedule` has these formulas. `python -m deepseek_jax.plan --timeline` draws them, as does
+docs/explanation/pipeline.md for 2 stages, 2 virtual stages and 4 microbatches.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -27,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.errors import ConfigError
+from deepseek_jax.parallel.schedule import Schedule
 from deepseek_jax.sharding import pvary
 from deepseek_jax.typing import Params, PyTree
 
@@ -63,22 +68,6 @@ def layer_assignment(
     return a.reshape(virtual_stages, stages, -1).swapaxes(0, 1)
 
   return by_stage(table).astype(np.int32), by_stage(mask)
-
-
-def bubble_fraction(stages: int, virtual_stages: int, microbatches: int) -> float:
-  """Fraction of the time in which a stage has no item: filling, draining, and a last group that is not full."""
-  groups = -(-microbatches // stages)
-  return 1 - microbatches * virtual_stages / (groups * stages * virtual_stages + stages - 1)
-
-
-def num_ticks(stages: int, virtual_stages: int, microbatches: int) -> tuple[int, int, int]:
-  """Ticks of a step: (all, those with a forward item, those with an embedding).
-
-  As many have a backward item, a loss.
-  """
-  groups = -(-microbatches // stages)
-  forward, lag = groups * stages * virtual_stages + stages - 1, (virtual_stages + 1) * stages - 2
-  return forward + lag + 1, forward, groups
 
 
 def to_stage_params(leaf: jax.Array, table: np.ndarray, axis: str, dimension: int | None) -> jax.Array:
@@ -131,8 +120,7 @@ def interleaved_1f1b(
   embed_fn, chunk_fn, loss_fn = _with_varying_outputs(embed_fn, chunk_fn, loss_fn)
   microbatches = jnp.asarray(microbatches, jnp.int32)
   program = StageProgram(embed_fn, chunk_fn, loss_fn, outer_params, layer_params, microbatches, axis, virtual_stages)
-  ticks = program.forward_ticks + program.lag + 1
-  carry = jax.lax.fori_loop(jnp.int32(0), ticks, program.tick, program.initial_carry())
+  carry = jax.lax.fori_loop(jnp.int32(0), program.schedule.ticks, program.tick, program.initial_carry())
   return *carry.gradients, carry.aux
 
 
@@ -179,24 +167,8 @@ class StageProgram:
     return jax.lax.axis_index(self.axis)
 
   @property
-  def period(self) -> int:
-    """Ticks, and items, of a group of microbatches."""
-    return self.stages * self.virtual_stages
-
-  @property
-  def lag(self) -> int:
-    """The tick in which the first group has passed all chunks, and its backward pass begins."""
-    return self.period + self.stages - 2
-
-  @property
-  def items(self) -> jax.Array:
-    """Number of items, of a full last group."""
-    return -(-self.microbatches // self.stages) * self.period
-
-  @property
-  def forward_ticks(self) -> jax.Array:
-    """Number of ticks in which some stage has a forward item."""
-    return self.items + self.stages - 1
+  def schedule(self) -> Schedule:
+    return Schedule(self.stages, self.virtual_stages, self.microbatches)
 
   def initial_carry(self) -> Carry:
     """Zeros, typed as what a tick makes of them: varying over the whole mesh."""
@@ -204,7 +176,7 @@ class StageProgram:
     def zeros(tree):
       return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tree)
 
-    chunk_params, index = _tree_at(self.layer_params, 0), self.stage
+    chunk_params, index, schedule = _tree_at(self.layer_params, 0), self.stage, self.schedule
     x, _, embed_aux = zeros(jax.eval_shape(self.embed_fn, self.outer_params, index))
     x = pvary(x)
     _, _, chunk_aux = jax.eval_shape(self.chunk_fn, chunk_params, index, index, x)
@@ -213,8 +185,8 @@ class StageProgram:
     carry = Carry(
       inbox=x,
       arriving=x,
-      saved_inputs=jnp.zeros((self.lag + self.stages, *x.shape), x.dtype),
-      item_slots=jnp.zeros(self.lag + self.period, jnp.int32),
+      saved_inputs=jnp.zeros((schedule.lag + self.stages, *x.shape), x.dtype),
+      item_slots=jnp.zeros(schedule.lag + schedule.period, jnp.int32),
       free_slot=jnp.int32(0),
       turnaround=x,
       arriving_grad=x,
@@ -226,25 +198,20 @@ class StageProgram:
 
   def tick(self, tick: jax.Array, carry: Carry) -> Carry:
     """One tick. Values are sent just before they are used, while the other direction computes."""
+    schedule = self.schedule
     arriving_grad, outbox = self.send(carry.arriving_grad, -1), self.send(carry.outbox, -1)
     carry = dataclasses.replace(carry, arriving_grad=arriving_grad, outbox=outbox)
-    carry = self.once_per_group(tick - 2 * self.lag - 1, self.embed_backward, carry)
-    carry = self.once_per_group(tick, self.embed_forward, carry)
-    carry = _when(tick < self.forward_ticks, lambda carry: self.chunk_forward(tick - self.stage, carry), carry)
-    carry = self.once_per_group(tick - self.lag, self.loss_forward_backward, carry)
+    carry = self.once_per_group(schedule.ticks_since_embed_backward(tick), self.embed_backward, carry)
+    carry = self.once_per_group(schedule.ticks_since_embed(tick), self.embed_forward, carry)
+    carry = _when(schedule.has_forward(tick), functools.partial(self.chunk_forward, tick), carry)
+    carry = self.once_per_group(schedule.ticks_since_loss(tick), self.loss_forward_backward, carry)
     inbox, turnaround = self.send(carry.inbox, -1), self.send(carry.turnaround, -1)
     carry = dataclasses.replace(carry, inbox=inbox, arriving=self.send(carry.arriving, 1), turnaround=turnaround)
-    backward_tick = tick - self.lag
-    due = (backward_tick >= 0) & (backward_tick < self.forward_ticks)
+    return _when(schedule.has_backward(tick), functools.partial(self.chunk_backward, tick), carry)
 
-    def backward(carry):
-      return self.chunk_backward(backward_tick - (self.stages - 1 - self.stage), carry)
-
-    return _when(due, backward, carry)
-
-  def chunk_forward(self, item: jax.Array, carry: Carry) -> Carry:
-    """The forward pass of work item `item`."""
-    virtual_stage, microbatch, exists = self.locate(item)
+  def chunk_forward(self, tick: jax.Array, carry: Carry) -> Carry:
+    """The forward pass of a work item."""
+    item, virtual_stage, microbatch, exists = self.schedule.forward_item(tick, self.stage)
     # Before its first item a stage computes on embeddings too: zeros would all be routed to the same few experts.
     x = jnp.where((item < 0) | (self.stage == 0) & (virtual_stage == 0), carry.inbox, carry.arriving)  # [...]
     # The first items fill `saved_inputs`. Later ones take the slot of the item that went backward in the tick before.
@@ -263,13 +230,11 @@ class StageProgram:
       aux=(embed_aux, _add_at(chunk_aux, virtual_stage, aux, exists), loss_aux),
     )
 
-  def chunk_backward(self, item: jax.Array, carry: Carry) -> Carry:
-    """The backward pass of the item that is `item` in the order of backward passes: virtual stages in reverse."""
-    reverse, microbatch, exists = self.locate(item)
-    virtual_stage = self.virtual_stages - 1 - reverse
-    forward_item = item + (virtual_stage - reverse) * self.stages
-    slot = carry.item_slots[forward_item % carry.item_slots.size]
-    is_last_chunk = (self.stage == self.stages - 1) & (reverse == 0)
+  def chunk_backward(self, tick: jax.Array, carry: Carry) -> Carry:
+    """The backward pass of a work item."""
+    item, virtual_stage, microbatch, exists = self.schedule.backward_item(tick, self.stage)
+    slot = carry.item_slots[item % carry.item_slots.size]
+    is_last_chunk = (self.stage == self.stages - 1) & (virtual_stage == self.virtual_stages - 1)
     dy = jnp.where(is_last_chunk, carry.turnaround, carry.arriving_grad)  # [...]
 
     def outputs(chunk_params, x):
@@ -317,19 +282,8 @@ class StageProgram:
 
   def once_per_group(self, ticks: jax.Array, function: Callable[..., Carry], carry: Carry) -> Carry:
     """Calls `function` once a group, on all stages, each with its own microbatch. `ticks`: since the first call."""
-    due = (ticks >= 0) & (ticks < self.items) & (ticks % self.period == 0)
-    microbatch, exists = self.clip_microbatch(ticks // self.period * self.stages + self.stage)
-    return _when(due, lambda carry: function(microbatch, exists, carry), carry)
-
-  def locate(self, item: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(number of virtual stages passed before, microbatch, whether that exists) of a work item."""
-    microbatch = item // self.period * self.stages + item % self.stages
-    return item // self.stages % self.virtual_stages, *self.clip_microbatch(microbatch)
-
-  def clip_microbatch(self, microbatch: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(the nearest microbatch that exists, whether `microbatch` exists)."""
-    nearest = jnp.clip(microbatch, 0, self.microbatches - 1)
-    return nearest, nearest == microbatch
+    microbatch, exists = self.schedule.group_microbatch(ticks, self.stage)
+    return _when(self.schedule.is_due(ticks), lambda carry: function(microbatch, exists, carry), carry)
 
   def send(self, x: jax.Array, by: int) -> jax.Array:
     """`x` of the stage `by` before this one: every stage sends its own to stage s + `by`."""

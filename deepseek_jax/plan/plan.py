@@ -14,7 +14,7 @@ from deepseek_jax.kernels.grouped_matmul.api import block_rows
 from deepseek_jax.mesh import AXES, abstract_mesh, check_slices, make_mesh, resolve_mesh
 from deepseek_jax.model.all_to_all import has_ragged_all_to_all
 from deepseek_jax.model.kernel_choice import check_kernels
-from deepseek_jax.parallel.pipeline import num_ticks
+from deepseek_jax.parallel.schedule import Schedule
 from deepseek_jax.plan.compile import CompiledProgram, OutOfMemory, compile_for_tpu, topology_devices
 from deepseek_jax.plan.count import Operation, RuntimeAssumptions, count_operations
 from deepseek_jax.plan.flops import TRACE_DEVICE, training_flops
@@ -200,10 +200,11 @@ def runtime_assumptions(config: Config, device_kind: str) -> RuntimeAssumptions:
   assumptions = RuntimeAssumptions()
   if mesh.stage > 1:
     num_microbatches = train.global_batch // microbatch
-    ticks, layer_ticks, groups = num_ticks(mesh.stage, config.parallel.virtual_stages, num_microbatches)
+    schedule = Schedule(mesh.stage, config.parallel.virtual_stages, num_microbatches)
+    ticks, groups = schedule.pass_ticks, schedule.groups
     # In the order of the conditionals of a tick in parallel/pipeline.py.
-    fractions = tuple(n / ticks for n in (groups, groups, layer_ticks, groups, layer_ticks))
-    assumptions = dataclasses.replace(assumptions, trip_count=ticks, branch_fractions=fractions)
+    fractions = tuple(n / schedule.ticks for n in (groups, groups, ticks, groups, ticks))
+    assumptions = dataclasses.replace(assumptions, trip_count=schedule.ticks, branch_fractions=fractions)
   if not moe.num_routed_experts:
     return assumptions
   tokens = microbatch // (mesh.data * mesh.fsdp * mesh.expert) * config.data.seq // mesh.context

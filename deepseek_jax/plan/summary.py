@@ -5,7 +5,8 @@ Printed by --dry_run and at the start of a run.
 
 from deepseek_jax.config import Config
 from deepseek_jax.data.pipeline import batch_size
-from deepseek_jax.parallel.pipeline import bubble_fraction, layer_assignment
+from deepseek_jax.parallel.pipeline import layer_assignment
+from deepseek_jax.parallel.schedule import Schedule
 from deepseek_jax.plan.flops import count_parameters, training_flops
 from deepseek_jax.plan.memory import estimate_memory
 from deepseek_jax.plan.topology import GIB
@@ -50,7 +51,7 @@ def _pipeline_lines(config: Config) -> list[str]:
   layer_counts = mask.sum(-1).T.ravel().tolist()  # in the order in which a microbatch passes them
   return [
     f"pipeline         {stages} stages x {virtual_stages} virtual stages of {', '.join(map(str, layer_counts))} layers, "
-    f"{microbatches} microbatches: bubble {bubble_fraction(stages, virtual_stages, microbatches):.1%}"
+    f"{microbatches} microbatches: bubble {Schedule(stages, virtual_stages, microbatches).bubble_fraction:.1%}"
   ]
 
 

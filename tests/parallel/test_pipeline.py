@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.parallel.pipeline import bubble_fraction, interleaved_1f1b, layer_assignment, to_stage_params
+from deepseek_jax.parallel.pipeline import interleaved_1f1b, layer_assignment, to_stage_params
 from deepseek_jax.sharding import pvary
 
 pytestmark = pytest.mark.jax_version
@@ -303,10 +303,3 @@ def test_layers_are_shared_as_assigned():
 def test_assignments_that_do_not_fit_are_errors(assignment):
   with pytest.raises(ConfigError, match=r"stage_layers must have 4 .*2 stages x 2 virtual stages.* sum to 6, got"):
     layer_assignment(6, 2, 2, assignment)
-
-
-def test_bubble():
-  assert bubble_fraction(1, 1, 5) == 0
-  assert bubble_fraction(4, 1, 8) == pytest.approx(3 / 11)
-  assert bubble_fraction(4, 2, 8) == pytest.approx(3 / 19)
-  assert bubble_fraction(4, 2, 5) == pytest.approx(1 - 10 / 19)  # three microbatches of the second group are not there
