@@ -313,9 +313,7 @@ class Config(Section):
     """Raises ConfigError where balance losses and biases do not fit the experts."""
     moe, balance = self.model.moe, self.balance
     if balance.bias_update_rate and not moe.router_bias:
-      raise ConfigError(
-        f"balance.bias_update_rate={balance.bias_update_rate} moves model.moe.router_bias: set that to true"
-      )
+      raise ConfigError(f"balance.bias_update_rate={balance.bias_update_rate} needs model.moe.router_bias=true: set it")
     groups = balance.device_groups or moe.num_expert_groups
     if (balance.device_loss or balance.communication_loss) and (moe.num_routed_experts % groups or groups < 2):
       raise ConfigError(

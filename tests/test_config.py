@@ -44,7 +44,7 @@ def test_every_field_has_a_line_of_doc():
     ),
     (
       {"balance": {"bias_update_rate": 0.1}},
-      ["balance.bias_update_rate=0.1 moves model.moe.router_bias: set that to true"],
+      ["balance.bias_update_rate=0.1 needs model.moe.router_bias=true: set it"],
     ),
     ({"model": {"moe": MOE}, "balance": {"device_loss": 0.1}}, ["at least 2 equal groups of the 8 experts, got 1"]),
     ({"mtp": {"weights": (0.3, 0.1)}}, ["mtp.weights=(0.3, 0.1)", "one weight more than tokens"]),
