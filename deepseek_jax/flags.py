@@ -221,7 +221,7 @@ def run_program(main: Callable[[list[str]], int]) -> NoReturn:
   """Runs `main(argv)` as a program: a UserError is one line on stderr and exit code 2."""
   size_cpu_thread_pool(os.environ)
   # Tracing makes millions of small objects that stay: looking for cycles among them often takes a tenth of a start.
-  gc.set_threshold(100_000, 50, 100)
+  gc.set_threshold(100_000, 20, 10)
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character must not end a run
   try:

@@ -7,7 +7,7 @@ import os
 import pytest
 
 # Tracing makes millions of small objects that stay: looking for cycles among them often takes a tenth of the time.
-gc.set_threshold(100_000, 50, 100)
+gc.set_threshold(100_000, 20, 10)
 
 _COUNT = "--xla_force_host_platform_device_count"
 _flags = os.environ.get("XLA_FLAGS", "")
