@@ -74,7 +74,8 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig) -> optax.Gradien
 
   Raises ConfigError where `config.trainable` names no parameter.
   """
-  check_trainable(param_axes(model), config.trainable)
+  if config.trainable:
+    check_trainable(param_axes(model), config.trainable)
   return optax.chain(
     optax.clip_by_global_norm(config.clip),
     with_state_dtype(jnp.dtype(config.moments_dtype), OPTIMIZERS[config.kind](config, model)),

@@ -19,6 +19,7 @@ from deepseek_jax.model.transformer import init_params
 from deepseek_jax.model_config import AttentionConfig
 from deepseek_jax.optimizers import muon
 from deepseek_jax.optimizers.optimizer import make_optimizer
+from deepseek_jax.optimizers.trainable import split_trainable
 from deepseek_jax.plan.count import count_operations
 from deepseek_jax.plan.memory import estimate_memory
 from deepseek_jax.sharding import with_concrete_shardings
@@ -92,6 +93,17 @@ def test_every_hidden_matrix_and_nothing_else_has_momentum_alone(name):
   assert elements == sum(size * (1 if path in matrices else 2) for path, size in sizes.items())
   estimate = estimate_memory(dataclasses.replace(make_config(MODELS[name], 16, 4), optimizer=CONFIG))
   assert estimate.optimizer == 4 * elements
+
+
+@pytest.mark.parametrize(("trainable", "labels"), [("final_norm/*", {"adamw"}), ("*/experts/*", {"muon"})])
+def test_a_part_of_the_parameters(trainable, labels):
+  with jax.set_mesh(device_mesh(fsdp=2)):
+    params, _ = split_trainable(abstract_params(V3), (trainable,))
+    tx = make_optimizer(dataclasses.replace(CONFIG, trainable=(trainable,)), V3)
+    state = jax.eval_shape(tx.init, params)
+    updates, _ = jax.eval_shape(tx.update, params, state, params)
+  assert jax.tree.structure(updates) == jax.tree.structure(params)
+  assert {path.split("inner_states/")[1].split("/")[0] for path, leaf in flat(state).items() if leaf.ndim} == labels
 
 
 @pytest.mark.parametrize(
