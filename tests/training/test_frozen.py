@@ -53,7 +53,14 @@ def all_trained():
 
 
 @pytest.mark.parametrize(
-  ("zero", "axes"), [(3, {}), (1, dict(expert=2, tensor=2)), (3, dict(stage=2)), (1, dict(stage=2, fsdp=2))], ids=str
+  ("zero", "axes"),
+  [
+    (1, dict(expert=2, tensor=2)),
+    (3, dict(stage=2)),
+    pytest.param(3, {}, marks=pytest.mark.meshes),
+    pytest.param(1, dict(stage=2, fsdp=2), marks=pytest.mark.meshes),
+  ],
+  ids=str,
 )
 def test_only_what_is_selected_has_gradients_and_moves(all_trained, zero, axes):
   before, after, grads = run(with_trainable(CONFIG, zero=zero, **axes))
