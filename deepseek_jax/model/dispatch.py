@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.kernels.fp8_linear import Recipe
-from deepseek_jax.kernels.grouped_matmul.api import block_rows
 from deepseek_jax.kernels.row_gather import gather_rows, gather_sum_rows
+from deepseek_jax.model.expert_buffers import sorted_layout
 from deepseek_jax.model.linear import apply_swiglu, grouped_linear
 from deepseek_jax.model_config import MoEConfig
 
@@ -59,9 +59,8 @@ def ragged(
 ) -> tuple[jax.Array, jax.Array]:
   """Assignments sorted by expert, then one grouped matmul of each expert's rows with its own matrices."""
   num_experts = gate.shape[0]
-  block = block_rows(expected_assignments, num_experts)
+  block, sorted_rows = sorted_layout(expected_assignments, capacity, num_experts)
   slots, group_sizes, num_assignments = assign_slots(indices.reshape(-1), num_experts, block)
-  sorted_rows = -(-capacity // block) * block + num_experts * block
   # The assignment of each sorted row; `indices.size` stands for none, which reads as zeros.
   assignment = jnp.full((sorted_rows,), indices.size).at[slots].set(jnp.arange(indices.size), mode="drop")
   row = assignment // indices.shape[1]  # [sorted_rows], the row of x of each sorted row

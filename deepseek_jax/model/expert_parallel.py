@@ -29,6 +29,7 @@ from deepseek_jax.model.all_to_all import (
   padded_all_to_all,
   ragged_all_to_all,
 )
+from deepseek_jax.model.expert_buffers import expert_buffers
 from deepseek_jax.model.linear import dequantize, fwd_and_dgrad_recipes, quantize_for_dispatch
 from deepseek_jax.sharding import axis_size
 
@@ -61,22 +62,18 @@ def expert_parallel(
   """
   devices, (num_tokens, per_token) = axis_size("experts"), indices.shape
   experts_per_device = num_experts // devices
-  expected_assignments = num_tokens * per_token
-  capacity = devices * num_tokens * min(per_token, experts_per_device)
-  if buffer_factor:
-    capacity = min(capacity, int(buffer_factor * expected_assignments))
+  buffers = expert_buffers(num_tokens, per_token, num_experts, devices, buffer_factor)
   if devices == 1:
-    return local_experts_fn(x, indices, weights, expected_assignments, capacity)
+    return local_experts_fn(x, indices, weights, buffers.expected_assignments, buffers.capacity)
 
   # Where tokens go.
   destinations = destination_devices(indices // experts_per_device, devices)  # [tokens, n]
   one_hot = destinations[..., None] == jnp.arange(devices)  # [tokens, n, devices]
   ranks = jnp.cumsum(one_hot.any(1), 0, dtype=jnp.int32)  # [tokens, devices]; a token's rank at its destination, from 1
-  recv_rows = min(devices * num_tokens, capacity)
-  plan, overflow_rows = make_all_to_all_plan(ranks[-1], recv_rows)
+  plan, overflow_rows = make_all_to_all_plan(ranks[-1], buffers.recv_rows)
 
   # Send slot of each (token, destination): rows are sorted by destination. `send_rows` stands for none.
-  send_rows = destinations.size
+  send_rows = buffers.send_rows
   slots = jnp.where(one_hot, (plan.send_offsets[plan.device] + ranks - 1)[:, None], 0).sum(-1)
   slots = jnp.where(destinations < devices, slots, send_rows)  # [tokens, n]
   # And back, for each send slot: its (token, destination) as one number, its token, its destination.
@@ -99,9 +96,9 @@ def expert_parallel(
   fwd_recipe, dgrad_recipe = fwd_and_dgrad_recipes(recipe)
   x, assignments = dispatch((all_to_all, fwd_recipe), (x, assignments), plan, source, slots)  # [recv_rows, ...]
   weights, local_experts = jnp.split(assignments, 2, -1)
-  is_filled = jnp.arange(recv_rows) < plan.send_sizes[:, plan.device].sum()
+  is_filled = jnp.arange(buffers.recv_rows) < plan.send_sizes[:, plan.device].sum()
   local_experts = jnp.where(is_filled[:, None], local_experts.astype(jnp.int32), experts_per_device)
-  y, overflow = local_experts_fn(x, local_experts, weights, expected_assignments, capacity)
+  y, overflow = local_experts_fn(x, local_experts, weights, buffers.expected_assignments, buffers.capacity)
   return combine((all_to_all, dgrad_recipe), y, plan, source, slots), overflow + overflow_rows
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,8 @@ import jax.numpy as jnp
 from deepseek_jax.config import Config, MeshConfig, OptimizerConfig
 from deepseek_jax.mesh import abstract_mesh
 from deepseek_jax.model.all_to_all import has_ragged_all_to_all
-from deepseek_jax.model_config import ModelConfig, MoEConfig
+from deepseek_jax.model.expert_buffers import expert_buffers
+from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.optimizers.optimizer import make_optimizer
 from deepseek_jax.optimizers.trainable import split_trainable
 from deepseek_jax.parallel.pipeline import layer_assignment
@@ -138,12 +138,13 @@ def _temporaries(config: Config, compute_bytes: int, chip: Chip | None) -> tuple
   scores = 0
   if not uses_fused_attention(config, chip):
     scores = sequences * m.attention.heads // tensor * min(seq, keys) * keys * softmax_bytes
-  expert_rows = tokens * _expert_slots_per_token(moe, mesh.expert) * m.embed * compute_bytes
+  slots = _expert_slots(config, tokens)
+  expert_rows = slots * m.embed * compute_bytes
   # A padded all-to-all has buffers with a row per token for every device, on the way there and back.
   is_padded = mesh.expert > 1 and chip and not has_ragged_all_to_all(chip.kind)
   padded_rows = 2 * mesh.expert if is_padded else 0
   block_weights = (attention_params + expert_params) * compute_bytes
-  saved = _saved_bytes_per_layer(config, compute_bytes, tokens, scores, expert_rows, block_weights)
+  saved = _saved_bytes_per_layer(config, compute_bytes, tokens, slots, scores, block_weights)
   layers, in_flight, head_passes = m.layers + m.num_mtp_layers, 0, 1 + m.num_mtp_layers
   if mesh.stage > 1:  # layers of a virtual stage, residual streams of the microbatches in flight; the head runs later
     virtual_stages, staged_layers = config.parallel.virtual_stages, m.num_moe_layers or m.num_dense_layers
@@ -166,13 +167,13 @@ def _temporaries(config: Config, compute_bytes: int, chip: Chip | None) -> tuple
 
 
 def _saved_bytes_per_layer(
-  config: Config, compute_bytes: int, tokens: int, scores: float, expert_rows: float, block_weights: float
+  config: Config, compute_bytes: int, tokens: int, slots: int, scores: float, block_weights: float
 ) -> float:
   """Bytes of activations that a layer's forward pass saves under the remat policy.
 
   Args:
-    tokens: on the device.
-    scores, expert_rows, block_weights: bytes of the layer's attention scores, rows of its experts and gathered weights.
+    tokens: on the device. slots: of its expert buffer.
+    scores, block_weights: bytes of the layer's attention scores and gathered weights.
   """
   m, a, moe, tensor = config.model, config.model.attention, config.model.moe, config.mesh.tensor
   residual, attention = tokens * m.embed * compute_bytes // tensor, ATTENTION_PLANS[a.kind]
@@ -189,9 +190,10 @@ def _saved_bytes_per_layer(
     return COPIES["saved_matmuls"] * (residual + tokens * matmul_dims * compute_bytes)
   # remat=none saves gathered weights and elementwise results too. Dropout and float64 recompute their scores.
   saved_scores = 0 if attention.recomputes_scores or a.dropout or compute_bytes >= 8 else 1.5 * scores
-  mlp_dims = 6 * (mlp + _expert_slots_per_token(moe, config.mesh.expert) * moe.mlp) // tensor
+  mlp_elements = 6 * (tokens * mlp + slots * moe.mlp) // tensor
   block_weights += 3 * m.embed * mlp // tensor * compute_bytes
-  activations = 14 * residual + tokens * (qkv_dims + mlp_dims) * compute_bytes + 3 * expert_rows
+  expert_rows = slots * m.embed * compute_bytes
+  activations = 14 * residual + (tokens * qkv_dims + mlp_elements) * compute_bytes + 3 * expert_rows
   return COPIES["saved"] * (activations + saved_scores + block_weights)
 
 
@@ -201,6 +203,16 @@ def _attention_params(model: ModelConfig, tensor: int) -> int:
   params = abstract_params(model, MeshConfig(data=1, tensor=tensor))[0]
   stack = params["moe_layers" if model.num_moe_layers else "dense_layers"]["attn"]
   return sum(elements_per_device(leaf) // leaf.shape[0] for leaf in jax.tree.leaves(stack))
+
+
+def _expert_slots(config: Config, tokens: int) -> int:
+  """Assignments that the expert buffer of a device with `tokens` holds."""
+  moe = config.model.moe
+  if not moe.num_routed_experts:
+    return 0
+  return expert_buffers(
+    tokens, moe.num_experts_per_token, moe.num_routed_experts, config.mesh.expert, moe.buffer_factor
+  ).capacity
 
 
 def uses_fused_attention(config: Config, chip: Chip | None) -> bool:
@@ -227,11 +239,3 @@ def _score_copies(config: Config, chip: Chip | None) -> float:
     return COPIES["scores"] + is_dots
   is_newer_chip = chip and chip.kind in ("TPU v6e", "TPU7x")
   return 4.1 if is_newer_chip else COPIES["scores"] + (config.mesh.tensor > 1) + 2 * is_dots
-
-
-def _expert_slots_per_token(moe: MoEConfig, expert_shards: int) -> int:
-  """Rows of a device's expert buffer per token of its own, see model/expert_parallel.py."""
-  if not moe.num_routed_experts:
-    return 0
-  worst_case = expert_shards * min(moe.num_experts_per_token, moe.num_routed_experts // expert_shards)
-  return min(worst_case, math.ceil(moe.buffer_factor * moe.num_experts_per_token)) if moe.buffer_factor else worst_case

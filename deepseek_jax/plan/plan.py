@@ -10,9 +10,9 @@ from jax.sharding import AbstractDevice
 
 from deepseek_jax.config import Config
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.kernels.grouped_matmul.api import block_rows
 from deepseek_jax.mesh import AXES, abstract_mesh, check_slices, make_mesh, resolve_mesh
 from deepseek_jax.model.all_to_all import has_ragged_all_to_all
+from deepseek_jax.model.expert_buffers import expert_buffers
 from deepseek_jax.model.kernel_choice import check_kernels
 from deepseek_jax.parallel.schedule import Schedule
 from deepseek_jax.plan.compile import CompiledProgram, OutOfMemory, compile_for_tpu, topology_devices
@@ -209,22 +209,18 @@ def runtime_assumptions(config: Config, device_kind: str) -> RuntimeAssumptions:
     return assumptions
   tokens = microbatch // (mesh.data * mesh.fsdp * mesh.expert) * config.data.seq // mesh.context
   local_experts = moe.num_routed_experts // mesh.expert
-  expected_assignments = tokens * moe.num_experts_per_token
-  capacity = mesh.expert * tokens * min(moe.num_experts_per_token, local_experts)  # the worst case
-  if moe.buffer_factor and mesh.expert > 1:
-    capacity = min(capacity, int(moe.buffer_factor * expected_assignments))
-  block = block_rows(expected_assignments, local_experts)
+  buffers = expert_buffers(tokens, moe.num_experts_per_token, moe.num_routed_experts, mesh.expert, moe.buffer_factor)
   # Each expert's rows fill whole blocks. The last block of each is half full on average.
-  used_rows = expected_assignments + local_experts * block / 2
-  fill = used_rows / (-(-capacity // block) * block + local_experts * block)
+  used_rows = buffers.expected_assignments + local_experts * buffers.block / 2
+  fill = used_rows / buffers.sorted_rows
   # Distinct devices among the experts of a token, within the groups that it may choose from.
   reachable = max(mesh.expert * moe.topk_groups / moe.num_expert_groups, 1)
   distinct_devices = reachable * (1 - (1 - 1 / reachable) ** moe.num_experts_per_token)
-  most_devices = min(moe.num_experts_per_token, mesh.expert)
+  sends_per_token = buffers.send_rows / tokens
   if has_ragged_all_to_all(device_kind):
-    ragged_fill = min(distinct_devices / most_devices, 1)
+    ragged_fill = min(distinct_devices / sends_per_token, 1)
   else:  # a padded all-to-all sends a row per token to every device
-    ragged_fill = mesh.expert / most_devices
+    ragged_fill = mesh.expert / sends_per_token
   return dataclasses.replace(assumptions, grouped_matmul_fill=min(fill, 1), ragged_fill=ragged_fill)
 
 
