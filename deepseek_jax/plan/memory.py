@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import Config, MeshConfig, OptimizerConfig
+from deepseek_jax.kernels.implementations import Unsupported, load_function, native_file
 from deepseek_jax.mesh import abstract_mesh
 from deepseek_jax.model.all_to_all import has_ragged_all_to_all
 from deepseek_jax.model.expert_buffers import expert_buffers
@@ -220,13 +221,17 @@ def uses_fused_attention(config: Config, chip: Chip | None) -> bool:
 
   On GPUs the kernel counts only where the config names it: it needs a library that may not be installed.
   """
-  a, dtype = config.model.attention, config.model.compute_dtype
-  if not chip or chip.torus_dims > 0:  # TPU
-    is_selected = a.implementation != "xla" and dtype != "float64"
-  else:
-    is_selected = a.implementation == "pallas" and dtype == "bfloat16"
-  has_all_keys = config.mesh.context == 1 or a.kv_comm == "gather"
-  return is_selected and has_all_keys and config.data.seq // config.mesh.context % 128 == 0 and not a.dropout
+  a, context = config.model.attention, config.mesh.context
+  file = native_file(chip.kind) if chip else "pallas_tpu"
+  is_selected = a.implementation == "pallas" or (a.implementation == "auto" and file == "pallas_tpu")
+  if not file or not is_selected or a.dropout or (context > 1 and a.kv_comm != "gather"):
+    return False
+  widths, dtype = ATTENTION_PLANS[a.kind].head_dims(a), jnp.dtype(config.model.compute_dtype)
+  try:
+    load_function("attention", "check_shapes", file)(config.data.seq // context, config.data.seq, *widths, dtype)
+  except Unsupported:
+    return False
+  return True
 
 
 def _score_copies(config: Config, chip: Chip | None) -> float:

@@ -12,6 +12,7 @@ import importlib.metadata
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from deepseek_jax.kernels import _compat
 from deepseek_jax.kernels.implementations import Unsupported, match_vma
@@ -67,14 +68,20 @@ def _check_operands(q, k, v):
       f"attention on Hopper is that of tokamax {TOKAMAX_VERSION}, and here is {version or 'none'}: "
       f"pip install 'tokamax=={TOKAMAX_VERSION}'"
     )
-  if any(x.dtype != jnp.bfloat16 for x in (q, k, v)):
-    raise Unsupported(f"tokamax's attention is for bfloat16, not {q.dtype}, {k.dtype} and {v.dtype}")
-  if q.shape[1] % SEQ_MULTIPLE or k.shape[1] % SEQ_MULTIPLE:
+  for x in (q, k, v):
+    check_shapes(q.shape[1], k.shape[1], k.shape[-1], v.shape[-1], x.dtype)
+
+
+def check_shapes(queries: int, keys: int, key_width: int, value_width: int, dtype: DTypeLike) -> None:
+  """Raises Unsupported where the kernel does not do `queries` of a device with `keys` of a sequence."""
+  if dtype != jnp.bfloat16:
+    raise Unsupported(f"tokamax's attention is for bfloat16, not {dtype}")
+  if queries % SEQ_MULTIPLE or keys % SEQ_MULTIPLE:
     raise Unsupported(
-      f"tokamax's attention is for a multiple of {SEQ_MULTIPLE} positions on each device, not {q.shape[1]} and {k.shape[1]}"
+      f"tokamax's attention is for a multiple of {SEQ_MULTIPLE} positions on each device, not {queries} and {keys}"
     )
-  if k.shape[-1] > MAX_WIDTHS[0] or v.shape[-1] > MAX_WIDTHS[1]:
-    raise Unsupported(f"tokamax's attention is for widths up to {MAX_WIDTHS}, not {k.shape[-1]} and {v.shape[-1]}")
+  if key_width > MAX_WIDTHS[0] or value_width > MAX_WIDTHS[1]:
+    raise Unsupported(f"tokamax's attention is for widths up to {MAX_WIDTHS}, not {key_width} and {value_width}")
 
 
 def installed_tokamax() -> str | None:
