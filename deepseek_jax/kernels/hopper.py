@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from deepseek_jax.kernels import _compat
 from deepseek_jax.kernels._compat import Ref
 from deepseek_jax.kernels.fp8_matmul.xla import pad_with_zeros
-from deepseek_jax.kernels.implementations import Unsupported, match_vma
+from deepseek_jax.kernels.implementations import match_vma
 from deepseek_jax.kernels.qtensor import FP8, QTensor
 from deepseek_jax.kernels.tiles import BLOCK, MMA_WARPGROUPS, MULTIPROCESSORS, WGMMA_ROWS, TileConfig
 
@@ -76,34 +76,16 @@ def banded_order(i: jax.Array, down: int | jax.Array, across: int, band: int) ->
   return above + lax.rem(within, height), within // height
 
 
-def prepare_operand(q: QTensor, name: str, multiple: int, tile_rows: tuple[int, ...] = (1,)) -> QTensor:
+def prepare_operand(q: QTensor, multiple: int) -> QTensor:
   """`q` as TMA reads it, with zeros up to full blocks of the contraction and a `multiple` of rows.
 
-  name: of the operand, for messages.
-
   Raises:
-    Unsupported: its tiles are not of `tile_rows` rows by BLOCK, or it is not in FP8.
+    Unsupported: this jax is too old.
   """
   _compat.check_mosaic_gpu()
-  if q.values.dtype != FP8 or q.tile[1] != BLOCK or q.tile[0] not in tile_rows or not q.values.size:
-    raise Unsupported(
-      f"{name}: kernels for Hopper multiply {jnp.dtype(FP8)} in tiles of {' or '.join(map(str, tile_rows))} x {BLOCK}, and this is "
-      f"{q.values.dtype} {q.shape} in tiles of {q.tile[0]} x {q.tile[1]}"
-    )
   missing = -q.shape[-2] % multiple
   values = pad_with_zeros(pad_with_zeros(q.values, -1, -q.shape[-1] % BLOCK), -2, missing)
   return QTensor(values, pad_with_zeros(q.scales, -2, missing) if q.tile[0] == 1 else q.scales, q.tile)
-
-
-def matmul_output_type(shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
-  """The type of a kernel's result.
-
-  Raises:
-    Unsupported: a dtype that is not stored.
-  """
-  if dtype not in (jnp.float32, jnp.bfloat16):
-    raise Unsupported(f"Hopper kernels make float32 and bfloat16, not {jnp.dtype(dtype)}")
-  return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def pallas_matmul(

@@ -16,15 +16,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from deepseek_jax.kernels import _compat
 from deepseek_jax.kernels.fp8_matmul.xla import pad_with_zeros
 from deepseek_jax.kernels.hopper import smem_transforms
-from deepseek_jax.kernels.implementations import Unsupported, match_vma
+from deepseek_jax.kernels.implementations import match_vma
 from deepseek_jax.kernels.qtensor import FP8, QTensor, compute_absmax, compute_scales
 from deepseek_jax.kernels.tiles import BLOCK, WGMMA_ROWS
 
 
 def quantize_tiles(x: jax.Array, tile: tuple[int, int], pow2_scales: bool) -> QTensor:
-  """`x` [..., rows, columns] in tiles (1, 128) or (128, 128). Raises Unsupported: other tiles, or another dtype."""
-  if tile not in ((1, BLOCK), (BLOCK, BLOCK)):
-    raise Unsupported(f"kernels for Hopper quantize tiles of 1 or {BLOCK} x {BLOCK}, not {tile[0]} x {tile[1]}")
+  """`x` [..., rows, columns] in tiles (1, 128) or (128, 128). Raises Unsupported as `check_mosaic_gpu` does."""
   rows, columns = x.shape[-2:]
   # Each matrix is padded on its own: no tile may have rows of two.
   x = pad_to_tiles(x)
@@ -41,10 +39,8 @@ def apply_and_quantize_both_hopper(
 ) -> tuple[QTensor, QTensor]:
   """(rowwise, columnwise): y and its transpose, tiles (1, block) each, of y = `function`(*`inputs`).
 
-  function: elementwise, of float32 arrays. inputs: [rows, columns] each. Raises Unsupported: a block or a dtype.
+  function: elementwise, of float32 arrays. inputs: [rows, columns] each. Raises Unsupported as `check_mosaic_gpu` does.
   """
-  if block != BLOCK:
-    raise Unsupported(f"kernels for Hopper quantize tiles of 1 x {BLOCK}, not 1 x {block}")
   rows, columns = inputs[0].shape
   inputs = [pad_to_tiles(x) for x in inputs]
   if all(x.dtype == jnp.bfloat16 for x in inputs):
@@ -58,14 +54,8 @@ def apply_and_quantize_both_hopper(
 
 
 def pad_to_tiles(x: jax.Array) -> jax.Array:
-  """`x` with zeros up to full tiles of 128 x 128.
-
-  Raises:
-    Unsupported: a dtype that is not read.
-  """
+  """`x` with zeros up to full tiles of 128 x 128."""
   _compat.check_mosaic_gpu()
-  if x.dtype not in (jnp.bfloat16, jnp.float32) or not x.size:
-    raise Unsupported(f"kernels for Hopper quantize float32 and bfloat16, not {x.dtype} {x.shape}")
   return pad_with_zeros(pad_with_zeros(x, -1, -x.shape[-1] % BLOCK), -2, -x.shape[-2] % BLOCK)
 
 

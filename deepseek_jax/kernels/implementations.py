@@ -3,7 +3,6 @@
 import contextlib
 import contextvars
 import dataclasses
-import functools
 import importlib.util
 import logging
 import re
@@ -21,7 +20,20 @@ _log = logging.getLogger(__name__)
 
 
 class Unsupported(ValueError):
-  """An implementation does not support the operands; the message says what it supports, and what came."""
+  """An implementation does not support the operands, or is not installed; the message says what is, and what came."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Support:
+  """Whether an implementation does a call: true, or false with the reason, which follows "since"."""
+
+  reason: str = ""
+
+  def __bool__(self) -> bool:
+    return not self.reason
+
+
+SUPPORTED = Support()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +99,16 @@ def record_calls() -> Iterator[dict[str, Call]]:
     _recorded_calls.reset(token)
 
 
-def call_kernel(kernel: str, function: str, implementation: str, *args: Any) -> Any:
+def call_kernel(
+  kernel: str, function: str, implementation: str, *args: Any, fallback: Callable[[], Any] | None = None
+) -> Any:
   """The result of `function` of `kernels/<kernel>/<implementation>.py` for `args`.
 
   Args:
     implementation: one of IMPLEMENTATIONS; "pallas": the platform's Pallas kernel; "auto": likewise, with a fallback to
       XLA where there is none, where it does not support these shapes, which is logged once, or where `replace_kernels`
       says so.
+    fallback: gives the result in XLA's place, of a platform whose kernel does not support these shapes.
 
   Raises:
     ValueError: no such implementation, or none for this platform.
@@ -104,9 +119,11 @@ def call_kernel(kernel: str, function: str, implementation: str, *args: Any) -> 
     return load_function(kernel, function, call.file)(*args)
   if call in _replacements.get():
     if implementation == "auto":
-      return load_function(kernel, function, "xla")(*args)
+      return fallback() if fallback else load_function(kernel, function, "xla")(*args)
     raise Unsupported(f"the self-test replaced {call.name}")
   try:
+    if not (support := supports(kernel, function, call.file, *args)):
+      raise Unsupported(support.reason)
     if (recorded := _recorded_calls.get()) is None:
       return load_function(kernel, function, call.file)(*args)
     if call.key not in recorded:
@@ -114,8 +131,21 @@ def call_kernel(kernel: str, function: str, implementation: str, *args: Any) -> 
   except Unsupported as e:
     if implementation != "auto":
       raise
-    log_once(f"{call.name}: falling back to XLA: {e}")
+    log_fallback(kernel, str(e))
+    if fallback:
+      return fallback()
   return load_function(kernel, function, "xla")(*args)
+
+
+def supports(kernel: str, function: str, file: str, *args: Any) -> Support:
+  """Whether `file` does the call of `function` with these arguments: their shapes and dtypes, on this kind of device.
+
+  Whether libraries that it needs are installed is not asked.
+
+  Args:
+    args: as of the function. Arrays may be ShapeDtypeStructs.
+  """
+  return load_function(kernel, file, "supports")(function, *args) if file.startswith("pallas") else SUPPORTED
 
 
 def _record(call: Call, args: tuple, recorded: dict[str, Call]) -> None:
@@ -139,7 +169,9 @@ def resolve_implementation(kernel: str, implementation: str) -> str:
   """
   available = [file for file in IMPLEMENTATIONS if importlib.util.find_spec(f"deepseek_jax.kernels.{kernel}.{file}")]
   native = native_file(device_kind())
-  if native not in available:
+  if native not in available or (
+    implementation == "auto" and kernel in XLA_IS_BETTER and XLA_IS_BETTER[kernel](device_kind())
+  ):
     native = None
   if implementation == "pallas" and native is None:
     raise ValueError(f"{kernel}: no Pallas kernel for {device_kind()}: use auto or xla")
@@ -182,10 +214,25 @@ def load_function(kernel: str, function: str, file: str) -> Callable:
   return getattr(importlib.import_module(f"deepseek_jax.kernels.{kernel}.{file}"), function)
 
 
-@functools.cache
-def log_once(message: str) -> None:
-  """Logs a warning the first time that this process calls it with `message`."""
-  _log.warning(message)
+def has_ragged_dot(device_kind: str) -> bool:
+  """Whether XLA multiplies groups without extra work on devices of this kind."""
+  # One chip, by its two names; v5e is "tpu v5 lite".
+  return device_kind.lower() in ("tpu v5", "tpu v5p")
+
+
+# Kernels for which auto takes XLA's implementation on some kinds of devices, though these have a Pallas kernel.
+XLA_IS_BETTER: dict[str, Callable[[str], bool]] = {"grouped_matmul": has_ragged_dot}
+_kernels_logged: set[str] = set()
+
+
+def log_fallback(kernel: str, reason: str) -> None:
+  """Logs that `kernel` falls back to XLA, "since" the `reason`: one warning for each kernel and process."""
+  message = f"{kernel}: XLA, since {reason}"
+  if kernel in _kernels_logged:
+    _log.debug(message)
+  else:
+    _kernels_logged.add(kernel)
+    _log.warning(message)
 
 
 def match_vma(*trees: PyTree) -> PyTree:

@@ -1,5 +1,6 @@
 """Causal attention with grouped key and value heads (MHA when kv_heads = heads)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +10,10 @@ from flax import nnx
 
 from deepseek_jax.kernels.attention import xla
 from deepseek_jax.kernels.attention.api import attention
-from deepseek_jax.kernels.implementations import Unsupported, log_once, resolve_implementation
 from deepseek_jax.model.batch_context import BatchContext
 from deepseek_jax.model.context_parallel import all_gather_kv_attention, context_parallel_attention
 from deepseek_jax.model.dropout import dropout, fold_in_grid
+from deepseek_jax.model.kernel_choice import may_use_attention_kernel
 from deepseek_jax.model.layer_output import LayerOutput
 from deepseek_jax.model.linear import Linear, fused_linear
 from deepseek_jax.model.rope import apply_rope
@@ -66,23 +67,21 @@ def causal_self_attention(
   """
   segment_ids = batch_context.segment_ids
   if mesh_axes("seq"):
-    axis = mesh_axes("seq")[0]
-    kernel = resolve_implementation("attention", config.implementation)
-    if config.kv_comm == "gather" and kernel != "xla":
-      try:
-        return all_gather_kv_attention(
-          q, kv, expand_kv,
-          scale=scale, axis=axis, segment_ids=segment_ids, window=config.window, implementation=kernel,
-        )  # fmt: skip
-      except Unsupported as e:
-        if config.implementation != "auto":
-          raise
-        log_once(f"attention: falling back to XLA, chunk pair by chunk pair: {e}")
-    return context_parallel_attention(
-      q, kv, expand_kv, scale=scale, axis=axis, kind=config.kv_comm, segment_ids=segment_ids, window=config.window
+    options: dict[str, Any] = {
+      "scale": scale,
+      "axis": mesh_axes("seq")[0],
+      "segment_ids": segment_ids,
+      "window": config.window,
+    }
+    by_chunk_pairs = functools.partial(context_parallel_attention, q, kv, expand_kv, kind=config.kv_comm, **options)
+    if not may_use_attention_kernel(config, context_parallel=True):
+      return by_chunk_pairs()
+    return all_gather_kv_attention(
+      q, kv, expand_kv, **options, implementation=config.implementation, fallback=by_chunk_pairs
     )
   dropout_keys = None
   if dropout_key is not None and config.dropout:
+    may_use_attention_kernel(config, context_parallel=False)  # it logs that the kernel is not used
     heads = axis_index("heads") * q.shape[2] + jnp.arange(q.shape[2])
     dropout_keys = fold_in_grid(dropout_key, batch_context.sequence_ids, heads)  # [batch, heads]
   k, v = expand_kv(kv)

@@ -133,10 +133,11 @@ def all_gather_kv_attention(
   segment_ids: jax.Array | None = None,
   window: int = 0,
   implementation: str = "auto",
+  fallback: Callable[[], jax.Array] | None = None,
 ) -> jax.Array:
   """As `context_parallel_attention`, by a kernel that skips masked blocks.
 
-  Keys and values of the whole sequence are in memory. Raises Unsupported where the kernel does not do these shapes.
+  Keys and values of the whole sequence are in memory. implementation, fallback: as in `call_kernel`.
   """
 
   def gather(x):
@@ -147,7 +148,7 @@ def all_gather_kv_attention(
   positions, device = zigzag(k.shape[1], jax.lax.axis_size(axis)), jax.lax.axis_index(axis)
   return attention_of_part(
     q, k, v, positions, device,
-    scale=scale, segment_ids=segments, window=window, implementation=implementation,
+    scale=scale, segment_ids=segments, window=window, implementation=implementation, fallback=fallback,
   )  # fmt: skip
 
 

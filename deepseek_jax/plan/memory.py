@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import Config, MeshConfig, OptimizerConfig
-from deepseek_jax.kernels.implementations import Unsupported, load_function, native_file
+from deepseek_jax.kernels.implementations import native_file, supports
 from deepseek_jax.mesh import abstract_mesh
 from deepseek_jax.model.all_to_all import has_ragged_all_to_all
 from deepseek_jax.model.expert_buffers import expert_buffers
+from deepseek_jax.model.kernel_choice import attention_support
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.optimizers.optimizer import make_optimizer
 from deepseek_jax.optimizers.trainable import split_trainable
@@ -221,17 +222,22 @@ def uses_fused_attention(config: Config, chip: Chip | None) -> bool:
 
   On GPUs the kernel counts only where the config names it: it needs a library that may not be installed.
   """
-  a, context = config.model.attention, config.mesh.context
-  file = native_file(chip.kind) if chip else "pallas_tpu"
-  is_selected = a.implementation == "pallas" or (a.implementation == "auto" and file == "pallas_tpu")
-  if not file or not is_selected or a.dropout or (context > 1 and a.kv_comm != "gather"):
+  model, seq = config.model, config.data.seq
+  kind = chip.kind if chip else TRACE_DEVICE.device_kind
+  file, implementation = native_file(kind), model.attention.implementation
+  if not file or implementation == "xla" or (file == "pallas_gpu" and implementation == "auto"):
     return False
-  widths, dtype = ATTENTION_PLANS[a.kind].head_dims(a), jnp.dtype(config.model.compute_dtype)
-  try:
-    load_function("attention", "check_shapes", file)(config.data.seq // context, config.data.seq, *widths, dtype)
-  except Unsupported:
-    return False
-  return True
+  queries, (key_dim, value_dim) = (
+    seq // config.mesh.context,
+    ATTENTION_PLANS[model.attention.kind].head_dims(model.attention),
+  )
+  q, k, v = (
+    jax.ShapeDtypeStruct((1, positions, 1, width), jnp.dtype(model.compute_dtype))
+    for positions, width in ((queries, key_dim), (seq, key_dim), (seq, value_dim))
+  )
+  is_shared = config.mesh.context > 1
+  function = "attention_of_part" if is_shared else "attention"
+  return bool(attention_support(model.attention, is_shared) and supports("attention", function, file, q, k, v))
 
 
 def _score_copies(config: Config, chip: Chip | None) -> float:

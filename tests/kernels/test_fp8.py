@@ -403,16 +403,17 @@ def test_the_chosen_file_has_the_functions(kernel, device_kind):
 
 def test_an_unsupported_call_is_an_error_where_the_kernel_is_named_and_else_logged_once(monkeypatch, caplog):
   def function(kernel, function, name):
-    if name == "xla":
-      return lambda: "xla"
-    raise implementations.Unsupported("rows=3: a multiple of 8 is supported")
+    if name == "supports":
+      assert (kernel, function) == ("quantize", "pallas_tpu")
+      return lambda function: implementations.Support("3 rows are not a multiple of 8")
+    return lambda: name
 
   monkeypatch.setattr(implementations, "load_function", function)
+  monkeypatch.setattr(implementations, "_kernels_logged", set())
   with on("TPU v5"):
-    for _ in range(2):
-      assert implementations.call_kernel("quantize", "quantize", "auto") == "xla"
-    assert [record.getMessage() for record in caplog.records].count(
-      "quantize.quantize: falling back to XLA: rows=3: a multiple of 8 is supported"
-    ) == 1
-    with pytest.raises(implementations.Unsupported, match="rows=3"):
+    for name in ("quantize", "quantize_both"):
+      assert implementations.call_kernel("quantize", name, "auto") == "xla"
+      assert implementations.call_kernel("quantize", name, "auto", fallback=lambda: "other") == "other"
+    assert [r.getMessage() for r in caplog.records] == ["quantize: XLA, since 3 rows are not a multiple of 8"]
+    with pytest.raises(implementations.Unsupported, match="3 rows"):
       implementations.call_kernel("quantize", "quantize", "pallas")

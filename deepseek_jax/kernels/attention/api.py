@@ -3,6 +3,8 @@
 A query sees the keys of its segment up to itself; with a sliding window of w, the last w of them.
 """
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 
@@ -46,6 +48,7 @@ def attention_of_part(
   segment_ids: tuple[jax.Array, jax.Array] | None = None,
   window: int = 0,
   implementation: str = "auto",
+  fallback: Callable[[], jax.Array] | None = None,
 ) -> jax.Array:
   """`attention` of one context-parallel shard: of queries at `positions[shard]` of a sequence, to all of its keys.
 
@@ -55,13 +58,13 @@ def attention_of_part(
     shard: which row of `positions`; it may be traced.
     segment_ids: (of the queries [batch, queries], of the keys [batch, seq]).
     window: as in `attention`.
+    fallback: as in `call_kernel`.
 
   Raises:
     ValueError: as `attention`.
   """
-  return call_kernel(
-    "attention", "attention_of_part", implementation, q, k, v, segment_ids, scale, window, positions, shard
-  )
+  arguments = q, k, v, segment_ids, scale, window, positions, shard
+  return call_kernel("attention", "attention_of_part", implementation, *arguments, fallback=fallback)
 
 
 def count_visible_pairs(seq: int, window: int) -> int:

@@ -12,7 +12,6 @@ import importlib.metadata
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
 from deepseek_jax.kernels import _compat
 from deepseek_jax.kernels.implementations import Unsupported, match_vma
@@ -20,8 +19,6 @@ from deepseek_jax.kernels.libraries import without_vma
 
 TOKAMAX_VERSION = "0.0.17"  # exactly this: what is called here is internal to it
 MODULES = "tokamax._src.ops.attention.pallas_mosaic_gpu"  # prefix of the modules of its kernels
-SEQ_MULTIPLE = 128  # two warpgroups of 64 queries, or of 64 keys backward
-MAX_WIDTHS = 192, 128  # of keys and of values: more does not fit on the chip
 # tokamax's own defaults for causal attention of these widths on Hopper; not measured by us. For context-parallel parts
 # its default is a schedule that asks the local device.
 FORWARD = {"block_q": 64, "block_kv": 128, "num_stages": 2}
@@ -38,7 +35,7 @@ def import_library() -> None:
 def attention(
   q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, scale: float, window: int
 ) -> jax.Array:
-  _check_operands(q, k, v)
+  _check_installed()
   starts = _window_starts(_segment_starts(segment_ids), jnp.arange(q.shape[1], dtype=jnp.int32), len(q), window)
   return _attention(scale, *match_vma(q, k, v, starts, None))
 
@@ -53,7 +50,7 @@ def attention_of_part(
   positions: np.ndarray,
   shard: int | jax.Array,
 ) -> jax.Array:
-  _check_operands(q, k, v)
+  _check_installed()
   q_positions = jnp.asarray(positions)[shard]
   starts = None if segment_ids is None else _segment_starts(segment_ids[1])[..., q_positions]
   starts = _window_starts(starts, q_positions, len(q), window)
@@ -61,27 +58,13 @@ def attention_of_part(
   return _attention(scale, *match_vma(q, k, v, starts, ends))
 
 
-def _check_operands(q, k, v):
+def _check_installed():
   _compat.check_mosaic_gpu()
   if (version := installed_tokamax()) != TOKAMAX_VERSION:
     raise Unsupported(
       f"attention on Hopper is that of tokamax {TOKAMAX_VERSION}, and here is {version or 'none'}: "
       f"pip install 'tokamax=={TOKAMAX_VERSION}'"
     )
-  for x in (q, k, v):
-    check_shapes(q.shape[1], k.shape[1], k.shape[-1], v.shape[-1], x.dtype)
-
-
-def check_shapes(queries: int, keys: int, key_width: int, value_width: int, dtype: DTypeLike) -> None:
-  """Raises Unsupported where the kernel does not do `queries` of a device with `keys` of a sequence."""
-  if dtype != jnp.bfloat16:
-    raise Unsupported(f"tokamax's attention is for bfloat16, not {dtype}")
-  if queries % SEQ_MULTIPLE or keys % SEQ_MULTIPLE:
-    raise Unsupported(
-      f"tokamax's attention is for a multiple of {SEQ_MULTIPLE} positions on each device, not {queries} and {keys}"
-    )
-  if key_width > MAX_WIDTHS[0] or value_width > MAX_WIDTHS[1]:
-    raise Unsupported(f"tokamax's attention is for widths up to {MAX_WIDTHS}, not {key_width} and {value_width}")
 
 
 def installed_tokamax() -> str | None:

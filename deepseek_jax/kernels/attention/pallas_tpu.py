@@ -8,12 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.typing import DTypeLike
 
-from deepseek_jax.kernels.implementations import Unsupported, match_vma
+from deepseek_jax.kernels.implementations import match_vma
 from deepseek_jax.kernels.libraries import tpu_library
 
-LANES = 128
 BLOCK = 512  # of queries and of keys: maxtext's default; not measured by us
 
 # Matmuls of each kernel that have the width of keys, and of values: forward q k and p v; backward the scores again, for
@@ -39,7 +37,6 @@ def attention_of_part(
   shard: int | jax.Array,
 ) -> jax.Array:
   (shards, queries), seq = positions.shape, k.shape[1]
-  check_shapes(queries, seq, k.shape[-1], v.shape[-1], q.dtype)
   splash = tpu_library("splash_attention.splash_attention_kernel", q.dtype.name, _splash_cost(window))
   q_block, kv_block = _block_sizes(queries, seq)
   sizes = splash.BlockSizes(*[q_block, kv_block, kv_block] * 2, q_block, kv_block)
@@ -56,14 +53,6 @@ def attention_of_part(
   q = (q.astype(jnp.float32) * scale).astype(q.dtype)  # the kernel has no scale
   q, k, v, segment_ids = match_vma(*(x.swapaxes(1, 2) for x in (q, k, v)), segment_ids)  # [batch, heads, seq, width]
   return jax.vmap(kernel)(q, k, v, segment_ids and splash.SegmentIds(*segment_ids)).swapaxes(1, 2)
-
-
-def check_shapes(queries: int, keys: int, key_width: int, value_width: int, dtype: DTypeLike) -> None:
-  """Raises Unsupported where the kernel does not do `queries` of a device with `keys` of a sequence."""
-  if dtype not in (jnp.bfloat16, jnp.float32):
-    raise Unsupported(f"splash attention is for bfloat16 and float32, not {dtype}")
-  if queries % LANES:
-    raise Unsupported(f"splash attention is for a multiple of {LANES} positions on each device, not {queries}")
 
 
 def _block_sizes(queries, seq):

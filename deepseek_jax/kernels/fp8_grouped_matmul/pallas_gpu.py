@@ -14,8 +14,8 @@ def matmul(
   a: QTensor, b: QTensor, group_sizes: jax.Array, step: int, out_dtype: DTypeLike, tiles: TileConfig | None = None
 ) -> jax.Array:
   (m, k), (groups, n, _) = a.shape, b.shape
-  a = hopper.prepare_operand(a, "a", hopper.ROW_ALIGNMENT)
-  b = hopper.prepare_operand(b, "b", hopper.COLUMN_ALIGNMENT, (BLOCK,))
+  a = hopper.prepare_operand(a, hopper.ROW_ALIGNMENT)
+  b = hopper.prepare_operand(b, hopper.COLUMN_ALIGNMENT)
   a, b, group_sizes = match_vma(a, b, group_sizes)
   tiles = tiles or select_tile_config("fp8_grouped_matmul", out_dtype, m, n, k, groups)
   columns, band = tiles.n, tiles.band
@@ -29,7 +29,7 @@ def matmul(
     return hopper.WorkTile(row, column * columns, jnp.int32(0), steps, group, start, end)
 
   schedule = hopper.TileSchedule(lambda count, row_tiles: count[0] * across, tile, row_tiles.shape[1] * across)
-  out = hopper.matmul_output_type((a.shape[0], b.shape[1]), out_dtype)
+  out = jax.ShapeDtypeStruct((a.shape[0], b.shape[1]), out_dtype)
   return hopper.pallas_matmul((count, row_tiles), a, b, out, schedule, tiles, hopper.RowRangeStore)[:m, :n]
 
 
@@ -37,8 +37,8 @@ def wgrad(
   a: QTensor, b: QTensor, group_sizes: jax.Array, step: int, out_dtype: DTypeLike, tiles: TileConfig | None = None
 ) -> jax.Array:
   (m, k), n, groups = a.shape, b.shape[0], group_sizes.size
-  a = hopper.prepare_operand(a, "a", hopper.ROW_ALIGNMENT)
-  b = hopper.prepare_operand(b, "b", hopper.COLUMN_ALIGNMENT)
+  a = hopper.prepare_operand(a, hopper.ROW_ALIGNMENT)
+  b = hopper.prepare_operand(b, hopper.COLUMN_ALIGNMENT)
   a, b, group_sizes = match_vma(a, b, group_sizes)
   tiles = tiles or select_tile_config("fp8_grouped_wgrad", out_dtype, groups * m, n, k, groups)
   cluster_rows, columns, band = tiles.m * tiles.cluster, tiles.n, tiles.band
@@ -55,7 +55,7 @@ def wgrad(
 
   count = groups * down * across
   schedule = hopper.TileSchedule(lambda *_: count, tile, count)
-  out = hopper.matmul_output_type((groups, a.shape[0], b.shape[0]), out_dtype)
+  out = jax.ShapeDtypeStruct((groups, a.shape[0], b.shape[0]), out_dtype)
   store = hopper.FullTileStore
   return hopper.pallas_matmul((ends - group_sizes, ends), a, b, out, schedule, tiles, store, masked=True)[:, :m, :n]
 

@@ -12,7 +12,6 @@ from deepseek_jax.kernels.qtensor import QTensor
 
 
 def matmul(a: QTensor, b: QTensor, group_sizes: jax.Array, step: int, out_dtype: DTypeLike) -> jax.Array:
-  dense.check_operands(a, b)
   a, b, group_sizes = match_vma(dense.pad_to_steps(a), dense.pad_to_steps(b), group_sizes)
   (m, k), (groups, n), block = a.shape, b.shape[:2], a.tile[1]
   # The rows of a usual group, of which `step` is about half.
@@ -78,7 +77,6 @@ def matmul(a: QTensor, b: QTensor, group_sizes: jax.Array, step: int, out_dtype:
 
 
 def wgrad(a: QTensor, b: QTensor, group_sizes: jax.Array, step: int, out_dtype: DTypeLike) -> jax.Array:
-  dense.check_operands(a, b)
   a, b, group_sizes = match_vma(dense.pad_to_steps(a), dense.pad_to_steps(b), group_sizes)
   (m, k), n, groups, block = a.shape, b.shape[0], group_sizes.size, a.tile[1]
   rows = min(dense.TILE[0], dense.round_up(m, 32))

@@ -13,8 +13,8 @@ from jax.typing import DTypeLike
 
 from deepseek_jax.kernels._compat import Ref
 from deepseek_jax.kernels.fp8_matmul.xla import pad_contraction, pad_with_zeros
-from deepseek_jax.kernels.implementations import Unsupported, device_kind, match_vma
-from deepseek_jax.kernels.qtensor import FP8, QTensor
+from deepseek_jax.kernels.implementations import match_vma
+from deepseek_jax.kernels.qtensor import QTensor
 
 LANES = 128  # of a register; one holds the scales of as many blocks
 TILE = 512, 512  # of the output: each byte of an operand is multiplied as often
@@ -24,7 +24,6 @@ ROWS = 256  # multiplied at a time with what the matrix unit holds
 
 
 def matmul(a: QTensor, b: QTensor, out_dtype: DTypeLike) -> jax.Array:
-  check_operands(a, b)
   a, b = match_vma(*(pad_to_steps(q) for q in (a, b)))
   (m, k), n, block = a.shape, b.shape[0], a.tile[1]
   rows, columns = min(TILE[0], round_up(m, 32)), min(TILE[1], round_up(n, LANES))
@@ -66,19 +65,6 @@ def matmul(a: QTensor, b: QTensor, out_dtype: DTypeLike) -> jax.Array:
       transcendentals=0,
     ),
   )(a.values, pad_scales_to_lanes(a), b.values, transpose_scales(b))
-
-
-def check_operands(a: QTensor, b: QTensor) -> None:
-  """Raises Unsupported: the chip, or the tiles or dtypes of the operands."""
-  kind, block = device_kind(), a.tile[1]
-  if kind.startswith(("TPU v2", "TPU v3", "TPU v4")):
-    raise Unsupported(f"{kind} has no products of float8_e4m3fn, TPU v5 and later have them")
-  tiles_supported = a.tile[0] == 1 and b.tile[0] in (1, block) and block % LANES == 0
-  if not tiles_supported or (a.values.dtype, b.values.dtype) != (FP8, FP8):
-    raise Unsupported(
-      f"operands are {a.values.dtype} in tiles {a.tile} and {b.values.dtype} in tiles {b.tile}: the kernel for TPUs "
-      f"multiplies float8_e4m3fn in tiles (1, block) by (block, block) or (1, block), block a multiple of {LANES}"
-    )
 
 
 def pad_to_steps(q: QTensor) -> QTensor:

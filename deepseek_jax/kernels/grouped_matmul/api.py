@@ -2,8 +2,7 @@
 
 import jax
 
-from deepseek_jax.kernels.grouped_matmul.xla import has_ragged_dot
-from deepseek_jax.kernels.implementations import call_kernel, device_kind
+from deepseek_jax.kernels.implementations import call_kernel
 
 
 def block_rows(rows: int, groups: int) -> int:
@@ -30,6 +29,4 @@ def grouped_matmul(
   """
   if x.shape[0] % block:
     raise ValueError(f"x has {x.shape[0]} rows, which is not a multiple of block={block}: pad it")
-  if implementation == "auto" and has_ragged_dot(device_kind()):
-    implementation = "xla"
   return call_kernel("grouped_matmul", "grouped_matmul", implementation, x, w, group_sizes, block)

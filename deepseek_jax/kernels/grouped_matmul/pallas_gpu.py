@@ -3,17 +3,17 @@
 import types
 
 import jax
-import jax.numpy as jnp
 from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
 
 from deepseek_jax.kernels import _compat
 from deepseek_jax.kernels.grouped_matmul.padding import pad_rows, zero_ungrouped_rows
-from deepseek_jax.kernels.implementations import Unsupported, match_vma
+from deepseek_jax.kernels.grouped_matmul.supports import HOPPER_WIDTH_MULTIPLE
+from deepseek_jax.kernels.implementations import match_vma
 from deepseek_jax.kernels.libraries import import_copy, without_vma
 from deepseek_jax.kernels.tiles import MULTIPROCESSORS
 
 # Of the tiles that jax tries, the largest whose accumulators fit a warpgroup's registers; not measured by us.
-BLOCK_M, BLOCK_N, BLOCK_K = 128, 128, 64
+BLOCK_M, BLOCK_N, BLOCK_K = 128, HOPPER_WIDTH_MULTIPLE, 64
 TILING = {"max_concurrent_steps": 4, "grid_block_n": 1}
 # The module asks the local device for its number of multiprocessors, and the program may be for others.
 _transposed_ragged_dot = import_copy("jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu")
@@ -23,10 +23,6 @@ _transposed_ragged_dot.jax = types.SimpleNamespace(**vars(jax) | {"devices": lam
 
 def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, block: int) -> jax.Array:
   _compat.check_mosaic_gpu()
-  if not x.dtype == w.dtype == jnp.bfloat16:
-    raise Unsupported(f"grouped matmuls on Hopper are for bfloat16, not {x.dtype} and {w.dtype}")
-  if any(size % BLOCK_N for size in w.shape[1:]):
-    raise Unsupported(f"grouped matmuls on Hopper are for widths that are multiples of {BLOCK_N}, not {w.shape[1:]}")
   return _ragged_matmul(*match_vma(x, w, group_sizes))
 
 

@@ -1,16 +1,13 @@
 """jax's megablox for TPUs: each tile of rows is visited once for each group that has rows in it."""
 
 import jax
-import jax.numpy as jnp
 
 from deepseek_jax.kernels.grouped_matmul.padding import pad_rows, zero_ungrouped_rows
-from deepseek_jax.kernels.implementations import Unsupported, match_vma
+from deepseek_jax.kernels.implementations import match_vma
 from deepseek_jax.kernels.libraries import tpu_library
 
 
 def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, block: int) -> jax.Array:
-  if x.dtype not in (jnp.bfloat16, jnp.float32):
-    raise Unsupported(f"megablox is for bfloat16 and float32, not {x.dtype}")
   return _ragged_matmul(*match_vma(x, w, group_sizes))
 
 

@@ -11,17 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.kernels.implementations import device_kind, match_vma
+from deepseek_jax.kernels.implementations import device_kind, has_ragged_dot, match_vma
 
 
 def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, block: int) -> jax.Array:
   return (ragged_dot if has_ragged_dot(device_kind()) else blocked_matmul)(x, w, group_sizes, block)
-
-
-def has_ragged_dot(device_kind: str) -> bool:
-  """Whether XLA multiplies groups without extra work on devices of this kind."""
-  # One chip, by its two names; v5e is "tpu v5 lite".
-  return device_kind.lower() in ("tpu v5", "tpu v5p")
 
 
 def _accumulation(x) -> dict[str, Any]:

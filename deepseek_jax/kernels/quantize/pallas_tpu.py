@@ -10,10 +10,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from deepseek_jax.kernels.implementations import Unsupported, match_vma
+from deepseek_jax.kernels.implementations import match_vma
 from deepseek_jax.kernels.qtensor import FP8, QTensor, compute_scales
 
-LANES = 128
 ROWS = 256  # rows of a step for tiles (1, block), which leave the number free
 STEP_BYTES = 8 * 2**20  # of what is read in a step; with what is written, double-buffered, it fits in VMEM
 VMEM_BYTES = 56 * 2**20
@@ -21,7 +20,6 @@ VMEM_BYTES = 56 * 2**20
 
 def quantize(x: jax.Array, tile: tuple[int, int], pow2_scales: bool) -> QTensor:
   rows, block = tile
-  check_inputs([x], block, rows in (1, block), tile)
   matrices = x.reshape(-1, *x.shape[-2:]) if rows > 1 else x.reshape(1, -1, x.shape[-1])
   ((values, scales),) = _quantize_tpu(lambda x: x, [matrices], block, pow2_scales, square=rows > 1)
   return QTensor(values.reshape(x.shape), scales.reshape(*x.shape[:-2], -1, scales.shape[-1]), tile)
@@ -36,22 +34,11 @@ def apply_and_quantize_both_tpu(
 ) -> tuple[QTensor, QTensor]:
   """(rowwise, columnwise): y and its transpose, tiles (1, block) each, of y = `function`(*`inputs`).
 
-  function: elementwise, of float32 arrays. inputs: [rows, columns] each. Raises Unsupported as `check_inputs` does.
+  function: elementwise, of float32 arrays. inputs: [rows, columns] each.
   """
-  check_inputs(inputs, block, inputs[0].ndim == 2, (1, block))
   copies = _quantize_tpu(function, [x[None] for x in inputs], block, pow2_scales, transpose=True)
   rowwise, columnwise = (QTensor(values[0], scales[0], (1, block)) for values, scales in copies)
   return rowwise, columnwise
-
-
-def check_inputs(inputs: Sequence[jax.Array], block: int, tile_supported: bool, tile: tuple[int, int]) -> None:
-  """Raises Unsupported: a dtype, a tile or a block that the kernel does not support."""
-  dtypes_supported = all(x.dtype in (jnp.float32, jnp.bfloat16) for x in inputs)
-  if not tile_supported or block % LANES or not dtypes_supported:
-    raise Unsupported(
-      f"operands are {inputs[0].dtype}{list(inputs[0].shape)} in tiles {tile}: the kernel for TPUs reads float32 and "
-      f"bfloat16, in tiles (1, block) or (block, block), block a multiple of {LANES}"
-    )
 
 
 def _quantize_tpu(function, inputs, block, pow2_scales, square=False, transpose=False):
