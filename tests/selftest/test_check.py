@@ -182,7 +182,7 @@ def test_large_shapes_are_cut_and_equal_ones_tested_once():
   )
   long = call(
     "attention.attention",
-    (array(4, 131_072, 128, 192), array(4, 131_072, 8, 192), array(4, 131_072, 8, 128), None, 0.1),
+    (array(4, 131_072, 128, 192), array(4, 131_072, 8, 192), array(4, 131_072, 8, 128), None, 0.1, 0),
   )
   rounding = [
     call("quantize.quantize", (array(rows, width), (1, 128), False))
