@@ -8,6 +8,7 @@ import dataclasses
 import math
 
 from deepseek_jax.errors import ConfigError
+from deepseek_jax.logical_axes import RULES
 from deepseek_jax.model_config import ATTENTION_KINDS, ModelConfig
 from deepseek_jax.schema import Section, field, table_keys
 
@@ -330,17 +331,15 @@ class Config(Section):
     """Raises ConfigError unless every sharded dimension divides over its mesh axes."""
     mesh, attention, moe = self.mesh, self.model.attention, self.model.moe
     for name in ATTENTION_KINDS[attention.kind].head_counts(attention):
-      check_divides(f"model.attention.{name}", getattr(attention, name), "mesh.tensor", mesh.tensor)
-    for path, size in (
-      ("model.mlp", self.model.mlp if self.model.num_dense_layers else mesh.tensor),
-      ("model.moe.mlp", moe.mlp if moe.num_routed_experts else mesh.tensor),
-      ("model.vocab", self.model.vocab),
-    ):
-      check_divides(path, size, "mesh.tensor", mesh.tensor)
+      check_divides(f"model.attention.{name}", getattr(attention, name), *axis_product(mesh, *RULES["heads"]))
+    check_divides("model.vocab", self.model.vocab, *axis_product(mesh, *RULES["vocab"]))
+    if self.model.num_dense_layers:
+      check_divides("model.mlp", self.model.mlp, *axis_product(mesh, *RULES["mlp"]))
     if moe.num_routed_experts:
-      check_divides("model.moe.num_routed_experts", moe.num_routed_experts, "mesh.expert", mesh.expert)
+      check_divides("model.moe.mlp", moe.mlp, *axis_product(mesh, *RULES["mlp"]))
+      check_divides("model.moe.num_routed_experts", moe.num_routed_experts, *axis_product(mesh, *RULES["experts"]))
     check_weights(self.model, mesh)
-    check_divides("data.seq", self.data.seq, *axis_product(mesh, "context", "tensor"))
+    check_divides("data.seq", self.data.seq, *axis_product(mesh, *RULES["stream"]))
     if mesh.context > 1:
       check_divides("data.seq", self.data.seq, "2 x mesh.context", 2 * mesh.context)  # each device has two chunks
       if attention.dropout:
@@ -351,7 +350,7 @@ class Config(Section):
     check_divides(
       "train.microbatch" if self.train.microbatch else "train.global_batch",
       self.train.microbatch or self.train.global_batch,
-      *axis_product(mesh, "data", "fsdp", "expert"),
+      *axis_product(mesh, *RULES["batch"]),
     )
     self.check_stages()
 
@@ -385,9 +384,9 @@ def axis_product(mesh: MeshConfig, *names: str) -> tuple[str, int]:
 
 def check_weights(model: ModelConfig, mesh: MeshConfig) -> None:
   """Raises ConfigError unless the mesh axes that shard the weights divide them evenly."""
-  check_divides("model.embed", model.embed, *axis_product(mesh, "fsdp", "expert", "context", "stage"))
+  check_divides("model.embed", model.embed, *axis_product(mesh, *RULES["embed"]))
   for name in ATTENTION_KINDS[model.attention.kind].latent_dims:
-    check_divides(f"model.attention.{name}", getattr(model.attention, name), *axis_product(mesh, "fsdp", "stage"))
+    check_divides(f"model.attention.{name}", getattr(model.attention, name), *axis_product(mesh, *RULES["latent"]))
 
 
 def check_divides(path: str, size: int, axis: str, devices: int) -> None:

@@ -1,4 +1,4 @@
-"""Logical axis names, the one table that maps them to mesh axes, and the collectives.
+"""Layouts by logical axis names, whose table is in `logical_axes`, and the collectives.
 
 The model names logical axes only; mesh axes are named here.
 
@@ -17,30 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
+from deepseek_jax.logical_axes import FSDP_AXES, RULES
 from deepseek_jax.typing import PyTree
-
-# Logical axis -> mesh axes that shard it.
-RULES: dict[str, tuple[str, ...]] = {
-  # Dimensions of activations. `stream` is the sequence between blocks, `seq` the sequence inside them.
-  "batch": ("data", "fsdp", "expert"),
-  "seq": ("context",),
-  "stream": ("context", "tensor"),
-  "latent_seq": ("context",),
-  # Dimensions of activations and of parameters.
-  "vocab": ("tensor",),
-  "heads": ("tensor",),
-  "kv_heads": ("tensor",),
-  "mlp": ("tensor",),
-  "head_dim": (),
-  "experts": ("expert",),
-  "stages": ("stage",),
-  # Dimensions of parameters, which stay sharded and are all-gathered for use (`all_gather_params`). `stage` comes last:
-  # see `to_stage_params` in parallel/pipeline.py.
-  "embed": ("fsdp", "expert", "context", "stage"),
-  "latent": ("fsdp", "stage"),
-  "expert_embed": ("fsdp", "context", "stage"),
-}
-FSDP_AXES = ("embed", "latent", "expert_embed")
 
 # Changes to the table, for `axis_rules`.
 UNSHARDED_PARAMS: dict[str, tuple[str, ...]] = {name: () for name in FSDP_AXES}  # all-gathered before the model runs

@@ -14,7 +14,7 @@ PACKAGE = "deepseek_jax"
 
 # Imports point down: a module imports its own package and those of lower lines.
 LAYERS = (
-  {"errors", "typing", "renamed_fields", "console"},
+  {"errors", "typing", "renamed_fields", "console", "logical_axes"},
   {"processes", "distributed"},
   {"schema", "storage"},
   {"model_config"},
@@ -34,11 +34,11 @@ LAYERS = (
 # Imports between neighbors, and where less is allowed than what lies below.
 BESIDE = {"sharding": {"mesh"}}
 ONLY = {
-  "errors": set(), "typing": set(), "renamed_fields": set(), "kernels": {"kernels", "typing"}, "data": {"data", "config", "console", "errors", "storage", "typing"},
+  "errors": set(), "typing": set(), "renamed_fields": set(), "logical_axes": set(), "kernels": {"kernels", "typing"}, "data": {"data", "config", "console", "errors", "storage", "typing"},
   "__init__": {"api"},
 }  # fmt: skip
 
-MESH_FILES = {"config.py", "mesh.py", "sharding.py"}
+MESH_FILES = {"config.py", "logical_axes.py", "mesh.py", "sharding.py"}
 PARTITION_SPECS = ("jax.P", "jax.sharding.PartitionSpec", "jax.interpreters.pxla.PartitionSpec")
 # `data` is also a word; as the name of an axis it stands in a call or a look-up of these.
 AXIS_WORDS, AXIS_NAMES = {"data"}, {"fsdp", "expert", "tensor", "stage", "context", "data"}

@@ -6,8 +6,9 @@ import pytest
 
 from deepseek_jax.config import Config, MeshConfig
 from deepseek_jax.errors import ConfigError
+from deepseek_jax.logical_axes import RULES
 from deepseek_jax.mesh import AXES, make_mesh, mesh_sizes, resolve_mesh
-from deepseek_jax.sharding import RULES, axis_rules, num_batch_shards, spec
+from deepseek_jax.sharding import axis_rules, num_batch_shards, spec
 
 
 @pytest.mark.parametrize(

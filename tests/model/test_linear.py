@@ -1,5 +1,6 @@
 """FP8 linear layers are matrix products, whatever their einsum."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from deepseek_jax.kernels.fp8_linear import Recipe
 from deepseek_jax.model.linear import linear
+from deepseek_jax.model_config import Fp8Config
 
 SHAPES = {
   "bsd,df->bsf": ((2, 3, 6), (6, 5)),
@@ -33,3 +35,7 @@ def test_the_product_of_every_equation(equation):
   ours = value_and_gradients(lambda x, w: linear(recipe, equation, x, w)[0], x, w)
   exact = value_and_gradients(lambda x, w: jnp.einsum(equation, x, w), x, w)
   jax.tree.map(np.testing.assert_array_equal, ours, exact)
+
+
+def test_the_defaults_of_kernels_and_config_are_the_same():
+  assert Recipe(**dataclasses.asdict(Fp8Config())) == Recipe()
