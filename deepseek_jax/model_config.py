@@ -31,7 +31,7 @@ class AttentionKind:
   """A row of ATTENTION_KINDS: what a config must know of an attention kind. Strings name fields of AttentionConfig.
 
   Attributes:
-    shape_fields: fields that decide the shapes of its parameters. It reads no other kind's shape fields.
+    shape_fields: fields that decide the shapes of its parameters. It reads no others; kinds may share some.
     required: those of them that must be above 0.
     rope_dim: the width of the part of a head with RoPE.
     latent_dims: widths of the dimensions of its parameters with the logical axis `latent`.

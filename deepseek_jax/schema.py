@@ -99,7 +99,8 @@ class Section:
           raise ConfigError(f"{path} must be finite, got {item}")
         for name, bound in f.metadata.items():
           if name in _LIMITS and not _LIMITS[name][0](item, bound):
-            raise ConfigError(f"{path} must be {_LIMITS[name][1]} {bound}, got {item!r}")
+            limit = tuple(bound) if isinstance(bound, Mapping) else bound
+            raise ConfigError(f"{path} must be {_LIMITS[name][1]} {limit}, got {item!r}")
       object.__setattr__(self, f.name, value)
     self.check()
 

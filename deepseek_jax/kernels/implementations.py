@@ -222,17 +222,14 @@ def has_ragged_dot(device_kind: str) -> bool:
 
 # Kernels for which auto takes XLA's implementation on some kinds of devices, though these have a Pallas kernel.
 XLA_IS_BETTER: dict[str, Callable[[str], bool]] = {"grouped_matmul": has_ragged_dot}
-_kernels_logged: set[str] = set()
+_fallbacks_logged: set[tuple[str, str]] = set()
 
 
 def log_fallback(kernel: str, reason: str) -> None:
-  """Logs that `kernel` falls back to XLA, "since" the `reason`: one warning for each kernel and process."""
-  message = f"{kernel}: XLA, since {reason}"
-  if kernel in _kernels_logged:
-    _log.debug(message)
-  else:
-    _kernels_logged.add(kernel)
-    _log.warning(message)
+  """Logs that `kernel` falls back to XLA: one warning for each kernel and reason of a process."""
+  if (kernel, reason) not in _fallbacks_logged:
+    _fallbacks_logged.add((kernel, reason))
+    _log.warning(f"{kernel}: falling back to XLA: {reason}")
 
 
 def match_vma(*trees: PyTree) -> PyTree:

@@ -84,7 +84,10 @@ def estimate_memory(config: Config, chip: Chip | None = None) -> MemoryEstimate:
     gathered, gradients = unsharded * compute_bytes, COPIES["unsharded_gradients"] * unsharded * trainable / sharded
   elif mesh.stage > 1:
     gathered = sharded * param_bytes  # a copy in stage layout
-  moments = 0 if config.optimizer.offload else _opt_state_bytes(config.optimizer, shapes, mesh)
+  opt_state_bytes = _opt_state_bytes(
+    config.optimizer, shapes, mesh
+  )  # also where it is not here: this checks the section
+  moments = 0 if config.optimizer.offload else opt_state_bytes
   activations, block_weights, head = map(int, _temporaries(config, compute_bytes, chip))
   return MemoryEstimate(
     sharded * param_bytes, moments, int(gradients * param_bytes), activations, gathered + block_weights, head

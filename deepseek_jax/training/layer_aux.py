@@ -28,12 +28,13 @@ class Observation:
   """Declares an array that layers give, of one device's part of a microbatch. It is summed over the batch of the step.
 
   is_loss: it is [batch], the mean over the tokens of each full sequence, alike on all devices that share a sequence. It
-    is a term of the objective, and a metric as a mean over the tokens of the batch. Otherwise it is a sum.
+    is a term of the objective, and a metric as a mean over the tokens of the batch. Otherwise it is a sum. A layer has a
+    part of the positions, "seq", and of the heads, "heads": a loss is summed over those that it is made of.
   is_mean: that sum is divided by the tokens of the batch.
   by_layer: it stays apart by layer, as {stack: [layers, ...]}. Otherwise it is summed over layers.
   partial_over: logical axes of the mesh over which devices have parts of it, in addition to "batch".
   skips_update: a step in which it is not 0 is skipped, and a held-out loss is NaN.
-  log: (model, {stack: [layers, ...]}) -> what is logged of it. None: the scalar itself.
+  log: (model, {stack: [layers, ...]}) -> what is logged of it, with by_layer. None: the scalar itself.
   """
 
   is_loss: bool = False
@@ -42,6 +43,14 @@ class Observation:
   partial_over: tuple[str, ...] = ()
   skips_update: bool = False
   log: Callable[[ModelConfig, dict[str, np.ndarray]], Logged] | None = None
+
+  def __post_init__(self):
+    if self.by_layer and (self.is_loss or self.skips_update):
+      raise ValueError(
+        "an observation by layer is no loss and skips no update: declare a second one, summed over layers"
+      )
+    if self.by_layer != (self.log is not None):
+      raise ValueError("an observation by layer needs `log`, and only such a one takes it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +62,9 @@ class LayerAux:
 
   observe: Callable[[Any, StepConfig], dict[str, jax.Array]]
   observations: Mapping[str, Observation]
+
+
+STEP_METRICS = {"loss", "total_loss", "mtp_loss", "grad_norm", "skipped"}  # `step.make_train_step`
 
 
 def observe_routing(routing: Any, config: StepConfig) -> dict[str, jax.Array]:
@@ -76,8 +88,13 @@ LAYER_AUX = {
 
 
 def observations() -> dict[str, Observation]:
-  """{name: Observation} of all rows."""
-  return {name: observation for row in LAYER_AUX.values() for name, observation in row.observations.items()}
+  """{name: Observation} of all rows. Raises ValueError where a name is declared twice, or is a metric of the step."""
+  declared: dict[str, Observation] = {}
+  for row in LAYER_AUX.values():
+    if taken := row.observations.keys() & (declared.keys() | STEP_METRICS):
+      raise ValueError(f"training.layer_aux.LAYER_AUX declares {', '.join(sorted(taken))}, which is a metric already")
+    declared |= row.observations
+  return declared
 
 
 def make_aux_fn(config: StepConfig) -> Callable[[LayerOutput], dict[str, jax.Array]]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.model.router import RouterBias
+from deepseek_jax.training.schedule import StepInputs
 from deepseek_jax.typing import Params, PyTree
 
 
@@ -16,11 +17,13 @@ class BiasRule:
 
   observation: what it reads: a name of `layer_aux.observations`, by layer, summed over the batch.
   update: (bias [layers, experts], observed [layers, ...], update rate []) -> bias.
+  rate: the field of schedule.StepInputs that is the update rate.
   is_exact: every mesh computes the same bits, as of integers. Otherwise meshes differ by rounding.
   """
 
   observation: str
   update: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+  rate: str
   is_exact: bool
 
 
@@ -30,21 +33,19 @@ def move_by_sign(bias: jax.Array, load: jax.Array, update_rate: jax.Array) -> ja
   return bias + update_rate.astype(bias.dtype) * jnp.sign(load.mean(-1, keepdims=True) - load)
 
 
-# By balance.bias_rule. Its rate is balance.bias_update_rate.
-BIAS_RULES = {"sign": BiasRule("load", move_by_sign, is_exact=True)}
+# By balance.bias_rule.
+BIAS_RULES = {"sign": BiasRule("load", move_by_sign, rate="bias_update_rate", is_exact=True)}
 
 
-def update_router_biases(
-  rule: BiasRule, buffers: Params, types: PyTree, metrics: PyTree, update_rate: jax.Array
-) -> Params:
+def update_router_biases(rule: BiasRule, buffers: Params, types: PyTree, metrics: PyTree, inputs: StepInputs) -> Params:
   """`buffers` whose router biases `rule` has moved; others stay.
 
-  types: the type of each buffer (`transformer.buffer_types`). metrics: of the step.
+  types: the type of each buffer (`transformer.buffer_types`). metrics, inputs: of the step.
   """
 
   def leaf(path, buffer, kind):
     if not issubclass(kind, RouterBias):
       return buffer
-    return rule.update(buffer, metrics[rule.observation][path[0].key], update_rate)
+    return rule.update(buffer, metrics[rule.observation][path[0].key], getattr(inputs, rule.rate))
 
   return jax.tree.map_with_path(leaf, buffers, types)

@@ -256,7 +256,7 @@ def make_apply_gradients(
     updates, opt_state = tx.update(grads, old_opt_state, old_params)
     learning_rate = inputs.learning_rate
     params = jax.tree.map(lambda p, u: p - learning_rate.astype(p.dtype) * u, old_params, updates)
-    buffers = update_router_biases(rule, state.buffers, types, metrics, inputs.bias_update_rate)
+    buffers = update_router_biases(rule, state.buffers, types, metrics, inputs)
     new, old = (params, buffers, opt_state), (old_params, state.buffers, old_opt_state)
     params, buffers, opt_state = jax.tree.map(lambda new, old: jnp.where(is_good, new, old), new, old)
     opt_state = place_opt_state(jax.memory.Space.Host, opt_state) if offload else opt_state

@@ -409,11 +409,11 @@ def test_an_unsupported_call_is_an_error_where_the_kernel_is_named_and_else_logg
     return lambda: name
 
   monkeypatch.setattr(implementations, "load_function", function)
-  monkeypatch.setattr(implementations, "_kernels_logged", set())
+  monkeypatch.setattr(implementations, "_fallbacks_logged", set())
   with on("TPU v5"):
     for name in ("quantize", "quantize_both"):
       assert implementations.call_kernel("quantize", name, "auto") == "xla"
       assert implementations.call_kernel("quantize", name, "auto", fallback=lambda: "other") == "other"
-    assert [r.getMessage() for r in caplog.records] == ["quantize: XLA, since 3 rows are not a multiple of 8"]
+    assert [r.getMessage() for r in caplog.records] == ["quantize: falling back to XLA: 3 rows are not a multiple of 8"]
     with pytest.raises(implementations.Unsupported, match="3 rows"):
       implementations.call_kernel("quantize", "quantize", "pallas")

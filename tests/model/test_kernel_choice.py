@@ -9,7 +9,7 @@ from deepseek_jax.config import Config, DataConfig, MeshConfig
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.kernels import implementations
 from deepseek_jax.mesh import abstract_mesh
-from deepseek_jax.model.kernel_choice import check_kernels, may_use_attention_kernel
+from deepseek_jax.model.kernel_choice import attention_support, check_kernels, may_use_attention_kernel
 from deepseek_jax.model_config import AttentionConfig, Fp8Config, ModelConfig, MoEConfig
 from deepseek_jax.plan.memory import uses_fused_attention
 from deepseek_jax.plan.topology import CHIPS
@@ -51,7 +51,7 @@ def test_named_kernels_that_can_are_none(kind):
 
 
 def test_what_the_config_rules_out_is_logged_once_in_plain_words(monkeypatch, caplog):
-  monkeypatch.setattr(implementations, "_kernels_logged", set())
+  monkeypatch.setattr(implementations, "_fallbacks_logged", set())
   dropout, ring = AttentionConfig(dropout=0.1), AttentionConfig(kv_comm="ring")
   assert not may_use_attention_kernel(dropout, context_parallel=False) and not caplog.records  # no kernel on a CPU
   with on("TPU v5"):
@@ -59,7 +59,10 @@ def test_what_the_config_rules_out_is_logged_once_in_plain_words(monkeypatch, ca
     for _ in range(2):
       assert not may_use_attention_kernel(dropout, context_parallel=False)
       assert not may_use_attention_kernel(ring, context_parallel=True)
-  assert [record.getMessage() for record in caplog.records] == ["attention: XLA, since kernels have no dropout"]
+  assert [record.getMessage() for record in caplog.records] == [
+    "attention: falling back to XLA: kernels have no dropout",
+    f"attention: falling back to XLA: {attention_support(ring, context_parallel=True).reason}",
+  ]
 
 
 @pytest.mark.parametrize(

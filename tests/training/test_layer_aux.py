@@ -14,7 +14,7 @@ from deepseek_jax.model import attention
 from deepseek_jax.model.layer_output import LayerOutput
 from deepseek_jax.sharding import psum, spec
 from deepseek_jax.training import layer_aux
-from deepseek_jax.training.layer_aux import LayerAux, Observation, add_metrics, make_aux_fn
+from deepseek_jax.training.layer_aux import LayerAux, Observation, add_metrics, logged_metrics, make_aux_fn
 from deepseek_jax.training.schedule import StepInputs
 from deepseek_jax.training.step_config import StepConfig
 from tests.configs import DENSE, GQA, MOE, float64, make_config
@@ -40,7 +40,9 @@ ROW = LayerAux(
   {
     "norm_loss": Observation(is_loss=True), "large_norms": Observation(partial_over=("seq",)),
     "norm_mean": Observation(is_mean=True, partial_over=("seq",)),
-    "norm_of_layers": Observation(by_layer=True, partial_over=("seq",)),
+    "norm_of_layers": Observation(
+      by_layer=True, partial_over=("seq",), log=lambda model, norms: ({f"norm/{stack}": float(x.sum()) for stack, x in norms.items()}, {})
+    ),
   },
 )  # fmt: skip
 
@@ -88,6 +90,25 @@ def test_it_is_the_same_in_a_pipeline_with_dense_layers_before_it(observed_atten
   assert metrics["total_loss"] == pytest.approx(terms)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), in_pipeline, metrics)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-12), pipeline_grads, grads)
+
+
+def test_logged_are_scalars_and_what_a_row_makes_of_layers(observed_attention):
+  layers = {"moe_layers": np.array([[1.0], [2.0]])}
+  scalars, histograms = logged_metrics(MODEL, {"loss": np.float32(3), "norm_of_layers": layers})
+  assert scalars == {"loss": 3.0, "norm/moe_layers": 3.0} and histograms == {}
+
+
+@pytest.mark.parametrize("wrong", [dict(is_loss=True), dict(skips_update=True), dict()], ids=str)
+def test_what_cannot_be_by_layer_is_an_error(wrong):
+  with pytest.raises(ValueError, match="by layer"):
+    Observation(by_layer=True, **wrong)
+
+
+@pytest.mark.parametrize("name", ["load", "grad_norm"])
+def test_a_name_that_is_taken_is_an_error(monkeypatch, name):
+  monkeypatch.setitem(layer_aux.LAYER_AUX, "other", LayerAux(observe, {name: Observation()}))
+  with pytest.raises(ValueError, match=f"declares {name}, which is a metric already"):
+    layer_aux.observations()
 
 
 def test_an_aux_without_a_row_is_an_error_that_names_the_table():

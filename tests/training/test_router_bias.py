@@ -10,6 +10,7 @@ from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.router import RouterBias
 from deepseek_jax.model.transformer import buffer_types
 from deepseek_jax.training.router_bias import BIAS_RULES, update_router_biases
+from deepseek_jax.training.schedule import StepInputs
 from tests.configs import V3
 
 
@@ -23,10 +24,10 @@ def test_the_sign_rule_moves_biases_against_the_load_and_no_other_buffer():
   metrics = {"load": {"moe_layers": jnp.array([[5, 1, 3, 3], [3, 3, 3, 3]], jnp.int32)}}
 
   @jax.jit
-  def update(buffers, metrics, rate):
-    return update_router_biases(BIAS_RULES["sign"], buffers, types, metrics, rate)
+  def update(buffers, metrics, inputs):
+    return update_router_biases(BIAS_RULES["sign"], buffers, types, metrics, inputs)
 
-  moved = update(buffers, metrics, np.float32(0.5))["moe_layers"]["moe"]["router"]
+  moved = update(buffers, metrics, StepInputs(bias_update_rate=0.5).as_arrays("float32"))["moe_layers"]["moe"]["router"]
   np.testing.assert_array_equal(moved["bias"], [[-0.5, 0.5, 0, 0], [0, 0, 0, 0]])
   np.testing.assert_array_equal(moved["seen"], 0)
 
