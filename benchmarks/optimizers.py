@@ -17,6 +17,7 @@ from deepseek_jax.flags import define_config_flags, parse, run_program
 from deepseek_jax.optimizers.optimizer import OPTIMIZERS
 
 RATES = ("1e-3", "3e-3", "9e-3")  # around tiny's, which is 3e-3
+OF_OPTIMIZER = {"muon": {"optimizer.eps": 1e-20}}  # of the AdamW beside Muon (DeepSeek-V4)
 # An evaluation of 262,144 tokens: as long as 300 steps warrant.
 SETTINGS = {"eval.final_sequences": 1024, "log.tensorboard": False}
 
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int:
         fields = {
           **SETTINGS, "train.steps": values.steps, "schedule.steps": values.steps,
           "schedule.warmup_steps": values.steps // 10, "eval.every": values.steps, **overrides, "seed": seed,
-          "optimizer.kind": kind, "schedule.peak": rate,
+          "optimizer.kind": kind, "schedule.peak": rate, **OF_OPTIMIZER.get(kind, {}),
         }  # fmt: skip
         title = f"{kind}, learning rate {rate}, seed {seed}"
         workdir = os.path.join(values.workdir, f"{kind}-{rate}-{seed}")
