@@ -65,6 +65,8 @@ class CheckpointReader:
       meta = json.loads(self._read(step, "meta/metadata"))
       version = meta["format_version"]
       newer = version > FORMAT_VERSION
+      if not newer and "config" in meta and "tokens" not in meta:
+        meta["tokens"] = meta["samples"] * saved_value(with_current_names(meta["config"]), "data.seq")
     except (OSError, ValueError, KeyError, TypeError) as error:
       raise CheckpointError(
         f"{where}/meta/metadata is not the JSON of a checkpoint ({error!r}): remove {where}"
@@ -75,7 +77,6 @@ class CheckpointReader:
       )
     if "config" in meta:
       meta["config"] = with_current_names(meta["config"])
-      meta.setdefault("tokens", meta["samples"] * saved_value(meta["config"], "data.seq"))
     return meta
 
   def restore(self, step: int, abstract: PyTree) -> PyTree:

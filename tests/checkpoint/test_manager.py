@@ -350,7 +350,17 @@ def test_newer_format_is_refused(tmp_path):
       checkpointer.meta(1)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format_version": "1"}', '{"format_version": null}'])
+@pytest.mark.parametrize(
+  "content",
+  [
+    "",
+    "[]",
+    "{}",
+    '{"format_version": "1"}',
+    '{"format_version": null}',
+    f'{{"format_version": {FORMAT_VERSION}, "config": {{}}}}',
+  ],
+)
 def test_malformed_meta(tmp_path, content):
   save(tmp_path, 1)
   (tmp_path / "checkpoints" / "1" / "meta" / "metadata").write_text(content)
