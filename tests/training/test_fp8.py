@@ -112,7 +112,7 @@ def test_powers_of_two_travel_to_experts_without_another_rounding():
   assert max(found.values()) < 0.1, found
 
 
-def test_remat_dots_keeps_the_products_of_layers_in_eight_bits():
+def test_remat_dots_keeps_the_fp8_products_of_layers():
   """Without them the backward pass multiplies again, but for a layer's last product, which it does not read."""
 
   def products(remat):
