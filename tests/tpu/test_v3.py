@@ -51,7 +51,7 @@ def test_collectives_are_those_written(step):
 
 
 @pytest.mark.parametrize(("topology", "chip"), [("v5p:4x4x4", "v5p"), ("tpu7x:4x4x2", "tpu7x")])
-def test_in_eight_bits_tokens_go_to_experts_in_half_the_bytes(topology, chip):
+def test_in_fp8_tokens_go_to_experts_in_half_the_bytes(topology, chip):
   sizes = dict(fsdp=4, expert=16)
   step = step_for(topology, sizes, config_of(sizes, {"model.precision": "fp8"}))
   assert step.held < step.compiled.peak_bytes < CHIPS[chip].hbm_capacity
