@@ -10,14 +10,10 @@ from deepseek_jax.errors import ConfigError
 from deepseek_jax.typing import Params
 
 
-def is_trainable(path: str, patterns: Sequence[str]) -> bool:
-  """Whether one of `patterns` (`optimizer.trainable`) matches `path`, as "moe_layers/attn/q/kernel". All, without any."""
-  return not patterns or any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
-
-
 def split_trainable(params: Params, patterns: Sequence[str], path: str = "") -> tuple[Params, Params]:
   """(trainable, frozen): `params`, or another tree of its structure, each with only its own leaves.
 
+  patterns: `optimizer.trainable`: paths as "moe_layers/attn/q/kernel", with * for any text. None: all are trainable.
   path: of `params` in the tree of all parameters.
   """
   if not patterns:
@@ -32,7 +28,8 @@ def split_trainable(params: Params, patterns: Sequence[str], path: str = "") -> 
         if part:
           tree[name] = part
     else:
-      (trainable if is_trainable(name_path, patterns) else frozen)[name] = value
+      is_trainable = any(fnmatch.fnmatchcase(name_path, pattern) for pattern in patterns)
+      (trainable if is_trainable else frozen)[name] = value
   return trainable, frozen
 
 

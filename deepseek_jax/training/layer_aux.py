@@ -118,13 +118,13 @@ def sum_over_layers(observed: Mapping[str, jax.Array], stack: str, seq: int) -> 
   """
   objective: jax.Array | float = 0.0
   metrics: dict[str, PyTree] = {}
+  declared = observations()
   for name, value in observed.items():
-    declared = observations()[name]
-    if declared.by_layer:
+    if declared[name].by_layer:
       metrics[name] = {stack: value}
       continue
     total = value.sum(dtype=value.dtype)
-    if declared.is_loss:
+    if declared[name].is_loss:
       total = seq * total  # of [layers, batch]
       objective += total / axis_size("stream")
     metrics[name] = total
@@ -173,10 +173,10 @@ def logged_metrics(model: ModelConfig, metrics: Mapping[str, Any]) -> Logged:
   """What is logged of the `metrics` of a step, on the host: scalars as they are, and what observations say of theirs."""
   scalars: dict[str, float | int] = {}
   histograms: dict[str, np.ndarray] = {}
+  declared = observations()
   for name, value in metrics.items():
-    declared = observations().get(name)
-    if declared and declared.log:
-      of_layers, bars = declared.log(model, value)
+    if name in declared and (log := declared[name].log):
+      of_layers, bars = log(model, value)
       scalars |= of_layers
       histograms |= bars
     else:

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from tests.configs import RUN
-from tests.end_to_end.test_run import environment, finish, lines, wait_for_step
+from tests.end_to_end.test_run import environment, finish, flags_of, lines, wait_for_step
 
 LAUNCHER = pathlib.Path(__file__).parents[2] / "launch" / "local.py"
 STEPS = 12
@@ -84,13 +84,7 @@ def folder(tmp_path_factory):
 
 def train(folder, workdir, *arguments, processes=1, devices=1, **variables):
   """A run of as many `processes` with as many `devices` each."""
-  command = [
-    sys.executable,
-    "-m",
-    "deepseek_jax.train",
-    f"--config={folder}/config.py",
-    f"--workdir={folder / workdir}",
-  ]
+  command = [sys.executable, "-m", "deepseek_jax.train", *flags_of(folder, workdir)]
   if processes > 1:
     command = [sys.executable, LAUNCHER, f"--processes={processes}", f"--devices={devices}", "--", *command]
   else:
