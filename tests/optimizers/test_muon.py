@@ -3,9 +3,7 @@
 import collections
 import dataclasses
 import functools
-import importlib.util
 import math
-import pathlib
 import re
 
 import jax
@@ -23,13 +21,8 @@ from deepseek_jax.optimizers.trainable import split_trainable
 from deepseek_jax.plan.count import count_operations
 from deepseek_jax.plan.memory import estimate_memory
 from deepseek_jax.sharding import with_concrete_shardings
-from tests.configs import DENSE, MLA, V3, make_config
-
-_spec = importlib.util.spec_from_file_location(
-  "meshes", pathlib.Path(__file__).parents[1] / "training" / "test_meshes.py"
-)
-meshes = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(meshes)
+from tests import meshes
+from tests.configs import DENSE, MLA, V3, float64, make_config
 
 CONFIG = OptimizerConfig(kind="muon", eps=1e-20)
 MODELS = {
@@ -211,7 +204,7 @@ def test_updates_in_float64_equal_one_device(name, mesh):
 )
 def test_three_steps_in_float64_equal_one_device(name, mesh, parallel):
   config = dataclasses.replace(meshes.CONFIGS[name], optimizer=CONFIG)
-  meshes.assert_equal(meshes.float64(config), mesh, parallel)
+  meshes.assert_equal(float64(config), mesh, parallel)
 
 
 @pytest.mark.parametrize("mesh", [dict(data=4), dict(fsdp=4), dict(fsdp=2, tensor=2)], ids=str)

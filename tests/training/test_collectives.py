@@ -6,8 +6,6 @@ The CPU's compiler keeps reduce-scatters that are written as such; `make tpu` re
 import collections
 import dataclasses
 import functools
-import importlib.util
-import pathlib
 import re
 
 import jax
@@ -22,10 +20,8 @@ from deepseek_jax.training.schedule import StepInputs
 from deepseek_jax.training.state import abstract_state
 from deepseek_jax.training.step import make_train_step
 from deepseek_jax.training.step_config import StepConfig
+from tests import meshes
 
-_spec = importlib.util.spec_from_file_location("meshes", pathlib.Path(__file__).with_name("test_meshes.py"))
-meshes = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(meshes)
 SEQ, EMBED, LAYERS = meshes.SEQ, meshes.DENSE.model.embed, meshes.DENSE.model.layers
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 

@@ -94,7 +94,7 @@ def test_state_is_born_in_the_layout_that_abstract_state_says():
   mesh = make_mesh(MESHES["fsdp=2 x tensor=2"])
   with jax.set_mesh(mesh):
     abstract = abstract_state(StepConfig.of(CONFIG, bos=0), mesh)
-    state = jax.jit(init_state, static_argnums=0)(CONFIG, jax.random.key(0))
+    state = jax.jit(init_state, static_argnums=0)(StepConfig.of(CONFIG, bos=0), jax.random.key(0))
   jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(f"{a} {b}"), abstract, state)
   assert all(
     jax.tree.leaves(jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), abstract, state))
@@ -201,7 +201,7 @@ def test_state_hash_sees_every_bit_and_no_mesh(gathered_bytes, monkeypatch):
   for mesh_config in (MeshConfig(data=1), MESHES["fsdp=2 x tensor=2"]):
     mesh = make_mesh(mesh_config, jax.devices()[: int(np.prod(dataclasses.astuple(mesh_config)))])
     with jax.set_mesh(mesh):
-      state = jax.jit(init_state, static_argnums=0)(CONFIG, jax.random.key(0))
+      state = jax.jit(init_state, static_argnums=0)(StepConfig.of(CONFIG, bos=0), jax.random.key(0))
     hashes.append(state_sha256(state))
   assert hashes[0] == hashes[1]
   host = jax.device_get(state)
