@@ -2,14 +2,12 @@
 
 import json
 
-import jax
-import pytest
-
 from deepseek_jax.kernels import tiles
 from tests.benchmarks.programs import benchmark
+from tests.kernels.marks import NEEDS_JAX_0_11
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="kernels for GPUs need jax 0.11")
+@NEEDS_JAX_0_11
 def test_tune_kernels_goes_on_where_it_was(tmp_path):
   table = tmp_path / "tiles.json"
   out, _ = benchmark("tune_kernels", "--small", f"--table={table}")

@@ -2,12 +2,15 @@
 
 import pathlib
 
-import jax
 import pytest
+
+from tests.kernels.marks import NEEDS_JAX_0_11
 
 
 def pytest_collection_modifyitems(config, items):
   """Marks each case of a Pallas kernel `kernels`, unless a `quick` mark of its test names its parameters.
+
+  Those that interpret kernels for GPUs have NEEDS_JAX_0_11.
 
   `@pytest.mark.quick(implementation="pallas_gpu", step=128)` on a test: its cases with these parameters run in
   `make test`.
@@ -21,6 +24,8 @@ def pytest_collection_modifyitems(config, items):
       names_item.append(all(params[name] == value for name, value in mark.kwargs.items()))
       key = f"{item.nodeid.partition('[')[0]}: {mark.kwargs}"
       marks[key] = marks.get(key, False) or names_item[-1]
+    if "on_gpu" in item.fixturenames or _implementation(item) == "pallas_gpu":
+      item.add_marker(NEEDS_JAX_0_11)
     if _implementation(item).startswith("pallas_") and not any(names_item):
       item.add_marker(pytest.mark.kernels)
   unmatched = [key for key, found in marks.items() if not found]
@@ -42,8 +47,6 @@ def interpreted(request):
 @pytest.fixture
 def on_gpu(capsys):
   """Kernels for GPUs run on CPU, every thread, barrier and copy of them; a race between them is an error."""
-  if jax.__version_info__ < (0, 11):
-    pytest.skip(f"kernels for GPUs are interpreted by jax 0.11 and newer, and this is {jax.__version__}")
   from jax.experimental.pallas import mosaic_gpu as plgpu
 
   with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):

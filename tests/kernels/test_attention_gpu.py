@@ -17,10 +17,8 @@ from deepseek_jax.kernels.attention import pallas_gpu, xla
 from deepseek_jax.kernels.attention.api import attention, attention_of_part
 from deepseek_jax.kernels.implementations import Unsupported
 from deepseek_jax.model.context_parallel import zigzag
+from tests.kernels.marks import NEEDS_JAX_0_11
 
-NEEDS_JAX_0_11 = pytest.mark.skipif(
-  jax.__version_info__ < (0, 11), reason=f"kernels for GPUs need jax 0.11, not {jax.__version__}"
-)
 NEEDS_TOKAMAX = pytest.mark.skipif(
   pallas_gpu.installed_tokamax() != pallas_gpu.TOKAMAX_VERSION,
   reason="the extra tokamax is not installed: make kernels",

@@ -16,13 +16,11 @@ import pytest
 
 from deepseek_jax.kernels.fp8_linear import Recipe, fp8_linear, fp8_ragged_linear
 from tests.kernels import gpu_aot
+from tests.kernels.marks import NEEDS_JAX_0_11
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHARED_BYTES = 232_448  # of a thread block of an H200
-pytestmark = [
-  pytest.mark.kernels,
-  pytest.mark.skipif(jax.__version_info__ < (0, 11), reason=f"kernels for GPUs need jax 0.11, not {jax.__version__}"),
-]
+pytestmark = [pytest.mark.kernels, NEEDS_JAX_0_11]
 
 
 def installed(package):

@@ -13,6 +13,7 @@ from deepseek_jax.kernels import implementations
 from deepseek_jax.kernels.grouped_matmul import supports, xla
 from deepseek_jax.kernels.grouped_matmul.api import block_rows, grouped_matmul
 from deepseek_jax.model.dispatch import ragged
+from tests.kernels.marks import NEEDS_JAX_0_11
 
 SIZES = {
   "several": (4, 8, 4),
@@ -21,6 +22,7 @@ SIZES = {
   "all in the last": (0, 0, 16),
   "rows of no group": (4, 0, 4),
 }
+hopper = functools.partial(grouped_matmul, block=1, implementation="pallas_gpu")
 
 
 def problem(sizes, rows=16, k=6, n=5, dtype=np.float32):
@@ -68,16 +70,9 @@ def test_groups_that_share_tiles(dtype):
     assert error < (1e-6 if dtype == "float32" else 2**-8)
 
 
-@pytest.fixture
-def hopper():
-  if jax.__version_info__ < (0, 11):
-    pytest.skip(f"kernels for Hopper need jax 0.11 or newer, and this is {jax.__version__}")
-  return functools.partial(grouped_matmul, block=1, implementation="pallas_gpu")
-
-
 @pytest.mark.kernels
 @pytest.mark.parametrize("sizes", [(100, 0, 130, 30, 0), (0, 0, 128), (300,)], ids=str)
-def test_on_hopper(sizes, hopper, on_gpu):
+def test_on_hopper(sizes, on_gpu):
   (x, w, dy), sizes = problem(sizes, rows=300, k=128, n=256, dtype=jnp.bfloat16)
   y, vjp = jax.vjp(jax.jit(lambda x, w: hopper(x, w, sizes)), x, w)
   for ours, reference in zip((y, *vjp(dy)), expected(x, w, dy, sizes), strict=True):
@@ -85,7 +80,8 @@ def test_on_hopper(sizes, hopper, on_gpu):
     assert np.linalg.norm(np.asarray(ours, np.float64) - reference) < 2**-8 * np.linalg.norm(reference)
 
 
-def test_on_hopper_it_is_traced_inside_shard_map(hopper):
+@NEEDS_JAX_0_11
+def test_on_hopper_it_is_traced_inside_shard_map():
   """With types of varying arrays checked; the gradient of a shared matrix is summed over devices."""
   (x, w, _), sizes = problem((100, 28), rows=128, k=128, n=128, dtype=jnp.bfloat16)
   mesh = jax.make_mesh((2,), ("devices",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])

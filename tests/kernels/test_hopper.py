@@ -21,11 +21,9 @@ from deepseek_jax.kernels.quantize.xla import quantize
 from deepseek_jax.kernels.tiles import CANDIDATES, TileConfig
 from deepseek_jax.mesh import abstract_mesh
 from deepseek_jax.training.step import abstract_step
+from tests.kernels.marks import NEEDS_JAX_0_11
 
 M, N, K = 328, 320, 400  # partial tiles everywhere
-NEEDS_JAX_0_11 = pytest.mark.skipif(
-  jax.__version_info__ < (0, 11), reason=f"kernels for GPUs need jax 0.11, not {jax.__version__}"
-)
 
 
 def operand(rows, columns, tile=(1, 128), leading=()):
@@ -83,7 +81,6 @@ def test_an_old_jax_is_named():
     dense.matmul(operand(8, 256), operand(8, 256), jnp.float32)
 
 
-@NEEDS_JAX_0_11
 @pytest.mark.kernels
 @pytest.mark.parametrize("tiles", CANDIDATES["fp8_matmul"], ids=str)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -100,7 +97,6 @@ def test_gemms_in_every_tile_config(tiles, dtype, on_gpu):
       np.testing.assert_allclose(*map(np.float32, (actual, expected)), rtol=2**-8, atol=1e-4)
 
 
-@NEEDS_JAX_0_11
 @pytest.mark.kernels
 @pytest.mark.parametrize("tiles", CANDIDATES["fp8_wgrad"], ids=str)
 def test_weight_gradients_in_every_tile_config(tiles, on_gpu):
@@ -111,7 +107,6 @@ def test_weight_gradients_in_every_tile_config(tiles, on_gpu):
   assert_close(grouped_result, grouped_reference.wgrad(a, b, sizes, 128, jnp.float32))
 
 
-@NEEDS_JAX_0_11
 @pytest.mark.kernels
 def test_a_missing_fence_is_found(monkeypatch, on_gpu, capsys):
   """Without the commit after the scales are read, the next copy into their stage races with the reads."""
