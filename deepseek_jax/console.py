@@ -5,6 +5,7 @@ One console is current. A program that calls the trainer gives it its own, to si
 
 import contextlib
 import contextvars
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -147,3 +148,26 @@ def set_console(console: Console) -> Iterator[Console]:
     yield console
   finally:
     _current.reset(token)
+
+
+class _ConsoleHandler(logging.Handler):
+  """Shows log records on the current console."""
+
+  def emit(self, record: logging.LogRecord) -> None:
+    current_console().print(record.getMessage(), err=True)
+
+
+@contextlib.contextmanager
+def log_to_console() -> Iterator[None]:
+  """Shows what this package logs, as a kernel's fallback to XLA, on the current console during the block, and only there.
+
+  Libraries give Python's root logger a handler that writes to stderr.
+  """
+  logger, handler = logging.getLogger(__package__), _ConsoleHandler()
+  propagate, logger.propagate = logger.propagate, False
+  logger.addHandler(handler)
+  try:
+    yield
+  finally:
+    logger.removeHandler(handler)
+    logger.propagate = propagate

@@ -21,6 +21,7 @@ from jax._src import distributed as _jax_distributed  # the client has no public
 from jax.experimental import multihost_utils
 
 from deepseek_jax import errors
+from deepseek_jax.console import Console, current_console
 from deepseek_jax.errors import ConfigError, UserError
 
 CONNECT_SECONDS = 120
@@ -36,8 +37,9 @@ _PROPAGATION_SECONDS = 1  # until every process has read a failure from the key-
 def distributed_session(initialize_args: dict[str, Any] | None) -> Iterator[None]:
   """Connects to the other processes of the run while the block lasts. Only process 0 writes to stdout.
 
-  An exception is printed. It ends this process, and within seconds all others, with one exit code: 2 for a UserError,
-  130 for Ctrl-C, else 1. jax by itself would wait at its exit for the others, while they wait for this one in a step.
+  An exception is shown on the current console. It ends this process, and within seconds all others, with one exit code:
+  2 for a UserError, 130 for Ctrl-C, else 1. jax by itself would wait at its exit for the others, while they wait for
+  this one in a step.
 
   Args:
     initialize_args: arguments of `jax.distributed.initialize`, from `processes.find_initialize_args`. None: a single
@@ -62,7 +64,8 @@ def _connect(initialize_args: dict[str, Any]) -> threading.Thread:
   # jax's handler would swallow SIGTERM.
   jax.config.update("jax_enable_preemption_service", False)
   # jax's own timeout prints a C++ stack trace; this one fires first.
-  timeout = threading.Timer(CONNECT_SECONDS, _exit_unconnected, [initialize_args])
+  console = current_console()  # that of another thread is not set
+  timeout = threading.Timer(CONNECT_SECONDS, _exit_unconnected, [console, initialize_args])
   timeout.daemon = True
   timeout.start()
   jax.distributed.initialize(
@@ -74,7 +77,7 @@ def _connect(initialize_args: dict[str, Any]) -> threading.Thread:
   timeout.cancel()
   if _jax_distributed.global_state.process_id:
     sys.stdout = open(os.devnull, "w", encoding="utf-8")
-  watcher = threading.Thread(target=_watch_for_failures, daemon=True)
+  watcher = threading.Thread(target=_watch_for_failures, args=[console], daemon=True)
   watcher.start()
   return watcher
 
@@ -90,13 +93,12 @@ def _check_port_is_free(coordinator: str) -> None:
     ) from None
 
 
-def _exit_unconnected(initialize_args: dict[str, Any]) -> None:
+def _exit_unconnected(console: Console, initialize_args: dict[str, Any]) -> None:
   coordinator = initialize_args.get("coordinator_address", "the scheduler's")
-  print(
+  console.print(
     f"error: the processes of this run did not connect within {CONNECT_SECONDS} s (coordinator: {coordinator}): "
     "start all of them, with one coordinator that all can reach and whose port is free",
-    file=sys.stderr,
-    flush=True,
+    err=True,
   )
   os._exit(2)
 
@@ -106,19 +108,19 @@ def _client() -> Any:
   return _jax_distributed.global_state.client
 
 
-def _watch_for_failures() -> None:
+def _watch_for_failures(console: Console) -> None:
   """Ends this process when another one has failed: the main thread may wait for that one in a collective forever."""
   try:
     failed, code, reason = json.loads(_client().blocking_key_value_get(_FAILURE_KEY, 365 * _DAY_MS))
   except jax.errors.JaxRuntimeError:
     return  # the run is over
   if failed != _jax_distributed.global_state.process_id:
-    print_error(f"error: process {failed} failed ({reason}): all end")
+    print_error(f"error: process {failed} failed ({reason}): all end", console)
     _exit(code)
 
 
 def _abort_all(error: BaseException) -> None:
-  """Prints `error`, tells the other processes, and ends this one."""
+  """Shows `error`, tells the other processes, and ends this one."""
   reason = f"{type(error).__name__}: {error}".splitlines()[0]
   if isinstance(error, UserError):
     code, text = 2, f"error: {error}"
@@ -129,7 +131,7 @@ def _abort_all(error: BaseException) -> None:
     code, text = 1, "".join(traceback.format_exception(error))
     # The cause may be another process's end. Then the watcher reads it from the store and reports it.
     time.sleep(_PROPAGATION_SECONDS)
-  print_error(text)
+  print_error(text, current_console())
   client, process_id = _client(), _jax_distributed.global_state.process_id
   try:
     if client:
@@ -138,11 +140,11 @@ def _abort_all(error: BaseException) -> None:
     _exit(code)
 
 
-def print_error(text: str) -> None:
-  """Prints `text` to stderr; each line starts with the process's number, except on process 0."""
+def print_error(text: str, console: Console) -> None:
+  """Shows `text` on `console` as an error; each line starts with the process's number, except on process 0."""
   process_id = _jax_distributed.global_state.process_id
   prefix = f"process {process_id}: " if process_id else ""
-  print("\n".join(prefix + line for line in text.splitlines()), file=sys.stderr, flush=True)
+  console.print("\n".join(prefix + line for line in text.splitlines()), err=True)
 
 
 def _exit(code: int) -> None:

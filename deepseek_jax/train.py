@@ -15,7 +15,7 @@ from typing import Any
 from absl import flags
 
 from deepseek_jax.config import Config
-from deepseek_jax.console import Console, current_console, set_console
+from deepseek_jax.console import Console, current_console, log_to_console, set_console
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import define_config_flags, file_exists, load_config, parse, run_program
 from deepseek_jax.processes import define_process_flags, find_initialize_args
@@ -65,7 +65,7 @@ def program_flags() -> flags.FlagValues:
 def main(argv: list[str]) -> int:
   """Returns the exit code of a training run, --dry_run or --print_config.
 
-  Raises UserError for an error of the user's.
+  Raises UserError for an error of the user's. A run that diverges is an error on stderr and exit code 1.
   """
   values = program_flags()
   overrides = parse(argv, values, __doc__)
@@ -81,19 +81,25 @@ def main(argv: list[str]) -> int:
   config = load_config(values.config or saved, overrides, saved=not values.config)
 
   # Imported late: --help and config errors need no jax.
+  from deepseek_jax.distributed import print_error
   from deepseek_jax.mesh import min_devices, resolve_mesh
-  from deepseek_jax.plan.summary import config_summary, format_changed_fields, format_config
+  from deepseek_jax.plan.summary import config_summary, format_changed_fields, format_config, format_planned_tokens
+  from deepseek_jax.training.skipped import Diverged
 
   if plan_only:
     on_mesh = resolve_mesh(config, values.devices or min_devices(config.mesh))
     print(format_config(on_mesh) if values.print_config else format_changed_fields(config))
     if values.dry_run:
-      print(config_summary(on_mesh))
+      print(f"{config_summary(on_mesh)}\n{format_planned_tokens(on_mesh)}")
     return 0
 
   initialize_args = find_initialize_args(values.coordinator, values.processes, values.process)
   workdir = values.workdir or os.path.join("runs", config.name)
-  return train(config, workdir, values.selftest == "on", values.accept_data_change, initialize_args=initialize_args)
+  try:
+    return train(config, workdir, values.selftest == "on", values.accept_data_change, initialize_args=initialize_args)
+  except Diverged as error:
+    print_error(f"error: {error}", current_console())
+    return 1
 
 
 def train(
@@ -116,9 +122,15 @@ def train(
     initialize_args: of a run of several processes, as `find_initialize_args` gives them.
 
   Returns:
-    The exit code. An error of a user is raised in a single process; it ends all of several.
+    The exit code.
+
+  Raises:
+    UserError: the config, the data or a checkpoint cannot be used.
+    Diverged: `train.max_skipped` updates in a row were skipped.
+
+  In a run of several processes Diverged is raised on all. Any other exception is shown on the console and ends them all.
   """
-  from deepseek_jax.distributed import distributed_session, print_error, process_count
+  from deepseek_jax.distributed import distributed_session, process_count
   from deepseek_jax.evaluate.heldout import evaluate
   from deepseek_jax.generate.decoding import continue_prompt
   from deepseek_jax.selftest.run import select_kernels
@@ -127,12 +139,12 @@ def train(
   def select(config, folder):
     return select_kernels(config, folder, process_count(), selftest)
 
-  with set_console(console or current_console()), distributed_session(initialize_args):
+  with set_console(console or current_console()), log_to_console(), distributed_session(initialize_args):
     try:
       return run(config, workdir, evaluate, continue_prompt, select, accept_data_change, writers)
-    except Diverged as error:  # all processes see it at the same step
-      print_error(f"error: {error}")
-      return 1
+    except Diverged as error:  # all processes see it at the same step, so that none has to end the others
+      diverged = error
+  raise diverged
 
 
 if __name__ == "__main__":

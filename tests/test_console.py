@@ -1,10 +1,11 @@
 import io
+import logging
 import threading
 
 import pytest
 
 from deepseek_jax import console
-from deepseek_jax.console import Console, SilentConsole, current_console, set_console
+from deepseek_jax.console import Console, SilentConsole, current_console, log_to_console, set_console
 
 
 class Terminal(io.StringIO):
@@ -81,6 +82,20 @@ def test_a_subclass_without_bars_gets_every_line():
   with shown.step_progress(0, 1) as update, shown.byte_progress("data", 1):
     update(1, "loss 1")
   assert shown.lines == [("a", False), ("data (0.0 MB)", True), ("step 1/1", False)]
+
+
+def test_what_the_package_logs_goes_to_the_console_alone(caplog):
+  class Lines(Console):
+    def print(self, text, err=False):
+      lines.append((text, err))
+
+  lines, logger = [], logging.getLogger("deepseek_jax.kernels.implementations")
+  with set_console(Lines()), log_to_console():
+    logger.warning("%s: falling back to XLA", "quantize")
+    logger.info("not shown")
+  assert lines == [("quantize: falling back to XLA", True)] and not caplog.records
+  logger.warning("as before")
+  assert len(lines) == 1 and [record.getMessage() for record in caplog.records] == ["as before"]
 
 
 def test_a_silent_console_prints_nothing(capsys):

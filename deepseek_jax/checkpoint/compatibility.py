@@ -5,10 +5,11 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from deepseek_jax.checkpoint.tree import TreePath, flatten_tree
+from deepseek_jax.checkpoint.tree import TreePath, flatten_tree, list_first
 from deepseek_jax.config import Config, MeshConfig
 from deepseek_jax.errors import CheckpointError
 from deepseek_jax.model_config import ATTENTION_SHAPE_FIELDS, ModelConfig
+from deepseek_jax.optimizers.trainable import split_trainable
 from deepseek_jax.plan.flops import abstract_params
 from deepseek_jax.schema import flatten_config
 
@@ -31,6 +32,7 @@ _SHAPE_FIELDS = {
   "moe.num_shared_experts", "moe.mlp", "moe.router_bias", "attention.kind",
   *(f"attention.{name}" for name in ATTENTION_SHAPE_FIELDS),
 }  # fmt: skip
+_UNORDERED = {"optimizer.trainable"}  # lists of which neither the order nor duplicates matter
 # Fields of `data` that the compared fingerprints do not depend on: they do not change which tokens a sample has, but for
 # data.seq, at whose saved value both are taken.
 _NOT_IN_FINGERPRINT = {"data.mask_documents", "data.cache", "data.verify", "data.seq"}
@@ -52,7 +54,8 @@ def check_compatible(
   For a field that only the checkpoint has, the value now is None.
 
   Raises CheckpointError that lists what must be equal and is not: all of `model` except how it is computed,
-  optimizer.kind, moments_dtype and trainable, and the fingerprint unless `accept_data_change`.
+  optimizer.kind and moments_dtype, the parameters that optimizer.trainable selects, and the fingerprint unless
+  `accept_data_change`.
   """
   differences = _differences(saved_config, config)
   incompatible = [d for d in differences if _must_be_equal(d[0]) and d[2] is not None]
@@ -60,6 +63,8 @@ def check_compatible(
     raise CheckpointError(
       f"the checkpoint does not fit this config: {_format(incompatible)}; put these values back, or use another --workdir"
     )
+  if any(path == "optimizer.trainable" for path, *_ in differences):
+    _check_same_trainable(saved_value(saved_config, "optimizer.trainable"), config)
   if saved_fingerprint != fingerprint and not accept_data_change:
     data = [d for d in differences if _in_fingerprint(d[0]) and d[2] is not None]
     raise CheckpointError(
@@ -99,9 +104,27 @@ def check_weights_fit(directory: str | os.PathLike, model: ModelConfig, config: 
 
 
 def _must_be_equal(path: str) -> bool:
-  return path in ("optimizer.kind", "optimizer.moments_dtype", "optimizer.trainable") or (
+  return path in ("optimizer.kind", "optimizer.moments_dtype") or (
     path.startswith("model.") and path not in _MAY_CHANGE
   )
+
+
+def _check_same_trainable(saved_patterns: Sequence[str], config: Config) -> None:
+  """Raises CheckpointError where the config trains other parameters than those that `saved_patterns` select.
+
+  The optimizer state would not fit: it is of the trainable parameters. Other patterns may select the same ones.
+  """
+  patterns = config.optimizer.trainable
+  params, _ = abstract_params(config.model, MeshConfig(data=1))
+  saved, now = (set(flatten_tree(split_trainable(params, p)[0])) for p in (saved_patterns, patterns))
+  changes = {"frozen so far, to be trained": now - saved, "trained so far, to be frozen": saved - now}
+  listed = [f"{change}: {list_first(sorted(map('/'.join, paths)))}" for change, paths in changes.items() if paths]
+  if listed:
+    raise CheckpointError(
+      f"the checkpoint's optimizer state does not fit: optimizer.trainable: checkpoint {list(saved_patterns)}, config "
+      f"{list(patterns)} ({'. '.join(listed)}); put the patterns back, or start from these weights with init_from and "
+      "another --workdir"
+    )
 
 
 def _in_fingerprint(path: str) -> bool:
@@ -118,7 +141,7 @@ def _differences(saved_config: Mapping[str, Any], config: Config) -> list[Differ
   differences: list[Difference] = []
   for path, value in now.items():
     saved_value = saved.get(path, default[path])
-    if saved_value != value:
+    if saved_value != value and not (path in _UNORDERED and set(saved_value) == set(value)):
       differences.append((path, saved_value, value))
   return differences + [(path, value, None) for path, value in saved.items() if path not in now]
 

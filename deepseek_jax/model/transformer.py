@@ -34,6 +34,15 @@ STACKS = ("dense_layers", "moe_layers")  # in the order in which they run
 AuxFn = Callable[[LayerOutput], PyTree]
 
 
+def layer_names(config: ModelConfig) -> dict[str, list[str]]:
+  """{stack: a name for each of its layers}: layer_0, layer_1, ... in the order in which they run; depths are mtp_1, ..."""
+  names, first = {}, 0
+  for stack in STACKS:
+    end = first + getattr(config, f"num_{stack}")
+    names[stack], first = [f"layer_{i}" for i in range(first, end)], end
+  return names | {"mtp_layers": [f"mtp_{depth}" for depth in range(1, config.num_mtp_layers + 1)]}
+
+
 def make_rngs(key: jax.Array | None) -> nnx.Rngs | None:
   """The Rngs of `key`; None for no key."""
   return None if key is None else nnx.Rngs(key)

@@ -83,15 +83,15 @@ class Schedule:
   def forward_item(self, tick: Any, stage: Any) -> WorkItem:
     """What `stage` does forward in `tick`."""
     item = tick - stage
-    passed, microbatch, exists = self._locate(item)
-    return WorkItem(item, passed, microbatch, exists)
+    virtual_stage, microbatch, exists = self._locate(item)
+    return WorkItem(item, virtual_stage, microbatch, exists)
 
   def backward_item(self, tick: Any, stage: Any) -> WorkItem:
     """What `stage` does backward in `tick`, the virtual stages in reverse order."""
     item = tick - self.lag - (self.stages - 1 - stage)
-    passed, microbatch, exists = self._locate(item)
-    virtual_stage = self.virtual_stages - 1 - passed
-    return WorkItem(item + (virtual_stage - passed) * self.stages, virtual_stage, microbatch, exists)
+    reverse_index, microbatch, exists = self._locate(item)
+    virtual_stage = self.virtual_stages - 1 - reverse_index
+    return WorkItem(item + (virtual_stage - reverse_index) * self.stages, virtual_stage, microbatch, exists)
 
   def ticks_since_embed(self, tick: Any) -> Any:
     """Ticks since the first forward pass of the embedding."""
@@ -114,7 +114,7 @@ class Schedule:
     return self._clip_microbatch(since_first // self.period * self.stages + stage)
 
   def _locate(self, item: Any) -> tuple[Any, Any, Any]:
-    """(number of virtual stages passed before, microbatch, whether that exists) of an item."""
+    """(index of the virtual stage in the order of the pass, microbatch, whether that exists) of an item."""
     microbatch = item // self.period * self.stages + item % self.stages
     return item // self.stages % self.virtual_stages, *self._clip_microbatch(microbatch)
 

@@ -13,18 +13,30 @@ from deepseek_jax.plan.topology import GIB
 from deepseek_jax.schema import flatten_config
 
 
-def planned_tokens(config: Config) -> int:
-  """Tokens of `train.steps` steps from the start, all at `data.seq`, with the batch ramp counted step by step."""
-  train, tokens, steps = config.train, 0, 0
-  while steps < train.steps and tokens < train.batch_ramp_tokens:
-    tokens, steps = tokens + batch_size(train, tokens) * config.data.seq, steps + 1
-  return tokens + (train.steps - steps) * train.global_batch * config.data.seq
+def planned_tokens(config: Config, step: int = 0, tokens_seen: int = 0) -> int:
+  """Tokens seen by the end of `train.steps` steps, with the batch ramp counted step by step.
+
+  step, tokens_seen: completed steps and their tokens, at whatever length. The steps to go are at `data.seq`.
+  """
+  train, tokens = config.train, tokens_seen
+  while step < train.steps and tokens < train.batch_ramp_tokens:
+    tokens, step = tokens + batch_size(train, tokens) * config.data.seq, step + 1
+  return tokens + max(train.steps - step, 0) * train.global_batch * config.data.seq
+
+
+def format_planned_tokens(config: Config, step: int = 0, tokens_seen: int = 0) -> str:
+  """The line of `planned_tokens`, with the FLOPs of the steps to go."""
+  planned, steps = planned_tokens(config, step, tokens_seen), config.train.steps
+  tokens_to_go = planned - tokens_seen
+  flops = tokens_to_go * training_flops(config.model, config.data.seq).causal
+  to_go = f"; to go: {tokens_to_go:,} in {steps - step:,} steps" if step else ""
+  return f"tokens planned   {planned:,} in {steps:,} steps{to_go} ({flops:.3g} FLOPs)"
 
 
 def config_summary(config: Config) -> str:
-  """Parameters, FLOPs, tokens, mesh and memory of `config`, whose mesh sizes are resolved, a line each."""
+  """Parameters, FLOPs, mesh and memory of `config`, whose mesh sizes are resolved, a line each."""
   counts, flops = count_parameters(config.model), training_flops(config.model, config.data.seq)
-  tokens, memory = planned_tokens(config), estimate_memory(config)
+  memory = estimate_memory(config)
   memory_parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in vars(memory).items())
   mtp = f", and {counts.mtp:,} for multi-token prediction" if counts.mtp else ""
   mesh = " x ".join(f"{axis}={size}" for axis, size in vars(config.mesh).items())
@@ -32,7 +44,6 @@ def config_summary(config: Config) -> str:
     (
       f"parameters       {counts.total:,} ({counts.active:,} active, {counts.non_embedding:,} without the embedding){mtp}",
       f"FLOPs per token  {flops.causal:.4g} causal attention, {flops.full:.4g} full attention (forward and backward)",
-      f"tokens planned   {tokens:,} in {config.train.steps:,} steps ({tokens * flops.causal:.3g} FLOPs)",
       f"mesh             {mesh}",
       *_pipeline_lines(config),
       f"memory estimate  {memory.total_bytes / GIB:.2f} GiB per device ({memory_parts})",

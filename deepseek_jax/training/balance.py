@@ -10,6 +10,7 @@ import numpy as np
 
 from deepseek_jax.config import BalanceConfig
 from deepseek_jax.model.router import Routing
+from deepseek_jax.model.transformer import layer_names
 from deepseek_jax.model_config import ModelConfig, MoEConfig
 from deepseek_jax.sharding import psum
 
@@ -62,26 +63,25 @@ def balance_loss(routing: Routing, counts: jax.Array, moe: MoEConfig, balance: B
 def load_metrics(
   model: ModelConfig, load: dict[str, np.ndarray]
 ) -> tuple[dict[str, float | int], dict[str, np.ndarray]]:
-  """What is logged of `load`, {stack: [layers, experts] int}, the assignments of a step.
+  """What is logged of `load`, {stack: [layers, experts] int}, the assignments of a step, of any stacks of the model.
 
   Returns:
-    ({name: scalar}, {name: [experts] fraction of the layer's assignments}). The scalars of each layer:
+    ({name: scalar}, {name: [experts] fraction of the layer's assignments}). The scalars of each layer, `layer_names`:
       max_vio: max / mean - 1 (0: balanced; Wang et al. 2024, arXiv:2408.15664).
       entropy: of the fractions, divided by its maximum (1: balanced).
       dead_experts: experts that no token chose.
   """
-  layer_names = {"moe_layers": ("layer", model.num_dense_layers), "mtp_layers": ("mtp", 1)}
+  names = layer_names(model)
   scalars: dict[str, float | int] = {}
   fractions = {}
   for stack, stack_load in load.items():
-    name, first = layer_names[stack]
-    for i, layer_load in enumerate(np.asarray(stack_load, np.float64), first):
+    for name, layer_load in zip(names[stack], np.asarray(stack_load, np.float64), strict=True):
       fraction = layer_load / layer_load.sum()
-      fractions[f"router/{name}_{i}/load"] = fraction
+      fractions[f"router/{name}/load"] = fraction
       used = fraction[fraction > 0]
-      scalars[f"router/{name}_{i}/max_vio"] = float(fraction.max() * fraction.size - 1)
-      scalars[f"router/{name}_{i}/entropy"] = float(-(used * np.log(used)).sum() / np.log(max(fraction.size, 2)))
-      scalars[f"router/{name}_{i}/dead_experts"] = int(fraction.size - used.size)
+      scalars[f"router/{name}/max_vio"] = float(fraction.max() * fraction.size - 1)
+      scalars[f"router/{name}/entropy"] = float(-(used * np.log(used)).sum() / np.log(max(fraction.size, 2)))
+      scalars[f"router/{name}/dead_experts"] = int(fraction.size - used.size)
   if scalars:
     scalars["max_vio"] = float(np.mean([v for key, v in scalars.items() if key.endswith("max_vio")]))
   return scalars, fractions

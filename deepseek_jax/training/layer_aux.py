@@ -1,7 +1,8 @@
 """What training does with what layers observe: `LAYER_AUX` has a row for each name in `LayerOutput.aux`.
 
 A row declares observations, each once: what a layer contributes to it, whether it is a loss, how it is summed over
-layers, devices and microbatches, and what is logged. The step, the pipeline, evaluation and logging follow from that.
+layers, devices and microbatches, what is logged, and whether it skips an update. The step, the pipeline, evaluation and
+logging follow from that. `STEP_METRICS` declares the metrics of the step itself.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.config import Config
 from deepseek_jax.model.layer_output import LayerOutput
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.sharding import axis_size, psum
@@ -21,6 +23,8 @@ from deepseek_jax.typing import PyTree
 
 # ({name: scalar}, {name: heights of bars}) that are logged.
 Logged = tuple[dict[str, float | int], dict[str, np.ndarray]]
+# (why an update was skipped, what to do if it persists).
+SkipCause = tuple[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +37,9 @@ class Observation:
   is_mean: that sum is divided by the tokens of the batch.
   by_layer: it stays apart by layer, as {stack: [layers, ...]}. Otherwise it is summed over layers.
   partial_over: logical axes of the mesh over which devices have parts of it, in addition to "batch".
-  skips_update: a step in which it is not 0 is skipped, and a held-out loss is NaN.
+  skip_cause: (config, value) -> SkipCause. A step in which it is not 0 is skipped, and explained so. A held-out loss is
+    NaN then: the cause is asked for with value None, since an evaluation keeps the loss alone. It is None where the
+    config rules it out. Without skip_cause no step is skipped.
   log: (model, {stack: [layers, ...]}) -> what is logged of it, with by_layer. None: the scalar itself.
   """
 
@@ -41,11 +47,11 @@ class Observation:
   is_mean: bool = False
   by_layer: bool = False
   partial_over: tuple[str, ...] = ()
-  skips_update: bool = False
+  skip_cause: Callable[[Config, Any], SkipCause | None] | None = None
   log: Callable[[ModelConfig, dict[str, np.ndarray]], Logged] | None = None
 
   def __post_init__(self):
-    if self.by_layer and (self.is_loss or self.skips_update):
+    if self.by_layer and (self.is_loss or self.skip_cause):
       raise ValueError(
         "an observation by layer is no loss and skips no update: declare a second one, summed over layers"
       )
@@ -64,7 +70,26 @@ class LayerAux:
   observations: Mapping[str, Observation]
 
 
-STEP_METRICS = {"loss", "total_loss", "mtp_loss", "grad_norm", "skipped"}  # `step.make_train_step`
+# Of each metric of the step itself (`step.make_train_step`): what is logged of its value. None: the scalar itself.
+STEP_METRICS: dict[str, Callable[[Any], dict[str, float | int]] | None] = {
+  "loss": None,
+  "total_loss": None,
+  "mtp_loss": lambda losses: {f"mtp_loss_{depth}": float(loss) for depth, loss in enumerate(losses, 1)},
+  "grad_norm": None,
+  "skipped": lambda counts: {"skipped": int(counts["total"])},
+}
+
+
+def overflow_cause(config: Config, overflow: int | None) -> SkipCause | None:
+  """The SkipCause of assignments, and of rows on their way, that overflowed the expert buffers in all microbatches."""
+  factor = config.model.moe.buffer_factor
+  if not factor:
+    return None
+  assignments = "assignments" if overflow is None else f"{overflow:,} assignments"
+  return (
+    f"{assignments} overflowed the expert buffers of {factor:g} times an even load",
+    f"raise model.moe.buffer_factor above {factor:g} (0: worst-case size, never overflows)",
+  )
 
 
 def observe_routing(routing: Any, config: StepConfig) -> dict[str, jax.Array]:
@@ -81,7 +106,7 @@ LAYER_AUX = {
       "load": Observation(by_layer=True, log=load_metrics),  # assignments to each expert
       "balance_loss": Observation(is_loss=True),
       # Assignments that overflowed the expert buffer, of this device's positions.
-      "overflow": Observation(partial_over=("seq",), skips_update=True),
+      "overflow": Observation(partial_over=("seq",), skip_cause=overflow_cause),
     },
   ),
 }
@@ -89,12 +114,12 @@ LAYER_AUX = {
 
 def observations() -> dict[str, Observation]:
   """{name: Observation} of all rows. Raises ValueError where a name is declared twice, or is a metric of the step."""
-  declared: dict[str, Observation] = {}
+  by_name: dict[str, Observation] = {}
   for row in LAYER_AUX.values():
-    if taken := row.observations.keys() & (declared.keys() | STEP_METRICS):
+    if taken := row.observations.keys() & (by_name.keys() | STEP_METRICS.keys()):
       raise ValueError(f"training.layer_aux.LAYER_AUX declares {', '.join(sorted(taken))}, which is a metric already")
-    declared |= row.observations
-  return declared
+    by_name |= row.observations
+  return by_name
 
 
 def make_aux_fn(config: StepConfig) -> Callable[[LayerOutput], dict[str, jax.Array]]:
@@ -118,13 +143,13 @@ def sum_over_layers(observed: Mapping[str, jax.Array], stack: str, seq: int) -> 
   """
   objective: jax.Array | float = 0.0
   metrics: dict[str, PyTree] = {}
-  declared = observations()
+  by_name = observations()
   for name, value in observed.items():
-    if declared[name].by_layer:
+    if by_name[name].by_layer:
       metrics[name] = {stack: value}
       continue
     total = value.sum(dtype=value.dtype)
-    if declared[name].is_loss:
+    if by_name[name].is_loss:
       total = seq * total  # of [layers, batch]
       objective += total / axis_size("stream")
     metrics[name] = total
@@ -143,9 +168,9 @@ def add_metrics(a: PyTree, b: PyTree) -> PyTree:
 
 def sum_over_devices(metrics: PyTree, *axes: str) -> PyTree:
   """`metrics` summed over the devices of the logical `axes`, and of those over which an observation is partial."""
-  declared = observations()
+  by_name = observations()
   partial = {
-    name: psum(x, *declared[name].partial_over) if name in declared and declared[name].partial_over else x
+    name: psum(x, *by_name[name].partial_over) if name in by_name and by_name[name].partial_over else x
     for name, x in metrics.items()
   }
   return psum(partial, *axes)
@@ -153,29 +178,40 @@ def sum_over_devices(metrics: PyTree, *axes: str) -> PyTree:
 
 def mean_over_tokens(metrics: PyTree, tokens: jax.Array | int) -> PyTree:
   """`metrics` of a step, of whose sums those of the step itself, losses and means are divided by `tokens`."""
-  declared = observations()
-  return {
-    name: jax.tree.map(lambda x: x / tokens, x) if name not in declared or declared[name].is_loss or declared[name].is_mean else x
-    for name, x in metrics.items()
-  }  # fmt: skip
+  by_name = observations()
+  sums = {name for name, observation in by_name.items() if not (observation.is_loss or observation.is_mean)}
+  return {name: x if name in sums else jax.tree.map(lambda x: x / tokens, x) for name, x in metrics.items()}
 
 
 def must_skip(metrics: PyTree) -> jax.Array | bool:
   """Whether an observation says that the update is to be skipped."""
   skip = False
   for name, observation in observations().items():
-    if observation.skips_update and name in metrics:
+    if observation.skip_cause and name in metrics:
       skip |= metrics[name] != 0
   return skip
 
 
+def skip_causes(config: Config, metrics: Mapping[str, Any] | None) -> list[SkipCause]:
+  """Why observations skipped a step, from its `metrics` on the host; without these, why they might have."""
+  causes = []
+  for name, observation in observations().items():
+    if not observation.skip_cause or (metrics is not None and not metrics.get(name)):
+      continue
+    if cause := observation.skip_cause(config, None if metrics is None else metrics[name].item()):
+      causes.append(cause)
+  return causes
+
+
 def logged_metrics(model: ModelConfig, metrics: Mapping[str, Any]) -> Logged:
-  """What is logged of the `metrics` of a step, on the host: scalars as they are, and what observations say of theirs."""
+  """What is logged of the `metrics` of a step, on the host: as STEP_METRICS and observations say, other scalars as they are."""
   scalars: dict[str, float | int] = {}
   histograms: dict[str, np.ndarray] = {}
-  declared = observations()
+  by_name = observations()
   for name, value in metrics.items():
-    if name in declared and (log := declared[name].log):
+    if log_step := STEP_METRICS.get(name):
+      scalars |= log_step(value)
+    elif name in by_name and (log := by_name[name].log):
       of_layers, bars = log(model, value)
       scalars |= of_layers
       histograms |= bars

@@ -268,12 +268,8 @@ class Run:
     values = jax.device_get(step_metrics)
     if stop_signal := int(values.pop("stop_signal", 0)):
       request.stop_signal = signal.Signals(stop_signal)
-    skipped, mtp_losses = values.pop("skipped"), values.pop("mtp_loss", ())
-    values |= {f"mtp_loss_{depth}": loss for depth, loss in enumerate(mtp_losses, 1)}
-    if skipped["in_a_row"]:
-      in_a_row, overflow = int(skipped["in_a_row"]), int(values.get("overflow", 0))
-      check_skipped(self.config, step, in_a_row, overflow, self.saved_step, self.log.console.print)
-    self.log.step(step, consumed, batch, values, int(skipped["total"]))
+    check_skipped(self.config, step, values, self.saved_step, self.log.console.print)
+    self.log.step(step, consumed, batch, values)
 
   def evaluate(self, sequences: int) -> None:
     """Logs the loss and the bits per byte of `sequences` windows of the held-out split."""

@@ -127,7 +127,7 @@ def _tiles(config: dict[str, Any], lines: Sequence[Line], events: Sequence[Event
     ("time", _format_duration(sum(_total_seconds(lines).values())), "logged"),
   ]
   if _is_number(last.get("skipped")) and last["skipped"]:
-    tiles.append(("skipped updates", f"{last['skipped']:,}", "gradients not finite"))
+    tiles.append(("skipped updates", f"{last['skipped']:,}", "the log says why"))
   cells = [
     f"<div><b>{_escape(v)}</b><span>{_escape(k)}</span><small>{_escape(note)}</small></div>" for k, v, note in tiles
   ]

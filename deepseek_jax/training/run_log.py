@@ -18,13 +18,14 @@ from deepseek_jax.data.pipeline import Consumed
 from deepseek_jax.distributed import broadcast_from_process0
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.plan.flops import training_flops
-from deepseek_jax.plan.summary import config_summary, format_changed_fields
+from deepseek_jax.plan.summary import config_summary, format_changed_fields, format_planned_tokens
 from deepseek_jax.storage import RunFolder, is_url
 from deepseek_jax.training import report
 from deepseek_jax.training.batch import Batch
 from deepseek_jax.training.layer_aux import logged_metrics
 from deepseek_jax.training.metrics import EVENTS, WRITERS, MetricsWriter, WriterFactory, read_jsonl
 from deepseek_jax.training.next_commands import next_commands
+from deepseek_jax.training.skipped import heldout_nan_hint
 from deepseek_jax.training.timing import IntervalTimer, device_metrics
 
 
@@ -71,7 +72,7 @@ class RunLog:
       self.console.print(f"changed  {path}: {old!r} -> {new!r}")
 
   def show_start(self, step: int, consumed: Consumed, weights: str | os.PathLike | None) -> None:
-    """Shows what the run starts from: given `weights`, or the checkpoint of `step`, or nothing."""
+    """Shows what the run starts from: given `weights`, or the checkpoint of `step`, or nothing; and the tokens planned."""
     if weights:
       self.console.print(f"start    from the weights in {weights}: at step 0, with a new optimizer state")
     elif step:
@@ -79,6 +80,7 @@ class RunLog:
       self.console.print(f"resume   from the checkpoint of step {step} ({seen})")
     else:
       self.console.print("start    no checkpoint here: from scratch")
+    self.console.print(format_planned_tokens(self.config, step, consumed.tokens))
 
   def last_end(self) -> tuple[int, str] | None:
     """(step, reason) of the newest end that the run's events have. All processes have to call this."""
@@ -148,21 +150,13 @@ class RunLog:
     self.console.print(f"compiled in {seconds:.1f} s")
     self.timer.reset()
 
-  def step(
-    self,
-    step: int,
-    consumed: Consumed,
-    batch: Batch,
-    values: dict[str, Any],
-    skipped: int,
-  ) -> None:
+  def step(self, step: int, consumed: Consumed, batch: Batch, values: dict[str, Any]) -> None:
     """Shows the metrics of an update, and writes them every `log.every` steps and after the last one.
 
     Args:
       step, consumed: completed updates, and what they consumed.
       batch: of the update.
       values: as `logged_metrics` takes them; "loss" is among them.
-      skipped: updates that were skipped since step 0.
     """
     self.timer.tokens += batch.target_tokens
     loss = float(values["loss"])
@@ -174,7 +168,7 @@ class RunLog:
     if step % self.config.log.every and step != self.config.train.steps:
       return
     scalars, histograms = logged_metrics(self.config.model, {**values, "bits_per_byte": bits_per_byte})
-    scalars |= {"tokens": consumed.tokens, "samples": consumed.samples, "skipped": skipped}
+    scalars |= {"tokens": consumed.tokens, "samples": consumed.samples}
     scalars |= throughput | device_metrics(self.mesh, tokens_per_second * self._flops_per_token)
     for writer in self._writers:
       writer.write(step, scalars, histograms)
@@ -182,11 +176,8 @@ class RunLog:
 
   def evaluation(self, step: int, result: dict[str, float | int]) -> None:
     """Shows and writes the `result` of a held-out evaluation."""
-    if math.isnan(result["loss"]) and self.config.model.moe.buffer_factor:
-      self.console.print(
-        f"step {step}: the held-out loss is NaN. If the training loss is finite, assignments overflowed the expert "
-        "buffers: raise model.moe.buffer_factor"
-      )
+    if math.isnan(result["loss"]) and (hint := heldout_nan_hint(self.config)):
+      self.console.print(f"step {step}: the held-out loss is NaN. If the training loss is finite, {hint}")
     self.event("eval", step, **result)
     self.publish()
     self.console.print(

@@ -104,7 +104,7 @@ def make_gradients(
       config, graphdef, objective, logical_axes, gather_once, params, buffers, get_microbatch, mtp_weight, microbatches
     )
     grads, metrics = (pipeline_grads if axis_size("stages") > 1 else accumulate_grads)(context)
-    grads = jax.tree.map(lambda g, axes: psum_replicated(g, *axes), grads, context.trainable(logical_axes))
+    grads = jax.tree.map(lambda g, axes: psum_replicated(g, *axes), grads, context.select_trainable(logical_axes))
     total_loss = psum(metrics.pop("total_loss"), "batch", "stream", "stages")
     return grads, as_replicated({"total_loss": total_loss} | sum_over_devices(metrics, "batch", "stages"))
 
@@ -147,7 +147,7 @@ class StepContext:
   mtp_weight: jax.Array
   microbatches: jax.Array | int
 
-  def trainable(self, tree: PyTree) -> PyTree:
+  def select_trainable(self, tree: PyTree) -> PyTree:
     """What `tree`, of the structure of the parameters, has of those that are trained."""
     return split_trainable(tree, self.config.optimizer.trainable)[0]
 
@@ -163,7 +163,7 @@ def accumulate_grads(context: StepContext) -> tuple[Params, PyTree]:
   if gather_once:
     weights = cast_and_gather(weights, logical_axes, context.config.model.compute_dtype)
   weights, frozen = split_trainable(weights, context.config.optimizer.trainable)
-  logical_axes = context.trainable(logical_axes)
+  logical_axes = context.select_trainable(logical_axes)
 
   def objective_fn(weights, tokens, key):
     with axis_rules(UNSHARDED_PARAMS if gather_once else {}):
@@ -183,7 +183,7 @@ def accumulate_grads(context: StepContext) -> tuple[Params, PyTree]:
 
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(microbatch_grads, 0))
   # Gradients are summed in the dtype of the parameters, whatever the dtype of `weights`.
-  zeros = jax.tree.map(lambda z, p: z.astype(p.dtype), zeros[0], context.trainable(context.params)), zeros[1]
+  zeros = jax.tree.map(lambda z, p: z.astype(p.dtype), zeros[0], context.select_trainable(context.params)), zeros[1]
 
   def add_microbatch(i, sums):
     # The barrier: XLA for TPUs moves the reduce-scatter behind the loop, which takes memory for unsharded gradients.
@@ -222,8 +222,8 @@ def pipeline_grads(context: StepContext) -> tuple[Params, PyTree]:
   )
   grads, layer_grads, metrics = stage.grads(outer_weights, layers, context.microbatches)
   if gather_once:
-    grads = jax.tree.map(lambda g, axes: reduce_scatter_grads(g, *axes), grads, context.trainable(outer_axes))
-  trainable_axes, trainable_params = (context.trainable(t).get(stack) for t in (logical_axes, context.params))
+    grads = jax.tree.map(lambda g, axes: reduce_scatter_grads(g, *axes), grads, context.select_trainable(outer_axes))
+  trainable_axes, trainable_params = (context.select_trainable(t).get(stack) for t in (logical_axes, context.params))
   if not trainable_params:
     return grads, metrics
 

@@ -44,6 +44,29 @@ def test_another_optimizer_state_is_refused(field, value, difference):
     check_compatible(saved(), make(optimizer={field: value}), "f", "f")
 
 
+def test_the_order_of_trainable_patterns_does_not_matter_nor_do_duplicates():
+  old = saved(optimizer={"trainable": ["*/attn/*", "head/*"]})
+  assert check_compatible(old, make(optimizer={"trainable": ["head/*", "*/attn/*", "head/*"]}), "f", "f") == []
+
+
+def test_other_patterns_that_select_the_same_parameters_are_returned():
+  patterns = ["dense_layers/*", "*norm/scale", "embed", "head/*"]
+  assert check_compatible(saved(), make(optimizer={"trainable": patterns}), "f", "f") == [
+    ("optimizer.trainable", [], patterns)
+  ]
+
+
+def test_other_trained_parameters_are_refused_by_name():
+  old = saved(optimizer={"trainable": ["*/attn/o/*", "head/*"]})
+  with pytest.raises(CheckpointError) as error:
+    check_compatible(old, make(optimizer={"trainable": ["head/*", "final_norm/*"]}), "f", "f")
+  assert str(error.value) == (
+    "the checkpoint's optimizer state does not fit: optimizer.trainable: checkpoint ['*/attn/o/*', 'head/*'], config "
+    "['head/*', 'final_norm/*'] (frozen so far, to be trained: final_norm/scale. trained so far, to be frozen: "
+    "dense_layers/attn/o/kernel); put the patterns back, or start from these weights with init_from and another --workdir"
+  )
+
+
 def test_other_changes_are_returned():
   now = make(
     model={"remat": "none", "dropout": 0.1, "attention": {"dropout": 0.2}},

@@ -21,10 +21,13 @@ from deepseek_jax import train
 from deepseek_jax.checkpoint.__main__ import main as checkpoint_main
 from deepseek_jax.checkpoint.hf_files import HFReader
 from deepseek_jax.checkpoint.manager import CheckpointReader
-from deepseek_jax.console import SilentConsole
+from deepseek_jax.console import Console, SilentConsole
 from deepseek_jax.flags import load_config, run_program
 from deepseek_jax.generate.__main__ import main as generate_main
+from deepseek_jax.training import layer_aux
+from deepseek_jax.training.layer_aux import LayerAux, Observation
 from deepseek_jax.training.metrics import JsonlWriter
+from deepseek_jax.training.skipped import Diverged
 from tests.configs import RUN
 from tests.parity.cases import V3, Case
 from tests.parity.weights import write_folder
@@ -289,8 +292,10 @@ def test_the_length_of_sequences_may_change_and_tokens_go_on(folder, six_steps):
   frozen = "--config.balance.bias_update_tokens=900"
   out = run_until(folder, workdir, 9, "--config.data.seq=16", *by_tokens, frozen)
   assert "changed  data.seq: 32 -> 16" in out and "step 6 (24 sequences, 768 tokens seen)" in out
+  assert "tokens planned   1,472 in 12 steps; to go: 704 in 6 steps (" in out  # 4 sequences, and 5 times 8
   out = run_until(folder, workdir, 10, *by_tokens, frozen)
   assert "changed  data.seq: 16 -> 32" in out and "step 9 (44 sequences, 1,088 tokens seen)" in out
+  assert "tokens planned   1,856 in 12 steps; to go: 768 in 3 steps (" in out
   samples, tokens = [24, 28, 36, 44, 52], [768, 832, 960, 1088, 1344]  # the ramp ends at 800 tokens
   logged = lines(folder, workdir)[5:]
   assert ([line["samples"] for line in logged], [line["tokens"] for line in logged]) == (samples, tokens)
@@ -380,6 +385,41 @@ def test_non_finite_losses_stop_the_run(folder):
   assert "2 updates in a row" in out and "Traceback" not in out
   assert lines(folder, "diverged", "events.jsonl")[-1]["reason"] == "diverged"
   assert (folder / "diverged" / "report.html").exists()
+
+
+def test_a_program_gets_a_run_that_diverges_as_an_exception_and_nothing_is_printed(folder, capfd):
+  config = load_config(f"{folder}/config.py", {"schedule.peak": 1e30, "train.max_skipped": 1, "log.tensorboard": False})
+  with pytest.raises(Diverged, match="because gradients are not finite"):
+    train.train(config, str(folder / "diverged-silent"), console=SilentConsole())
+  assert capfd.readouterr() == ("", "")
+  assert lines(folder, "diverged-silent", "events.jsonl")[-1]["reason"] == "diverged"
+
+
+def test_an_observation_that_skips_updates_is_explained_by_its_own_words(folder, monkeypatch):
+  class Lines(Console):
+    def print(self, text, err=False):
+      shown.append(text)
+
+  def observe(routing, config):
+    return layer_aux.observe_routing(routing, config) | {"shares": routing.weights.sum()}
+
+  def skip_cause(config, shares):
+    return ("shares are odd" if shares is None else f"shares are {shares:.0f}"), "look at the router"
+
+  shares = Observation(is_mean=True, partial_over=("seq",), skip_cause=skip_cause)
+  routing = LayerAux(observe, {**layer_aux.LAYER_AUX["routing"].observations, "shares": shares})
+  monkeypatch.setitem(layer_aux.LAYER_AUX, "routing", routing)
+  shown = []
+  small = {"model.layers": 1, "model.first_dense_layers": 0, "model.num_mtp_layers": 0}
+  fields = {"train.max_skipped": 2, "eval.every": 1, "log.tensorboard": False}
+  config = load_config(f"{folder}/config.py", small | fields)
+  with pytest.raises(Diverged, match="up to step 2 were skipped, the last one because shares are 1; "):
+    train.train(config, str(folder / "odd-shares"), console=Lines())
+  skipped = "step 1: shares are 1, update skipped (1 in a row); if this persists, look at the router"
+  assert skipped in shown and not any("finite, update" in line for line in shown)
+  hint = "step 1: the held-out loss is NaN. If the training loss is finite, shares are odd: look at the router"
+  assert hint in shown
+  assert [(line["skipped"], line["shares"]) for line in lines(folder, "odd-shares")] == [(1, pytest.approx(1))]
 
 
 def test_a_run_resumes_on_other_meshes(folder, uninterrupted):

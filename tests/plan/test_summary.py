@@ -1,7 +1,7 @@
 """The lines of --dry_run."""
 
-from deepseek_jax.config import Config, TrainConfig
-from deepseek_jax.plan.summary import planned_tokens
+from deepseek_jax.config import Config, DataConfig, TrainConfig
+from deepseek_jax.plan.summary import format_planned_tokens, planned_tokens
 
 
 def test_planned_tokens_of_a_ramp():
@@ -11,3 +11,14 @@ def test_planned_tokens_of_a_ramp():
   for steps in (1, 5, 8, 20):
     config = Config(train=TrainConfig(steps=steps, **ramp))
     assert planned_tokens(config) == 256 * (sum(sizes[:steps]) + 16 * max(0, steps - len(sizes)))
+
+
+def test_planned_tokens_after_a_resume_at_another_length():
+  """4 updates of 4 sequences of 256 were done. Then, of 64: by hand 3 of 8 and 4 of 12 in the ramp, and 3 of 16."""
+  ramp = dict(global_batch=16, microbatch=4, batch_ramp_from=4, batch_ramp_tokens=8192)
+  config = Config(train=TrainConfig(steps=14, **ramp), data=DataConfig(seq=64))
+  assert planned_tokens(config, 4, 4096) == 4096 + 64 * (3 * 8 + 4 * 12 + 3 * 16)
+  line = "tokens planned   11,776 in 14 steps; to go: 7,680 in 10 steps ("
+  assert format_planned_tokens(config, 4, 4096).startswith(line)
+  finished = Config(train=TrainConfig(steps=4))
+  assert planned_tokens(finished, 4, 4096) == planned_tokens(finished, 6, 4096) == 4096

@@ -95,3 +95,11 @@ def test_load_metrics():
   assert scalars["max_vio"] == pytest.approx((0 + 5 + 2) / 3)
   assert shares["router/layer_2/load"].tolist() == [1, 0, 0, 0, 0, 0]
   assert load_metrics(ModelConfig(), {}) == ({}, {})
+
+
+def test_load_metrics_of_any_stack():
+  """Layers are numbered through all stacks, whichever of them observe a load."""
+  model = ModelConfig(layers=3, first_dense_layers=2, num_mtp_layers=2, moe=MOE)
+  load = np.ones((2, 6))
+  _, shares = load_metrics(model, {"mtp_layers": load, "dense_layers": load, "moe_layers": load[:1]})
+  assert list(shares) == [f"router/{name}/load" for name in ("mtp_1", "mtp_2", "layer_0", "layer_1", "layer_2")]

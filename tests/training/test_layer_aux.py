@@ -94,11 +94,15 @@ def test_it_is_the_same_in_a_pipeline_with_dense_layers_before_it(observed_atten
 
 def test_logged_are_scalars_and_what_a_row_makes_of_layers(observed_attention):
   layers = {"moe_layers": np.array([[1.0], [2.0]])}
-  scalars, histograms = logged_metrics(MODEL, {"loss": np.float32(3), "norm_of_layers": layers})
-  assert scalars == {"loss": 3.0, "norm/moe_layers": 3.0} and histograms == {}
+  metrics = {"loss": np.float32(3), "mtp_loss": np.array([1.0, 2.0]), "skipped": {"total": 4, "in_a_row": 1}}
+  scalars, histograms = logged_metrics(MODEL, metrics | {"norm_of_layers": layers})
+  assert scalars == {"loss": 3, "mtp_loss_1": 1, "mtp_loss_2": 2, "skipped": 4, "norm/moe_layers": 3}
+  assert histograms == {}
 
 
-@pytest.mark.parametrize("wrong", [dict(is_loss=True), dict(skips_update=True), dict()], ids=str)
+@pytest.mark.parametrize(
+  "wrong", [dict(is_loss=True), dict(skip_cause=lambda config, value: ("", "")), dict()], ids=str
+)
 def test_what_cannot_be_by_layer_is_an_error(wrong):
   with pytest.raises(ValueError, match="by layer"):
     Observation(by_layer=True, **wrong)
