@@ -29,12 +29,15 @@ def main(argv: list[str]) -> int:
 
   import jax
 
+  from deepseek_jax.cpu_backend import keep_freed_memory
   from deepseek_jax.mesh import check_x64, resolve_mesh
 
   check_x64(config.model)
   config = resolve_mesh(config, len(jax.devices()))
-  # Virtual CPU devices share the same cores: one device measures all of them.
   on_cpu = jax.default_backend() == "cpu"
+  if on_cpu:
+    keep_freed_memory()  # as a run does
+  # Virtual CPU devices share the same cores: one device measures all of them.
   roof = matmul_flops_per_second(config.model, 2048 if on_cpu else 8192) * (1 if on_cpu else len(jax.devices()))
 
   def report(timings):

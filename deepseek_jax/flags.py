@@ -11,16 +11,16 @@ import io
 import json
 import os
 import pathlib
-import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict
 
 from deepseek_jax.config import Config
+from deepseek_jax.cpu_backend import size_thread_pool
 from deepseek_jax.errors import ConfigError, UserError
 from deepseek_jax.renamed_fields import with_current_names
 from deepseek_jax.schema import flatten_config, from_dict, leaf_paths, unknown_key
@@ -204,22 +204,9 @@ def write_output(text: str, path: str) -> None:
     raise ConfigError(f"--json={path} cannot be written: {error.strerror}") from None
 
 
-def size_cpu_thread_pool(environment: MutableMapping[str, str]) -> None:
-  """Sizes XLA's CPU thread pool for virtual devices; to be called before jax is imported.
-
-  XLA:CPU starts independent collectives of a program at once, and each waits in a thread of a pool that is as large as
-  the number of cores, or NPROC: with more virtual devices than cores they wait for one another until XLA aborts
-  (measured on jax 0.10.2, 4 devices on 2 cores: 4 of 4 runs; none of 6 with NPROC=16).
-  """
-  found = re.search(r"host_platform_device_count=(\d+)", environment.get("XLA_FLAGS", ""))
-  devices = int(found[1] if found else environment.get("JAX_NUM_CPU_DEVICES") or 1)
-  if devices > 1:
-    environment.setdefault("NPROC", str(4 * devices))
-
-
 def run_program(main: Callable[[list[str]], int]) -> NoReturn:
   """Runs `main(argv)` as a program: a UserError is one line on stderr and exit code 2."""
-  size_cpu_thread_pool(os.environ)
+  size_thread_pool(os.environ)
   # Tracing makes millions of small objects that stay: looking for cycles among them often takes a tenth of a start.
   gc.set_threshold(100_000, 20, 10)
   if isinstance(sys.stdout, io.TextIOWrapper):

@@ -21,7 +21,7 @@ if _LEVEL not in os.environ["XLA_FLAGS"]:
 # flag.
 if importlib.metadata.version("jaxlib") < "0.11":
   os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
-# As flags.size_cpu_thread_pool does for programs: with a thread a core, collectives on virtual devices wait for one
+# As cpu_backend.size_thread_pool does for programs: with a thread a core, collectives on virtual devices wait for one
 # another.
 os.environ.setdefault("NPROC", "16")
 os.environ["JAX_PLATFORMS"] = "cpu"

@@ -15,12 +15,12 @@ PACKAGE = "deepseek_jax"
 # Imports point down: a module imports its own package and those of lower lines.
 LAYERS = (
   {"errors", "typing", "renamed_fields", "console", "logical_axes"},
-  {"processes", "distributed"},
+  {"processes", "distributed", "cpu_backend"},
   {"schema", "storage"},
   {"model_config"},
   {"config"},
   {"mesh", "sharding", "data", "flags"},
-  {"kernels"},
+  {"kernels", "compilation_cache"},
   {"model"},
   {"parallel"},
   {"optimizers"},

@@ -11,7 +11,7 @@ import pytest
 from deepseek_jax import train
 from deepseek_jax.config import Config
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.flags import load_config, shipped_configs, size_cpu_thread_pool, split_overrides
+from deepseek_jax.flags import load_config, shipped_configs, split_overrides
 from deepseek_jax.schema import leaf_paths
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -124,17 +124,6 @@ def test_other_programs_list_the_configs(program, capsys):
 def test_dry_run_checks_the_target_mesh():
   with pytest.raises(ConfigError, match=r"train\.microbatch=512 does not divide .*=1024"):
     train.main(["train", "--config=67b", "--dry_run", "--devices=2048"])
-
-
-def test_virtual_devices_get_threads_enough_for_their_collectives():
-  for given, wanted in (
-    ({}, None),
-    ({"XLA_FLAGS": "--a --xla_force_host_platform_device_count=4"}, "16"),
-    ({"JAX_NUM_CPU_DEVICES": "8"}, "32"),
-    ({"JAX_NUM_CPU_DEVICES": "8", "NPROC": "5"}, "5"),
-  ):
-    size_cpu_thread_pool(given)
-    assert given.get("NPROC") == wanted
 
 
 def test_overrides_in_both_spellings():

@@ -72,6 +72,7 @@ def sample_from_checkpoint(
   """
   import jax
 
+  from deepseek_jax.compilation_cache import use_compilation_cache
   from deepseek_jax.generate.decoding import continue_prompt
   from deepseek_jax.mesh import check_x64, make_mesh
   from deepseek_jax.model.transformer import graphdef, init_params
@@ -81,6 +82,7 @@ def sample_from_checkpoint(
   if devices > len(jax.devices()):
     raise ConfigError(f"--devices={devices}, but {len(jax.devices())} are here")
   check_weights(config.model, MeshConfig(data=1, fsdp=devices))
+  use_compilation_cache()
   mesh = make_mesh(MeshConfig(data=1, fsdp=devices), jax.devices()[:devices])
   with jax.set_mesh(mesh):
     shapes = jax.eval_shape(lambda: init_params(config.model, key=None))

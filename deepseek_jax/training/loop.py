@@ -17,8 +17,10 @@ from deepseek_jax.checkpoint.bucket import BucketCheckpointer, open_checkpointer
 from deepseek_jax.checkpoint.compatibility import Difference, check_compatible, check_weights_fit, saved_value
 from deepseek_jax.checkpoint.manager import FORMAT_VERSION, Checkpointer
 from deepseek_jax.checkpoint.weights import HuggingFaceWeights, WorkdirWeights, open_weights
+from deepseek_jax.compilation_cache import use_compilation_cache
 from deepseek_jax.config import Config
 from deepseek_jax.console import SilentConsole, current_console, set_console
+from deepseek_jax.cpu_backend import keep_freed_memory
 from deepseek_jax.data.pipeline import Consumed, Data, iterate_batches, load_model_tokenizer, open_data
 from deepseek_jax.distributed import barrier, broadcast_from_process0, process_index
 from deepseek_jax.kernels.implementations import Replacements, import_libraries, replace_kernels
@@ -78,6 +80,9 @@ def run(
     functions, calls = broadcast_from_process0(lambda: select_kernels(config, run_folder.path))
     replacements = Replacements(frozenset(functions), frozenset(calls))
     on_mesh = resolve_mesh(config, len(jax.devices()))
+    use_compilation_cache()
+    if jax.default_backend() == "cpu":
+      keep_freed_memory()
     mesh = make_mesh(on_mesh.mesh)
     log = RunLog(config, workdir, run_folder, mesh, console, writers)
     log.show_config(on_mesh)
