@@ -31,7 +31,7 @@ def use_compilation_cache() -> None:
   Nothing is changed where jax has a cache already, as by JAX_COMPILATION_CACHE_DIR, or JAX_ENABLE_COMPILATION_CACHE=0.
   Where there can be no cache, the console shows one line, and programs are compiled at each start.
   """
-  if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+  if jax.config.values["jax_compilation_cache_dir"] or not jax.config.values["jax_enable_compilation_cache"]:
     return
   folder = cache_root(DataConfig()) / "compilations" / _key()
   try:
@@ -109,7 +109,7 @@ def _is_accepted(folder: pathlib.Path) -> bool:
 
 def _loads_what_it_stored() -> bool:
   """Whether XLA stores a small program and then loads it without a complaint, which it writes to stderr."""
-  least = jax.config.jax_persistent_cache_min_compile_time_secs
+  least = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   with tempfile.TemporaryFile() as file, warnings.catch_warnings(record=True) as complaints:
     sys.stderr.flush()
