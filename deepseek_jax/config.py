@@ -258,10 +258,7 @@ class SampleConfig(Section, path="sample"):
   temperature: float = field(0.7, "temperature of sampling; 0: greedy decoding", at_least=0)
   top_k: int = field(0, "sample from the k most likely tokens; 0: all", at_least=0)
   top_p: float = field(
-    0.95,
-    "sample from the most likely tokens that together have this probability (nucleus sampling)",
-    above=0,
-    at_most=1,
+    0.95, "sample from the most likely tokens with this probability together (nucleus sampling)", above=0, at_most=1
   )
   repetition_penalty: float = field(
     1.0, "divides positive and multiplies negative logits of tokens that the text already has", above=0
@@ -315,6 +312,11 @@ class Config(Section):
     moe, balance = self.model.moe, self.balance
     if balance.bias_update_rate and not moe.router_bias:
       raise ConfigError(f"balance.bias_update_rate={balance.bias_update_rate} needs model.moe.router_bias=true: set it")
+    if moe.router == "hash" and (balance.expert_loss or balance.device_loss or balance.communication_loss):
+      raise ConfigError(
+        "balance.expert_loss, device_loss and communication_loss have no effect on the choice of model.moe.router=hash, "
+        "which token ids make: set them to 0"
+      )
     groups = balance.device_groups or moe.num_expert_groups
     if (balance.device_loss or balance.communication_loss) and (moe.num_routed_experts % groups or groups < 2):
       raise ConfigError(

@@ -137,7 +137,7 @@ class MoEConfig(Section, path="model.moe"):
   mlp: int = field(0, "inner width of one expert", at_least=0)
   router: str = field(
     "topk",
-    "how tokens choose experts: topk (those with the highest scores)",
+    "what chooses a token's experts: topk (the highest scores) or hash (its id); the scores are their weights in both",
     choices=table_keys("model.router", "ROUTERS"),
   )
   score: str = field(
@@ -204,6 +204,21 @@ class MoEConfig(Section, path="model.moe"):
       raise ConfigError(
         f"model.moe.num_experts_per_token={self.num_experts_per_token}, but {self.topk_groups} of {groups} groups hold "
         f"{reachable} experts: choose fewer experts, or more groups"
+      )
+    if self.router == "hash":
+      self.check_hash()
+
+  def check_hash(self) -> None:
+    """Raises ConfigError where router=hash, which reads token ids alone, is told what else to choose experts by."""
+    if self.router_bias:
+      raise ConfigError(
+        "model.moe.router_bias=True with model.moe.router=hash: token ids choose the experts, and no bias changes that; "
+        "set model.moe.router_bias=false and balance.bias_update_rate=0"
+      )
+    if self.topk_groups < self.num_expert_groups:
+      raise ConfigError(
+        f"model.moe.topk_groups={self.topk_groups} of num_expert_groups={self.num_expert_groups} with model.moe.router=hash: "
+        f"token ids choose from all experts; set model.moe.topk_groups={self.num_expert_groups}"
       )
 
 

@@ -16,6 +16,7 @@ MOE = MoEConfig(
   num_routed_experts=8, num_shared_experts=1, num_experts_per_token=3, mlp=16, score="sigmoid", num_expert_groups=4,
   topk_groups=2, group_score="top2_sum", router_bias=True, norm_topk_prob=True, route_scale=2.5,
 )  # fmt: skip
+HASH_MOE = dataclasses.replace(MOE, router="hash", router_bias=False, topk_groups=4)
 DENSE = ModelConfig(vocab=64, embed=32, layers=2, mlp=48, init_std=0.1, compute_dtype="float32", attention=GQA)
 # Latent attention, a dense layer and two of experts in groups, with a bias of the router; multi-token prediction.
 V3 = dataclasses.replace(DENSE, layers=3, first_dense_layers=1, num_mtp_layers=1, attention=MLA, moe=MOE)

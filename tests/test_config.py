@@ -36,6 +36,18 @@ def test_every_field_has_a_line_of_doc():
     ({"model": {"moe": {**MOE, "topk_groups": 2}}}, ["topk_groups=2 is above model.moe.num_expert_groups=1"]),
     ({"model": {"moe": {**MOE, "num_expert_groups": 8}}}, ["num_experts_per_token=2", "1 of 8 groups hold 1 experts"]),
     ({"model": {"moe": {**MOE, "dispatch": "capacity"}}}, ["dispatch=capacity", "set model.moe.num_expert_groups"]),
+    (
+      {"model": {"moe": {**MOE, "router": "hash", "router_bias": True}}},
+      ["router=hash", "set model.moe.router_bias=false"],
+    ),
+    (
+      {"model": {"moe": {**MOE, "router": "hash", "num_expert_groups": 4, "topk_groups": 2}}},
+      ["topk_groups=2", "router=hash", "set model.moe.topk_groups=4"],
+    ),
+    (
+      {"model": {"moe": {**MOE, "router": "hash"}}, "balance": {"expert_loss": 0.1}},
+      ["balance.expert_loss", "router=hash", "set them to 0"],
+    ),
     ({"model": {"attention": {"yarn": {"beta_fast": 1, "beta_slow": 32}}}}, ["beta_fast=1.0", "above beta_slow=32.0"]),
     ({"model": {"num_mtp_layers": 2}, "data": {"seq": 2}}, ["data.seq=2", "depth 2", "model.num_mtp_layers"]),
     (

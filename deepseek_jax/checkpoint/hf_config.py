@@ -25,6 +25,11 @@ NOT_IN_HF_CONFIG = {
 
 def hf_model_type(config: ModelConfig) -> str:
   """The `model_type` of the Hugging Face model that is nearest to `config`. Raises CheckpointError where there is none."""
+  if config.moe.num_routed_experts and config.moe.router != "topk":
+    raise CheckpointError(
+      f"model.moe.router={config.moe.router} has no Hugging Face format, only topk has: keep the workdir, from which runs "
+      "resume and start"
+    )
   return hf_attention(config.attention.kind).model_type(config)
 
 

@@ -1,6 +1,7 @@
 """Which experts a token goes to, and with what weight. Knows nothing of how tokens reach them."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -74,17 +75,50 @@ class Router(nnx.Module):
     # Explicit precision: in a bfloat16 model, TPUs and GPUs would multiply these float32 operands in fewer bits.
     logits = jnp.einsum("bsd,de->bse", x.astype(dtype), kernel, precision="highest")
     scores = SCORES[config.score](logits)  # [batch, seq, experts]
-    selection = jax.lax.stop_gradient(scores)
-    if config.router_bias:
-      selection = selection + self.bias[...].astype(dtype)  # V3 eq. 16: for the selection, not for the weight
-    if config.num_expert_groups > 1:
-      selection = limit_to_groups(selection, config)
-    indices = jax.lax.top_k(selection, config.num_experts_per_token)[1]
+    indices = self.choose(scores, batch_context)
     weights = jnp.take_along_axis(scores, indices, -1)  # [batch, seq, experts per token]
     if config.norm_topk_prob:
       weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)  # the 1e-20 is transformers'
     return Routing(indices, weights * config.route_scale, logits, scores)
 
+  def choose(self, scores: jax.Array, batch_context: BatchContext) -> jax.Array:
+    """The chosen experts, int32 [batch, seq, experts per token], of `scores` [batch, seq, experts]: the highest."""
+    config, selection = self.config, jax.lax.stop_gradient(scores)
+    if config.router_bias:
+      selection = selection + self.bias[...].astype(scores.dtype)  # V3 eq. 16: for the selection, not for the weight
+    if config.num_expert_groups > 1:
+      selection = limit_to_groups(selection, config)
+    return jax.lax.top_k(selection, config.num_experts_per_token)[1]
+
+
+def hash_experts(token_ids: jax.Array, num_experts: int, num_experts_per_token: int) -> jax.Array:
+  """Experts int32 [..., experts per token] of `token_ids` int [...], which must be at least 0. Fixed: no parameter, no seed.
+
+  Expert j of token t is (t + j * step) mod E. All tokens of a block of E consecutive ids share a step, which has no
+  divisor in common with E. So a token's experts differ from one another, and each block gives every expert the same
+  number of tokens: loads over a vocabulary are even (Roller et al.: balanced assignment). Blocks cycle through the
+  steps up to E / 2, since E - step makes the same sets. The first is next to the golden section of E, whose multiples
+  lie far apart: neighbouring ids, as the first ones of a BPE vocabulary, which are frequent, share few experts.
+  """
+  golden = num_experts * (3 - math.sqrt(5)) / 2
+  coprime = [step for step in range(1, num_experts // 2 + 1) if math.gcd(step, num_experts) == 1] or [1]
+  steps = jnp.asarray(sorted(coprime, key=lambda step: abs(step - golden)), jnp.int32)
+  token_ids = token_ids.astype(jnp.int32)[..., None]
+  step = steps[token_ids // num_experts % len(coprime)]
+  return (token_ids % num_experts + step * jnp.arange(num_experts_per_token, dtype=jnp.int32)) % num_experts
+
+
+class HashRouter(Router):
+  """Experts by the token's id (Hash Layers, Roller et al., arXiv:2106.04426), their weights by the learned scores.
+
+  DeepSeek-V4 routes like this in its first three MoE layers, by a table of its own for each layer. Here all layers
+  have the same `hash_experts`.
+  """
+
+  def choose(self, scores: jax.Array, batch_context: BatchContext) -> jax.Array:
+    """The experts of the token ids alone, int32 [batch, seq, experts per token]."""
+    return hash_experts(batch_context.token_ids, self.config.num_routed_experts, self.config.num_experts_per_token)
+
 
 # Modules (config: ModelConfig, rngs) -> (x, batch_context) -> Routing, by model.moe.router.
-ROUTERS = {"topk": Router}
+ROUTERS = {"topk": Router, "hash": HashRouter}

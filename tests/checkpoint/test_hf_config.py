@@ -163,6 +163,9 @@ def test_a_model_that_hugging_face_has_no_class_for_is_refused():
     model = read(raw)
     with pytest.raises(CheckpointError, match="model.attention.window=8 cannot be expressed"):
       to_hf_config(dataclasses.replace(model, attention=dataclasses.replace(model.attention, window=8)), "float32")
+  hashed = dataclasses.replace(v2.moe, router="hash", topk_groups=v2.moe.num_expert_groups)
+  with pytest.raises(CheckpointError, match="model.moe.router=hash has no Hugging Face format, only topk has"):
+    to_hf_config(dataclasses.replace(v2, moe=hashed), "float32")
   v1 = read(V1)
   with pytest.raises(CheckpointError, match="head_dim=24"):
     to_hf_config(dataclasses.replace(v1, attention=dataclasses.replace(v1.attention, head_dim=24)), "float32")

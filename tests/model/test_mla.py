@@ -30,6 +30,9 @@ ATTENTIONS = {
   "mla with a window": dataclasses.replace(MLA, window=3),
   "gqa with a window": dataclasses.replace(GQA, window=3),
 }
+MODELS = {name: dataclasses.replace(V3, attention=attention) for name, attention in ATTENTIONS.items()} | {
+  "hash router": dataclasses.replace(V3, attention=GQA, layers=2, moe=configs.HASH_MOE)
+}
 
 
 def model_of(config):
@@ -38,9 +41,9 @@ def model_of(config):
     return nnx.merge(graphdef(config), params, buffers)
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name", MODELS)
 def test_decoding_equals_the_full_forward_pass(name):
-  config = dataclasses.replace(V3, attention=ATTENTIONS[name])
+  config = MODELS[name]
   ids = np.random.default_rng(0).integers(0, 64, (2, 12))
   with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])):
     model = model_of(config)

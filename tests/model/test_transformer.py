@@ -12,10 +12,11 @@ from flax import nnx
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.attention import attention_with_dropout
+from deepseek_jax.model.router import hash_experts
 from deepseek_jax.model.transformer import graphdef, init_params
 from deepseek_jax.model_config import AttentionConfig, MoEConfig
 from deepseek_jax.training.loss import cross_entropy
-from tests.configs import DENSE
+from tests.configs import DENSE, HASH_MOE
 
 TINY = dataclasses.replace(
   DENSE,
@@ -170,6 +171,24 @@ def test_capacity_drops_in_training_only_and_exempts_the_same_sequences_in_every
   main, mtp = (np.abs(np.asarray(a - b)).max((1, 2)) < 1e-4 for a, b in zip(dropless, trained, strict=True))
   np.testing.assert_array_equal(main, mtp)  # nothing dropped in two layers and in that of multi-token prediction
   assert 3 <= main.sum() <= 13, main.sum()  # about a quarter of 32
+
+
+def test_a_hash_router_gets_the_ids_of_the_tokens_that_a_depth_adds():
+  moe = dataclasses.replace(HASH_MOE, num_shared_experts=0, dispatch="dense")
+  config = dataclasses.replace(MTP, layers=1, num_mtp_layers=1, moe=moe)
+  ids, (params, _) = jnp.asarray(tokens()), jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+
+  @jax.jit
+  def chosen(ids):
+    model, indices = nnx.merge(graphdef(config), params, {}), lambda output: output.aux["routing"].indices
+    hidden, main = model(ids, aux_fn=indices)
+    return main["moe_layers"][0], model.mtp(hidden, ahead(ids, 1), model.batch_context(ids), aux_fn=indices)[0][1]
+
+  main, mtp = chosen(ids)
+  experts = np.asarray(hash_experts(ids, 8, 3))
+  np.testing.assert_array_equal(main, experts)
+  np.testing.assert_array_equal(mtp[:, :-1], experts[:, 1:])
+  assert (mtp[:, -1] == 8).all()  # no experts past the end
 
 
 @pytest.mark.parametrize("remat", ["full", "dots", "offload"])

@@ -34,6 +34,7 @@ FOUR = [
   ("moe", dict(expert=2, tensor=2), dict(mla_latent="sharded")),
   ("moe", dict(context=2, expert=2), dict(offload=True)),
   ("moe", dict(stage=2, expert=2), dict(zero=1)),
+  ("hash", dict(stage=2, context=2), {}),
 ]
 EIGHT = [
   ("dense", dict(data=8), dict(zero=1)),
