@@ -267,7 +267,7 @@ class SampleConfig(Section, path="sample"):
 
 @dataclasses.dataclass(frozen=True)
 class Config(Section):
-  name: str = field("run", "name of the experiment; the default run folder is runs/NAME")
+  name: str = field("run", "name of the experiment; the default run folder is runs/NAME", path_inside="runs/")
   seed: int = field(
     0, "seed of the initial parameters, of dropout and of the data order", at_least=0, at_most=2**32 - 1
   )
@@ -326,7 +326,7 @@ class Config(Section):
     if balance.communication_loss and groups != moe.num_expert_groups:
       raise ConfigError(
         f"balance.communication_loss counts the groups that tokens are sent to, of model.moe.num_expert_groups="
-        f"{moe.num_expert_groups}, but balance.device_groups={groups}: set that to 0, or the loss"
+        f"{moe.num_expert_groups}, but balance.device_groups={groups}: set balance.device_groups=0, or balance.communication_loss=0"
       )
 
   def check_mesh(self) -> None:
@@ -394,7 +394,7 @@ def check_weights(model: ModelConfig, mesh: MeshConfig) -> None:
 def check_divides(path: str, size: int, axis: str, devices: int) -> None:
   """Raises ConfigError unless `size` of the field `path` divides over `devices` of `axis` (-1: not yet known)."""
   if devices > 0 and size % devices:
-    options = [n for n in range(1, min(size, 256) + 1) if size % n == 0]
-    raise ConfigError(
-      f"{path}={size} does not divide over {axis}={devices}: use one of {', '.join(map(str, options))}, or change {path}"
-    )
+    step = 2 if axis.startswith("2 x ") else 1
+    options = ", ".join(str(n) for n in range(step, min(size, 256) + 1, step) if size % n == 0)
+    use = f"{axis} must be one of {options}, or {path}" if options else path
+    raise ConfigError(f"{path}={size} does not divide over {axis}={devices}: {use} must be a multiple of {devices}")

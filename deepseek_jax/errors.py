@@ -21,7 +21,7 @@ class StorageError(UserError):
   """A bucket that cannot be reached, or that denies access."""
 
 
-def format_exception(error: Exception) -> str:
+def format_exception(error: BaseException) -> str:
   """The type of an exception and the first line of its message, at most 300 characters of it."""
   first_line = (str(error).strip().splitlines() or [""])[0]
   return f"{type(error).__name__}: {first_line:.300}"

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +22,9 @@ from ml_collections import ConfigDict
 
 from deepseek_jax.config import Config
 from deepseek_jax.cpu_backend import size_thread_pool
-from deepseek_jax.errors import ConfigError, UserError
+from deepseek_jax.errors import ConfigError, UserError, format_exception
 from deepseek_jax.renamed_fields import with_current_names
-from deepseek_jax.schema import flatten_config, from_dict, leaf_paths, unknown_key
+from deepseek_jax.schema import MAX_TYPOS, edit_distance, flatten_config, from_dict, leaf_paths, unknown_key
 from deepseek_jax.storage import is_url, read_object
 
 
@@ -75,7 +76,12 @@ def find_config(name: str) -> str:
   if name in shipped:
     return str(shipped[name])
   if not name.endswith((".py", ".json")) and file_exists(name):
-    raise ConfigError(f"config file {name!r} must end in .py or .json")
+    raise ConfigError(
+      f"config file {name!r} must be Python (.py, with a get_config()) or JSON (.json, an object of sections): write it "
+      "as one of the two"
+    )
+  if os.path.isdir(name):
+    raise ConfigError(f"--config={name} is a folder: give a file, as {os.path.join(name, 'config.json')} of a run")
   near = difflib.get_close_matches(pathlib.PurePath(name).stem, shipped, 1, 0.4)
   suggestion = f"; did you mean --config={near[0]}?" if near else ""
   raise ConfigError(f"no config file {name!r}, and no shipped config of that name: {', '.join(shipped)}{suggestion}")
@@ -113,10 +119,12 @@ def read_config_file(path: str) -> dict[str, Any]:
     assert spec and spec.loader  # a path that ends in .py has both
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if not callable(getattr(module, "get_config", None)):
+      raise ConfigError(f"{path} defines no function get_config(): write one that returns a ConfigDict of sections")
     return to_nested_dict(module.get_config(), path)
   except UserError:
     raise
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     # Python that the user wrote may fail in any way; the last frame in their file is what helps.
     lines = [
       f.lineno
@@ -124,7 +132,8 @@ def read_config_file(path: str) -> dict[str, Any]:
       if os.path.abspath(f.filename) == os.path.abspath(path)
     ]
     line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
-    raise ConfigError(f"{path}{f':{line}' if line else ''}: {type(error).__name__}: {error}") from None
+    reason = "it ends the program" if isinstance(error, SystemExit) else format_exception(error)
+    raise ConfigError(f"{path}{f':{line}' if line else ''}: {reason}") from None
 
 
 def to_nested_dict(tree: Any, path: str) -> dict[str, Any]:
@@ -173,8 +182,10 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues, usage: str | None)
   rest, overrides = split_overrides([a for a in argv if a not in help_flags])
   try:
     unparsed = flag_values(rest)[1:]
+  except flags.UnrecognizedFlagError as error:
+    raise ConfigError(unknown_flag(error.flagname, flag_values)) from None
   except flags.Error as error:
-    raise ConfigError(" ".join(str(error).split())) from None
+    raise ConfigError(describe_flag_error(error, flag_values)) from None
   if overrides and "config" not in flag_values:
     raise ConfigError(f"this program takes no --config.{next(iter(overrides))}; its flags are {', '.join(flag_values)}")
   if unparsed:
@@ -191,6 +202,27 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues, usage: str | None)
     print(list_configs())
     sys.exit(0)
   return overrides
+
+
+def unknown_flag(name: str, flag_values: flags.FlagValues) -> str:
+  """The error for a flag that is not among `flag_values`: with the nearest one, or the config field of that name."""
+  near = min(flag_values, key=lambda flag: edit_distance(flag, name))
+  if edit_distance(near, name) <= MAX_TYPOS:
+    return f"unknown flag --{name}; did you mean --{near}?"
+  fields = [path for path in leaf_paths(Config) if name in (path, path.rpartition(".")[2])]
+  if fields and "config" in flag_values:
+    return f"unknown flag --{name}; fields of the config are set by their path: --config.{' or --config.'.join(fields)}"
+  return f"unknown flag --{name}; the flags are --{', --'.join(flag_values)} (see --help)"
+
+
+def describe_flag_error(error: flags.Error, flag_values: flags.FlagValues) -> str:
+  """absl's error in one line; a value of another type with the type that was expected."""
+  text = " ".join(str(error).split())
+  match = re.match(r"flag --(\w+)=(.*?): (invalid literal|\('Non-boolean)", text)
+  if not match:
+    return text
+  kind = {"int": "an integer", "bool": "true or false"}[flag_values[match[1]].flag_type()]
+  return f"--{match[1]} must be {kind}, got {match[2]!r}"
 
 
 def write_output(text: str, path: str) -> None:

@@ -28,9 +28,14 @@ def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
   sizes = tuple(max(devices // fixed, 1) if size == -1 else size for size in requested)
   if math.prod(sizes) != devices:
     shape = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, requested, strict=True))
+    advice = " or ".join(  # of one axis, where the others stay as they are
+      f"mesh.{axis}={devices * size // fixed}"
+      for axis, size in zip(AXES, requested, strict=True)
+      if (size > 1 or axis in ("data", "fsdp")) and size > 0 and devices * size % fixed == 0
+    )
     raise ConfigError(
-      f"mesh {shape} needs {fixed} devices{' or a multiple' if -1 in requested else ''}, {devices} are here: change the mesh "
-      "fields, or set one of them to -1 to take the rest"
+      f"mesh {shape} needs {fixed} devices{' or a multiple' if -1 in requested else ''}, {devices} are here: "
+      + (f"set {advice}" if advice else f"change the mesh fields so that their product is {devices}")
     )
   return sizes
 

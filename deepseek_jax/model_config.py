@@ -291,7 +291,7 @@ class ModelConfig(Section, path="model"):
       raise ConfigError(
         f"model.first_dense_layers={self.first_dense_layers} with model.layers={self.layers} and "
         f"model.moe.num_routed_experts={self.moe.num_routed_experts}: it counts the dense layers before the MoE layers; "
-        "set it to 0 in a dense model, and to at most model.layers"
+        "set model.first_dense_layers=0 in a dense model, and at most model.layers in an MoE model"
       )
 
   def for_sampling(self) -> "ModelConfig":

@@ -13,10 +13,11 @@ from deepseek_jax.errors import ConfigError
 from deepseek_jax.renamed_fields import RENAMED_FIELDS
 
 SectionT = TypeVar("SectionT", bound="Section")
+MAX_TYPOS = 2  # in a name that errors correct
 
 
 def field(default: Any, doc: str, **limits: Any) -> Any:
-  """A dataclass field with one line of `doc` and `limits`: choices, at_least, at_most, above, below."""
+  """A dataclass field with one line of `doc` and `limits`: choices, at_least, at_most, above, below, path_inside."""
   return dataclasses.field(default=default, metadata={"doc": doc, **limits})
 
 
@@ -41,7 +42,27 @@ _LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
   "above": (lambda value, limit: value > limit, "above"),
   "below": (lambda value, limit: value < limit, "below"),
   "choices": (lambda value, limit: value in limit, "one of"),
+  "path_inside": (
+    lambda value, folder: _stays_inside(value),
+    "a relative path of printable names inside",
+  ),
 }
+# How errors name the types of fields.
+_KINDS = {
+  bool: "true or false",
+  int: "an integer",
+  float: "a number",
+  str: "text",
+  tuple[str, ...]: "a list of texts, as a,b",
+  tuple[int, ...]: "a list of integers, as 1,2",
+  tuple[float, ...]: "a list of numbers, as 0.5,1",
+}
+
+
+def _stays_inside(path: str) -> bool:
+  """Whether the relative `path` names something inside the folder that it is joined to, in names that print."""
+  names = path.split("/")
+  return path.isprintable() and all(name.strip() not in ("", ".", "..") and len(name.encode()) < 256 for name in names)
 
 
 def coerce(value: Any, kind: Any) -> Any:
@@ -87,20 +108,19 @@ class Section:
       kind = kinds[f.name]
       if _is_section(kind):
         if not isinstance(value, kind):
-          raise ConfigError(f"{path} must be a {kind.__name__}, got {value!r}")
+          raise ConfigError(f"{path} must be a {kind.__name__}, got {value!r:.80}")
         continue
       try:
         value = coerce(value, kind)
       except (TypeError, ValueError, SyntaxError, OverflowError):
-        name = getattr(kind, "__name__", str(kind)) if typing.get_origin(kind) is None else str(kind)
-        raise ConfigError(f"{path} must be {name}, got {value!r}") from None
+        raise ConfigError(f"{path} must be {_KINDS[kind]}, got {value!r:.80}") from None
       for item in value if isinstance(value, tuple) else (value,):
         if isinstance(item, float) and not math.isfinite(item):
           raise ConfigError(f"{path} must be finite, got {item}")
         for name, bound in f.metadata.items():
           if name in _LIMITS and not _LIMITS[name][0](item, bound):
-            limit = tuple(bound) if isinstance(bound, Mapping) else bound
-            raise ConfigError(f"{path} must be {_LIMITS[name][1]} {limit}, got {item!r}")
+            limit = ", ".join(map(str, bound)) if name == "choices" else bound
+            raise ConfigError(f"{path} must be {_LIMITS[name][1]} {limit}, got {item!r:.80}")
       object.__setattr__(self, f.name, value)
     self.check()
 
@@ -126,7 +146,7 @@ def from_dict(cls: type[SectionT], tree: Mapping[str, Any], root: type[Section] 
       raise ConfigError(unknown_key(root or cls, path))
     if _is_section(kinds[key]):
       if not hasattr(value, "items"):
-        raise ConfigError(f"{path} is a section with the fields {', '.join(leaf_paths(kinds[key]))}; got {value!r}")
+        raise ConfigError(f"{path} is a section with the fields {', '.join(leaf_paths(kinds[key]))}; got {value!r:.80}")
       value = from_dict(kinds[key], value, root or cls)
     kwargs[key] = value
   return cls(**kwargs)
@@ -145,13 +165,43 @@ def leaf_paths(cls: type[Section]) -> dict[str, dataclasses.Field[Any]]:
 
 
 def unknown_key(root: type[Section], path: str) -> str:
-  """The error for a field that `root` does not have: its new name if it was renamed, or else the nearest field."""
+  """The error for a field that `root` does not have: its new name if it was renamed, or else the nearest fields."""
   if path in RENAMED_FIELDS:
     return f"config field {path!r} is now {RENAMED_FIELDS[path]!r}: use the new name"
+  if fields := [leaf.removeprefix(f"{path}.") for leaf in leaf_paths(root) if leaf.startswith(f"{path}.")]:
+    return f"{path!r} is a section: set one of its fields, {', '.join(fields)}"
+  near = nearest_fields(root, path)
+  suggestion = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+  return f"unknown config field {path!r:.120}{suggestion} (--help lists all)"
+
+
+def nearest_fields(root: type[Section], path: str) -> list[str]:
+  """The fields of `root`, at most three, that somebody who wrote `path` may have meant; the likeliest first.
+
+  That is the path with at most two typos; else those with the same last name in another section; else the most similar
+  path, unless nothing is similar.
+  """
   paths = list(leaf_paths(root))
-  same_leaf = [p for p in paths if p.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
-  near = difflib.get_close_matches(path, paths, 1, 0.0)
-  return f"unknown config field {path!r}; did you mean {(same_leaf or near)[0]!r}? (--help lists all)"
+  typos = {p: edit_distance(p, path) for p in paths if abs(len(p) - len(path)) <= MAX_TYPOS}
+  if typos and min(typos.values()) <= MAX_TYPOS:
+    return [min(typos, key=typos.__getitem__)]
+  by_similarity = difflib.get_close_matches(path, paths, len(paths), 0.0)
+  same_leaf = [p for p in by_similarity if p.rpartition(".")[2] == path.rpartition(".")[2]]
+  return same_leaf[:3] or difflib.get_close_matches(path, paths, 1, 0.6)
+
+
+def edit_distance(a: str, b: str) -> int:
+  """Fewest letters to insert, delete, replace or swap with their neighbor that make `b` of `a`."""
+  before: list[int] = []
+  last = list(range(len(b) + 1))
+  for i in range(1, len(a) + 1):
+    row = [i]
+    for j in range(1, len(b) + 1):
+      row.append(min(last[j] + 1, row[-1] + 1, last[j - 1] + (a[i - 1] != b[j - 1])))
+      if i > 1 and j > 1 and a[i - 1] == b[j - 2] and a[i - 2] == b[j - 1]:
+        row[-1] = min(row[-1], before[j - 2] + 1)
+    before, last = last, row
+  return last[-1]
 
 
 def flatten_config(config: Section) -> dict[str, Any]:

@@ -29,7 +29,10 @@ def test_every_field_has_a_line_of_doc():
       {"model": {"attention": {"implementation": "pallas", "kv_comm": "ring"}}},
       ["kv_comm=ring", "need gather"],
     ),
-    ({"model": {"first_dense_layers": 1}}, ["model.first_dense_layers=1", "set it to 0 in a dense model"]),
+    (
+      {"model": {"first_dense_layers": 1}},
+      ["model.first_dense_layers=1", "set model.first_dense_layers=0 in a dense model"],
+    ),
     ({"model": {"moe": {"num_routed_experts": 8, "mlp": 4}}}, ["needs model.moe.num_experts_per_token"]),
     ({"model": {"moe": {**MOE, "num_expert_groups": 3}}}, ["num_routed_experts=8", "num_expert_groups=3"]),
     ({"model": {"moe": {**MOE, "num_expert_groups": 8, "topk_groups": 8, "group_score": "top2_sum"}}}, ["two experts"]),
@@ -52,7 +55,7 @@ def test_every_field_has_a_line_of_doc():
     ({"model": {"num_mtp_layers": 2}, "data": {"seq": 2}}, ["data.seq=2", "depth 2", "model.num_mtp_layers"]),
     (
       {"model": {"moe": MOE}, "balance": {"communication_loss": 0.1, "device_groups": 4}},
-      ["num_expert_groups=1", "device_groups=4"],
+      ["num_expert_groups=1", "set balance.device_groups=0, or balance.communication_loss=0"],
     ),
     (
       {"balance": {"bias_update_rate": 0.1}},
@@ -64,9 +67,19 @@ def test_every_field_has_a_line_of_doc():
     ({"model": {"atention": {"heads": 3}}}, ["model.atention", "model.attention"]),
     ({"steps": 3}, ["'steps'", ".steps'"]),
     ({"model": 3}, ["model is a section", "model.layers"]),
-    ({"train": {"steps": 1.5}}, ["train.steps must be int", "1.5"]),
-    ({"train": {"steps": "many"}}, ["train.steps must be int", "many"]),
-    ({"train": {"steps": True}}, ["train.steps must be int"]),
+    ({"train": {"steps": 1.5}}, ["train.steps must be an integer", "1.5"]),
+    ({"train": {"steps": "many"}}, ["train.steps must be an integer", "many"]),
+    ({"train": {"steps": True}}, ["train.steps must be an integer, got True"]),
+    ({"name": ""}, ["name must be a relative path of printable names inside runs/, got ''"]),
+    ({"name": "../../x"}, ["inside runs/, got '../../x'"]),
+    ({"name": "a/../../x"}, ["inside runs/"]),
+    ({"name": "/tmp/x"}, ["inside runs/"]),
+    ({"name": "a\nb"}, ["inside runs/"]),
+    ({"name": "a" * 300}, ["inside runs/"]),
+    (
+      {"mesh": {"data": 2, "fsdp": 2}, "train": {"global_batch": 18}},
+      ["=18 does not divide over mesh.data x mesh.fsdp=4: mesh.data x mesh.fsdp must be one of 1, 2, 3, 6, 9, 18, or"],
+    ),
     ({"train": {"steps": 0}}, ["train.steps must be at least 1", "0"]),
     ({"schedule": {"peak": float("nan")}}, ["schedule.peak must be finite"]),
     ({"schedule": {"peak": -1.0}}, ["schedule.peak must be above 0"]),
@@ -86,7 +99,7 @@ def test_every_field_has_a_line_of_doc():
     ({"data": {"sources": ("a", "b"), "weights": (1.0,)}}, ["data.weights has 1", "2 data.sources"]),
     ({"data": {"sources": ()}}, ["data.sources is empty"]),
     ({"mesh": {"context": 3}}, ["model.embed=128", "mesh.context=3"]),
-    ({"mesh": {"context": 2}, "data": {"seq": 254}}, ["data.seq=254", "2 x mesh.context=4"]),
+    ({"mesh": {"context": 2}, "data": {"seq": 254}}, ["data.seq=254", "2 x mesh.context must be one of 2, 254, or"]),
     (
       {"mesh": {"context": 2}, "model": {"attention": {"dropout": 0.1}}},
       ["model.attention.dropout=0.1", "mesh.context=2"],
@@ -159,6 +172,10 @@ def test_a_free_mesh_axis_is_not_checked_before_devices_are_known():
   assert from_dict(Config, {"mesh": {"data": -1, "tensor": 2}}).mesh.data == -1
   with pytest.raises(ConfigError, match="=3"):
     from_dict(Config, {"mesh": {"data": 3, "tensor": 2}})
+
+
+def test_names_of_nested_folders_are_names():
+  assert from_dict(Config, {"name": "sweep/lr 3e-4"}).name == "sweep/lr 3e-4"
 
 
 def test_tuples_from_text():

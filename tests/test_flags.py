@@ -27,7 +27,21 @@ def command(*arguments, module="deepseek_jax.train", cwd=None, env=os.environ):
   ("arguments", "words"),
   [
     (["--config=tiny", "--config.train.stepz=3"], ["train.stepz", "did you mean 'train.steps'"]),
-    (["--config=tiny", "--config.train.steps=few"], ["train.steps must be int", "few"]),
+    (["--config=tiny", "--config.train.steps=few"], ["train.steps must be an integer", "few"]),
+    (["--config=tiny", "--config.data.verify=yes"], ["data.verify must be true or false, got 'yes'"]),
+    (["--config=tiny", "--config.data.weights=a"], ["data.weights must be a list of numbers, as 0.5,1, got 'a'"]),
+    (["--config=tiny", "--config.name="], ["name must be a relative path of printable names inside runs/, got ''"]),
+    (["--config=tiny", "--config.trian.steps=3"], ["'trian.steps'; did you mean 'train.steps'?"]),
+    (["--config=tiny", "--config.modle.atention.heads=3"], ["did you mean 'model.attention.heads'?"]),
+    (["--config=tiny", "--config.steps=3"], ["did you mean 'train.steps' or 'schedule.steps'?"]),
+    (["--config=tiny", "--config.model=3"], ["'model' is a section: set one of its fields, vocab, embed"]),
+    (["--config=tiny", "--config.zzz=3"], ["unknown config field 'zzz' (--help"]),
+    (["--foo=1"], ["unknown flag --foo; the flags are --config,"]),
+    (["--wokdir=x"], ["unknown flag --wokdir; did you mean --workdir?"]),
+    (["--train.steps=1"], ["by their path: --config.train.steps"]),
+    (["--peak=1"], ["by their path: --config.schedule.peak"]),
+    (["--config=tiny", "--dry_run=yes"], ["--dry_run must be true or false, got 'yes'"]),
+    (["--config=tiny", "--devices=few"], ["--devices must be an integer, got 'few'"]),
     (["--config=tiny", "--config.train.steps"], ["needs a value"]),
     (["--config=configs/tinny.py"], ["no config file 'configs/tinny.py'", "did you mean --config=tiny?"]),
     (["--confg=configs/tiny.py"], ["confg", "config"]),
@@ -139,6 +153,28 @@ def test_a_failing_config_file_names_its_line(tmp_path):
   path.write_text("def get_config():\n  return 1 / 0\n")
   with pytest.raises(ConfigError, match=r"bad\.py:2: ZeroDivisionError"):
     load_config(str(path))
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "words"),
+  [
+    ("a.yaml", "model: {}", "must be Python (.py, with a get_config()) or JSON (.json"),
+    ("a.py", "x = 1", "a.py defines no function get_config()"),
+    ("a.py", "get_config = 3", "a.py defines no function get_config()"),
+    ("a.py", "import sys\ndef get_config():\n  sys.exit(0)", "a.py:3: it ends the program"),
+    ("a.py", "raise SystemExit", "a.py:1: it ends the program"),
+    ("a.py", "raise ValueError('first\\nsecond')", "a.py:1: ValueError: first"),
+    ("a.py", "def get_config(size): pass", "get_config() missing 1 required"),
+    ("a.json", "model: {}", "a.json:1: JSONDecodeError"),
+    ("a.json", None, "a.json is a folder: give a file"),
+  ],
+)
+def test_a_file_that_is_no_config_is_one_line(tmp_path, name, content, words):
+  path = tmp_path / name
+  path.mkdir() if content is None else path.write_text(content)
+  with pytest.raises(ConfigError) as error:
+    load_config(str(path))
+  assert words in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("content", ["[]", "null", "3", '{"model.layers": 3}', '{"model": 3}'])

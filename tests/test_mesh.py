@@ -25,10 +25,17 @@ def test_sizes(config, devices, sizes):
 
 
 @pytest.mark.parametrize(
-  ("config", "devices"), [(MeshConfig(data=3), 4), (MeshConfig(tensor=8), 4), (MeshConfig(fsdp=3), 4)]
+  ("config", "devices", "advice"),
+  [
+    (MeshConfig(data=3), 4, "set mesh.data=4$"),
+    (MeshConfig(data=2), 4, "set mesh.data=4 or mesh.fsdp=2$"),
+    (MeshConfig(tensor=8), 4, "set mesh.tensor=4$"),
+    (MeshConfig(fsdp=3), 4, "set mesh.fsdp=4$"),
+    (MeshConfig(data=1, fsdp=3, tensor=3), 4, "change the mesh fields so that their product is 4$"),
+  ],
 )
-def test_sizes_that_do_not_fit(config, devices):
-  with pytest.raises(ConfigError, match=rf"data=.* x tensor=.* {devices} are here"):
+def test_sizes_that_do_not_fit(config, devices, advice):
+  with pytest.raises(ConfigError, match=rf"data=.* x tensor=.* {devices} are here: {advice}"):
     mesh_sizes(config, devices)
 
 

@@ -12,7 +12,13 @@ from deepseek_jax.schema import leaf_paths
 
 PAGE = "reference/config"
 COLUMNS = (("field", 24), ("type", 12), ("default", 16), ("limits", 16), ("meaning", 48))
-LIMITS = {"at_least": "at least", "at_most": "at most", "above": "above", "below": "below"}
+LIMITS = {
+  "at_least": "at least",
+  "at_most": "at most",
+  "above": "above",
+  "below": "below",
+  "path_inside": "a path inside",
+}
 
 
 def anchor(path):
