@@ -9,7 +9,7 @@ import time
 
 from absl import flags
 
-from deepseek_jax.config import DataConfig, TrainConfig
+from deepseek_jax.config_sections import DataConfig, TrainConfig
 from deepseek_jax.data import pipeline
 from deepseek_jax.flags import parse, run_program
 

@@ -17,7 +17,7 @@ from deepseek_jax.checkpoint.hf_config import to_hf_config
 from deepseek_jax.checkpoint.hf_files import DTYPES, HFReader, write_tensors
 from deepseek_jax.checkpoint.hf_model import read_config_json, read_model_config
 from deepseek_jax.checkpoint.hf_names import hf_tensors
-from deepseek_jax.config import MeshConfig
+from deepseek_jax.config_sections import MeshConfig
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.mesh import check_x64, make_mesh
 from deepseek_jax.model.transformer import graphdef, init_params

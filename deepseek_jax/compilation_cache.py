@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import jaxlib
 from jax.experimental.compilation_cache import compilation_cache
 
-from deepseek_jax.config import DataConfig
+from deepseek_jax.config_sections import DataConfig
 from deepseek_jax.console import current_console
 from deepseek_jax.data.cache import cache_root
 

@@ -9,7 +9,8 @@ import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 
-from deepseek_jax.config import Config, MeshConfig
+from deepseek_jax.config import Config
+from deepseek_jax.config_sections import MeshConfig
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.model_config import ModelConfig
 

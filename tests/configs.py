@@ -5,7 +5,8 @@ Tests change the fields they are about.
 
 import dataclasses
 
-from deepseek_jax.config import BalanceConfig, Config, DataConfig, MeshConfig, TrainConfig
+from deepseek_jax.config import Config
+from deepseek_jax.config_sections import BalanceConfig, DataConfig, MeshConfig, TrainConfig
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
 
 GQA = AttentionConfig(heads=8, kv_heads=4, head_dim=8)

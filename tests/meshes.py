@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from deepseek_jax.config import BalanceConfig, MeshConfig, ParallelConfig
+from deepseek_jax.config_sections import BalanceConfig, MeshConfig, ParallelConfig
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.sharding import spec
 from deepseek_jax.training.layer_aux import observations

@@ -17,7 +17,7 @@ LAYERS = (
   {"errors", "typing", "renamed_fields", "console", "logical_axes"},
   {"processes", "distributed", "cpu_backend"},
   {"schema", "storage"},
-  {"model_config"},
+  {"model_config", "config_sections"},
   {"config"},
   {"mesh", "sharding", "data", "flags"},
   {"kernels", "compilation_cache"},
@@ -34,7 +34,7 @@ LAYERS = (
 # Imports between neighbors, and where less is allowed than what lies below.
 BESIDE = {"sharding": {"mesh"}}
 ONLY = {
-  "errors": set(), "typing": set(), "renamed_fields": set(), "logical_axes": set(), "kernels": {"kernels", "typing"}, "data": {"data", "config", "console", "errors", "storage", "typing"},
+  "errors": set(), "typing": set(), "renamed_fields": set(), "logical_axes": set(), "kernels": {"kernels", "typing"}, "data": {"data", "config_sections", "console", "errors", "storage", "typing"},
   "__init__": {"api"},
 }  # fmt: skip
 

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from deepseek_jax.config import Config, MeshConfig
+from deepseek_jax.config import Config
+from deepseek_jax.config_sections import MeshConfig
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.logical_axes import RULES
 from deepseek_jax.mesh import AXES, make_mesh, mesh_sizes, resolve_mesh

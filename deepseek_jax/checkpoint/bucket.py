@@ -26,7 +26,7 @@ from deepseek_jax.checkpoint import manifest
 from deepseek_jax.checkpoint.arrays import array_spec, open_arrays_in, tree_metadata
 from deepseek_jax.checkpoint.manager import CHUNK_BYTES, Checkpointer, CheckpointReader, chunk_axes
 from deepseek_jax.checkpoint.tree import TreePath, check_arrays_match, flatten_tree
-from deepseek_jax.config import CheckpointConfig
+from deepseek_jax.config_sections import CheckpointConfig
 from deepseek_jax.distributed import barrier, broadcast_from_process0
 from deepseek_jax.errors import CheckpointError, StorageError
 from deepseek_jax.storage import ObjectStore, describe_error, is_url, map_parallel

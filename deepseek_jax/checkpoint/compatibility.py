@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from deepseek_jax.checkpoint.tree import TreePath, flatten_tree, list_first
-from deepseek_jax.config import Config, MeshConfig
+from deepseek_jax.config import Config
+from deepseek_jax.config_sections import MeshConfig
 from deepseek_jax.errors import CheckpointError
 from deepseek_jax.model_config import ATTENTION_SHAPE_FIELDS, ModelConfig
 from deepseek_jax.optimizers.trainable import split_trainable

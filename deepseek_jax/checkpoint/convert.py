@@ -28,7 +28,8 @@ from deepseek_jax.checkpoint.manager import FORMAT_VERSION, CheckpointReader
 from deepseek_jax.checkpoint.model_args import TOKENIZERS
 from deepseek_jax.checkpoint.tree import TreePath
 from deepseek_jax.checkpoint.weights import is_hugging_face, saved_config
-from deepseek_jax.config import TOKENIZER_SIZES, Config, DataConfig
+from deepseek_jax.config import Config
+from deepseek_jax.config_sections import TOKENIZER_SIZES, DataConfig
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import CheckpointError, DataError
 from deepseek_jax.storage import is_url

@@ -21,7 +21,7 @@ from deepseek_jax.checkpoint import lock, manifest
 from deepseek_jax.checkpoint.compatibility import saved_value
 from deepseek_jax.checkpoint.orbax_logging import silence_orbax
 from deepseek_jax.checkpoint.tree import TreePath, check_arrays_match, flatten_tree, list_first, unflatten_to_dicts
-from deepseek_jax.config import CheckpointConfig
+from deepseek_jax.config_sections import CheckpointConfig
 from deepseek_jax.console import current_console
 from deepseek_jax.distributed import broadcast_from_process0
 from deepseek_jax.errors import CheckpointError

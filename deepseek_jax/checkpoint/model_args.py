@@ -7,7 +7,8 @@ import pathlib
 from typing import Any
 
 from deepseek_jax.checkpoint.hf_files import replace_files
-from deepseek_jax.config import Config, DataConfig
+from deepseek_jax.config import Config
+from deepseek_jax.config_sections import DataConfig
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
 

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from deepseek_jax.config import DataConfig
+from deepseek_jax.config_sections import DataConfig
 from deepseek_jax.console import current_console
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deepseek_jax.config import DataConfig
+from deepseek_jax.config_sections import DataConfig
 from deepseek_jax.console import current_console
 from deepseek_jax.data import cache, packed_dataset, readers
 from deepseek_jax.data.sources import Source

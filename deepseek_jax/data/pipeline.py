@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from deepseek_jax.config import DataConfig, TrainConfig
+from deepseek_jax.config_sections import DataConfig, TrainConfig
 from deepseek_jax.console import current_console
 from deepseek_jax.data import cache, packed_dataset, packing, sources
 from deepseek_jax.data.packed_dataset import PackedSplit

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from deepseek_jax.config import Config, MeshConfig, SampleConfig, check_weights
+from deepseek_jax.config import Config, check_weights
+from deepseek_jax.config_sections import MeshConfig, SampleConfig
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import CheckpointError, ConfigError, DataError
 from deepseek_jax.flags import parse, run_program

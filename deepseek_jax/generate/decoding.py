@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from deepseek_jax.config import SampleConfig
+from deepseek_jax.config_sections import SampleConfig
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.distributed import gather_to_host
 from deepseek_jax.generate.sampling import next_token

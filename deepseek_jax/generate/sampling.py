@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.config import SampleConfig
+from deepseek_jax.config_sections import SampleConfig
 
 
 def next_token(logits: jax.Array, token_in_text: jax.Array, key: jax.Array, config: SampleConfig) -> jax.Array:

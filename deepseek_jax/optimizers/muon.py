@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from deepseek_jax.config import OptimizerConfig
+from deepseek_jax.config_sections import OptimizerConfig
 from deepseek_jax.model.linear import at_least_float32, matmul_precision
 from deepseek_jax.model.transformer import param_axes
 from deepseek_jax.model_config import ModelConfig

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from deepseek_jax.config import OptimizerConfig
+from deepseek_jax.config_sections import OptimizerConfig
 from deepseek_jax.model.transformer import param_axes
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.optimizers.muon import muon

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractDevice
 
-from deepseek_jax.config import MeshConfig
+from deepseek_jax.config_sections import MeshConfig
 from deepseek_jax.kernels.attention.api import count_visible_pairs
 from deepseek_jax.mesh import abstract_mesh
 from deepseek_jax.model.transformer import graphdef, init_params

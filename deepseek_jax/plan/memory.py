@@ -6,7 +6,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.config import Config, MeshConfig, OptimizerConfig
+from deepseek_jax.config import Config
+from deepseek_jax.config_sections import MeshConfig, OptimizerConfig
 from deepseek_jax.kernels.implementations import native_file, supports
 from deepseek_jax.mesh import abstract_mesh
 from deepseek_jax.model.all_to_all import has_ragged_all_to_all

@@ -8,7 +8,8 @@ import functools
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 
-from deepseek_jax.config import Config, MeshConfig
+from deepseek_jax.config import Config
+from deepseek_jax.config_sections import MeshConfig
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.mesh import AXES, resolve_mesh
 from deepseek_jax.plan.memory import estimate_memory

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.config import BalanceConfig
+from deepseek_jax.config_sections import BalanceConfig
 from deepseek_jax.model.router import Routing
 from deepseek_jax.model.transformer import layer_names
 from deepseek_jax.model_config import ModelConfig, MoEConfig

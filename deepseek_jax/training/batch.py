@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from deepseek_jax.config import TrainConfig
+from deepseek_jax.config_sections import TrainConfig
 from deepseek_jax.data.pipeline import ConcatSplit, Data
 
 

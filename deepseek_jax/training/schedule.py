@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from deepseek_jax.config import BalanceConfig, Config, MTPConfig, ScheduleConfig
+from deepseek_jax.config import Config
+from deepseek_jax.config_sections import BalanceConfig, MTPConfig, ScheduleConfig
 from deepseek_jax.model_config import ModelConfig
 
 # Each of SCHEDULE gives the learning rate as a factor of its peak. `progress` is the fraction of the schedule that is

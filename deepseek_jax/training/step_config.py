@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Self
 
-from deepseek_jax.config import BalanceConfig, Config, OptimizerConfig, ParallelConfig
+from deepseek_jax.config import Config
+from deepseek_jax.config_sections import BalanceConfig, OptimizerConfig, ParallelConfig
 from deepseek_jax.model_config import ModelConfig
 
 

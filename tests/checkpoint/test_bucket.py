@@ -16,7 +16,7 @@ import pytest
 
 from deepseek_jax.checkpoint.bucket import open_checkpointer, open_reader
 from deepseek_jax.checkpoint.manager import CheckpointReader
-from deepseek_jax.config import CheckpointConfig
+from deepseek_jax.config_sections import CheckpointConfig
 from deepseek_jax.errors import CheckpointError, StorageError
 from tests.checkpoint.test_manager import META, abstract, assert_same, make_mesh, make_state
 from tests.checkpoint.test_manager import save as save_on_disk
@@ -256,7 +256,7 @@ import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding
 from deepseek_jax import distributed
 from deepseek_jax.checkpoint.bucket import BucketCheckpointer, open_checkpointer
-from deepseek_jax.config import CheckpointConfig
+from deepseek_jax.config_sections import CheckpointConfig
 from deepseek_jax.processes import find_initialize_args
 
 def slow_in_process_0(name):

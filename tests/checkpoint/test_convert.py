@@ -33,7 +33,8 @@ from deepseek_jax.checkpoint.hf_files import (
 from deepseek_jax.checkpoint.hf_names import hf_tensors
 from deepseek_jax.checkpoint.manager import FORMAT_VERSION, Checkpointer, CheckpointReader
 from deepseek_jax.checkpoint.weights import open_weights, saved_config
-from deepseek_jax.config import CheckpointConfig, Config, DataConfig, MeshConfig
+from deepseek_jax.config import Config
+from deepseek_jax.config_sections import CheckpointConfig, DataConfig, MeshConfig
 from deepseek_jax.errors import CheckpointError
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import init_params

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 
 from deepseek_jax.checkpoint.manager import FORMAT_VERSION, Checkpointer, CheckpointReader
-from deepseek_jax.config import CheckpointConfig
+from deepseek_jax.config_sections import CheckpointConfig
 from deepseek_jax.errors import CheckpointError
 
 pytestmark = pytest.mark.jax_version

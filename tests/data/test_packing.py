@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import deepseek_jax
-from deepseek_jax.config import DataConfig
+from deepseek_jax.config_sections import DataConfig
 from deepseek_jax.data import cache, packing, pipeline, sources, tokenizer
 from deepseek_jax.errors import ConfigError, DataError
 
@@ -200,7 +200,7 @@ def test_what_a_killed_build_left_goes_with_the_next_one(config, corpus):
   program = f"""
 import os, signal
 from deepseek_jax.data import packed_dataset, pipeline
-from deepseek_jax.config import DataConfig
+from deepseek_jax.config_sections import DataConfig
 packed_dataset.write_index = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 pipeline.open_data({config()!r}, 257, 0)
 """

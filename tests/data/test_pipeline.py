@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from deepseek_jax.config import DataConfig, TrainConfig
+from deepseek_jax.config_sections import DataConfig, TrainConfig
 from deepseek_jax.data import pipeline
 from deepseek_jax.data.pipeline import Consumed
 

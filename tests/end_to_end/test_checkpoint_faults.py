@@ -14,14 +14,14 @@ from jax.sharding import SingleDeviceSharding
 
 import deepseek_jax
 from deepseek_jax.checkpoint.manager import Checkpointer, CheckpointReader
-from deepseek_jax.config import CheckpointConfig
+from deepseek_jax.config_sections import CheckpointConfig
 from deepseek_jax.errors import CheckpointError
 
 PRELUDE = """
 import sys
 import numpy as np, jax
 from deepseek_jax.checkpoint.manager import Checkpointer
-from deepseek_jax.config import CheckpointConfig
+from deepseek_jax.config_sections import CheckpointConfig
 from deepseek_jax.errors import CheckpointError
 SIZE = 1 << 18
 def state(step, copies=4):
@@ -86,7 +86,7 @@ def test_two_processes_save_one_checkpoint_and_agree_on_the_newest(tmp_path):
 import jax, numpy as np
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 2, int(sys.argv[3]), shutdown_timeout_seconds=5)
 from deepseek_jax.checkpoint.manager import Checkpointer
-from deepseek_jax.config import CheckpointConfig
+from deepseek_jax.config_sections import CheckpointConfig
 from deepseek_jax.errors import CheckpointError
 mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,), devices=[
   next(d for d in jax.devices() if d.process_index == i) for i in range(2)])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deepseek_jax.config import MeshConfig, SampleConfig
+from deepseek_jax.config_sections import MeshConfig, SampleConfig
 from deepseek_jax.data import tokenizer
 from deepseek_jax.generate.decoding import continue_prompt
 from deepseek_jax.mesh import make_mesh

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.config import SampleConfig
+from deepseek_jax.config_sections import SampleConfig
 from deepseek_jax.generate.sampling import next_token, top_k, top_p
 
 LOGITS = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.07, 0.03]]))

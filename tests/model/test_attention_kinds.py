@@ -10,7 +10,7 @@ from deepseek_jax.checkpoint.compatibility import check_weights_fit
 from deepseek_jax.checkpoint.convert import convert
 from deepseek_jax.checkpoint.manager import FORMAT_VERSION, Checkpointer
 from deepseek_jax.checkpoint.weights import open_weights
-from deepseek_jax.config import CheckpointConfig, MeshConfig
+from deepseek_jax.config_sections import CheckpointConfig, MeshConfig
 from deepseek_jax.errors import CheckpointError
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.attention import Attention

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from deepseek_jax.config import MeshConfig
+from deepseek_jax.config_sections import MeshConfig
 from deepseek_jax.kernels.implementations import Unsupported
 from deepseek_jax.mesh import abstract_mesh
 from deepseek_jax.model.attention import attention_with_dropout, causal_self_attention

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.config import MeshConfig
+from deepseek_jax.config_sections import MeshConfig
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model import expert_parallel
 from deepseek_jax.model.dispatch import DISPATCH

@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import pytest
 
-from deepseek_jax.config import Config, DataConfig, MeshConfig
+from deepseek_jax.config import Config
+from deepseek_jax.config_sections import DataConfig, MeshConfig
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.kernels import implementations
 from deepseek_jax.mesh import abstract_mesh

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deepseek_jax.config import MeshConfig
+from deepseek_jax.config_sections import MeshConfig
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.mla import softmax_scale
 from deepseek_jax.model.rope import apply_rope, rope_cos_sin, rope_frequencies

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deepseek_jax.config import MeshConfig
+from deepseek_jax.config_sections import MeshConfig
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.router import ROUTERS, SCORES, Router, hash_experts
 from deepseek_jax.model_config import ModelConfig

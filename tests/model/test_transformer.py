@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deepseek_jax.config import MeshConfig
+from deepseek_jax.config_sections import MeshConfig
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.attention import attention_with_dropout
 from deepseek_jax.model.router import hash_experts

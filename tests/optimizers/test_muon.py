@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.config import MeshConfig, OptimizerConfig
+from deepseek_jax.config_sections import MeshConfig, OptimizerConfig
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import init_params
 from deepseek_jax.model_config import AttentionConfig

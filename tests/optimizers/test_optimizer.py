@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.config import OptimizerConfig
+from deepseek_jax.config_sections import OptimizerConfig
 from deepseek_jax.optimizers.optimizer import make_optimizer
 from tests.configs import DENSE
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from deepseek_jax.config import DataConfig, MeshConfig, ParallelConfig, TrainConfig
+from deepseek_jax.config_sections import DataConfig, MeshConfig, ParallelConfig, TrainConfig
 from deepseek_jax.kernels.fp8_grouped_matmul.api import fp8_grouped_matmul
 from deepseek_jax.kernels.fp8_matmul.api import fp8_matmul
 from deepseek_jax.kernels.quantize.api import quantize

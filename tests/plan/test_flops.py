@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from deepseek_jax.config import MeshConfig
+from deepseek_jax.config_sections import MeshConfig
 from deepseek_jax.flags import list_configs, load_config
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import graphdef, init_params

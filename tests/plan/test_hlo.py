@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from deepseek_jax.config import MeshConfig
+from deepseek_jax.config_sections import MeshConfig
 from deepseek_jax.mesh import AXES, make_mesh
 from deepseek_jax.plan.hlo import HloProgram
 from deepseek_jax.sharding import spmd

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.config import Config, MeshConfig, ParallelConfig, TrainConfig
+from deepseek_jax.config import Config
+from deepseek_jax.config_sections import MeshConfig, ParallelConfig, TrainConfig
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.plan.memory import COPIES, estimate_memory

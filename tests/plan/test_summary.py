@@ -1,6 +1,7 @@
 """The lines of --dry_run."""
 
-from deepseek_jax.config import Config, DataConfig, TrainConfig
+from deepseek_jax.config import Config
+from deepseek_jax.config_sections import DataConfig, TrainConfig
 from deepseek_jax.plan.summary import format_planned_tokens, planned_tokens
 
 

@@ -6,7 +6,8 @@ from collections import Counter
 
 import jax
 
-from deepseek_jax.config import Config, MeshConfig
+from deepseek_jax.config import Config
+from deepseek_jax.config_sections import MeshConfig
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.plan.compile import CompiledProgram, compile_for_tpu, topology_devices
 from deepseek_jax.plan.hlo import HloProgram

@@ -6,7 +6,8 @@ from collections import Counter
 
 import pytest
 
-from deepseek_jax.config import Config, DataConfig, MeshConfig, TrainConfig
+from deepseek_jax.config import Config
+from deepseek_jax.config_sections import DataConfig, MeshConfig, TrainConfig
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
 from tests.tpu.pods import REMATERIALIZED, check_collectives, step_for
 

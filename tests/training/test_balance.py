@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.config import BalanceConfig
+from deepseek_jax.config_sections import BalanceConfig
 from deepseek_jax.model.router import Routing
 from deepseek_jax.model_config import ModelConfig, MoEConfig
 from deepseek_jax.training.balance import balance_loss, expert_counts, load_metrics

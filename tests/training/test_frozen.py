@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from deepseek_jax.config import MeshConfig, ParallelConfig
+from deepseek_jax.config_sections import MeshConfig, ParallelConfig
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.optimizers.trainable import split_trainable

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.config import MeshConfig
+from deepseek_jax.config_sections import MeshConfig
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.sharding import axis_size, psum, psum_replicated, pvary, spec, spmd
 from deepseek_jax.training.loss import cross_entropy

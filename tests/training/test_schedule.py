@@ -2,7 +2,7 @@
 
 import pytest
 
-from deepseek_jax.config import ScheduleConfig
+from deepseek_jax.config_sections import ScheduleConfig
 from deepseek_jax.flags import load_config
 from deepseek_jax.training.schedule import learning_rate
 

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from deepseek_jax.config import Config, TrainConfig
+from deepseek_jax.config import Config
+from deepseek_jax.config_sections import TrainConfig
 from deepseek_jax.training import layer_aux
 from deepseek_jax.training.layer_aux import LayerAux, Observation
 from deepseek_jax.training.skipped import Diverged, check_skipped, heldout_nan_hint
