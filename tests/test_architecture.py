@@ -29,7 +29,7 @@ LAYERS = (
   {"training", "evaluate", "generate"},
   {"scaling"},
   {"selftest"},
-  {"train", "api"},
+  {"train", "api", "report"},
 )
 # Imports between neighbors, and where less is allowed than what lies below.
 BESIDE = {"sharding": {"mesh"}}
@@ -62,7 +62,7 @@ BANNED = {
 BANNED_METHODS = {"sow": "an argument or a result"}
 LONGEST_MODULE, LONGEST_FUNCTION = 400, 70
 # Files beside each `__main__.py` that print.
-PROGRAM_FILES = {"console.py", "flags.py", "train.py", "checkpoint/convert.py"}
+PROGRAM_FILES = {"console.py", "flags.py", "train.py", "report.py", "checkpoint/convert.py"}
 
 # tests/X/test_Y.py tests deepseek_jax/X/Y.py or the package deepseek_jax/X/Y, and so for the other folders of code.
 # Test files that test no single module, with what they test instead; a folder stands for all of its files.

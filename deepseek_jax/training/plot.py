@@ -14,6 +14,7 @@ WIDTH, HEIGHT = 560, 230
 LEFT, RIGHT, TOP, BOTTOM = 50, 20, 10, 26
 BINS = 500
 HOVER_BANDS = 120
+MAX_NAMES = 12  # on the axis of layers
 SCALES = ("linear", "from zero", "log")
 
 Point = tuple[int, float | None]  # (step, value); None where the value was not finite
@@ -46,12 +47,15 @@ class Axis:
     return self.start + (value - low) / (high - low) * (self.end - self.start)
 
 
-def line_chart(series: Sequence[Series], marks: Sequence[int] = (), scale: str = "linear") -> str:
+def line_chart(
+  series: Sequence[Series], marks: Sequence[int] = (), scale: str = "linear", x_names: Sequence[str] = ()
+) -> str:
   """An SVG element of `series` over steps. Steps whose value was not finite are ticks on the lower edge.
 
   Args:
     marks: steps that get a dashed vertical line.
     scale: one of SCALES. A log scale becomes linear where a value is not positive.
+    x_names: the chart is not over steps but over layers, of which these are the names.
   """
   steps = [x for s in series for x, _ in s.points]
   values = [y for s in series for _, y in s.points if y is not None]
@@ -60,12 +64,12 @@ def line_chart(series: Sequence[Series], marks: Sequence[int] = (), scale: str =
   first, last = _widen(min(steps), max(steps), 1)
   x = Axis(first, last, LEFT, WIDTH - RIGHT)
   y = _value_axis(min(values), max(values), scale)
-  parts = _grid(x, y)
+  parts = _grid(x, y, x_names)
   for index, s in enumerate(series):
     parts += _curve(s, x, y, f"s{index}")
     nonfinite = sorted({round(x.pixel(step)) for step, value in s.points if value is None})
     parts += [f'<path class="nonfinite" d="M{px} {y.start}v-6"/>' for px in nonfinite]
-  parts += _hover_bands(series, x)
+  parts += _hover_bands(series, x, x_names)
   for step in marks:
     if x.low <= step <= x.high:
       path = f"M{x.pixel(step):.1f} {TOP}V{y.start}"
@@ -148,16 +152,20 @@ def _value_axis(low: float, high: float, scale: str) -> Axis:
   return Axis(bottom, top + pad, HEIGHT - BOTTOM, TOP)
 
 
-def _grid(x: Axis, y: Axis) -> list[str]:
+def _grid(x: Axis, y: Axis, x_names: Sequence[str]) -> list[str]:
   parts = []
   y_ticks = log_ticks(y.low, y.high) if y.log else ticks(y.low, y.high)
   for tick in y_ticks:
     py = y.pixel(tick)
     parts.append(f'<path class="grid" d="M{LEFT} {py:.1f}H{WIDTH - RIGHT}"/>')
     parts.append(f'<text class="y" x="{LEFT - 7}" y="{py + 3.5:.1f}">{format_compact(tick, y_ticks[-1])}</text>')
-  x_ticks = [tick for tick in ticks(x.low, x.high, 6) if tick.is_integer()]  # steps are integers
-  for tick in x_ticks:
-    parts.append(f'<text class="x" x="{x.pixel(tick):.1f}" y="{HEIGHT - 8}">{format_compact(tick, x_ticks[-1])}</text>')
+  if x_names:
+    labels = dict(list(enumerate(x_names))[:: math.ceil(len(x_names) / MAX_NAMES)])
+  else:
+    x_ticks = [tick for tick in ticks(x.low, x.high, 6) if tick.is_integer()]  # steps are integers
+    labels = {tick: format_compact(tick, x_ticks[-1]) for tick in x_ticks}
+  for tick, label in labels.items():
+    parts.append(f'<text class="x" x="{x.pixel(tick):.1f}" y="{HEIGHT - 8}">{html.escape(label)}</text>')
   return [*parts, f'<path class="axis" d="M{LEFT} {y.start}H{WIDTH - RIGHT}"/>']
 
 
@@ -172,7 +180,7 @@ def _curve(series: Series, x: Axis, y: Axis, name: str) -> Iterator[str]:
       yield from (f'<circle class="{name}" cx="{px}" cy="{py}" r="2.6"/>' for px, py in pixels)
 
 
-def _hover_bands(series: Sequence[Series], x: Axis) -> Iterator[str]:
+def _hover_bands(series: Sequence[Series], x: Axis, x_names: Sequence[str]) -> Iterator[str]:
   """Transparent columns over the chart; the title of each gives the last value of every series within it."""
   bands: dict[int, dict[str, Point]] = {}
   for s in series:
@@ -184,7 +192,8 @@ def _hover_bands(series: Sequence[Series], x: Axis) -> Iterator[str]:
   edges = [LEFT, *((a + b) / 2 for a, b in itertools.pairwise(centers)), WIDTH - RIGHT]
   for (left, right), values in zip(itertools.pairwise(edges), last_values, strict=True):
     lines = [
-      f"{name}: {'not finite' if value is None else f'{value:.6g}'} at step {step:,}"
+      f"{name}: {'not finite' if value is None else f'{value:.6g}'} "
+      + (f"in layer {x_names[step]}" if x_names else f"at step {step:,}")
       for name, (step, value) in values.items()
     ]
     title = html.escape("\n".join(lines))

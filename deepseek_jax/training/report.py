@@ -5,6 +5,7 @@ report too. Every text is escaped, and the page's content security policy forbid
 """
 
 import datetime
+import fnmatch
 import html
 import json
 import os
@@ -22,17 +23,32 @@ from deepseek_jax.training.plot import BINS, Point, Series, format_compact, line
 Line = dict[str, Any]  # an object of metrics.jsonl
 Event = dict[str, Any]  # an object of events.jsonl
 
-# title, unit, key in metrics.jsonl, key in eval events or None, scale. A chart is left out if its key was never logged.
+# title, unit, key in metrics.jsonl (of several by a * at its end), key in eval events or None, scale. A chart is left out
+# if its key was never logged, and where a count is always 0. Other metrics follow, each in a chart of its own.
 CHARTS = (
   ("Loss", "nats per token, log scale", "loss", "loss", "log"),
   ("Bits per byte", "log scale", "bits_per_byte", "bits_per_byte", "log"),
   ("Learning rate", "", "learning_rate", None, "from zero"),
   ("Gradient norm", "before clipping, log scale", "grad_norm", None, "log"),
+  ("Loss of multi-token prediction", "nats per token by depth, log scale", "mtp_loss_*", None, "log"),
+  ("Max violation", "mean over layers; 0: balanced experts", "max_vio", None, "from zero"),
+  ("Balance loss", "weights included", "balance_loss", None, "from zero"),
+  ("Overflow", "assignments beyond the expert buffers", "overflow", None, "from zero"),
+  ("Skipped updates", "since step 0", "skipped", None, "from zero"),
   ("Throughput", "tokens per second", "tokens_per_second", None, "from zero"),
   ("Model FLOP/s", "", "model_flops_per_second", None, "from zero"),
   ("MFU", "fraction of the chip's peak FLOP/s", "mfu", None, "from zero"),
   ("Device memory", "bytes", "memory_bytes", None, "from zero"),
 )
+COUNTS = ("overflow", "skipped")
+# Not drawn, or in other charts: what the tiles and the section of times have, and inputs of the step beside the rate.
+OTHER_KEYS = ("step", "tokens", "samples", "total_loss", "mtp_weight", "bias_update_rate")
+# Title and unit of NAME in the metrics router/LAYER/NAME of each layer; others have their name as the title.
+LAYER_CHARTS = {
+  "max_vio": ("Max violation by layer", "largest load of an expert / mean - 1"),
+  "entropy": ("Entropy of loads by layer", "of its maximum; 1: balanced"),
+  "dead_experts": ("Dead experts by layer", "experts that no token chose"),
+}
 TIMES = {
   "step_seconds": "step",
   "data_seconds": "data wait",
@@ -137,23 +153,70 @@ def _tiles(config: dict[str, Any], lines: Sequence[Line], events: Sequence[Event
 def _charts(lines: Sequence[Line], events: Sequence[Event]) -> str:
   marks = sorted({e["step"] for e in events if e["event"] == "resume"})
   figures = []
-  for title, unit, key, eval_key, scale in CHARTS:
-    series = [Series("train" if eval_key else title.lower(), _points(lines, key))]
+  for title, unit, key, eval_key, scale in (*CHARTS, *_other_charts(lines)):
+    series = _series(lines, key, title)
     if eval_key:
-      series.append(Series("held-out", _points(_events_by_step(events, "eval"), eval_key), "dots"))
+      series = [
+        Series("train", _points(lines, key)),
+        Series("held-out", _points(_events_by_step(events, "eval"), eval_key), "dots"),
+      ]
     if key == "loss" and any(line.get("total_loss") != line.get("loss") for line in lines):
       series.append(Series("train, all terms", _points(lines, "total_loss")))
-    if not any(s.points for s in series):
-      continue
-    named = [(i, s.name) for i, s in enumerate(series) if s.points] if eval_key else []
-    legend = "".join(f'<i class="s{i}">{_escape(label)}</i>' for i, label in named)
-    caption = f"<figcaption><b>{title}</b> <span>{unit}</span>{legend}</figcaption>"
-    figures.append(f"<figure>{caption}{line_chart(series, marks, scale)}</figure>")
+    if any(s.points for s in series) and not (
+      key in COUNTS and not any(value for s in series for _, value in s.points)
+    ):
+      figures.append(_figure(title, unit, series, line_chart(series, marks, scale)))
+  figures += _layer_charts(lines)
   note = (
     f"Over completed updates. Long runs are downsampled to the minimum and maximum of each of {BINS} bins. Dashed "
     "lines are resume points; red ticks on the lower edge are values that were not finite. Hover for numbers."
   )
   return f'<section class="charts">{"".join(figures)}</section><p class="note">{note}</p>' if figures else ""
+
+
+def _series(lines: Sequence[Line], key: str, title: str) -> list[Series]:
+  """The curve of `key`, or one for each metric that its * stands for."""
+  if not key.endswith("*"):
+    return [Series(title.lower(), _points(lines, key))]
+  prefix = key[:-1]
+  found = sorted({k for line in lines for k in line if k.startswith(prefix)})
+  return [Series(f"depth {k.removeprefix(prefix)}", _points(lines, k)) for k in found]
+
+
+def _other_charts(lines: Sequence[Line]) -> list[tuple[str, str, str, None, str]]:
+  """Charts of the metrics that CHARTS does not name, as those of an observation of a variant's own."""
+  keys = {key for line in lines for key in line if "/" not in key} - {*TIMES, *OTHER_KEYS}
+  named = [key for _, _, key, _, _ in CHARTS]
+  return [(key, "", key, None, "linear") for key in sorted(keys) if not any(fnmatch.fnmatchcase(key, k) for k in named)]
+
+
+def _layer_charts(lines: Sequence[Line]) -> Iterator[str]:
+  """Charts over layers of the metrics GROUP/LAYER/NAME: means over the first, the middle and the last tenth of `lines`."""
+  keys = [key.split("/") for key in dict.fromkeys(key for line in lines for key in line if key.count("/") == 2)]
+  size = max(len(lines) // 10, 1)
+  starts = sorted({0, (len(lines) - size) // 2, len(lines) - size})
+  for group, name in dict.fromkeys((group, name) for group, _, name in keys):
+    layers = [key[1] for key in keys if key[::2] == [group, name]]
+    series = []
+    for part in (lines[start : start + size] for start in starts):
+      means = enumerate(_mean(_points(part, f"{group}/{layer}/{name}")) for layer in layers)
+      label = f"steps {part[0]['step']:,} to {part[-1]['step']:,}" if size > 1 else f"step {part[0]['step']:,}"
+      series.append(Series(label, [(i, mean) for i, mean in means if mean is not None]))
+    title, unit = LAYER_CHARTS.get(name, (f"{name} by layer", ""))
+    names = [layer.removeprefix("layer_").replace("_", " ") for layer in layers]
+    yield _figure(title, unit, series, line_chart(series, scale="from zero", x_names=names))
+
+
+def _mean(points: Sequence[Point]) -> float | None:
+  values = [value for _, value in points if value is not None]
+  return statistics.fmean(values) if values else None
+
+
+def _figure(title: str, unit: str, series: Sequence[Series], chart: str) -> str:
+  """A chart under its title, with a legend where there are several curves."""
+  named = [(i, s.name) for i, s in enumerate(series) if s.points]
+  legend = "".join(f'<i class="s{i}">{_escape(label)}</i>' for i, label in named) if len(series) > 1 else ""
+  return f"<figure><figcaption><b>{_escape(title)}</b> <span>{unit}</span>{legend}</figcaption>{chart}</figure>"
 
 
 def _times(lines: Sequence[Line]) -> str:

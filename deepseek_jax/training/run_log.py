@@ -5,6 +5,8 @@ import dataclasses
 import json
 import math
 import os
+import pathlib
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -136,6 +138,7 @@ class RunLog:
       mesh=dict(self.mesh.shape),
       **details,
       processes=jax.process_count(),
+      **code_commit(),
     )
 
   @contextlib.contextmanager
@@ -175,11 +178,11 @@ class RunLog:
     self.timer.reset()
 
   def evaluation(self, step: int, result: dict[str, float | int]) -> None:
-    """Shows and writes the `result` of a held-out evaluation."""
+    """Shows and writes the `result` of a held-out evaluation, and a report that has it."""
     if math.isnan(result["loss"]) and (hint := heldout_nan_hint(self.config)):
       self.console.print(f"step {step}: the held-out loss is NaN. If the training loss is finite, {hint}")
     self.event("eval", step, **result)
-    self.publish()
+    self._write_report()
     self.console.print(
       f"step {step}: held-out loss {result['loss']:.4f}, {result['bits_per_byte']:.4f} bits per byte "
       f"({result['sequences']} sequences)"
@@ -219,6 +222,18 @@ class RunLog:
 
   def _devices(self) -> str:
     return f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}"
+
+
+def code_commit() -> dict[str, str]:
+  """{"commit": hash of the commit that this code is of, "-dirty" where files differ}; {} without a git checkout of it."""
+  root = pathlib.Path(__file__).parents[2]
+  if not (root / ".git").exists():
+    return {}
+  command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+  try:
+    return {"commit": subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()}
+  except (OSError, subprocess.SubprocessError):  # no git here, or it does not trust the folder
+    return {}
 
 
 def _absolute(workdir: str) -> str:

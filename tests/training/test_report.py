@@ -155,6 +155,48 @@ def test_total_loss_is_drawn_where_it_differs(tmp_path):
   assert "all terms" in page.source and "<b>MFU</b>" in page.source
 
 
+def add_to_lines(path, **values):
+  """Adds to each line of metrics the keys `values`, functions of the step; "/" is "__" in their names."""
+  lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+  for line in lines:
+    line |= {name.replace("__", "/"): value(line["step"]) for name, value in values.items()}
+  (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def charts(page):
+  """{title: (legend, source of the chart)}."""
+  figures = re.findall(r"<figure><figcaption><b>(.*?)</b>(.*?)</figcaption>(.*?)</figure>", page.source, re.DOTALL)
+  return {title: (re.findall(r"<i class=\"s\d\">(.*?)</i>", caption), chart) for title, caption, chart in figures}
+
+
+def test_layers_are_compared_at_the_start_the_middle_and_the_end(tmp_path):
+  make_run(tmp_path)
+  add_to_lines(
+    tmp_path, router__layer_3__max_vio=lambda step: 1 / step, router__mtp_1__max_vio=lambda step: float(step),
+    router__layer_3__entropy=lambda step: 0.5, router__mtp_1__entropy=lambda step: None,
+    router__layer_3__mine=lambda step: 7,
+  )  # fmt: skip
+  found = charts(make_page(tmp_path))
+  legend, chart = found["Max violation by layer"]
+  assert legend == ["steps 1 to 4", "steps 19 to 22", "steps 37 to 40"]
+  assert re.findall(r'<text class="x"[^>]*>(.*?)</text>', chart) == ["3", "mtp 1"]
+  assert "steps 37 to 40: 38.5 in layer mtp 1" in chart and "steps 1 to 4: 0.520833 in layer 3" in chart
+  assert "in layer mtp 1" not in found["Entropy of loads by layer"][1]
+  assert "mine by layer" in found
+
+
+def test_depths_losses_and_metrics_of_variants_have_charts(tmp_path):
+  make_run(tmp_path)
+  constants = {"mtp_loss_1": 2.0, "mtp_loss_2": 3.0, "overflow": 0.0, "balance_loss": 0.1, "indexer_loss": 0.25}
+  add_to_lines(tmp_path, **{name: lambda step, value=value: value for name, value in constants.items()})
+  found = charts(make_page(tmp_path))
+  assert found["Loss of multi-token prediction"][0] == ["depth 1", "depth 2"]
+  assert "Balance loss" in found and "indexer_loss: 0.25 at step 40" in found["indexer_loss"][1]
+  assert not found.keys() & {"Overflow", "Skipped updates", "step", "samples", "step_seconds"}  # counts that are 0
+  add_to_lines(tmp_path, overflow=lambda step: float(step == 7), skipped=lambda step: int(step >= 7))
+  assert charts(make_page(tmp_path)).keys() >= {"Overflow", "Skipped updates"}
+
+
 def test_the_history_tells_what_changed_at_a_resume(tmp_path):
   make_run(tmp_path, resumes=(10, 30))
   rows = re.findall(r"<td>(start|resume|end)</td><td>(\d+)</td><td>(.*?)</td>", make_page(tmp_path).source)
