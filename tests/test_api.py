@@ -247,6 +247,36 @@ def test_copies_that_differ_are_noted(v3, tmp_path, capsys):
   assert line.startswith("note     model.layers.2.shared_head.head.weight differs from lm_head.weight")
 
 
+def test_a_head_that_differs_from_the_embedding_is_not_tied(tmp_path, capsys):
+  tensors = make_checkpoint(tmp_path / "untied", LLAMA)
+  expected = deepseek_jax.load_pretrained(tmp_path / "untied").logits(TOKENS)
+  tied = tmp_path / "tied"
+  make_checkpoint(tied, LLAMA)
+  (tied / "config.json").write_text(json.dumps(LLAMA | {"tie_word_embeddings": True}))
+  capsys.readouterr()
+  model = deepseek_jax.load_pretrained(tied)
+  (line,) = capsys.readouterr().out.splitlines()
+  assert line.startswith(
+    f"note     {tied / 'config.json'}: tie_word_embeddings=true is not followed: lm_head.weight is"
+  )
+  assert not model.config.tied_embeddings
+  np.testing.assert_array_equal(model.logits(TOKENS), expected)
+  # Where both are the same, they are one.
+  tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+  table = [(name, a.shape, a.dtype) for name, a in tensors.items()]
+  write_tensors(tied, table, tensors.__getitem__, config=LLAMA | {"tie_word_embeddings": True})
+  assert deepseek_jax.load_pretrained(tied).config.tied_embeddings and capsys.readouterr().out == ""
+
+
+def test_what_is_not_taken_as_it_stands_is_one_note_each(tmp_path, capsys):
+  more = {"num_nextn_predict_layers": 1, "sliding_window": 8, "rope_scaling": {"type": "default", "scale": 2}}
+  make_checkpoint(tmp_path, V3 | more)
+  deepseek_jax.load_pretrained(tmp_path)
+  mtp, unknown = capsys.readouterr().out.splitlines()
+  assert "num_nextn_predict_layers=1 (transformers' default) is not followed" in mtp
+  assert unknown.endswith("that are not used: sliding_window, rope_scaling.scale")
+
+
 def test_assigned_arrays_are_not_shared(v3):
   model = deepseek_jax.load_pretrained(v3[0])
   mine = jax.tree.map(np.array, model.params)

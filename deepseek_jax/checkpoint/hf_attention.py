@@ -76,6 +76,10 @@ def _gqa_unsupported(model_type: str, values: Mapping[str, Any]) -> list[str]:
   width, heads = values["head_dim"], values["num_attention_heads"]
   if model_type == "deepseek" and width and width * heads != values["hidden_size"]:
     return [f"head_dim={width} (the code of {model_type} takes only hidden_size / num_attention_heads)"]
+  if not width and values["hidden_size"] % heads:
+    return [
+      f"hidden_size={values['hidden_size']} without head_dim (it is not a multiple of num_attention_heads={heads})"
+    ]
   return []
 
 

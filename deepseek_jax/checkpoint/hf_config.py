@@ -87,7 +87,8 @@ def _moe_keys(config: ModelConfig, kind: str) -> dict[str, Any]:
     "moe_intermediate_size": moe.mlp,
     "first_k_dense_replace": config.first_dense_layers,
     "moe_layer_freq": 1,
-    "norm_topk_prob": moe.norm_topk_prob,
+    # No code of V2 computes what it does here; `_check_round_trip` names the field then.
+    "norm_topk_prob": moe.norm_topk_prob and kind != "deepseek_v2",
     "scoring_func": moe.score,
   }
   if kind == "deepseek":

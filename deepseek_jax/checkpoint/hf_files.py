@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from deepseek_jax.checkpoint.hf_names import HEAD
 from deepseek_jax.checkpoint.hf_tensor import HFTensor
 from deepseek_jax.console import current_console
 from deepseek_jax.errors import CheckpointError
@@ -30,9 +31,7 @@ FP8 = "F8_E4M3"
 SCALE_SUFFIX = "_scale_inv"  # X.weight is FP8, X.weight_scale_inv has the scale of each of its blocks
 FP8_BLOCK = 128
 MAX_FILE_BYTES = 5 * 10**9  # of tensors in one file, unless a single tensor is larger
-# Old releases contain the rotary frequencies, which follow from the config. lm_head.weight is only unexpected if it is
-# tied.
-IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "lm_head.weight")
+IGNORED_SUFFIX = "rotary_emb.inv_freq"  # in old releases; they follow from the config
 
 # (name, shape, dtype) of a tensor to write, and the function that reads it by name.
 TensorSpec = tuple[str, Sequence[int], np.dtype]
@@ -116,10 +115,13 @@ class HFReader:
         misshaped.append(f"{name} ({self.shape(name)} where {tensor.shape} is expected)")
       elif self._tensors[name]["dtype"] == FP8:
         self._check_scale(name, missing, misshaped)
-    # A layer without shared experts may come with their tensors of no elements.
+    # The head is only unexpected if it is tied, and then it equals the embedding (`read_model_config`). A layer without
+    # shared experts may come with their tensors of no elements.
     unexpected = [
-      n for n in self.names if n not in expected and not n.endswith(IGNORED_SUFFIXES) and math.prod(self.shape(n)) > 0
-    ]  # fmt: skip
+      name
+      for name in self.names
+      if name not in expected and name != HEAD and not name.endswith(IGNORED_SUFFIX) and math.prod(self.shape(name)) > 0
+    ]
     if missing or misshaped or unexpected:
       bad = {*missing, *(m.split(" ")[0] for m in misshaped)}
       for name in expected:
@@ -134,12 +136,24 @@ class HFReader:
     for tensor in tensors:
       if tensor.is_copy and tensor.name in self._tensors:
         original = originals[tensor.path]
-        # A slice of rows at a time: the embedding of V3 has 1.9 GB.
-        slices = [slice(start, start + 32 * FP8_BLOCK) for start in range(0, tensor.shape[0], 32 * FP8_BLOCK)]
-        if not all(
-          np.array_equal(self._dequantize(tensor.name, rows), self._dequantize(original, rows)) for rows in slices
-        ):
+        if not self.are_equal(tensor.name, original):
           current_console().print(f"note     {tensor.name} differs from {original}, whose values are used for both")
+
+  def are_equal(self, name: str, other: str) -> bool:
+    """Whether two tensors have the same shape and values; False where one of them cannot be read."""
+    if self.shape(name) != self.shape(other) or not (self._is_readable(name) and self._is_readable(other)):
+      return False
+    # A slice of rows at a time: the embedding of V3 has 1.9 GB.
+    slices = [slice(start, start + 32 * FP8_BLOCK) for start in range(0, self.shape(name)[0], 32 * FP8_BLOCK)]
+    return all(np.array_equal(self._dequantize(name, rows), self._dequantize(other, rows)) for rows in slices)
+
+  def _is_readable(self, name: str) -> bool:
+    """Whether the dtype of the tensor is one of DTYPES, and an FP8 one has scales of the right shape."""
+    if self._tensors[name]["dtype"] != FP8:
+      return self._tensors[name]["dtype"] in DTYPES
+    problems: list[str] = []
+    self._check_scale(name, problems, problems)
+    return not problems
 
   def _check_scale(self, name: str, missing: list[str], misshaped: list[str]) -> None:
     """Adds the tensor of the scales of the FP8 tensor `name` to `missing` or `misshaped`, if it is."""

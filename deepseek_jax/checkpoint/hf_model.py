@@ -8,8 +8,12 @@ from typing import Any
 
 from deepseek_jax.checkpoint.hf_attention import MLA_DEFAULTS, attention_kind, hf_attention
 from deepseek_jax.checkpoint.hf_files import CONFIG_FILE, FP8_BLOCK, HFReader
+from deepseek_jax.checkpoint.hf_keys import EXPERTS, MLA, type_errors, unknown_keys
+from deepseek_jax.checkpoint.hf_names import EMBEDDING, HEAD
+from deepseek_jax.checkpoint.hf_rope import rope_config
+from deepseek_jax.console import current_console
 from deepseek_jax.errors import CheckpointError, ConfigError
-from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
+from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
 
 # What a config.json that leaves a key out means: the defaults of the classes in transformers 5, and for `deepseek`
 # (MoE-16B) those of the code that DeepSeek published with it.
@@ -33,7 +37,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "vocab_size": 102400, "hidden_size": 4096, "intermediate_size": 11008, "moe_intermediate_size": 1407,
     "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 2048, "n_shared_experts": 2,
     "n_routed_experts": 64, "num_experts_per_tok": None, "first_k_dense_replace": 0, "n_group": None, "topk_group": None,
-    "topk_method": "greedy", "routed_scaling_factor": 1.0, "scoring_func": "softmax",
+    "topk_method": "greedy", "norm_topk_prob": False, "routed_scaling_factor": 1.0, "scoring_func": "softmax",
   },
   "deepseek_v3": _COMMON | MLA_DEFAULTS | {
     "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
@@ -50,6 +54,10 @@ SUPPORTED_VALUES = {
   "moe_layer_freq": (1,),
   "rope_interleave": (True,),
 }
+# Keys of the base class of transformers that change the function, and are not implemented here.
+NOT_IMPLEMENTED = (
+  "per_layer_config", "is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder", "pruned_heads",
+)  # fmt: skip
 MTP_MODULES = ("enorm", "hnorm", "eh_proj", "shared_head.norm")
 SCORING_FUNCS = {"deepseek": "softmax", "deepseek_v2": "softmax", "deepseek_v3": "sigmoid"}
 TOPK_METHODS = {
@@ -64,7 +72,7 @@ def read_config_json(directory: str | os.PathLike) -> dict[str, Any]:
   path = pathlib.Path(directory) / CONFIG_FILE
   try:
     raw = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise CheckpointError(f"{path} cannot be read: {error}; a Hugging Face checkpoint has one") from None
   if not isinstance(raw, dict):
     raise CheckpointError(f"{path} holds {type(raw).__name__} where an object is expected")
@@ -72,12 +80,25 @@ def read_config_json(directory: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_model_config(directory: str | os.PathLike) -> ModelConfig:
-  """The model of a Hugging Face folder.
+  """The model of a Hugging Face folder. Prints a note for each thing in config.json that is not taken as it stands.
 
   Raises CheckpointError for what is not implemented here, naming key and value.
   """
-  raw = read_config_json(directory)
-  return to_model_config(raw, HFReader(directory).names, pathlib.Path(directory) / CONFIG_FILE)
+  raw, reader, source = read_config_json(directory), HFReader(directory), pathlib.Path(directory) / CONFIG_FILE
+  notes = []
+  # As transformers 5 does: the key says tied, and the files say that the two were trained apart.
+  if raw.get("tie_word_embeddings") is True and {EMBEDDING, HEAD} <= set(reader.names):
+    if not reader.are_equal(HEAD, EMBEDDING):
+      raw["tie_word_embeddings"] = False
+      notes.append(f"tie_word_embeddings=true is not followed: {HEAD} is in the files and differs from {EMBEDDING}")
+  config = to_model_config(raw, reader.names, source)
+  if raw.get("num_nextn_predict_layers") and not config.num_mtp_layers:
+    notes.append("num_nextn_predict_layers=1 (transformers' default) is not followed: the files hold no such layer")
+  if unknown := unknown_keys(raw, raw["model_type"]):
+    notes.append(f"keys that no model of type {raw['model_type']} reads, and that are not used: {', '.join(unknown)}")
+  for note in notes:
+    current_console().print(f"note     {source}: {note}")
+  return config
 
 
 def to_model_config(raw: Mapping[str, Any], names: Iterable[str], source: str | os.PathLike) -> ModelConfig:
@@ -85,17 +106,19 @@ def to_model_config(raw: Mapping[str, Any], names: Iterable[str], source: str | 
 
   Args: `raw`: its content. `names`: the tensors of the checkpoint. `source`: what to call the file in errors.
 
-  The depth of multi-token prediction follows from the tensors: transformers writes num_nextn_predict_layers = 1 by
-  default. Raises CheckpointError for what is not implemented here, naming key and value.
+  The depth of multi-token prediction follows from the tensors. Raises CheckpointError for what is not implemented here,
+  and for values of another type than their key has (`hf_keys`), naming keys and values.
   """
   kind = raw.get("model_type")
   if kind not in list(DEFAULTS):  # it need not be hashable
     raise CheckpointError(f"{source}: model_type={kind!r} is not supported; {', '.join(DEFAULTS)} are")
+  if wrong := type_errors(raw, kind):
+    raise CheckpointError(f"{source}: a value is not of the type that its key has: {'; '.join(wrong)}; correct it")
   values = DEFAULTS[kind] | dict(raw)
+  depth = mtp_depth(names, values["num_hidden_layers"]) if kind == "deepseek_v3" else 0
+  check_supported(kind, values, depth, source)
   try:
-    check_supported(kind, values, source)
-    depth = mtp_depth(names, values["num_hidden_layers"]) if kind == "deepseek_v3" else 0
-    moe = moe_config(kind, values) if values.get("n_routed_experts") else MoEConfig()
+    moe = moe_config(kind, values) if kind in EXPERTS and values["n_routed_experts"] else MoEConfig()
     return ModelConfig(
       vocab=values["vocab_size"],
       embed=values["hidden_size"],
@@ -113,30 +136,60 @@ def to_model_config(raw: Mapping[str, Any], names: Iterable[str], source: str | 
     )
   except ConfigError as error:
     raise CheckpointError(f"{source}: {error}") from None
-  except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
-    raise CheckpointError(f"{source}: a value is not of the type that its key has ({error})") from None
 
 
-def check_supported(kind: str, values: Mapping[str, Any], source: str | os.PathLike) -> None:
-  """Raises one CheckpointError that lists every key whose value is not implemented."""
+def check_supported(kind: str, values: Mapping[str, Any], depth: int, source: str | os.PathLike) -> None:
+  """Raises one CheckpointError that lists every key whose value is not implemented, or not what the files hold.
+
+  Args: `kind`: model_type. `values`: with defaults. `depth`: of multi-token prediction, in the files.
+  """
   wrong = [
     f"{key}={values[key]!r} (only {supported[0]!r} is)"
     for key, supported in SUPPORTED_VALUES.items()
     if values[key] not in supported
   ]
-  if values.get("scoring_func", SCORING_FUNCS.get(kind)) != SCORING_FUNCS.get(kind):
-    wrong.append(f"scoring_func={values['scoring_func']!r} (of {kind} only {SCORING_FUNCS.get(kind)!r} is)")
+  if kind in SCORING_FUNCS and values.get("scoring_func", SCORING_FUNCS[kind]) != SCORING_FUNCS[kind]:
+    wrong.append(f"scoring_func={values['scoring_func']!r} (of {kind} only {SCORING_FUNCS[kind]!r} is)")
   if kind in TOPK_METHODS and (values.get("topk_method") or TOPK_METHODS[kind][0]) not in TOPK_METHODS[kind]:
     wrong.append(f"topk_method={values['topk_method']!r} (of {kind} only {' and '.join(TOPK_METHODS[kind])} is)")
+  wrong += _contradictions(kind, values, depth)
+  wrong += [f"{key}={values[key]!r:.60} (only false, null or empty is)" for key in NOT_IMPLEMENTED if values.get(key)]
   quantization = values.get("quantization_config") or {}
   block = quantization.get("weight_block_size", [FP8_BLOCK, FP8_BLOCK])
-  if quantization and (quantization.get("quant_method") != "fp8" or block != [FP8_BLOCK, FP8_BLOCK]):
+  is_fp8 = quantization.get("quant_method") == "fp8" and quantization.get("fmt", "e4m3") == "e4m3"
+  if quantization and (not is_fp8 or block != [FP8_BLOCK, FP8_BLOCK]):
     wrong.append(
-      f"quantization_config={quantization} (only fp8 with a weight_block_size of [{FP8_BLOCK}, {FP8_BLOCK}] is)"
+      f"quantization_config={quantization} (only fp8 in e4m3 with a weight_block_size of [{FP8_BLOCK}, {FP8_BLOCK}] is)"
     )
   wrong += hf_attention(attention_kind(kind)).unsupported(kind, values)
   if wrong:
     raise CheckpointError(f"{source} has values that are not supported: {'; '.join(wrong)}")
+
+
+def _contradictions(kind: str, values: Mapping[str, Any], depth: int) -> list[str]:
+  """Keys that say something else than another key, than the files (`depth`), or than another code that reads them."""
+  wrong = []
+  claimed = values.get("num_nextn_predict_layers")
+  # transformers writes 1 into the config.json of every V3, with such a layer or without.
+  if kind == "deepseek_v3" and claimed not in (None, depth) and (claimed, depth) != (1, 0):
+    layers = values["num_hidden_layers"]
+    wrong.append(f"num_nextn_predict_layers={claimed} (the files hold {depth} of them, from model.layers.{layers} on)")
+  if kind in EXPERTS:
+    experts = values["n_routed_experts"] or 0
+    wrong += [
+      f"{key}={values[key]} (in transformers another name of n_routed_experts, which is {experts})"
+      for key in ("num_local_experts", "num_experts")
+      if values.get(key) not in (None, experts)
+    ]
+  if kind == "deepseek_v2" and values["norm_topk_prob"] and (values["num_experts_per_tok"] or 0) > 1:
+    wrong.append(
+      "norm_topk_prob=True (transformers does not read it in deepseek_v2, and DeepSeek's code divides by the sum and then "
+      "leaves routed_scaling_factor out: set it to false, as in every release, if the model was trained so)"
+    )
+  width = values.get("qk_head_dim")
+  if kind in MLA and width not in (None, values["qk_nope_head_dim"] + values["qk_rope_head_dim"]):
+    wrong.append(f"qk_head_dim={width} (it is the sum of qk_nope_head_dim and qk_rope_head_dim)")
+  return wrong
 
 
 def mtp_depth(names: Iterable[str], layers: int) -> int:
@@ -156,45 +209,10 @@ def attention_config(kind: str, values: Mapping[str, Any], source: str | os.Path
   return AttentionConfig(kind=attention, **common, **hf_attention(attention).from_hf(values))
 
 
-def rope_config(values: Mapping[str, Any], source: str | os.PathLike) -> tuple[float, YarnConfig]:
-  """(theta, YaRN).
-
-  Published: rope_theta and rope_scaling {type}; transformers 5: rope_parameters {rope_type, rope_theta}.
-  """
-  scaling = values.get("rope_scaling") or values.get("rope_parameters") or {}
-  theta = scaling.get("rope_theta") or values.get("rope_theta") or 10_000.0
-  kind = scaling.get("rope_type", scaling.get("type", "default"))
-  partial = scaling.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1
-  if partial != 1 or kind not in ("default", "yarn"):
-    raise CheckpointError(
-      f"{source}: rotary embeddings of type {kind!r} with partial_rotary_factor={partial} are not supported; "
-      "default and yarn are, over the full head width"
-    )
-  if kind == "default":
-    return theta, YarnConfig()
-  refused = {
-    key: scaling[key] for key in ("attention_factor", "truncate") if scaling.get(key) not in (None, key == "truncate")
-  }
-  if refused or not scaling.get("factor"):
-    raise CheckpointError(
-      f"{source}: YaRN needs a factor and takes no {refused or 'other way to give it'}: attention_factor follows from "
-      "mscale and mscale_all_dim, and the ends of the ramp are integers (truncate)"
-    )
-  original = values.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
-  return theta, YarnConfig(
-    factor=scaling["factor"],
-    original_seq=original or values["max_position_embeddings"],
-    beta_fast=scaling.get("beta_fast") or 32.0,
-    beta_slow=scaling.get("beta_slow") or 1.0,
-    mscale=scaling.get("mscale") or 0.0,
-    mscale_all_dim=scaling.get("mscale_all_dim") or 0.0,
-  )
-
-
 def moe_config(kind: str, values: Mapping[str, Any]) -> MoEConfig:
   """The MoE section.
 
-  Only the keys that transformers reads for this kind of model count: its function is the reference.
+  transformers' function is the reference. Where DeepSeek's own code differs from it, `check_supported` has refused.
   """
   common: dict[str, Any] = dict(
     num_routed_experts=values["n_routed_experts"],
@@ -209,8 +227,6 @@ def moe_config(kind: str, values: Mapping[str, Any]) -> MoEConfig:
     return MoEConfig(norm_topk_prob=norm, **common)
   scale, groups, topk_groups = values["routed_scaling_factor"], values["n_group"] or 1, values["topk_group"] or 1
   if kind == "deepseek_v2":
-    # transformers ignores V2's norm_topk_prob and always multiplies by routed_scaling_factor; DeepSeek's own code
-    # multiplies only where it does not normalize. All released V2 models have norm_topk_prob false.
     if values["topk_method"] != "group_limited_greedy":
       groups = topk_groups = 1
     return MoEConfig(num_expert_groups=groups, topk_groups=topk_groups, route_scale=scale, **common)

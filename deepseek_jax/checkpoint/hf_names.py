@@ -6,6 +6,8 @@ from deepseek_jax.checkpoint.hf_attention import hf_attention
 from deepseek_jax.checkpoint.hf_tensor import HFTensor, matrix_tensor, vector_tensor
 from deepseek_jax.model_config import ModelConfig
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 
 def _swiglu_tensors(name: str, path: tuple[str, ...], embed: int, mlp: int, index: tuple[int, ...]) -> list[HFTensor]:
   """The three matrices of a SwiGLU (LlamaMLP): gate and up are [mlp, embed] in the checkpoint, down is [embed, mlp]."""
@@ -49,7 +51,7 @@ def _block_tensors(
   ]
 
 
-def _embedding_tensor(config: ModelConfig, name: str = "model.embed_tokens.weight", **kwargs: Any) -> HFTensor:
+def _embedding_tensor(config: ModelConfig, name: str = EMBEDDING, **kwargs: Any) -> HFTensor:
   """[vocab, embed] on both sides."""
   shape = (config.vocab, config.embed)
   return HFTensor(name, ("embed",), (), shape, shape, **kwargs)

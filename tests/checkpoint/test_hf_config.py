@@ -6,7 +6,8 @@ import json
 import pytest
 
 from deepseek_jax.checkpoint.hf_config import to_hf_config
-from deepseek_jax.checkpoint.hf_model import to_model_config
+from deepseek_jax.checkpoint.hf_keys import HF_KEYS, unknown_keys
+from deepseek_jax.checkpoint.hf_model import DEFAULTS, NOT_IMPLEMENTED, SUPPORTED_VALUES, to_model_config
 from deepseek_jax.errors import CheckpointError
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
 
@@ -77,7 +78,7 @@ def test_v2_groups_count_only_when_the_method_has_them():
 
 def test_norm_topk_prob_counts_where_the_reference_reads_it():
   on = {"norm_topk_prob": True}
-  assert not read(V2 | on).moe.norm_topk_prob
+  assert not read(V2 | on | {"num_experts_per_tok": 1}).moe.norm_topk_prob  # no code normalizes one weight
   assert read(V1 | on).moe.norm_topk_prob and read(V3 | on).moe.norm_topk_prob
   assert not read(V3 | {"norm_topk_prob": False}).moe.norm_topk_prob
   assert not read(V1 | on | {"num_experts_per_tok": 1}).moe.norm_topk_prob
@@ -95,7 +96,8 @@ def test_yarn_without_mscale_is_absent_not_one():
 
 def test_depth_of_multi_token_prediction_is_what_the_tensors_say():
   claims = V3 | {"num_nextn_predict_layers": 1}
-  assert read(claims, ["model.layers.2.mlp.gate.weight"]).num_mtp_layers == 0
+  assert read(claims, ["model.layers.2.mlp.gate.weight"]).num_mtp_layers == 0  # transformers writes 1 everywhere
+  assert read(claims, ["model.layers.3.enorm.weight"]).num_mtp_layers == 1
   assert read(V3, [f"model.layers.{n}.enorm.weight" for n in (0, 3, 4)]).num_mtp_layers == 2
   strays = ["model.layers.1000000.enorm.weight", "model.layers.4.mlp.gate.weight"]
   assert read(V3, ["model.layers.3.enorm.weight", *strays]).num_mtp_layers == 1
@@ -117,15 +119,128 @@ def test_depth_of_multi_token_prediction_is_what_the_tensors_say():
     (V3 | {"num_key_value_heads": 2}, "num_key_value_heads=2"),
     (V3 | {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
     (V3 | {"quantization_config": "fp8"}, "config.json: a value is not of the type"),
+    (
+      V3 | {"num_nextn_predict_layers": 2},
+      "num_nextn_predict_layers=2 .the files hold 0 of them, from model.layers.3 on",
+    ),
+    (V2 | {"norm_topk_prob": True}, "norm_topk_prob=True .*routed_scaling_factor"),
+    (V3 | {"qk_head_dim": 25}, "qk_head_dim=25 .it is the sum of"),
+    (V3 | {"num_local_experts": 8}, "num_local_experts=8 .*n_routed_experts, which is 16"),
+    (LLAMA | {"per_layer_config": {"0": {"head_dim": 8}}}, "per_layer_config=.*only false, null or empty"),
+    (LLAMA | {"num_attention_heads": 5}, "hidden_size=64 without head_dim .*num_attention_heads=5"),
+    (V3 | {"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}}, "quantization_config=.*e5m2"),
     ({"model_type": ["x"]}, "model_type=.'x'. is not supported"),
     (V1 | {"head_dim": 24}, "head_dim=24"),
     (V3 | {"n_group": 5}, "config.json: model.moe.num_routed_experts=16 does not fit"),
-    (LLAMA | {"hidden_size": "wide"}, "config.json"),
   ],
 )
 def test_what_is_not_supported_is_one_error(raw, message):
   with pytest.raises(CheckpointError, match=message):
     read(raw)
+
+
+@pytest.mark.parametrize(
+  ("more", "message"),
+  [
+    ({"rope_theta": 500, "rope_parameters": {"rope_theta": 700}}, "rope_theta is 500 in config.json itself and 700 in rope_p"),
+    ({"rope_scaling": {"type": "yarn", **YARN}, "rope_parameters": {"rope_type": "yarn", **YARN, "factor": 8}},
+     "factor is 8 in rope_parameters and 40 in rope_scaling"),
+    ({"rope_scaling": {"type": "yarn", **YARN}, "rope_parameters": {"rope_theta": 500.0}},
+     "rope_theta is 500.0 in rope_parameters and 10000.0 in the default"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4}, "rope_parameters": {"rope_type": "default"}}, "rope_type is 'default'"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 500.0}}}, "objects .full_attention."),
+    ({"rope_scaling": {"type": "yarn", "rope_type": "default", **YARN}}, "rope_type='default' and type='yarn': remove one"),
+    ({"rope_scaling": YARN}, "factor=40 without rope_type or type"),
+    ({"rope_scaling": {"type": "yarn", **YARN}, "original_max_position_embeddings": 64},
+     "original_max_position_embeddings is 64 in config.json itself and 32"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+  ],
+)  # fmt: skip
+def test_rope_that_would_not_be_read_is_refused(more, message):
+  with pytest.raises(CheckpointError, match=f"config.json: .*{message}"):
+    read(V3 | more)
+
+
+def test_rope_that_agrees_with_itself_may_be_given_twice():
+  scaling = {"type": "yarn", "rope_type": "yarn", **YARN}
+  twice = V3 | {"rope_theta": 5000, "rope_scaling": scaling, "rope_parameters": {**scaling, "rope_theta": 5000.0}}
+  assert read(twice) == read(V3 | {"rope_theta": 5000, "rope_scaling": scaling})
+
+
+@pytest.mark.parametrize(
+  ("raw", "key", "value"),
+  [
+    (LLAMA, "hidden_size", "wide"), (LLAMA, "hidden_size", 64.0), (LLAMA, "num_hidden_layers", True),
+    (LLAMA, "num_hidden_layers", -1), (LLAMA, "num_attention_heads", 0), (LLAMA, "vocab_size", None),
+    (LLAMA, "rms_norm_eps", "1e-6"), (LLAMA, "rms_norm_eps", float("nan")), (LLAMA, "tie_word_embeddings", "true"),
+    (LLAMA, "num_key_value_heads", [4]), (LLAMA, "attention_dropout", -0.1), (LLAMA, "bos_token_id", "<s>"),
+    (LLAMA, "rope_theta", 0), (LLAMA, "rope_scaling", "yarn"), (V3, "rope_parameters", []), (V3, "q_lora_rank", "40"),
+    (V3, "n_group", 0), (V3, "routed_scaling_factor", None), (V3, "norm_topk_prob", 1), (V2, "kv_lora_rank", {}),
+    (V1, "n_shared_experts", 1.5), (V3, "num_nextn_predict_layers", "1"), (V2, "topk_method", 3),
+  ],
+)  # fmt: skip
+def test_a_value_of_another_type_is_named_with_its_key(raw, key, value):
+  with pytest.raises(CheckpointError) as error:
+    read(raw | {key: value})
+  assert f": {key}={value!r} (expected " in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("key", "value"), [("rope_theta", 0), ("factor", "40"), ("factor", 0), ("beta_fast", 0), ("truncate", 1)]
+)
+def test_so_is_one_inside_rope_scaling(key, value):
+  with pytest.raises(CheckpointError, match=f"rope_scaling.{key}={value!r} .expected "):
+    read(V3 | {"rope_scaling": {"type": "yarn", **YARN, key: value}})
+
+
+def test_all_values_of_another_type_are_one_error():
+  with pytest.raises(CheckpointError, match=r"hidden_size='a' .*; v_head_dim=0 .*; rope_scaling\.factor='b' "):
+    read(V3 | {"hidden_size": "a", "rope_scaling": {"type": "yarn", "factor": "b"}, "v_head_dim": 0})
+
+
+# Of config.json as it lies beside the weights of DeepSeek-V3 (published keys), with sizes of ours.
+PUBLISHED_V3 = V3 | {
+  "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+  "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}, "aux_loss_alpha": 0.001, "bos_token_id": 0,
+  "eos_token_id": 1, "ep_size": 1, "hidden_act": "silu", "initializer_range": 0.02, "max_position_embeddings": 163840,
+  "moe_layer_freq": 1, "norm_topk_prob": True, "num_key_value_heads": 4, "num_nextn_predict_layers": 1,
+  "pretraining_tp": 1, "rms_norm_eps": 1e-06, "rope_scaling": {"type": "yarn", **YARN}, "rope_theta": 10000,
+  "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "seq_aux": True, "tie_word_embeddings": False,
+  "topk_method": "noaux_tc", "torch_dtype": "bfloat16", "transformers_version": "4.33.1", "use_cache": True,
+  "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]},
+}  # fmt: skip
+# What transformers 5 writes for the same model.
+WRITTEN_BY_TRANSFORMERS = {key: value for key, value in PUBLISHED_V3.items() if not key.startswith("rope_")} | {
+  "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, **YARN}, "dtype": "bfloat16", "head_dim": 8,
+  "qk_head_dim": 24, "rope_interleave": True, "pad_token_id": None, "output_hidden_states": False, "return_dict": True,
+  "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": None, "chunk_size_feed_forward": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  "raw", [PUBLISHED_V3, WRITTEN_BY_TRANSFORMERS, LLAMA, V1, V2], ids=("v3", "t5", "llama", "v1", "v2")
+)
+def test_keys_of_released_files_are_known(raw):
+  assert unknown_keys(raw, raw["model_type"]) == []
+  read(raw, ["model.layers.3.enorm.weight"] if raw["model_type"] == "deepseek_v3" else ())
+
+
+def test_unknown_keys_are_those_that_no_code_reads_for_the_model():
+  more = {
+    "sliding_window": 4096,
+    "use_sliding_window": None,
+    "rope_scaling": {"type": "yarn", **YARN, "low_freq_factor": 1},
+  }
+  assert unknown_keys(V3 | more, "deepseek_v3") == ["sliding_window", "rope_scaling.low_freq_factor"]
+  assert unknown_keys(LLAMA | MOE, "llama") == list(MOE)
+  assert read(LLAMA | MOE).moe.num_routed_experts == 0
+
+
+def test_every_key_with_a_default_is_in_the_table_and_each_use_is_one_of_three():
+  for kind, defaults in DEFAULTS.items():
+    assert unknown_keys({key: 1 for key in defaults if key not in ("mlp_bias", "topk_method")}, kind) == []
+  assert {row.use for row in HF_KEYS.values()} == {"honoured", "checked", "irrelevant"}
+  assert set(SUPPORTED_VALUES) | set(NOT_IMPLEMENTED) <= {key for key, row in HF_KEYS.items() if row.use == "checked"}
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ Where Hugging Face and DeepSeek's inference code differ, transformers 5.23 is th
 - v3_eps: the norms of both latents have 1e-6 whatever `rms_norm_eps` says; the inference code has one epsilon for all.
 - v3_mscale: cos and sin are scaled by mscale / mscale_all_dim, and the softmax scale grows with mscale_all_dim; the
   inference code scales the softmax with mscale and leaves cos and sin alone.
-- V2's `norm_topk_prob` is without effect; every published V2 has it false.
+- V2's `norm_topk_prob`: transformers does not read it, so true is refused; every published V2 has it false.
 - v3_mtp: the hidden state that is fed to multi-token prediction has passed the final norm; DeepSeek publishes no code.
 """
 

@@ -20,7 +20,7 @@ OTHERS = {
   "llama, wide heads, odd vocabulary": LLAMA | {"head_dim": 24, "vocab_size": 131, "num_key_value_heads": 1},
   "llama with yarn": LLAMA | {"rope_scaling": yarn(16, 1.0), "rope_theta": 50_000.0, "max_position_embeddings": 640},
   "moe_v1, grouped queries": MOE_V1 | {"num_key_value_heads": 2, "num_experts_per_tok": 1},
-  "v2, no dense layer": V2 | {"first_k_dense_replace": 0, "norm_topk_prob": True, "topk_group": 1, "num_experts_per_tok": 2},
+  "v2, no dense layer": V2 | {"first_k_dense_replace": 0, "topk_group": 1, "num_experts_per_tok": 2},
   "v2 in other widths": V2 | {"hidden_size": 48, "q_lora_rank": 20, "kv_lora_rank": 12, "v_head_dim": 20, "rope_scaling": None},
   "v3, all dense": V3 | {"first_k_dense_replace": 3},
   "v3, other groups": V3 | {"n_group": 8, "topk_group": 5, "num_experts_per_tok": 5, "n_routed_experts": 32},
