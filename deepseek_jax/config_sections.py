@@ -23,6 +23,7 @@ class DataConfig(Section, path="data"):
   heldout_fraction: float = field(0.02, "fraction of documents held out for evaluation", above=0, below=1)
   mask_documents: bool = field(False, "attend within documents only; off in the DeepSeek recipes up to V3")
   text_field: str = field("text", "key of the text in .jsonl and .parquet records")
+  skip_null: bool = field(False, "skip records whose text is null, and count them; off: such a record is an error")
   cache: str = field("", "folder of packed data; empty: the user's cache folder")
   verify: bool = field(True, "check the checksums of packed data at start")
 

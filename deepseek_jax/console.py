@@ -6,6 +6,7 @@ One console is current. A program that calls the trainer gives it its own, to si
 import contextlib
 import contextvars
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -70,7 +71,7 @@ class Console:
     """
     terminal = self._terminal(err=True)
     if not terminal:
-      self.print(f"{description} ({total / 1e6:.1f} MB)", err=True)
+      self.print(f"{description} ({format_bytes(total)})", err=True)
       yield lambda done: None
       return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -123,6 +124,15 @@ class StepLines:
     if step > first_step:
       time_left = format_duration((now - first_time) / (step - first_step) * (self._steps - step))
     self._console.print(f"step {step}/{self._steps}  {text}  {time_left} left")
+
+
+def format_bytes(size: float) -> str:
+  """A number of bytes in the largest unit of 1024s of which it has one at least, with three digits."""
+  for unit in ("GiB", "MiB", "KiB"):
+    scaled = size / {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}[unit]
+    if scaled >= 1:
+      return f"{scaled:,.{max(0, 2 - int(math.log10(scaled)))}f} {unit}"
+  return f"{size:.0f} bytes"
 
 
 def format_duration(seconds: float) -> str:

@@ -195,8 +195,10 @@ def safetensors_files(directory: pathlib.Path) -> list[pathlib.Path]:
     raise CheckpointError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}: {advice}")
   try:
     files = sorted(set(json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values()))
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise CheckpointError(f"{directory / INDEX_FILE} is not an index with a weight_map: {error!r}") from None
+  except OSError as error:
+    raise CheckpointError(f"{directory / INDEX_FILE} cannot be read: {error.strerror}; download it again") from None
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    raise CheckpointError(f"{directory / INDEX_FILE} is not an index with a weight_map: {error!r:.200}") from None
   for name in files:
     if not isinstance(name, str) or pathlib.PurePath(name).name != name or "\\" in name:
       raise CheckpointError(

@@ -16,8 +16,8 @@ import grain
 import numpy as np
 
 from deepseek_jax.config_sections import DataConfig, TrainConfig
-from deepseek_jax.console import current_console
-from deepseek_jax.data import cache, packed_dataset, packing, sources
+from deepseek_jax.console import current_console, format_bytes
+from deepseek_jax.data import cache, packed_dataset, packing, readers, sources
 from deepseek_jax.data.packed_dataset import PackedSplit
 from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
 from deepseek_jax.errors import ConfigError, DataError
@@ -111,19 +111,8 @@ def open_data(config: DataConfig, vocab: int, seed: int) -> Data:
   anything wrong with sources, tokenizer or packed files, and for a split without a window.
   """
   tokenizer = load_model_tokenizer(config, vocab)
-  all_sources = [sources.find_source(name, cache.cache_root(config) / "objects") for name in config.sources]
-  content_hashes, indexes, splits = [], [], []
-  for source in all_sources:
-    folder, content_hash, reused = packing.pack_source(source, tokenizer, config)
-    fingerprint = packing.source_fingerprint(content_hash, tokenizer, config)
-    index, source_splits = packed_dataset.open_packed(folder, fingerprint, config.seq, config.verify)
-    action = f"{'reused from' if reused else 'packed into'} {folder}"
-    _print_summary(source.name, index, source_splits, config.seq, action)
-    _check_not_empty("train", [source], [index], [source_splits], config)
-    content_hashes.append(content_hash)
-    indexes.append(index)
-    splits.append(source_splits)
-  _check_not_empty("heldout", all_sources, indexes, splits, config)
+  opened = _open_sources(config, tokenizer)
+  splits = [source.splits for source in opened]
   train, heldout = (ConcatSplit([source_splits[name] for source_splits in splits]) for name in packed_dataset.SPLITS)
 
   def sizes(seq: int) -> list[int]:
@@ -131,12 +120,55 @@ def open_data(config: DataConfig, vocab: int, seed: int) -> Data:
 
   def fingerprint_at(seq: int) -> str:
     at_seq = dataclasses.replace(config, seq=seq)
-    fingerprints = [packing.source_fingerprint(content_hash, tokenizer, at_seq) for content_hash in content_hashes]
+    fingerprints = [
+      packing.source_fingerprint(source.packed.content_hash, tokenizer, at_seq, source.packed.in_pieces)
+      for source in opened
+    ]
     order = json.dumps([fingerprints, list(config.weights or sizes(seq)), seed])
     return hashlib.sha256(order.encode()).hexdigest()
 
   order = shuffle_and_mix(sizes(config.seq), config.weights or sizes(config.seq), seed)
   return Data(tokenizer, config.seq, train, heldout, fingerprint_at, order)
+
+
+class OpenSource(NamedTuple):
+  """A packed source: its index, and its splits by name."""
+
+  source: sources.Source
+  packed: packing.PackedSource
+  index: dict[str, Any]
+  splits: dict[str, PackedSplit]
+
+
+def _open_sources(config: DataConfig, tokenizer: Tokenizer) -> list[OpenSource]:
+  """The sources of `config`, packed. Raises DataError where too little text is in a split.
+
+  Documents are whole where both splits have a window so. Else those of a source without one for training are cut into
+  pieces; where no source has one that is held out, those of all.
+  """
+
+  def open_source(source: sources.Source, in_pieces: bool) -> OpenSource:
+    packed = packing.pack_source(source, tokenizer, config, in_pieces)
+    fingerprint = packing.source_fingerprint(packed.content_hash, tokenizer, config, in_pieces)
+    index, splits = packed_dataset.open_packed(packed.folder, fingerprint, config.seq, config.verify)
+    return OpenSource(source, packed, index, splits)
+
+  opened = []
+  for name in config.sources:
+    source = sources.find_source(name, cache.cache_root(config) / "objects")
+    # A single document is in one split, and the other is empty: it need not be packed whole to know.
+    single = len(config.sources) == len(source.files) == 1 and readers.is_one_document(source.files[0].path)
+    opened.append(open_source(source, in_pieces=single))
+    if not opened[-1].splits["train"] and not single:
+      opened[-1] = open_source(source, in_pieces=True)
+    _check_not_empty("train", opened[-1:], config)
+  if not any(source.splits["heldout"] for source in opened):
+    opened = [source if source.packed.in_pieces else open_source(source.source, in_pieces=True) for source in opened]
+  for source in opened:
+    _print_summary(source, config.seq)
+  for split in packed_dataset.SPLITS:
+    _check_not_empty(split, opened, config)
+  return opened
 
 
 def shuffle_and_mix(sizes: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
@@ -196,28 +228,35 @@ def iterate_batches(
   return iter(grain.MapDataset.range(steps).map(batch).to_iter_dataset(options))
 
 
-def _print_summary(name: str, index: dict[str, Any], splits: dict[str, PackedSplit], seq: int, action: str) -> None:
+def _print_summary(source: OpenSource, seq: int) -> None:
+  index, splits = source.index, source.splits
+  documents = f"{sum(index['documents'].values()):,} documents"
+  if source.packed.in_pieces:
+    documents = (
+      f"{_count(index['cut_documents'], 'document')}, too few to hold some out, cut at line or sentence ends into "
+      f"{_count(sum(index['documents'].values()), 'piece')}, {index['documents']['heldout']:,} of them held out"
+    )
+  if null := index.get("null_records"):
+    documents += f", {_count(null, 'record')} skipped as null"
   counts = f"{len(splits['train']):,} train and {len(splits['heldout']):,} held-out windows of {seq} tokens"
-  documents = f"{sum(index['documents'].values()):,} documents, {index['text_bytes'] / 1e6:.1f} MB"
-  current_console().print(f"data: {name}: {documents}, {counts}, {action}", err=True)
+  action = f"{'reused from' if source.packed.reused else 'packed into'} {source.packed.folder}"
+  size = format_bytes(index["text_bytes"])
+  current_console().print(f"data: {source.source.name}: {documents}, {size}, {counts}, {action}", err=True)
 
 
-def _check_not_empty(
-  split: str,
-  all_sources: Sequence[sources.Source],
-  indexes: Sequence[dict[str, Any]],
-  splits: Sequence[dict[str, PackedSplit]],
-  config: DataConfig,
-) -> None:
-  """Raises DataError unless `split` has a window in one of `all_sources`."""
-  if any(len(source_splits[split]) for source_splits in splits):
+def _count(number: int, noun: str) -> str:
+  return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _check_not_empty(split: str, opened: Sequence[OpenSource], config: DataConfig) -> None:
+  """Raises DataError unless `split` has a window in one of the `opened` sources."""
+  if any(source.splits[split] for source in opened):
     return
-  tokens = sum(index["files"][f"{split}.tokens"]["size"] for index in indexes) // packed_dataset.DTYPE.itemsize
-  in_split = sum(index["documents"][split] for index in indexes)
-  in_all = sum(index["documents"][name] for index in indexes for name in packed_dataset.SPLITS)
-  names, change = ", ".join(source.name for source in all_sources), "lower" if split == "train" else "raise"
+  tokens = sum(source.index["files"][f"{split}.tokens"]["size"] for source in opened) // packed_dataset.DTYPE.itemsize
+  text_bytes = sum(source.index["text_bytes"] for source in opened)
+  names, change = ", ".join(source.source.name for source in opened), "lower" if split == "train" else "raise"
   raise DataError(
-    f"data.sources: {in_split} of the {in_all} documents of {names}, {tokens} tokens in all, are in the "
-    f"{split} split, where one window takes {config.seq + 1}: add text, {change} data.heldout_fraction (now "
-    f"{config.heldout_fraction}), lower data.seq or, as a text file is one document, cut it into several files"
+    f"data.sources: {names}: too little text, {format_bytes(text_bytes)}: its {split} split has {tokens:,} tokens, and "
+    f"one window takes {config.seq + 1:,}: add text, lower data.seq, or {change} data.heldout_fraction (now "
+    f"{config.heldout_fraction})"
   )

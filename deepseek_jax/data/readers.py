@@ -16,13 +16,21 @@ from deepseek_jax.errors import DataError
 
 MAX_DOCUMENT_BYTES = 1 << 28  # a document is in memory at once, and a compressed file can expand to any size
 CHUNK_BYTES = 1 << 16  # read at once
+ZSTD_MAX_WINDOW = 1 << 31  # bytes; the largest that zstd writes (--ultra --long=31)
+ONE_OBJECT_A_LINE = (
+  "a .jsonl file has one object on each line, as jq -c . FILE writes them (of an array: jq -c '.[]' FILE)"
+)
+_JSON_NAMES = {
+  list: "a JSON array", dict: "a JSON object", str: "a JSON string", int: "a number", float: "a number", bool: "true or false",
+  type(None): "null",
+}  # fmt: skip
 
 
 class Document(NamedTuple):
-  """A text, its file (and line), and how many bytes of that file had been read when it was complete."""
+  """A text (None: its record has null), its file (and line), and how many bytes of that file were read then."""
 
   location: str
-  text: str
+  text: str | None
   bytes_read: int
 
 
@@ -34,11 +42,24 @@ def reader_suffix(path: pathlib.PurePath) -> str | None:
   return next((s for s in READERS if path.name.lower().endswith(s)), None)
 
 
-def read_documents(path: pathlib.Path, text_field: str) -> Iterator[Document]:
-  """Yields the documents of the file at `path` that are not empty. Raises DataError for what cannot be read."""
+def is_one_document(path: pathlib.PurePath) -> bool:
+  """Whether a file of this name is one document."""
+  return READERS.get(str(reader_suffix(path))) is _read_text
+
+
+def read_documents(path: pathlib.Path, text_field: str, skip_null: bool = False) -> Iterator[Document]:
+  """Yields the documents of the file at `path` that are not empty.
+
+  skip_null: also yields records without text, for the caller to count. Raises DataError for what cannot be read.
+  """
   try:
     for document in READERS[str(reader_suffix(path))](path, text_field):
-      if document.text:
+      if document.text is None and not skip_null:
+        raise DataError(
+          f"{document.location}: the field {text_field!r} is null, not text: set data.skip_null=true to skip such "
+          "records, or data.text_field to the one that holds text"
+        )
+      if document.text != "":
         yield document
   except OSError as error:
     raise DataError(f"cannot read {path}: {error.strerror or error}") from None
@@ -96,23 +117,30 @@ def _split_lines(chunks: Iterable[bytes], path: pathlib.Path) -> Iterator[bytes]
   yield b"".join(fragments)
 
 
-def _text_of_record(line: bytes, text_field: str, location: str) -> str:
+def _text_of_record(line: bytes, text_field: str, location: str) -> str | None:
   try:
     record = json.loads(line)
   except (ValueError, RecursionError) as error:
-    raise DataError(f"{location} is not a JSON object: {error}") from None
-  if not isinstance(record, dict) or text_field not in record:
-    fields = f"the fields {', '.join(record)}" if isinstance(record, dict) else type(record).__name__
+    raise DataError(f"{location} is not a JSON object: {error}; {ONE_OBJECT_A_LINE}") from None
+  if not isinstance(record, dict):
+    raise DataError(f"{location} is {_JSON_NAMES[type(record)]}, not a JSON object: {ONE_OBJECT_A_LINE}")
+  if text_field not in record:
+    fields = ", ".join(record)[:200] or "none"
     raise DataError(
-      f"{location} has no field {text_field!r}, only {fields}: set data.text_field to the one that holds text"
+      f"{location} has no field {text_field!r} (its fields: {fields}): set data.text_field to the one that holds text"
     )
   return _check_text(record[text_field], text_field, location)
 
 
-def _check_text(text: Any, text_field: str, location: str) -> str:
-  """`text`. Raises DataError unless it is a string of valid Unicode."""
+def _check_text(text: Any, text_field: str, location: str) -> str | None:
+  """`text`. Raises DataError unless it is a string of valid Unicode, or null."""
+  if text is None:
+    return None
   if not isinstance(text, str):
-    raise DataError(f"{location}: the field {text_field!r} should be text, but is {type(text).__name__}")
+    found = _JSON_NAMES.get(type(text), type(text).__name__)
+    raise DataError(
+      f"{location}: the field {text_field!r} is {found}, not text: set data.text_field to the one that holds text"
+    )
   try:
     text.encode()
   except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
@@ -137,7 +165,7 @@ def _decompress_zstd(file: BinaryIO) -> Iterator[bytes]:
   try:
     for chunk in iter(lambda: file.read(1024), b""):  # small, for each byte can expand to 32 KiB
       while chunk:
-        frame = frame or zstandard.ZstdDecompressor().decompressobj()
+        frame = frame or zstandard.ZstdDecompressor(max_window_size=ZSTD_MAX_WINDOW).decompressobj()
         yield frame.decompress(chunk)
         chunk, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
   except zstandard.ZstdError as error:
@@ -161,12 +189,25 @@ def _read_parquet(path: pathlib.Path, text_field: str) -> Iterator[Document]:
         )
       rows, size, num_rows = itertools.count(), path.stat().st_size, max(1, table.metadata.num_rows)
       for batch in table.iter_batches(batch_size=64, columns=[text_field]):
-        for value in batch.column(0).to_pylist():
+        for scalar in batch.column(0):
           row = next(rows)
           location = f"{path}, row {row}"
-          yield Document(location, _check_text(value, text_field, location), size * (row + 1) // num_rows)
+          text = _check_text(_parquet_value(scalar, text_field, location), text_field, location)
+          yield Document(location, text, size * (row + 1) // num_rows)
   except pyarrow.ArrowException as error:
     raise DataError(f"{path} cannot be read as parquet: {error}") from None
+
+
+def _parquet_value(scalar: Any, text_field: str, location: str) -> Any:
+  """The Python value of a pyarrow scalar; bytes of a binary column as the text that they encode."""
+  try:
+    value = scalar.as_py()
+    return value.decode() if isinstance(value, bytes) else value
+  except UnicodeDecodeError as error:
+    raise DataError(
+      f"{location}: the field {text_field!r} is not UTF-8 at byte {error.start} ({error.object[error.start]:#04x}): "
+      "write the column again as UTF-8, or take the file out of data.sources"
+    ) from None
 
 
 READERS: dict[str, Reader] = {
