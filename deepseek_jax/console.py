@@ -132,7 +132,7 @@ def format_bytes(size: float) -> str:
     scaled = size / {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}[unit]
     if scaled >= 1:
       return f"{scaled:,.{max(0, 2 - int(math.log10(scaled)))}f} {unit}"
-  return f"{size:.0f} bytes"
+  return f"{size:.0f} B"
 
 
 def format_duration(seconds: float) -> str:

@@ -146,7 +146,7 @@ def test_names_and_paths_from_any_folder(tmp_path, monkeypatch):
     ("tinny", ["no config file 'tinny'", "1b, 67b, 7b", "did you mean --config=tiny?"]),
     ("configs/67.py", ["no config file 'configs/67.py'", "did you mean --config=67b?"]),
     ("qqqq", ["no config file 'qqqq'", "tiny_dense, v2"]),
-    ("notes", ["config file 'notes' must end in .py or .json"]),
+    ("notes", ["config file 'notes' must be Python (.py", "or JSON (.json"]),
   ],
 )
 def test_unknown_names(tmp_path, monkeypatch, name, words):

@@ -37,7 +37,7 @@ def test_streams_take_what_is_shown_of_them(capsys):
     update_bytes(1)
   assert out.getvalue().splitlines()[:2] == ["step 1/2  loss 1  -:--:-- left", "between"]
   assert out.getvalue().splitlines()[2].startswith("step 2/2  loss 0.5  0:00:0")
-  assert err.getvalue() == "data: packing x (2.0 MB)\n"
+  assert err.getvalue() == "data: packing x (1.91 MiB)\n"
   assert capsys.readouterr() == ("", "")
 
 
@@ -81,7 +81,7 @@ def test_a_subclass_without_bars_gets_every_line():
   shown.print("a")
   with shown.step_progress(0, 1) as update, shown.byte_progress("data", 1):
     update(1, "loss 1")
-  assert shown.lines == [("a", False), ("data (0.0 MB)", True), ("step 1/1", False)]
+  assert shown.lines == [("a", False), ("data (1 B)", True), ("step 1/1", False)]
 
 
 def test_what_the_package_logs_goes_to_the_console_alone(caplog):

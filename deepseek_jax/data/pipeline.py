@@ -131,7 +131,8 @@ def open_data(config: DataConfig, vocab: int, seed: int) -> Data:
   return Data(tokenizer, config.seq, train, heldout, fingerprint_at, order)
 
 
-class OpenSource(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class OpenSource:
   """A packed source: its index, and its splits by name."""
 
   source: sources.Source
@@ -162,10 +163,10 @@ def _open_sources(config: DataConfig, tokenizer: Tokenizer) -> list[OpenSource]:
     if not opened[-1].splits["train"] and not single:
       opened[-1] = open_source(source, in_pieces=True)
     _check_not_empty("train", opened[-1:], config)
-  if not any(source.splits["heldout"] for source in opened):
-    opened = [source if source.packed.in_pieces else open_source(source.source, in_pieces=True) for source in opened]
-  for source in opened:
-    _print_summary(source, config.seq)
+  if not any(s.splits["heldout"] for s in opened):
+    opened = [s if s.packed.in_pieces else open_source(s.source, in_pieces=True) for s in opened]
+  for opened_source in opened:
+    _print_summary(opened_source, config.seq)
   for split in packed_dataset.SPLITS:
     _check_not_empty(split, opened, config)
   return opened
@@ -254,9 +255,12 @@ def _check_not_empty(split: str, opened: Sequence[OpenSource], config: DataConfi
     return
   tokens = sum(source.index["files"][f"{split}.tokens"]["size"] for source in opened) // packed_dataset.DTYPE.itemsize
   text_bytes = sum(source.index["text_bytes"] for source in opened)
-  names, change = ", ".join(source.source.name for source in opened), "lower" if split == "train" else "raise"
+  names = ", ".join(source.source.name for source in opened)
+  # The size of a split of pieces follows from what a window takes.
+  change = "lower" if split == "train" else "raise"
+  fraction = f", or {change} data.heldout_fraction (now {config.heldout_fraction})"
   raise DataError(
     f"data.sources: {names}: too little text, {format_bytes(text_bytes)}: its {split} split has {tokens:,} tokens, and "
-    f"one window takes {config.seq + 1:,}: add text, lower data.seq, or {change} data.heldout_fraction (now "
-    f"{config.heldout_fraction})"
+    f"one window takes {config.seq + 1:,}: add text or lower data.seq"
+    + ("" if any(source.packed.in_pieces for source in opened) else fraction)
   )

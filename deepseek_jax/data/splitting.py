@@ -10,7 +10,7 @@ from typing import NamedTuple
 # Piece ends, the best first: a blank line, a line, a sentence, a word.
 BOUNDARIES = ("\n\n", "\r\n\r\n", "\n", ". ", "。", " ")
 MIN_PIECE, MAX_PIECE = 256, 1 << 16  # characters
-PIECES_HELD_OUT = 4  # at least about as many, so that they come from several places of the text
+PIECES_HELD_OUT = 16  # at least about as many, so that they come from several places of the text
 
 
 class Split(NamedTuple):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import ml_dtypes
 import numpy as np
@@ -197,6 +198,26 @@ def write_index(folder, weight_map):
 def test_the_index_stays_in_its_folder(tmp_path, file):
   write_index(tmp_path, {"a": file})
   with pytest.raises(CheckpointError, match="must lie in its own folder"):
+    HFReader(tmp_path)
+
+
+def test_an_index_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
+  index = tmp_path / "model.safetensors.index.json"
+  index.mkdir()
+  with pytest.raises(CheckpointError, match=r"index\.json cannot be read: Is a directory; download it again$"):
+    HFReader(tmp_path)
+  index.rmdir()
+  for content in (b"", b"[]", b'{"weight_map": 3}', b"\xff", b"[" * 100_000):
+    index.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"index\.json is not an index with a weight_map: .*") as error:
+      HFReader(tmp_path)
+    assert "\n" not in str(error.value)
+
+  def refuse(*arguments, **options):
+    raise PermissionError(13, "Permission denied")
+
+  monkeypatch.setattr(pathlib.Path, "read_text", refuse)  # root may read every file
+  with pytest.raises(CheckpointError, match=r"index\.json cannot be read: Permission denied"):
     HFReader(tmp_path)
 
 

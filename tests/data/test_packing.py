@@ -163,6 +163,14 @@ def test_what_is_no_index_is_refused(config, text):
     open_data(config())
 
 
+def test_an_index_that_is_a_folder_is_refused(config):
+  open_data(config())
+  (folder(config()) / "index.json").unlink()
+  (folder(config()) / "index.json").mkdir()
+  with pytest.raises(DataError, match=r"index\.json: Is a directory\. Delete the folder"):
+    open_data(config())
+
+
 def test_the_index_of_other_data_is_refused(config, tmp_path):
   open_data(config())
   open_data(config(seq=31, cache=str(tmp_path / "other")))
@@ -262,10 +270,74 @@ def test_the_cache_follows_the_user(config, monkeypatch, tmp_path):
 
 def test_too_little_text(config, tmp_path):
   (tmp_path / "one.txt").write_text("one document of some length, but only one")
-  with pytest.raises(DataError, match=r"0 of the 1 documents of .*one\.txt, 0 tokens in all, are in the heldout split"):
-    open_data(config(sources=(str(tmp_path / "one.txt"),), seq=8))
-  with pytest.raises(DataError, match=r"the train split, where one window takes 100001.*lower data\.heldout_fraction"):
+  with pytest.raises(DataError, match=r"one\.txt: too little text, 41 B: its train split has .* window takes 33:"):
+    open_data(config(sources=(str(tmp_path / "one.txt"),)))
+  with pytest.raises(
+    DataError, match=r"its train split has .* tokens, and one window takes 100,001: add text or lower data.seq$"
+  ):
     open_data(config(seq=100_000))
   (tmp_path / "empty.txt").write_text("")
-  with pytest.raises(DataError, match="0 of the 0 documents"):
+  with pytest.raises(DataError, match="too little text, 0 B: its train split has 0 tokens"):
     open_data(config(sources=(str(tmp_path / "empty.txt"),)))
+
+
+LINES = [f"line {i}: naïve 日本 {i * i}" for i in range(400)]
+
+
+def pieces_of(split):
+  """The documents of a split; the last is cut where the last window ends."""
+  documents = bytes(np.where(stream(split) == 256, 0xFF, stream(split)).astype(np.uint8)).split(b"\xff")
+  return documents[1:]
+
+
+def write_few(tmp_path, name):
+  """A file of one text, or of two documents that are together that text."""
+  text = "\n".join(LINES) + "\n"
+  half = text.index("line 200")
+  records = [{"text": text[:half]}, {"text": text[half:]}]
+  (tmp_path / name).write_text("\n".join(map(json.dumps, records)) if name.endswith("l") else text)
+  return str(tmp_path / name), text
+
+
+@pytest.mark.parametrize(("name", "documents"), [("input.txt", "1 document"), ("two.jsonl", "2 documents")])
+@pytest.mark.parametrize("fraction", [0.02, 0.05])
+def test_too_few_documents_are_cut_into_pieces(config, tmp_path, capsys, name, documents, fraction):
+  path, text = write_few(tmp_path, name)
+  few = config(sources=(path,), heldout_fraction=fraction)
+  data = open_data(few)
+  [line] = [line for line in capsys.readouterr().err.splitlines() if f"{name}: " in line]
+  assert f"{documents}, too few to hold some out, cut at line or sentence ends into " in line
+  pieces = [pieces_of(split) for split in (data.train, data.heldout)]
+  for *complete, last in pieces:
+    assert all(piece.endswith(b"\n") and piece in text.encode() for piece in complete)
+    assert last in text.encode()
+  kept = sum(len(piece) for split in pieces for piece in split)
+  assert len(text.encode()) - 2 * few.seq < kept <= len(text.encode())
+  heldout = sum(map(len, pieces[1])) / len(text.encode())
+  assert fraction / 2 < heldout < fraction + 0.06
+  again = open_data(few)
+  assert "reused from" in capsys.readouterr().err and again.fingerprint == data.fingerprint
+  np.testing.assert_array_equal(stream(again.train), stream(data.train))
+
+
+def test_documents_stay_whole_where_they_are_enough(config, corpus, tmp_path, capsys):
+  """A source of one file beside one with held-out documents; and fingerprints that checkpoints were made with."""
+  path, _ = write_few(tmp_path, "input.txt")
+  for sources_of_run in ((str(corpus), path), (str(corpus),)):
+    open_data(config(sources=sources_of_run))
+    assert "cut at" not in capsys.readouterr().err
+  fingerprint = packing.source_fingerprint("0" * 64, tokenizer.load_tokenizer("byte"), config())
+  assert fingerprint == "56a246188c9b7569d45b2098e07799c0e5f6e423f5c0a1daaf9ed778eb63da64"
+
+
+def test_null_records_are_an_error_or_skipped_and_counted(config, corpus, capsys):
+  corpus.write_text(corpus.read_text() + 3 * '\n{"text": null}')
+  with pytest.raises(DataError, match=r"corpus\.jsonl:202: the field 'text' is null.*data\.skip_null=true"):
+    open_data(config())
+  skipping = config(skip_null=True)
+  first = open_data(skipping)
+  assert "200 documents, 3 records skipped as null" in capsys.readouterr().err
+  assert open_data(skipping).fingerprint == first.fingerprint
+  assert "3 records skipped as null" in capsys.readouterr().err
+  with pytest.raises(DataError, match="is null"):  # not the packed data of the other setting
+    open_data(config())

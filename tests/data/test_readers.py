@@ -59,9 +59,18 @@ def test_a_cut_or_damaged_stream(tmp_path, name):
     (b'{"text": "a"', "a.jsonl:4 is not a JSON object"),
     (b'{"text": "\xff"}', "a.jsonl:4 is not a JSON object"),
     (b"[" * 100_000, "a.jsonl:4 is not a JSON object"),
-    (b'{"body": "a", "id": 1}', "a.jsonl:4 has no field 'text', only the fields body, id: set data.text_field"),
-    (b'["text"]', "a.jsonl:4 has no field 'text', only list"),
-    (b'{"text": 5}', "a.jsonl:4: the field 'text' should be text, but is int"),
+    (b'{"body": "a", "id": 1}', r"a.jsonl:4 has no field 'text' \(its fields: body, id\): set data.text_field"),
+    (b"{}", r"a.jsonl:4 has no field 'text' \(its fields: none\)"),
+    (
+      b'[{"text": "a"}]',
+      r"a.jsonl:4 is a JSON array, not a JSON object: a .jsonl file has one object on each line, .*jq",
+    ),
+    (b'"text"', "a.jsonl:4 is a JSON string, not a JSON object: a .jsonl file has one object"),
+    (b"null", "a.jsonl:4 is null, not a JSON object"),
+    (b"[\n", r"a.jsonl:4 is not a JSON object: .*; a .jsonl file has one object on each line"),
+    (b'{"text": 5}', "a.jsonl:4: the field 'text' is a number, not text: set data.text_field"),
+    (b'{"text": ["a"]}', "a.jsonl:4: the field 'text' is a JSON array, not text"),
+    (b'{"text": null}', "a.jsonl:4: the field 'text' is null, not text: set data.skip_null=true to skip"),
     (b'{"text": "ab\\ud800"}', "a.jsonl:4: the field 'text' is not valid Unicode at character 2"),
   ],
 )
@@ -106,14 +115,49 @@ def test_parquet(tmp_path):
   assert read(write_parquet(tmp_path / "b.parquet", TEXTS, "content"), "content") == TEXTS
 
 
+def test_null_records_are_yielded_to_be_counted(tmp_path):
+  write(tmp_path / "a.jsonl", b'{"text": null}\n{"text": "a"}\n{"text": ""}')
+  write_parquet(tmp_path / "a.parquet", [None, "a", ""])
+  for name in ("a.jsonl", "a.parquet"):
+    assert [d.text for d in readers.read_documents(tmp_path / name, "text", skip_null=True)] == [None, "a"]
+
+
 def test_bad_parquet(tmp_path):
   with pytest.raises(DataError, match=r"a\.parquet has no column 'text', only id, body: set data\.text_field"):
     read(write_parquet(tmp_path / "a.parquet", TEXTS, "body"))
-  with pytest.raises(DataError, match=r"b\.parquet, row 1: the field 'text' should be text, but is NoneType"):
+  with pytest.raises(DataError, match=r"b\.parquet, row 1: the field 'text' is null.*data\.skip_null=true"):
     read(write_parquet(tmp_path / "b.parquet", ["a", None]))
+  with pytest.raises(DataError, match=r"d\.parquet, row 0: the field 'text' is a number, not text"):
+    read(write_parquet(tmp_path / "d.parquet", [1, 2]))
   (tmp_path / "c.parquet").write_bytes(b"PAR1")
   with pytest.raises(DataError, match=r"c\.parquet cannot be read as parquet"):
     read(tmp_path / "c.parquet")
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "binary", "large_binary"])
+def test_parquet_strings_are_utf8_or_refused(tmp_path, kind):
+  arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+
+  def read_column(values):
+    column = arrow.array(values, "large_binary" if kind.startswith("large") else "binary")
+    column = arrow.Array.from_buffers(getattr(arrow, kind)(), len(values), column.buffers())  # unchecked
+    parquet.write_table(arrow.table({"text": column}), tmp_path / "a.parquet")
+    return read(tmp_path / "a.parquet")
+
+  assert read_column([text.encode() for text in TEXTS]) == TEXTS
+  with pytest.raises(DataError, match=r"a\.parquet, row 1: the field 'text' is not UTF-8 at byte 3 \(0xe9\)"):
+    read_column([b"good", "abcé".encode("latin-1")])
+
+
+def test_zstd_frames_with_a_long_window(tmp_path):
+  """--long=31, as corpora are compressed with: the library's own limit is 2^27."""
+  zstandard = pytest.importorskip("zstandard")
+  parameters = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True, compression_level=1)
+  compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # the size is not in the header
+  (tmp_path / "a.jsonl.zst").write_bytes(compressor.compress(LINES) + compressor.flush())
+  with pytest.raises(zstandard.ZstdError):
+    zstandard.ZstdDecompressor().decompressobj().decompress((tmp_path / "a.jsonl.zst").read_bytes())
+  assert read(tmp_path / "a.jsonl.zst") == TEXTS
 
 
 @pytest.mark.parametrize(
