@@ -159,6 +159,7 @@ def _grid(x: Axis, y: Axis, x_names: Sequence[str]) -> list[str]:
     py = y.pixel(tick)
     parts.append(f'<path class="grid" d="M{LEFT} {py:.1f}H{WIDTH - RIGHT}"/>')
     parts.append(f'<text class="y" x="{LEFT - 7}" y="{py + 3.5:.1f}">{format_compact(tick, y_ticks[-1])}</text>')
+  labels: dict[float, str]
   if x_names:
     labels = dict(list(enumerate(x_names))[:: math.ceil(len(x_names) / MAX_NAMES)])
   else:
