@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +38,11 @@ class Console:
     if self._bar_console and not err:
       self._bar_console.print(text, markup=False, highlight=False)
     else:
-      print(text, file=self._stream(err), flush=True)
+      stream = self._stream(err)
+      try:
+        print(text, file=stream, flush=True)
+      except BrokenPipeError:  # nobody reads any more, as after `| head`: a run goes on, its files have the metrics
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
   @contextlib.contextmanager
   def step_progress(self, step: int, steps: int) -> Iterator[Callable[[int, str], None]]:

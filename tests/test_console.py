@@ -1,5 +1,6 @@
 import io
 import logging
+import os
 import threading
 
 import pytest
@@ -24,6 +25,15 @@ def test_lines_go_to_stdout_and_stderr_of_the_moment(capsys):
   shown.print("a\nb")
   shown.print("c", err=True)
   assert capsys.readouterr() == ("a\nb\n", "c\n")
+
+
+def test_a_reader_that_has_gone_ends_no_run():
+  reader, writer = os.pipe()
+  os.close(reader)
+  with open(writer, "w") as out:
+    shown = Console(out)
+    for _ in range(2):
+      shown.print("a line")
 
 
 def test_streams_take_what_is_shown_of_them(capsys):

@@ -3,6 +3,8 @@
 Printed by --dry_run and at the start of a run.
 """
 
+import textwrap
+
 from deepseek_jax.config import Config
 from deepseek_jax.data.pipeline import batch_size
 from deepseek_jax.parallel.pipeline import layer_assignment
@@ -77,3 +79,12 @@ def format_changed_fields(config: Config) -> str:
   changed = {path: value for path, value in flatten_config(config).items() if value != defaults[path]}
   lines = [f"config           {len(changed)} of {len(defaults)} fields differ from the defaults (all: --print_config)"]
   return "\n".join([*lines, *(f"  {path} = {value!r}" for path, value in changed.items())])
+
+
+def format_differences(config: Config, base: Config, base_name: str) -> str:
+  """How `config` differs from `base`, which is called `base_name`, in three lines at most."""
+  values = flatten_config(base)
+  changed = [f"{path}={value!r}" for path, value in flatten_config(config).items() if value != values[path]]
+  text = f"{base_name}{', but ' if changed else ''}{', '.join(changed)}"
+  lines = textwrap.wrap(text, 103, break_on_hyphens=False, max_lines=3, placeholder=" ... (all: --print_config)")
+  return "config           " + f"\n{'':17}".join(lines)

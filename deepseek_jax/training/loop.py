@@ -85,18 +85,16 @@ def run(
       keep_freed_memory()
     mesh = make_mesh(on_mesh.mesh)
     log = RunLog(config, workdir, run_folder, mesh, console, writers)
-    log.show_config(on_mesh)
-    with (
-      jax.set_mesh(mesh),
-      replace_kernels(replacements),
-      open_checkpointer(workdir, config.checkpoint) as checkpointer,
-    ):
+    log.show_run()
+    with replace_kernels(replacements), open_checkpointer(workdir, config.checkpoint) as checkpointer:
       data = open_data(config.data, config.model.vocab, config.seed)
       # The other processes may wait while one packs the data, but not in a step: a collective would time out.
       barrier("data")
-      training_run = Run(config, workdir, mesh, data, checkpointer, evaluate, sample, weights, replacements, log)
-      log.show_changes(training_run.find_start(accept_data_change))
-      return training_run.main()
+      log.show_config(on_mesh)
+      with jax.set_mesh(mesh):
+        training_run = Run(config, workdir, mesh, data, checkpointer, evaluate, sample, weights, replacements, log)
+        log.show_changes(training_run.find_start(accept_data_change))
+        return training_run.main()
 
 
 class Run:

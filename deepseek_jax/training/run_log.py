@@ -19,14 +19,16 @@ from deepseek_jax.console import Console
 from deepseek_jax.data.pipeline import Consumed
 from deepseek_jax.distributed import broadcast_from_process0
 from deepseek_jax.errors import ConfigError
+from deepseek_jax.flags import load_config, shipped_configs
 from deepseek_jax.plan.flops import training_flops
-from deepseek_jax.plan.summary import config_summary, format_changed_fields, format_planned_tokens
+from deepseek_jax.plan.summary import config_summary, format_differences, format_planned_tokens, planned_tokens
 from deepseek_jax.storage import RunFolder, is_url
 from deepseek_jax.training import report
 from deepseek_jax.training.batch import Batch
 from deepseek_jax.training.layer_aux import logged_metrics
 from deepseek_jax.training.metrics import EVENTS, WRITERS, MetricsWriter, WriterFactory, read_jsonl
 from deepseek_jax.training.next_commands import next_commands
+from deepseek_jax.training.schedule import learning_rate
 from deepseek_jax.training.skipped import heldout_nan_hint
 from deepseek_jax.training.timing import IntervalTimer, device_metrics
 
@@ -61,12 +63,23 @@ class RunLog:
     self.timer = IntervalTimer()  # since the last line of metrics
     self._update_progress: Callable[[int, str], None] = lambda step, text: None
 
-  def show_config(self, on_mesh: Config) -> None:
-    """Shows workdir, devices and config; `on_mesh` is the config with its mesh sizes resolved."""
+  def show_run(self) -> None:
+    """Shows the workdir and the devices."""
     processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
     self.console.print(f"run      {self.config.name} in {_absolute(self.workdir)}")
     self.console.print(f"devices  {self._devices()} ({jax.default_backend()}), jax {jax.__version__}{processes}")
-    self.console.print(f"{config_summary(on_mesh)}\n{format_changed_fields(self.config)}")
+
+  def show_config(self, on_mesh: Config) -> None:
+    """Shows what is trained and how; `on_mesh` is the config with its mesh sizes resolved."""
+    config, schedule, steps = self.config, self.config.schedule, self.config.train.steps
+    is_shipped = config.name in shipped_configs()
+    base, base_name = (load_config(config.name), config.name) if is_shipped else (Config(), "the defaults")
+    warmup = f"{schedule.warmup_tokens:,} tokens" if schedule.warmup_tokens else f"{schedule.warmup_steps:,} steps"
+    last = learning_rate(schedule, steps - 1, planned_tokens(config, 0, 0), 0)
+    self.console.print(
+      f"{format_differences(config, base, base_name)}\n{config_summary(on_mesh)}\n"
+      f"learning rate    {schedule.kind}: {schedule.peak:g} after {warmup} of warm-up, {last:.3g} at step {steps:,}"
+    )
 
   def show_changes(self, changes: Sequence[Difference]) -> None:
     """Shows the fields that differ from those of the checkpoint or of the weights that the run starts from."""

@@ -144,10 +144,12 @@ def test_a_run_shows_and_leaves_what_it_should(folder, uninterrupted):
   workdir = folder / "reference"
   for words in (
     "parameters ", "FLOPs per token", "tokens planned", "memory estimate", "devices  4 x cpu", str(workdir), "from scratch",
-    "model.embed = 32", f"step {STEPS}/{STEPS}", "held-out loss", "sample\ndef ", "report.html", "--config.train.steps=24",
-    "fields differ from the defaults", "--config=small",
+    "model.embed=32", "learning rate    ", f"step {STEPS}/{STEPS}", "held-out loss", "sample\ndef ", "report.html", "--config.train.steps=24",
+    "--config=small",
   ):  # fmt: skip
     assert words in out, words
+  banner = out[out.index("run      ") : out.index("compiled in")].splitlines()
+  assert len(banner) <= 15
   assert "model.norm_eps" not in out  # a default: config.json has it, and --print_config prints it
   metrics = lines(folder, "reference")
   assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))

@@ -1,8 +1,11 @@
 """The lines of --dry_run."""
 
+import dataclasses
+
 from deepseek_jax.config import Config
 from deepseek_jax.config_sections import DataConfig, TrainConfig
-from deepseek_jax.plan.summary import format_planned_tokens, planned_tokens
+from deepseek_jax.flags import load_config
+from deepseek_jax.plan.summary import format_differences, format_planned_tokens, planned_tokens
 
 
 def test_planned_tokens_of_a_ramp():
@@ -23,3 +26,13 @@ def test_planned_tokens_after_a_resume_at_another_length():
   assert format_planned_tokens(config, 4, 4096).startswith(line)
   finished = Config(train=TrainConfig(steps=4))
   assert planned_tokens(finished, 4, 4096) == planned_tokens(finished, 6, 4096) == 4096
+
+
+def test_differences_are_three_lines_at_most():
+  base = Config()
+  assert format_differences(base, base, "tiny") == "config           tiny"
+  changed = dataclasses.replace(base, seed=7, name="mine")
+  assert format_differences(changed, base, "tiny") == "config           tiny, but name='mine', seed=7"
+  many = load_config("v3")
+  lines = format_differences(many, base, "the defaults").splitlines()
+  assert len(lines) == 3 and max(map(len, lines)) <= 120 and lines[-1].endswith(" ... (all: --print_config)")
