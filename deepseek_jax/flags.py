@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -251,4 +252,7 @@ def run_program(main: Callable[[list[str]], int]) -> NoReturn:
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     code = 130
+  except BrokenPipeError:  # nobody reads the rest, as after `| head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    code = 128 + signal.SIGPIPE
   sys.exit(code)

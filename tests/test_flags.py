@@ -140,6 +140,12 @@ def test_dry_run_checks_the_target_mesh():
     train.main(["train", "--config=67b", "--dry_run", "--devices=2048"])
 
 
+def test_a_reader_that_has_gone_is_no_traceback():
+  command = f"{sys.executable} -m deepseek_jax.train --config=tiny --print_config | true; echo ${{PIPESTATUS[0]}}"
+  done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+  assert (done.stdout, done.stderr) == ("141\n", "")
+
+
 def test_overrides_in_both_spellings():
   rest, overrides = split_overrides(
     ["x", "--config=a.py", "--config.train.steps", "1e2", "--config.mesh.data=-1", "--config.data.verify"]
