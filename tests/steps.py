@@ -1,8 +1,10 @@
-"""What tests of the update share: a first state that needs no program, and the update with its gradients."""
+"""What tests of the update share: a first state that needs no program, the update with its gradients, what compiles."""
 
+import contextlib
 import dataclasses
 
 import jax
+import jax.monitoring
 import numpy as np
 
 from deepseek_jax.model.transformer import graphdef
@@ -35,3 +37,19 @@ def make_step_with_grads(config, bos=0):
     return *apply_gradients(state, grads, metrics, inputs), grads
 
   return step
+
+
+@contextlib.contextmanager
+def compilations():
+  """Gives a list to which the names of the programs that are compiled in the block are added, also those from a cache."""
+  names = []
+
+  def listener(event, duration, **metadata):
+    if event == "/jax/core/compile/backend_compile_duration":
+      names.append(metadata["fun_name"])
+
+  jax.monitoring.register_event_duration_secs_listener(listener)
+  try:
+    yield names
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listener)

@@ -13,7 +13,7 @@ import optax
 from deepseek_jax.config_sections import OptimizerConfig
 from deepseek_jax.model.transformer import param_axes
 from deepseek_jax.model_config import ModelConfig
-from deepseek_jax.optimizers.muon import muon
+from deepseek_jax.optimizers.muon import muon, update_bytes
 from deepseek_jax.optimizers.trainable import check_trainable
 from deepseek_jax.typing import Params, PyTree
 
@@ -28,6 +28,9 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig, ModelConfig], optax.GradientTra
   "adamw": adamw,
   "muon": muon,
 }
+# optimizer.kind -> bytes on a device of what its update makes, see `update_bytes` in muon.py. Others are elementwise: XLA
+# fuses them, and they need none.
+UPDATE_BYTES: dict[str, Callable[[ModelConfig, Params], int]] = {"muon": update_bytes}
 
 
 def weight_decay_mask(params: Params) -> PyTree:

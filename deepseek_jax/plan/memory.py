@@ -14,7 +14,7 @@ from deepseek_jax.model.all_to_all import has_ragged_all_to_all
 from deepseek_jax.model.expert_buffers import expert_buffers
 from deepseek_jax.model.kernel_choice import attention_support
 from deepseek_jax.model_config import ModelConfig
-from deepseek_jax.optimizers.optimizer import make_optimizer
+from deepseek_jax.optimizers.optimizer import UPDATE_BYTES, make_optimizer
 from deepseek_jax.optimizers.trainable import split_trainable
 from deepseek_jax.parallel.pipeline import layer_assignment
 from deepseek_jax.plan.attention import ATTENTION_PLANS
@@ -32,7 +32,7 @@ class MemoryEstimate:
   gradients: int
   activations: int
   collectives: int  # gathered weights
-  other: int  # the gathered head with its gradient, and logits
+  other: int  # the gathered head with its gradient, and logits; or what an optimizer's update needs beyond all of that
 
   @property
   def total_bytes(self) -> int:
@@ -66,6 +66,9 @@ def estimate_memory(config: Config, chip: Chip | None = None) -> MemoryEstimate:
     weights that stay gathered through a step,
   - other: the gathered head with its gradient, and logits.
 
+  A large update (UPDATE_BYTES) is a peak of its own, with one copy of the gradients: what the passes need is free by
+  then, since clipping waits for all gradients. Where that peak is the higher one, `other` has the difference.
+
   Args:
     config: with resolved mesh sizes.
     chip: a v5p if None.
@@ -90,9 +93,10 @@ def estimate_memory(config: Config, chip: Chip | None = None) -> MemoryEstimate:
   )  # also where it is not here: this checks the section
   moments = 0 if config.optimizer.offload else opt_state_bytes
   activations, block_weights, head = map(int, _temporaries(config, compute_bytes, chip))
-  return MemoryEstimate(
-    sharded * param_bytes, moments, int(gradients * param_bytes), activations, gathered + block_weights, head
-  )
+  gradient_bytes, collectives = int(gradients * param_bytes), gathered + block_weights
+  update = trainable * param_bytes + _update_bytes(config.optimizer, shapes, mesh)
+  other = max(head, update - gradient_bytes - activations - collectives)
+  return MemoryEstimate(sharded * param_bytes, moments, gradient_bytes, activations, collectives, other)
 
 
 def _shapes_only(model: ModelConfig) -> ModelConfig:
@@ -123,6 +127,16 @@ def _opt_state_bytes(optimizer: OptimizerConfig, model: ModelConfig, mesh: MeshC
   with jax.sharding.use_abstract_mesh(abstract_mesh(mesh, TRACE_DEVICE)):
     state = jax.eval_shape(make_optimizer(optimizer, model).init, params)
   return sum(elements_per_device(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if leaf.ndim)
+
+
+@functools.cache
+def _update_bytes(optimizer: OptimizerConfig, model: ModelConfig, mesh: MeshConfig) -> int:
+  """Bytes on one device of what the optimizer's update makes."""
+  if optimizer.kind not in UPDATE_BYTES:
+    return 0
+  params, _ = split_trainable(abstract_params(model, mesh)[0], optimizer.trainable)
+  with jax.sharding.use_abstract_mesh(abstract_mesh(mesh, TRACE_DEVICE)):
+    return UPDATE_BYTES[optimizer.kind](model, params)
 
 
 def _temporaries(config: Config, compute_bytes: int, chip: Chip | None) -> tuple[float, float, float]:

@@ -34,7 +34,7 @@ from deepseek_jax.checkpoint.hf_names import hf_tensors
 from deepseek_jax.checkpoint.manager import FORMAT_VERSION, Checkpointer, CheckpointReader
 from deepseek_jax.checkpoint.weights import open_weights, saved_config
 from deepseek_jax.config import Config
-from deepseek_jax.config_sections import CheckpointConfig, DataConfig, MeshConfig
+from deepseek_jax.config_sections import CheckpointConfig, DataConfig, MeshConfig, OptimizerConfig
 from deepseek_jax.errors import CheckpointError
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import init_params
@@ -449,8 +449,13 @@ def test_training_starts_from_weights_of_either_kind(tmp_path, text, capsys):
   capsys.readouterr()
   assert len(run(text, tmp_path / "a", init_from=str(source), steps=3)) == 3
   assert "resume   from the checkpoint of step 2" in capsys.readouterr().out
-  # And a workdir that trained is one to start from.
-  assert run(text, tmp_path / "d", init_from=str(tmp_path / "a"))[0]["loss"] < losses[0][0]
+  # And a workdir that trained is one to start from, here for a part of the parameters and with another optimizer.
+  optimizer = OptimizerConfig(kind="muon", trainable=("*/attn/*",))
+  assert run(text, tmp_path / "d", init_from=str(tmp_path / "a"), optimizer=optimizer)[0]["loss"] < losses[0][0]
+  with jax.set_mesh(mesh := make_mesh(MeshConfig(data=1), jax.devices()[:1])):
+    wanted = abstract_weights(DENSE, mesh)
+    old, new = (flat(open_weights(tmp_path / workdir).load(wanted)) for workdir in ("a", "d"))
+  assert {path for path in old if (old[path] != new[path]).any()} == {path for path in old if "attn" in path}
 
 
 def test_weights_of_another_shape_are_refused_by_field(tmp_path, text):

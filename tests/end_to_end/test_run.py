@@ -31,6 +31,7 @@ from deepseek_jax.training.skipped import Diverged
 from tests.configs import RUN
 from tests.parity.cases import V3, Case
 from tests.parity.weights import write_folder
+from tests.steps import compilations
 
 STEPS = 12
 # The config.json of the model of RUN.
@@ -351,6 +352,10 @@ def test_a_program_silences_a_run_and_gets_all_that_it_writes(folder, uninterrup
   assert [e["event"] for e in events] == ["start", "eval", "sample", "end"] and all(e.pop("time") for e in events)
   assert [event for kind, *event in written[1:-1] if kind == "event"] == [[event] for event in events]
   assert not (folder / "silent" / "tensorboard").exists()
+  with compilations() as compiled:
+    assert train.train(config, str(folder / "again"), console=SilentConsole()) == 0
+  assert compiled == [], "a second run in this process compiles nothing"
+  assert lines(folder, "again", "events.jsonl")[-1]["state_sha256"] == events[-1]["state_sha256"]
 
 
 def test_another_model_is_refused_with_the_fields(folder, uninterrupted):

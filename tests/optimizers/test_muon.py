@@ -207,22 +207,55 @@ def test_three_steps_in_float64_equal_one_device(name, mesh, parallel):
   meshes.assert_equal(float64(config), mesh, parallel)
 
 
-@pytest.mark.parametrize("mesh", [dict(data=4), dict(fsdp=4), dict(fsdp=2, tensor=2)], ids=str)
-def test_same_shaped_matrices_share_their_all_to_alls(mesh):
-  """Queries with outputs, keys with values, gate and up with down: an all-to-all per sharded dimension, both ways."""
+def dimensions(path, shape):
+  """(matrices, rows, columns) of a stacked parameter, and the positions of the dimensions that may be sharded."""
+  stack = 2 if "/experts/" in path else 1
+  columns = len(shape) - 1 if path.endswith("/o/kernel") else stack + 1  # whose rows are heads x head_dim
+  sizes = (math.prod(shape[i:j]) for i, j in ((0, stack), (stack, columns), (columns, None)))
+  return tuple(sizes), (stack, columns)
+
+
+@pytest.mark.parametrize(
+  ("name", "mesh"),
+  [
+    ("gqa", dict(data=4)),
+    ("gqa", dict(fsdp=2, tensor=2)),
+    *(("moe_mla_mtp", {axis: 4}) for axis in ("tensor", "expert", "stage")),
+  ],
+  ids=str,
+)
+def test_an_update_sends_whole_matrices_and_shards_and_holds_what_the_plan_says(name, mesh):
+  """All matrices of one shape, with the same dimensions sharded, share an all-to-all per such dimension, both ways."""
   with jax.set_mesh(device_mesh(**mesh)):
-    params, tx = abstract_params(DENSE), make_optimizer(CONFIG, DENSE)
+    params, tx = abstract_params(MODELS[name]), make_optimizer(CONFIG, MODELS[name])
     state = with_concrete_shardings(jax.eval_shape(tx.init, params), jax.sharding.get_mesh())
-    text = jax.jit(tx.update).lower(params, state, params).compile().as_text()
-  found = collections.Counter(
-    kind
-    for shapes, kind in re.findall(
-      r"= (\S.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(", text
-    )
-    if re.search(r"\[[\d,]+\]", shapes)  # not the norm
-  )
-  sharded_dimensions = len(set(mesh) - {"data"})
-  assert found == ({"all-to-all": 3 * 2 * sharded_dimensions} if sharded_dimensions else {})
+    compiled = jax.jit(tx.update, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    memory = muon.update_bytes(MODELS[name], params)
+  groups = collections.Counter()
+  for path, leaf in flat(params).items():
+    if path.endswith("/kernel") and not path.startswith("head/"):
+      (matrices, *sizes), places = dimensions(path, leaf.shape)
+      local = dimensions(path, leaf.sharding.shard_shape(leaf.shape))[0]
+      both = [
+        (size, leaf.sharding.spec[i], size // part) for size, i, part in zip(sizes, places, local[1:], strict=True)
+      ]
+      both.sort(key=lambda x: x[0])
+      groups[tuple(both)] += local[0]
+  expected = collections.Counter()
+  for both, matrices in groups.items():
+    devices = math.prod(shards for *_, shards in both)
+    padded = -(-matrices // devices) * both[0][0] * both[1][0]
+    for *_, shards in both:
+      if shards > 1:
+        expected.update({"all-to-all": 2, "elements": 2 * padded})
+  found = collections.Counter()
+  for shapes, kind in re.findall(
+    r"= (\S.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(", compiled.as_text()
+  ):
+    if moved := re.findall(r"\[([\d,]+)\]", shapes):  # else it is the norm
+      found.update({kind: 1, "elements": sum(math.prod(map(int, shape.split(","))) for shape in moved)})
+  assert found == expected and bool(found) == (mesh != dict(data=4))
+  assert 0.5 < memory / compiled.memory_analysis().temp_size_in_bytes < 1.5
 
 
 def test_the_plan_counts_the_flops_of_newton_schulz():

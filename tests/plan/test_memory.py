@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import Config
-from deepseek_jax.config_sections import MeshConfig, ParallelConfig, TrainConfig
+from deepseek_jax.config_sections import DataConfig, MeshConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.plan.memory import COPIES, estimate_memory
@@ -56,3 +56,20 @@ def test_zero_1_holds_gathered_weights_and_unsharded_gradients():
   assert unsharded.gradients == pytest.approx(
     4 * sharded.gradients * COPIES["unsharded_gradients"] / COPIES["gradients"], rel=0.02
   )
+
+
+def test_a_large_update_is_the_peak_where_the_passes_need_less():
+  """Muon's, of all layers' square output projections at once: 3 x 4 bytes an element, and as much for their products."""
+  model = dataclasses.replace(SMALL, layers=32, remat="full")
+
+  def temporary_bytes(seq, **fields):
+    train, optimizer = TrainConfig(global_batch=1), OptimizerConfig(**fields)
+    config = Config(model=model, data=DataConfig(seq=seq), mesh=MeshConfig(data=1), train=train, optimizer=optimizer)
+    ours = estimate_memory(config)
+    return ours.total_bytes - ours.params - ours.optimizer
+
+  trained, elements = ("*/attn/o/kernel",), model.layers * model.embed**2
+  update = 4 * elements + 2 * 3 * 4 * elements
+  assert temporary_bytes(16, kind="adamw", trainable=trained) < update
+  assert temporary_bytes(16, kind="muon", trainable=trained) == update
+  assert temporary_bytes(2048, kind="muon", trainable=trained) == temporary_bytes(2048, kind="adamw", trainable=trained)

@@ -10,13 +10,16 @@ import pytest
 from jax.sharding import NamedSharding
 
 from deepseek_jax.config_sections import MeshConfig
-from deepseek_jax.mesh import make_mesh
+from deepseek_jax.kernels.implementations import NO_REPLACEMENTS, Replacements, replace_kernels
+from deepseek_jax.mesh import abstract_mesh, make_mesh
 from deepseek_jax.model.transformer import graphdef
+from deepseek_jax.plan.count import count_operations
+from deepseek_jax.plan.flops import TRACE_DEVICE
 from deepseek_jax.sharding import spec
 from deepseek_jax.training.objective import document_positions
 from deepseek_jax.training.schedule import StepInputs
 from deepseek_jax.training.state import abstract_state, init_state, state_sha256
-from deepseek_jax.training.step import make_train_step
+from deepseek_jax.training.step import jit_train_step, make_train_step
 from deepseek_jax.training.step_config import StepConfig
 from tests import configs
 from tests.configs import float64, make_config, with_model, with_moe
@@ -88,6 +91,27 @@ def test_capacity_for_all_equals_the_dropless_dispatch():
   _, [ours] = train(dataclasses.replace(config, model=with_moe(config.model, dispatch="capacity", capacity_factor=8.0)))
   assert ours["total_loss"] == pytest.approx(expected["total_loss"], abs=5e-6)
   assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-6)
+
+
+def test_other_kernels_and_another_mesh_make_another_program_of_an_equal_config():
+  """Equal configs share a step: what it was traced for first must not stay."""
+  attention = dataclasses.replace(configs.GQA, heads=2, kv_heads=2, head_dim=128)
+  config = make_config(dataclasses.replace(configs.DENSE, compute_dtype="bfloat16", attention=attention), 128, 2)
+
+  def program(replacements, **sizes):
+    mesh = abstract_mesh(MeshConfig(**{"data": 1, **sizes}), TRACE_DEVICE)
+    step_config = StepConfig.of(dataclasses.replace(config), bos=0)
+    with jax.sharding.use_abstract_mesh(mesh), replace_kernels(replacements):
+      batch = jax.ShapeDtypeStruct((1, 2, 129), "int32", sharding=NamedSharding(mesh, spec(None, "batch", None)))
+      step = jit_train_step(step_config, graphdef(config.model), replacements, static_microbatches=True)
+      traced = step.trace(abstract_state(step_config, mesh), batch, 1, StepInputs.abstract("float32"))
+    return step, {operation.kind for operation in count_operations(traced.jaxpr, mesh.shape)}
+
+  first, kinds = program(NO_REPLACEMENTS)
+  assert "fused attention" in kinds and "reduce-scatter" not in kinds
+  assert "fused attention" not in program(Replacements(frozenset({"attention.attention"})))[1]
+  assert {"fused attention", "reduce-scatter"} <= program(NO_REPLACEMENTS, fsdp=2)[1]
+  assert program(NO_REPLACEMENTS) == (first, kinds)
 
 
 def test_state_is_born_in_the_layout_that_abstract_state_says():
