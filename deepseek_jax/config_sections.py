@@ -18,7 +18,10 @@ class DataConfig(Section, path="data"):
   weights: tuple[float, ...] = field(
     (), "fraction of samples from each source; empty: in proportion to their size", above=0
   )
-  tokenizer: str = field("byte", "byte, deepseek-llm, deepseek-v3, or the path of a tokenizer.json")
+  tokenizer: str = field(
+    "byte",
+    "byte, deepseek-llm, deepseek-v3, the path of a tokenizer.json, or none: a converted checkpoint that came without one",
+  )
   seq: int = field(256, "tokens a sequence predicts", at_least=2)
   heldout_fraction: float = field(0.02, "fraction of documents held out for evaluation", above=0, below=1)
   mask_documents: bool = field(False, "attend within documents only; off in the DeepSeek recipes up to V3")

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
   flags.DEFINE_string(
     "tokenizer",
     "",
-    "data.tokenizer of a workdir that is written; default: a copy of --from's tokenizer.json, else by the size of its vocabulary",
+    "data.tokenizer of a workdir that is written; default: a copy of --from's tokenizer.json, else DeepSeek's for this size of the vocabulary, else none",
     flag_values=values,
   )
   has_command = argv[1:2] == ["convert"]

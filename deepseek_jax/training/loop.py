@@ -21,7 +21,8 @@ from deepseek_jax.compilation_cache import use_compilation_cache
 from deepseek_jax.config import Config
 from deepseek_jax.console import SilentConsole, current_console, set_console
 from deepseek_jax.cpu_backend import keep_freed_memory
-from deepseek_jax.data.pipeline import Consumed, Data, iterate_batches, load_model_tokenizer, open_data
+from deepseek_jax.data.pipeline import Consumed, Data, iterate_batches, open_data
+from deepseek_jax.data.tokenizer import load_model_tokenizer
 from deepseek_jax.distributed import barrier, broadcast_from_process0, process_index
 from deepseek_jax.kernels.implementations import Replacements, import_libraries, replace_kernels
 from deepseek_jax.mesh import check_x64, make_mesh, make_process_max, resolve_mesh
@@ -69,7 +70,7 @@ def run(
   with set_console(current_console() if process_index() == 0 else SilentConsole()) as console:
     check_x64(config.model)
     # These raise errors of the tokenizer and the bucket before any device is opened.
-    load_model_tokenizer(config.data, config.model.vocab)
+    load_model_tokenizer(config.data.tokenizer, config.model.vocab)
     run_folder = RunFolder(workdir)
     broadcast_from_process0(lambda: run_folder.download(metrics.RESUME_FILES))
     weights = None

@@ -35,7 +35,8 @@ from deepseek_jax.checkpoint.manager import FORMAT_VERSION, Checkpointer, Checkp
 from deepseek_jax.checkpoint.weights import open_weights, saved_config
 from deepseek_jax.config import Config
 from deepseek_jax.config_sections import CheckpointConfig, DataConfig, MeshConfig, OptimizerConfig
-from deepseek_jax.errors import CheckpointError
+from deepseek_jax.data.tokenizer import load_tokenizer
+from deepseek_jax.errors import CheckpointError, ConfigError, DataError
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import init_params
 from deepseek_jax.model_config import AttentionConfig
@@ -132,7 +133,7 @@ def test_there_and_back(tmp_path, name, small_chunks, monkeypatch):
   reader = CheckpointReader(tmp_path / "ours")
   assert reader.latest() == 0 and reader.meta(0)["weights_only"]
   config = saved_config(reader, 0)
-  assert config.model == dataclasses.replace(model, compute_dtype="bfloat16") and config.data.tokenizer == "byte"
+  assert config.model == dataclasses.replace(model, compute_dtype="bfloat16") and config.data.tokenizer == "none"
   assert_equal(restored(tmp_path / "ours", model), stacked(model, tensors))
   chunk_shapes = {path: a.chunk_layout.read_chunk.shape for path, a in open_arrays(reader.state_folder(0)).items()}
   assert all(
@@ -373,20 +374,43 @@ def test_a_killed_conversion_leaves_no_target(tmp_path):
 
 @pytest.mark.parametrize(
   ("vocab", "flag", "wanted"),
-  [(102400, "", "deepseek-llm"), (129280, "", "deepseek-v3"), (300, "", "byte"), (102400, "byte", "byte"), (100, "", "hf")],
+  [(102400, "", "deepseek-llm"), (129280, "", "deepseek-v3"), (300, "", "none"), (102400, "byte", "byte"),
+   (102400, "none", "none"), (100, "", "none")],
 )  # fmt: skip
-def test_the_tokenizer_of_a_converted_checkpoint(tmp_path, vocab, flag, wanted):
+def test_the_tokenizer_of_a_converted_checkpoint(tmp_path, capsys, vocab, flag, wanted):
   model = dataclasses.replace(DENSE, vocab=vocab, embed=2)
   source = write(tmp_path / "hf", model, make_tensors(model))
   convert(source, tmp_path / "ours", tokenizer=flag)
-  wanted = str(tmp_path / "ours" / "hugging_face" / "tokenizer.json") if wanted == "hf" else wanted
+  note = f"note     {source} has no tokenizer.json: data.tokenizer={wanted}"
+  assert (note in capsys.readouterr().out) == (not flag)
   assert json.loads((tmp_path / "ours" / "config.json").read_text())["data"]["tokenizer"] == wanted
+
+
+def write_tokenizer(folder, vocab, specials=("<s>", "</s>"), **config):
+  """A tokenizer.json of `vocab` words, and the tokenizer_config.json `config`, if there is one."""
+  tokenizers = pytest.importorskip("tokenizers")
+  folder.mkdir(exist_ok=True)
+  names = [*specials, *(f"w{i}" for i in range(vocab - len(specials)))]
+  made = tokenizers.Tokenizer(
+    tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=names[-1])
+  )
+  made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  made.add_special_tokens(list(specials))
+  made.save(str(folder / "tokenizer.json"))
+  if config:
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+  return folder / "tokenizer.json"
 
 
 def test_what_lies_beside_the_weights_goes_with_them(tmp_path):
   source = write(tmp_path / "hf", DENSE, make_tensors(DENSE))
   write_config(source, DENSE, {"bos_token_id": 7, "eos_token_id": [8, 9], "max_position_embeddings": 99})
-  files = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+  files = (
+    "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "special_tokens_map.json",
+    "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt", "additional_chat_templates/tools.jinja",
+    "configuration_deepseek.py", "modeling_deepseek.py", "tokenization_deepseek_fast.py",
+  )  # fmt: skip
+  (source / "additional_chat_templates").mkdir()
   for name in files:
     (source / name).write_text(f'{{"name": "{name}"}}')
   convert(source, tmp_path / "ours")
@@ -399,9 +423,106 @@ def test_what_lies_beside_the_weights_goes_with_them(tmp_path):
   # A tokenizer that was given takes the place of theirs.
   convert(tmp_path / "gone", tmp_path / "other", tokenizer="byte")
   convert(tmp_path / "other", tmp_path / "again")
-  assert not any((tmp_path / "again" / name).exists() for name in files)
+  assert {name for name in files if (tmp_path / "again" / name).exists()} == {
+    "configuration_deepseek.py",
+    "modeling_deepseek.py",
+  }
   again = json.loads((tmp_path / "again" / "config.json").read_text())
   assert (again["bos_token_id"], again["eos_token_id"], again["max_position_embeddings"]) == (256, 256, 99)
+
+
+IDS = {"bos_token_id": 7, "eos_token_id": [8, 9], "pad_token_id": 3}
+
+
+def ids_of(folder):
+  return {key: value for key, value in json.loads((folder / "config.json").read_text()).items() if key.endswith("_id")}
+
+
+def test_a_checkpoint_without_a_tokenizer_stays_without_one(tmp_path, capsys):
+  from deepseek_jax.generate.__main__ import main as generate
+
+  source, ours = write(tmp_path / "hf", DENSE, make_tensors(DENSE)), tmp_path / "ours"
+  write_config(source, DENSE, IDS)
+  assert main(["checkpoint", "convert", f"--from={source}", f"--to={ours}"]) == 0
+  assert "generate takes one by --tokenizer, train by --config.data.tokenizer" in capsys.readouterr().out
+  with pytest.raises(DataError, match="came without a tokenizer; give the one.*generate --tokenizer=") as caught:
+    generate(["generate", f"--workdir={ours}", "--prompt=ab"])
+  assert "\n" not in str(caught.value)
+  with pytest.raises(DataError, match="train --config.data.tokenizer="):
+    load_tokenizer(saved_config(CheckpointReader(ours), 0).data.tokenizer)
+  convert(ours, tmp_path / "back")
+  assert ids_of(tmp_path / "back") == IDS
+  assert generate(["generate", f"--workdir={ours}", "--prompt=ab", "--max_tokens=3", "--tokenizer=byte"]) == 0
+  assert "\nab" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("eos", "expected"),
+  [("<8>", IDS), ("<2>", {"bos_token_id": 7, "eos_token_id": 2})],
+  ids=("theirs", "another"),
+)
+def test_ids_of_special_tokens_are_kept_unless_the_tokenizer_has_others(tmp_path, eos, expected):
+  source = write(tmp_path / "hf", DENSE, make_tensors(DENSE))
+  write_config(source, DENSE, IDS)
+  specials = [f"<{i}>" for i in range(10)]
+  file = write_tokenizer(tmp_path / "files", 20, specials, bos_token="<7>", eos_token=eos)
+  file.rename(file.with_name("mine.json"))
+  convert(source, tmp_path / "ours", tokenizer=str(file.with_name("mine.json")))
+  convert(tmp_path / "ours", tmp_path / "back")
+  assert ids_of(tmp_path / "back") == expected
+  assert (tmp_path / "back" / "tokenizer.json").read_bytes() == file.with_name("mine.json").read_bytes()
+  assert (tmp_path / "back" / "tokenizer_config.json").exists()
+
+
+def test_a_tokenizer_that_is_not_the_models_is_refused(tmp_path):
+  from deepseek_jax.generate.__main__ import main as generate
+
+  source = write(tmp_path / "hf", DENSE, make_tensors(DENSE))
+  large = write_tokenizer(tmp_path / "files", DENSE.vocab + 1)
+  convert(source, tmp_path / "ours")
+  with pytest.raises(
+    ConfigError, match=f"has ids up to {DENSE.vocab} but model.vocab={DENSE.vocab}: give the model's own"
+  ):
+    generate(["generate", f"--workdir={tmp_path / 'ours'}", f"--prompt=w{DENSE.vocab - 2}", f"--tokenizer={large}"])
+  before = sorted(os.listdir(tmp_path))
+  missing, words = tmp_path / "nowhere.json", f"has ids up to {DENSE.vocab}, but the model has {DENSE.vocab} rows"
+  for flag, kind, message in (
+    (large, CheckpointError, words), (missing, DataError, "cannot read .*nowhere.json"), ("deepseek-v3", CheckpointError, "128814"),
+  ):  # fmt: skip
+    with pytest.raises(kind, match=message):
+      main(["checkpoint", "convert", f"--from={source}", f"--to={tmp_path / 'to'}", f"--tokenizer={flag}"])
+  (source / "tokenizer.json").write_bytes(large.read_bytes())
+  with pytest.raises(CheckpointError, match=words):
+    convert(source, tmp_path / "to")
+  assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_what_does_not_fit_together_in_a_folder_is_noted(tmp_path, capsys):
+  source = write(tmp_path / "hf", DENSE, make_tensors(DENSE))
+  write_config(source, DENSE, {"bos_token_id": 0, "eos_token_id": 5})
+  write_tokenizer(source, 20, bos_token="<s>", eos_token="</s>", add_bos_token=False)
+  convert(source, tmp_path / "ours")
+  out = capsys.readouterr().out
+  assert "eos_token_id=5 in config.json, but 1 by the tokenizer" in out and "bos_token_id=" not in out
+  assert "add_bos_token=false" in out
+  convert(tmp_path / "ours", tmp_path / "back")
+  assert ids_of(tmp_path / "back") == {"bos_token_id": 0, "eos_token_id": 5}
+  (source / "tokenizer_config.json").write_text('{"bos_token": "<none>"}')
+  convert(source, tmp_path / "other")
+  assert "cannot be loaded here: bos_token='<none>' in " in capsys.readouterr().out
+
+
+def test_prompts_of_a_converted_checkpoint_begin_as_its_tokenizer_says(tmp_path, capsys, monkeypatch):
+  from deepseek_jax.generate import __main__ as generate
+
+  source, calls = write(tmp_path / "hf", DENSE, make_tensors(DENSE)), []
+  monkeypatch.setattr(generate, "sample_from_checkpoint", lambda *arguments: calls.append(arguments[-1]) or "")
+  for value in (False, True):
+    write_tokenizer(source, 20, bos_token="<s>", eos_token="</s>", add_bos_token=value)
+    convert(source, tmp_path / str(value))
+    generate.main(["generate", f"--workdir={tmp_path / str(value)}", "--prompt=w1"])
+    assert ("the prompt begins without bos" in capsys.readouterr().err) == (not value)
+  assert calls == [False, True]
 
 
 @pytest.fixture(scope="module")
@@ -472,11 +593,3 @@ def test_fields_that_no_array_depends_on_may_differ(tmp_path, text, capsys):
   source = write(tmp_path / "hf", DENSE, make_tensors(DENSE))
   run(text, tmp_path / "run", dataclasses.replace(DENSE, norm_eps=1e-5), init_from=str(source))
   assert "changed  model.norm_eps: 1e-06 -> 1e-05" in capsys.readouterr().out
-
-
-def test_generate_takes_a_converted_checkpoint(tmp_path, capsys):
-  from deepseek_jax.generate.__main__ import main as generate
-
-  convert(write(tmp_path / "hf", DENSE, make_tensors(DENSE)), tmp_path / "ours")
-  assert generate(["generate", f"--workdir={tmp_path / 'ours'}", "--prompt=ab", "--max_tokens=3"]) == 0
-  assert "ab" in capsys.readouterr().out

@@ -16,9 +16,10 @@ def make_tokenizer(tmp_path):
   """A function that trains a byte-level BPE, changes it, and writes its tokenizer.json."""
   tokenizers = pytest.importorskip("tokenizers")
 
-  def make(specials=("<s>", "</s>"), config=None, change=lambda bpe: None):
+  def make(specials=("<s>", "</s>"), config=None, change=lambda bpe: None, splitters=()):
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not splitters)
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*splitters, byte_level])
     bpe.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=list(specials), initial_alphabet=alphabet)
@@ -63,14 +64,84 @@ def test_pieces_give_the_ids_of_the_whole_text(make_tokenizer):
   assert tokenizer.load_tokenizer(path).encode(TEXT) == tokenizers.Tokenizer.from_file(path).encode(TEXT).ids
 
 
-def test_a_tokenizer_that_marks_the_start_of_a_text_is_not_cut(make_tokenizer):
+def split(pattern, behavior="isolated"):
+  tokenizers = pytest.importorskip("tokenizers")
+  return tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), behavior)
+
+
+def sentences():
+  """Text without line breaks, whose words a superword BPE merges."""
+  return "the cat sat on the mat and the dog sat on the cat of the man in the hat " * 400
+
+
+# name -> (what splits before the bytes, whether a long text can be cut)
+SUPERWORDS = {
+  "nothing": ([r"\A[\s\S]*\z"], False),
+  "lines": ([r"\n"], True),
+  "every 16 characters": ([r"[\s\S]{1,16}"], False),
+  "pairs of words": ([r"\w+ \w+ ?|\s+|\W"], True),
+}
+
+
+@pytest.mark.parametrize("name", SUPERWORDS)
+def test_a_text_is_cut_only_where_the_pre_tokenizer_splits(make_tokenizer, name):
+  tokenizers = pytest.importorskip("tokenizers")
+  patterns, can_be_cut = SUPERWORDS[name]
+  path = make_tokenizer(splitters=[split(pattern) for pattern in patterns])
+  t, whole = tokenizer.load_tokenizer(path), tokenizers.Tokenizer.from_file(path)
+  merged = [token for token in whole.get_vocab() if "Ġ" in token.strip("Ġ")]
+  assert merged  # of two words or more
+  lines = sentences().replace("hat ", "hat\n") + TEXT
+  for text in (TEXT, sentences(), lines):
+    assert t.encode(text) == whole.encode(text).ids
+  assert (len(tokenizer._split_text(lines, t._splits_at)) > 1) == can_be_cut
+
+
+def test_a_tokenizer_without_a_pre_tokenizer_is_not_cut(make_tokenizer):
+  tokenizers = pytest.importorskip("tokenizers")
+
+  def spaces_as_marks(bpe):  # Llama 2
+    bpe.pre_tokenizer = None
+    bpe.normalizer = tokenizers.normalizers.Sequence([
+      tokenizers.normalizers.Prepend("Ġ"), tokenizers.normalizers.Replace(" ", "Ġ"),
+    ])  # fmt: skip
+
+  path = make_tokenizer(change=spaces_as_marks)
+  t = tokenizer.load_tokenizer(path)
+  assert t.encode(TEXT) == tokenizers.Tokenizer.from_file(path).encode(TEXT).ids
+  assert tokenizer._split_text(TEXT, t._splits_at) == [TEXT]
+
+
+@pytest.mark.parametrize(
+  "token",
+  [
+    {"content": "cat sat"},
+    {"content": "\nclass"},
+    {"content": "return", "rstrip": True},
+    {"content": "at", "single_word": True},
+  ],
+  ids=lambda token: token["content"].strip(),
+)
+def test_an_added_token_that_reaches_across_words_is_not_cut(make_tokenizer, token):
+  tokenizers = pytest.importorskip("tokenizers")
+  path = make_tokenizer(change=lambda bpe: bpe.add_tokens([tokenizers.AddedToken(**token)]))
+  t = tokenizer.load_tokenizer(path)
+  for text in (TEXT, sentences()):
+    assert t.encode(text) == tokenizers.Tokenizer.from_file(path).encode(text).ids
+  assert tokenizer._split_text(TEXT, t._splits_at) == [TEXT]
+
+
+def test_a_tokenizer_that_marks_the_start_of_a_text_is_cut_between_words_only(make_tokenizer):
   tokenizers = pytest.importorskip("tokenizers")
 
   def mark(bpe):
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
 
   path = make_tokenizer(change=mark)
-  assert tokenizer.load_tokenizer(path).encode(TEXT) == tokenizers.Tokenizer.from_file(path).encode(TEXT).ids
+  t = tokenizer.load_tokenizer(path)
+  for text in (TEXT, sentences()):
+    assert t.encode(text) == tokenizers.Tokenizer.from_file(path).encode(text).ids
+  assert all(chunk.startswith(" ") for chunk in tokenizer._split_text(TEXT + sentences(), t._splits_at)[1:])
 
 
 def test_a_file_that_asks_for_truncation_and_padding_gets_neither(make_tokenizer):
@@ -94,6 +165,29 @@ def test_bos_and_eos_come_from_the_config_beside_the_file(make_tokenizer):
   config = {"bos_token": {"content": "[B]"}, "eos_token": "[E]"}
   t = tokenizer.load_tokenizer(make_tokenizer(specials=("<s>", "</s>", "[B]", "[E]"), config=config))
   assert (t.bos, t.eos) == (2, 3)
+
+
+def test_what_the_config_names_must_be_in_the_vocabulary(make_tokenizer, tmp_path):
+  for key in ("bos_token", "eos_token"):
+    with pytest.raises(DataError, match=f"{key}='<none>' in .*tokenizer_config.json .*is not in the vocabulary"):
+      tokenizer.load_tokenizer(make_tokenizer(config={key: "<none>"}))
+    with pytest.raises(DataError, match=f"tokenizer_config.json: {key} should be a string.*, got 5"):
+      tokenizer.load_tokenizer(make_tokenizer(config={key: 5}))
+  with pytest.raises(DataError, match="add_bos_token should be true or false"):
+    tokenizer.load_tokenizer(make_tokenizer(config={"add_bos_token": "no"}))
+
+
+def test_a_null_bos_means_that_there_is_none(make_tokenizer):
+  t = tokenizer.load_tokenizer(make_tokenizer(config={"bos_token": None, "eos_token": "</s>"}))
+  assert (t.bos, t.eos) == (1, 1)
+
+
+def test_special_tokens_map_says_what_the_config_leaves_out(make_tokenizer, tmp_path):
+  (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "[B]", "eos_token": {"content": "[E]"}}')
+  specials = ("<s>", "</s>", "[B]", "[E]")
+  t = tokenizer.load_tokenizer(make_tokenizer(specials=specials, config={"bos_token": "<s>", "add_bos_token": False}))
+  assert (t.bos, t.eos, t.add_bos_token) == (0, 3, False)
+  assert tokenizer.load_tokenizer(make_tokenizer(specials=specials, config={})).add_bos_token
 
 
 def test_one_special_for_both_ends(make_tokenizer):
