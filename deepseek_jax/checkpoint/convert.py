@@ -39,6 +39,7 @@ from deepseek_jax.checkpoint.tree import TreePath
 from deepseek_jax.checkpoint.weights import is_hugging_face, saved_config
 from deepseek_jax.config import Config
 from deepseek_jax.config_sections import DataConfig
+from deepseek_jax.console import format_bytes
 from deepseek_jax.errors import CheckpointError
 from deepseek_jax.storage import is_url
 
@@ -68,7 +69,9 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, dtype: str = "
     else:
       description = export_hugging_face(source, folder, EXPORT_DTYPES[dtype])
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-  print(f"wrote    {os.path.abspath(target)}: {description}, {size / 1e9:.2f} GB in {time.monotonic() - started:.1f} s")
+  print(
+    f"wrote    {os.path.abspath(target)}: {description}, {format_bytes(size)} in {time.monotonic() - started:.1f} s"
+  )
 
 
 def import_hugging_face(source: pathlib.Path, folder: pathlib.Path, target: pathlib.Path, tokenizer: str) -> str:
