@@ -138,7 +138,7 @@ class MoEConfig(Section, path="model.moe"):
   router: str = field(
     "topk",
     "what chooses a token's experts: topk (the highest scores) or hash (its id); the scores are their weights in both",
-    choices=table_keys("model.router", "ROUTERS"),
+    choices=table_keys("model.router_kinds", "ROUTERS"),
   )
   score: str = field(
     "softmax", "affinity from the router's logits: softmax (MoE, V2) or sigmoid (V3)", choices=table_keys("model.router", "SCORES"),

@@ -11,7 +11,8 @@ from deepseek_jax.model.dispatch import DISPATCH, token_dropping_mask
 from deepseek_jax.model.expert_parallel import expert_parallel
 from deepseek_jax.model.linear import Linear
 from deepseek_jax.model.mlp import SwiGLU
-from deepseek_jax.model.router import ROUTERS, Routing
+from deepseek_jax.model.router import Routing
+from deepseek_jax.model.router_kinds import ROUTERS
 from deepseek_jax.model_config import ModelConfig
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from deepseek_jax.config_sections import MeshConfig
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.attention import attention_with_dropout
-from deepseek_jax.model.router import hash_experts
+from deepseek_jax.model.hash_router import hash_experts
 from deepseek_jax.model.transformer import graphdef, init_params
 from deepseek_jax.model_config import AttentionConfig, MoEConfig
 from deepseek_jax.training.loss import cross_entropy
