@@ -25,7 +25,10 @@ from deepseek_jax.config_sections import (
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.logical_axes import RULES
 from deepseek_jax.model_config import ATTENTION_KINDS, ModelConfig
-from deepseek_jax.schema import Section, field
+from deepseek_jax.schema import Section, field, table_argument
+
+# {balance.bias_rule: the routers whose biases it moves}
+BIAS_RULE_ROUTERS = table_argument("training.router_bias", "BIAS_RULES", "routers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +76,13 @@ class Config(Section):
   def check_balance(self) -> None:
     """Raises ConfigError where balance losses and biases do not fit the experts."""
     moe, balance = self.model.moe, self.balance
+    if moe.num_routed_experts and moe.router_bias and moe.router not in BIAS_RULE_ROUTERS[balance.bias_rule]:
+      rules = [rule for rule, routers in BIAS_RULE_ROUTERS.items() if moe.router in routers]
+      raise ConfigError(
+        f"balance.bias_rule={balance.bias_rule} moves the biases of model.moe.router="
+        f"{' or '.join(BIAS_RULE_ROUTERS[balance.bias_rule])}, and not those of model.moe.router={moe.router}: "
+        + (f"set balance.bias_rule={' or '.join(rules)}" if rules else "no rule does; set model.moe.router_bias=false")
+      )
     if balance.bias_update_rate and not moe.router_bias:
       raise ConfigError(f"balance.bias_update_rate={balance.bias_update_rate} needs model.moe.router_bias=true: set it")
     if moe.router == "hash" and (balance.expert_loss or balance.device_loss or balance.communication_loss):

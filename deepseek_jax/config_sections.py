@@ -204,8 +204,9 @@ class BalanceConfig(Section, path="balance"):
   )
   router_z_loss: float = field(0.0, "weight of the squared log of the router's normalizer", at_least=0)
   bias_rule: str = field(
-    "sign", "how router biases move: sign (V3)", choices=table_keys("training.router_bias", "BIAS_RULES")
-  )
+    "sign", "the rule by which router biases move after each update",
+    choices=table_keys("training.router_bias", "BIAS_RULES"),
+  )  # fmt: skip
   bias_update_rate: float = field(
     0.0, "update rate of the router bias of each expert: its change in a step (V3: bias update speed 0.001)", at_least=0
   )

@@ -136,13 +136,11 @@ class MoEConfig(Section, path="model.moe"):
   num_experts_per_token: int = field(0, "routed experts of each token (top-k)", at_least=0)
   mlp: int = field(0, "inner width of one expert", at_least=0)
   router: str = field(
-    "topk",
-    "what chooses a token's experts: topk (the highest scores) or hash (its id); the scores are their weights in both",
-    choices=table_keys("model.router_kinds", "ROUTERS"),
+    "topk", "the module that chooses a token's experts", choices=table_keys("model.router_kinds", "ROUTERS")
   )
   score: str = field(
-    "softmax", "affinity from the router's logits: softmax (MoE, V2) or sigmoid (V3)", choices=table_keys("model.router", "SCORES"),
-  )  # fmt: skip
+    "softmax", "affinity from the router's logits; V3: sigmoid", choices=table_keys("model.router", "SCORES")
+  )
   num_expert_groups: int = field(1, "groups of experts (a group is a device in V2, a node in V3)", at_least=1)
   topk_groups: int = field(1, "groups that a token's experts may come from", at_least=1)
   group_score: str = field(
@@ -150,7 +148,8 @@ class MoEConfig(Section, path="model.moe"):
     choices=table_keys("model.router", "GROUP_SCORES"),
   )  # fmt: skip
   router_bias: bool = field(
-    False, "a bias of each expert, for the selection only, updated by load (V3 eq. 16); see balance.bias_update_rate"
+    False,
+    "the router has a RouterBias, which balance.bias_rule moves; that of topk is added to the scores, for the selection only (V3 eq. 16)",
   )
   norm_topk_prob: bool = field(False, "divide the weights of a token's experts by their sum (V3)")
   route_scale: float = field(1.0, "factor of the experts' weights", above=0)

@@ -27,11 +27,30 @@ def table_keys(module: str, table: str) -> tuple[str, ...]:
   They are read from the source: what a config may say is written once, beside the implementations, and checking it
   imports neither them nor jax.
   """
+  return tuple(ast.literal_eval(key) for key in _table_display(module, table).keys)  # type: ignore[arg-type]
+
+
+def table_argument(module: str, table: str, argument: str) -> dict[str, Any]:
+  """{key: value} of the keyword `argument` in each row of `table`, whose rows are calls with a literal there.
+
+  As in `table_keys`, they are read from the source.
+  """
+  display = _table_display(module, table)
+  values = {}
+  for key, row in zip(table_keys(module, table), display.values, strict=True):
+    given = [keyword.value for keyword in getattr(row, "keywords", ()) if keyword.arg == argument]
+    if not given:
+      raise LookupError(f"{module}.{table}: the row {key!r} has no keyword {argument}")
+    values[key] = ast.literal_eval(given[0])
+  return values
+
+
+def _table_display(module: str, table: str) -> ast.Dict:
   path = pathlib.Path(__file__).parent.joinpath(*module.split(".")).with_suffix(".py")
   for statement in ast.parse(path.read_text(encoding="utf-8")).body:
     targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
     if any(isinstance(target, ast.Name) and target.id == table for target in targets):
-      return tuple(ast.literal_eval(key) for key in statement.value.keys)  # type: ignore[attr-defined]
+      return statement.value  # type: ignore[attr-defined]
   raise LookupError(f"{path} defines no table {table}")
 
 

@@ -2,10 +2,12 @@
 
 import pytest
 
+from deepseek_jax import config
 from deepseek_jax.config import Config
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.model_config import AttentionConfig
-from deepseek_jax.schema import from_dict, leaf_paths
+from deepseek_jax.schema import from_dict, leaf_paths, table_argument
+from deepseek_jax.training.router_bias import BIAS_RULES
 
 MOE = {"num_routed_experts": 8, "num_experts_per_token": 2, "mlp": 4}
 MLA = {"kind": "mla", "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
@@ -182,3 +184,25 @@ def test_tuples_from_text():
   for text, weights in (("", ()), ("1, 2", (1.0, 2.0)), ("[1, 2]", (1.0, 2.0))):
     data = from_dict(Config, {"data": {"weights": text, "sources": "a, b"}}).data
     assert data.weights == weights and data.sources == ("a", "b")
+
+
+@pytest.mark.parametrize(
+  ("rules", "fix"),
+  [
+    ({"sign": ("quantile",), "other": ("topk",)}, "set balance.bias_rule=other"),
+    ({"sign": ("quantile",)}, "no rule does; set model.moe.router_bias=false"),
+  ],
+)
+def test_a_rule_that_does_not_serve_the_router_is_refused_where_that_has_a_bias(monkeypatch, rules, fix):
+  monkeypatch.setattr(config, "BIAS_RULE_ROUTERS", rules)
+  from_dict(Config, {"model": {"moe": MOE}})
+  with pytest.raises(ConfigError, match=f"bias_rule=sign moves .*router=quantile, .*router=topk: {fix}"):
+    from_dict(Config, {"model": {"moe": {**MOE, "router_bias": True}}})
+
+
+def test_an_argument_of_the_rows_of_a_table_is_read_from_the_source():
+  assert table_argument("training.router_bias", "BIAS_RULES", "routers") == {
+    name: rule.routers for name, rule in BIAS_RULES.items()
+  }
+  with pytest.raises(LookupError, match="the row 'sign' has no keyword router"):
+    table_argument("training.router_bias", "BIAS_RULES", "router")

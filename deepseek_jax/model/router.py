@@ -26,7 +26,7 @@ class RouterBias(nnx.Variable):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
-  """What the router chose, and how many assignments overflowed.
+  """What the router chose, and how many assignments overflowed. Observations read it (`layer_aux.observe_routing`).
 
   An index equal to the number of experts is no assignment: here, in expert parallelism and in dispatch, there with the
   number of experts of the device.

@@ -33,7 +33,7 @@ from deepseek_jax.sharding import (
 from deepseek_jax.training.layer_aux import mean_over_tokens, must_skip, sum_over_devices
 from deepseek_jax.training.objective import Objective
 from deepseek_jax.training.pipeline_stage import PipelineStage, pipeline_stack, to_stage_layout
-from deepseek_jax.training.router_bias import BIAS_RULES, update_router_biases
+from deepseek_jax.training.router_bias import update_router_biases
 from deepseek_jax.training.schedule import StepInputs
 from deepseek_jax.training.state import TrainState, abstract_state
 from deepseek_jax.training.step_config import StepConfig
@@ -246,7 +246,7 @@ def make_apply_gradients(
   grads, metrics: of `make_gradients`. inputs: as in `make_train_step`. The metrics gain grad_norm and skipped.
   """
   tx, offload = make_optimizer(config.optimizer, config.model), config.optimizer.offload
-  rule, types = BIAS_RULES[config.balance.bias_rule], buffer_types(config.model)
+  bias_rule, moe, types = config.balance.bias_rule, config.model.moe, buffer_types(config.model)
 
   def apply_gradients(state, grads, metrics, inputs):
     grad_norm = optax.tree.norm(grads)
@@ -256,7 +256,7 @@ def make_apply_gradients(
     updates, opt_state = tx.update(grads, old_opt_state, old_params)
     learning_rate = inputs.learning_rate
     params = jax.tree.map(lambda p, u: p - learning_rate.astype(p.dtype) * u, old_params, updates)
-    buffers = update_router_biases(rule, state.buffers, types, metrics, inputs)
+    buffers = update_router_biases(bias_rule, moe, state.buffers, types, metrics, inputs)
     new, old = (params, buffers, opt_state), (old_params, state.buffers, old_opt_state)
     params, buffers, opt_state = jax.tree.map(lambda new, old: jnp.where(is_good, new, old), new, old)
     opt_state = place_opt_state(jax.memory.Space.Host, opt_state) if offload else opt_state

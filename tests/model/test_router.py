@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,9 @@ from flax import nnx
 
 from deepseek_jax.config_sections import MeshConfig
 from deepseek_jax.mesh import make_mesh
-from deepseek_jax.model.router import ROUTERS, SCORES, Router, hash_experts
+from deepseek_jax.model.batch_context import BatchContext
+from deepseek_jax.model.router import SCORES, RouterBias
+from deepseek_jax.model.router_kinds import ROUTERS
 from deepseek_jax.model_config import ModelConfig
 from tests.configs import HASH_MOE, MOE
 
@@ -40,18 +41,30 @@ TOKENS = np.random.default_rng(2).integers(0, 129_280, (2, 20))
 TOKENS[0, :7] = 0, 1, 11, 12, 23, 24, 129_279
 
 
-def route(moe, shift=0.0):
-  """(Routing, x, kernel, bias) of random tokens."""
+# The tokens' batch context in inference: one document, no padding.
+CONTEXT = BatchContext(
+  rotation=(jnp.ones((1, 20, 1, 2)), jnp.zeros((1, 20, 1, 2))), token_ids=jnp.asarray(TOKENS), segment_ids=None,
+  token_mask=None, no_drop=None, sequence_ids=jnp.arange(2), position_ids=jnp.arange(20),
+)  # fmt: skip
+
+
+def make_router(moe):
+  """The router of `moe`, and random x [batch, seq, embed]."""
   config = ModelConfig(embed=16, moe=moe, init_std=0.5, compute_dtype="float32")
   with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])):
     router = ROUTERS[moe.router](config, nnx.Rngs(0))
-    bias = np.zeros(12, np.float32)
-    if moe.router_bias:
-      bias = np.random.default_rng(1).normal(size=12).astype(np.float32) * 0.2 + np.float32(shift)
-      router.bias = type(router.bias)(jnp.asarray(bias))
-    x = np.random.default_rng(0).normal(size=(2, 20, 16)).astype(np.float32)
-    routing = router(jnp.asarray(x), SimpleNamespace(token_ids=jnp.asarray(TOKENS)))
-    return jax.device_get(routing), x, np.asarray(router.kernel[...]), bias
+  return router, np.random.default_rng(0).normal(size=(2, 20, 16)).astype(np.float32)
+
+
+def route(moe, shift=0.0):
+  """(Routing, x, kernel, bias) of random tokens."""
+  router, x = make_router(moe)
+  bias = np.zeros(12, np.float32)
+  if moe.router_bias:
+    bias = np.random.default_rng(1).normal(size=12).astype(np.float32) * 0.2 + np.float32(shift)
+    router.bias = RouterBias(jnp.asarray(bias))
+  with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])):
+    return jax.device_get(router(jnp.asarray(x), CONTEXT)), x, np.asarray(router.kernel[...]), bias
 
 
 def choose_topk(moe, scores, bias, token):
@@ -101,38 +114,35 @@ def test_choice_and_weights(name):
       np.testing.assert_allclose(routing.weights[b, t], weights, rtol=1e-5)
 
 
-# Of DeepSeek-V4 (the larger one), of `tiny`, of an odd number of experts, all of which a token has, and of one expert.
-@pytest.mark.parametrize(("vocab", "experts", "per_token"), [(129_280, 384, 6), (272, 8, 2), (23, 5, 5), (7, 1, 1)])
-def test_hashed_experts_of_a_token_differ_and_loads_over_a_vocabulary_are_even(vocab, experts, per_token):
-  indices = np.asarray(jax.jit(hash_experts, static_argnums=(1, 2))(jnp.arange(vocab), experts, per_token))
-  assert indices.shape == (vocab, per_token) and (np.diff(np.sort(indices)) > 0).all()
-  load = np.bincount(indices.ravel(), minlength=experts)
-  assert load.size == experts  # no index past the last expert
-  assert np.ptp(load) <= (per_token if vocab % experts else 0)  # only the last block, which is not full, may be uneven
-  if per_token < experts - 1:  # the tokens of a block have all different sets of experts, and so do blocks
-    coprime = sum(math.gcd(step, experts) == 1 for step in range(experts))
-    sets = np.unique(np.sort(indices), axis=0)
-    assert len(sets) == experts * min(coprime // 2, -(-vocab // experts))
+@pytest.mark.parametrize("name", CASES)
+def test_every_router_gives_what_the_rest_of_the_model_relies_on(name):
+  moe = CASES[name]
+  router, x = make_router(moe)
+  graph, params, buffers = nnx.split(router, nnx.Param, ...)
+  types = {type(buffer) for buffer in jax.tree.leaves(buffers, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))}
+  assert (RouterBias in types) == moe.router_bias
 
+  def weights(params, buffers):
+    routing = nnx.merge(graph, params, buffers)(jnp.asarray(x), CONTEXT)
+    return jnp.square(routing.weights).sum(), routing
 
-def test_the_hash_is_the_one_that_checkpoints_were_trained_with():
-  """Another one gives experts other tokens than they have learned."""
-  indices = jax.jit(hash_experts, static_argnums=(1, 2))(jnp.array([[0, 1, 7], [8, 16, 129_279]]), 8, 3).tolist()
-  assert indices == [[[0, 3, 6], [1, 4, 7], [7, 2, 5]], [[0, 1, 2], [0, 3, 6], [7, 0, 1]]]
-
-
-def test_the_bias_moves_the_choice_and_not_the_weights_and_has_no_gradient():
-  config = ModelConfig(embed=16, moe=dataclasses.replace(V3, num_expert_groups=1, topk_groups=1), init_std=0.5)
   with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])):
-    router = Router(config, nnx.Rngs(0))
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 16)), jnp.float32)
-    router.bias = type(router.bias)(jnp.zeros(12).at[7].set(10.0))
-    routing = router(x, None)
-    assert (routing.indices[..., 0] == 7).all()
-    of_seven = routing.scores[..., 7] / jnp.take_along_axis(routing.scores, routing.indices, -1).sum(-1) * 2.5
-    np.testing.assert_allclose(routing.weights[..., 0], of_seven, rtol=1e-6)
-    graph, params, buffers = nnx.split(router, nnx.Param, ...)
-    weights = lambda buffers: jnp.square(nnx.merge(graph, params, buffers)(x, None).weights).sum()
-    assert all((g == 0).all() for g in jax.tree.leaves(jax.grad(weights)(buffers)))
-    by_kernel = jax.grad(lambda params: jnp.square(nnx.merge(graph, params, buffers)(x, None).weights).sum())(params)
-    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(by_kernel))
+    (by_params, by_buffers), routing = jax.grad(weights, (0, 1), has_aux=True)(params, buffers)
+  assert any(np.abs(gradient).max() > 0 for gradient in jax.tree.leaves(by_params))
+  assert all((gradient == 0).all() for gradient in jax.tree.leaves(by_buffers))
+  assert routing.indices.dtype == jnp.int32 and routing.indices.shape == (2, 20, moe.num_experts_per_token)
+  indices = np.sort(routing.indices, -1)
+  assert (indices >= 0).all() and (indices <= 12).all()  # 12: no assignment
+  assert ((np.diff(indices) > 0) | (indices[..., 1:] == 12)).all()  # a token's experts differ
+  assert routing.logits.shape == routing.scores.shape == (2, 20, 12) and (routing.scores > 0).all()
+  assert routing.weights.dtype == routing.scores.dtype == routing.logits.dtype == jnp.float32
+
+
+def test_the_bias_moves_the_choice_and_not_the_weights():
+  router, x = make_router(dataclasses.replace(V3, num_expert_groups=1, topk_groups=1))
+  router.bias = RouterBias(jnp.zeros(12).at[7].set(10.0))
+  with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])):
+    routing = router(jnp.asarray(x), CONTEXT)
+  assert (routing.indices[..., 0] == 7).all()
+  of_seven = routing.scores[..., 7] / jnp.take_along_axis(routing.scores, routing.indices, -1).sum(-1) * 2.5
+  np.testing.assert_allclose(routing.weights[..., 0], of_seven, rtol=1e-6)
