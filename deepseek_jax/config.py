@@ -81,7 +81,11 @@ class Config(Section):
       raise ConfigError(
         f"balance.bias_rule={balance.bias_rule} moves the biases of model.moe.router="
         f"{' or '.join(BIAS_RULE_ROUTERS[balance.bias_rule])}, and not those of model.moe.router={moe.router}: "
-        + (f"set balance.bias_rule={' or '.join(rules)}" if rules else "no rule does; set model.moe.router_bias=false")
+        + (
+          f"set balance.bias_rule={' or '.join(rules)}"
+          if rules
+          else "no rule does; set model.moe.router_bias=false and balance.bias_update_rate=0"
+        )
       )
     if balance.bias_update_rate and not moe.router_bias:
       raise ConfigError(f"balance.bias_update_rate={balance.bias_update_rate} needs model.moe.router_bias=true: set it")
