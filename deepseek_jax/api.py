@@ -14,15 +14,17 @@ import numpy as np
 from flax import nnx
 
 from deepseek_jax.checkpoint.hf_config import to_hf_config
-from deepseek_jax.checkpoint.hf_files import DTYPES, HFReader, write_tensors
+from deepseek_jax.checkpoint.hf_files import CONFIG_FILE, DTYPES, HFReader, missing_folder, write_tensors
 from deepseek_jax.checkpoint.hf_model import read_config_json, read_model_config
 from deepseek_jax.checkpoint.hf_names import hf_tensors
+from deepseek_jax.checkpoint.hf_tokenizer import CODE_FILES, GENERATION_FILE, TOKENIZER_FILES, copy_files
 from deepseek_jax.config_sections import MeshConfig
-from deepseek_jax.errors import ConfigError
+from deepseek_jax.errors import CheckpointError, ConfigError
 from deepseek_jax.mesh import check_x64, make_mesh
 from deepseek_jax.model.transformer import graphdef, init_params
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.sharding import with_concrete_shardings
+from deepseek_jax.storage import is_url
 from deepseek_jax.training.objective import Objective
 from deepseek_jax.training.step_config import StepConfig
 from deepseek_jax.typing import Params, PyTree
@@ -36,15 +38,17 @@ def load_pretrained(directory: str | Path, dtype: str = "float32") -> "Model":
   """The model of a Hugging Face folder (config.json and safetensors files) of any DeepSeek generation up to V3 and R1.
 
   Args:
-    directory: the folder.
+    directory: the folder, on this machine's disk.
     dtype: of the computation: float32, bfloat16 (with parameters in float32), or float64, which needs JAX's x64 mode.
 
   Raises:
     ConfigError: another dtype, or float64 without x64 mode.
-    CheckpointError: a folder that is incomplete, or holds another kind of model. Lists everything that is wrong.
+    CheckpointError: a folder that is incomplete, or holds another kind of model. Lists everything that is wrong. For a
+      workdir, a URL and a name on the hub it says how to get a folder.
   """
   if dtype not in PRECISIONS:
     raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(PRECISIONS)}")
+  directory = local_folder(directory)
   param_dtype, compute_dtype = PRECISIONS[dtype]
   config = dataclasses.replace(read_model_config(directory), param_dtype=param_dtype, compute_dtype=compute_dtype)
   check_x64(config)
@@ -61,7 +65,25 @@ def load_pretrained(directory: str | Path, dtype: str = "float32") -> "Model":
     params, buffers = jax.tree.map(lambda array, a: jax.device_put(array, a.sharding), arrays, abstract)
   names = set(reader.names)
   dtypes = {entry.name: reader.dtype(entry.name) for entry in table if entry.name in names}
-  return Model(config, params, buffers, mesh, dtypes, read_config_json(directory))
+  return Model(config, params, buffers, mesh, dtypes, read_config_json(directory), directory)
+
+
+def local_folder(directory: str | Path) -> Path:
+  """`directory` as a path. Raises CheckpointError, which says what to do, where it cannot be a Hugging Face folder."""
+  if is_url(directory):
+    raise CheckpointError(f"load_pretrained reads folders on this machine's disk: copy {directory} to one")
+  path = Path(directory).expanduser()
+  if not path.is_dir():
+    raise missing_folder(path)
+  step = path.parent if path.name.isdigit() else path  # one checkpoint of a run
+  steps = next((p for p in (path / "checkpoints", step) if p.name == "checkpoints" and p.is_dir()), None)
+  if steps is not None and not ((path / CONFIG_FILE).is_file() and "model_type" in read_config_json(path)):
+    workdir = steps.parent
+    raise CheckpointError(
+      f"{directory} belongs to the workdir of a run, and load_pretrained reads Hugging Face folders: write one with "
+      f"python -m deepseek_jax.checkpoint convert --from={workdir} --to={workdir}-hf, and load that"
+    )
+  return path
 
 
 def get_at_path(tree: Mapping[str, Any], path: Sequence[str]) -> Any:
@@ -74,6 +96,7 @@ class Model:
 
   Attributes:
     config: its ModelConfig.
+    source: the folder that it was loaded from.
     params: nested dict of arrays. A tree of the same structure and shapes may be assigned to it.
     buffers: nested dict with the bias of each router, empty in a model without; it has no gradient.
 
@@ -90,11 +113,22 @@ class Model:
     mesh: jax.sharding.Mesh,
     dtypes: dict[str, np.dtype],
     hf_config: dict[str, Any],
+    source: Path,
   ):
-    self.config, self.buffers = config, buffers
+    self.config, self.buffers, self.source = config, buffers, source
     self._params, self._mesh, self._dtypes, self._hf_config = params, mesh, dtypes, hf_config
     with jax.set_mesh(mesh):
       self._graphdef = graphdef(config)
+
+  def __repr__(self) -> str:
+    """Model, parameters, dtype and source, in one line."""
+    config, count = self.config, sum(x.size for x in jax.tree.leaves(self._params))
+    experts = f", {config.moe.num_routed_experts} experts" if config.num_moe_layers else ""
+    mtp = f" and {config.num_mtp_layers} of multi-token prediction" if config.num_mtp_layers else ""
+    return (
+      f"<Model {self._hf_config['model_type']}: {config.layers} layers{mtp}, width {config.embed}{experts}, {count:,} "
+      f"parameters in {config.param_dtype}, computes in {config.compute_dtype}, from {self.source}>"
+    )
 
   @property
   def params(self) -> Params:
@@ -143,6 +177,7 @@ class Model:
       bfloat16. Buffers keep theirs.
     - The embedding and head that multi-token prediction repeats are copies of the main model's.
     - An earlier save in the folder is replaced only when the new files are complete.
+    - The tokenizer's files, chat templates and generation_config.json of `source` are copied, if it is still there.
 
     Raises:
       ConfigError: another dtype.
@@ -168,6 +203,11 @@ class Model:
     config = to_hf_config(self.config, main_dtype, self._hf_config)
     tensors = [(name, entry.shape, saved_dtype(entry)) for name, entry in table.items()]
     write_tensors(directory, tensors, read, config=config)
+    if self.source.is_dir() and self.source.resolve() != Path(directory).resolve():
+      try:
+        copy_files(self.source, Path(directory), (GENERATION_FILE, *TOKENIZER_FILES, *CODE_FILES))
+      except OSError as error:
+        raise CheckpointError(f"cannot copy {error.filename} to {directory}: {error.strerror}; make room") from error
 
   def _run(self, function: Callable, *arguments: Any) -> Any:
     check_x64(self.config)

@@ -1,11 +1,14 @@
 """The notebook API on small random checkpoints: what is loaded, what comes out, what is saved, what is refused."""
 
+import contextlib
 import dataclasses
 import errno
+import importlib.metadata
 import json
 import math
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -16,9 +19,11 @@ import pytest
 
 import deepseek_jax
 from deepseek_jax.checkpoint import hf_files
+from deepseek_jax.checkpoint.convert import convert
 from deepseek_jax.checkpoint.hf_files import HFReader, write_safetensors, write_tensors
 from deepseek_jax.checkpoint.hf_model import to_model_config
 from deepseek_jax.checkpoint.hf_names import hf_tensors
+from deepseek_jax.checkpoint.weights import open_weights
 from deepseek_jax.errors import CheckpointError, ConfigError
 
 pytestmark = pytest.mark.jax_version
@@ -76,6 +81,49 @@ def test_importing_the_package_imports_no_jax():
   subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
   with pytest.raises(AttributeError, match="no attribute 'nothing'"):
     deepseek_jax.nothing  # noqa: B018
+
+
+def test_names_are_found_before_they_are_imported():
+  code = (
+    "import sys, deepseek_jax; names = dir(deepseek_jax); assert 'jax' not in sys.modules\n"
+    "assert {'Model', 'load_pretrained', '__version__'} <= set(names), names"
+  )
+  subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+  assert deepseek_jax.__version__.split(".")[0].isdigit()
+  with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+    assert deepseek_jax.__version__ == importlib.metadata.version("deepseek_jax")
+
+
+def test_repr_tells_model_parameters_dtype_and_source(v3):
+  folder, tensors, model = v3
+  copies = ("layers.2.embed_tokens.weight", "shared_head.head.weight", "_bias")
+  count = sum(a.size for name, a in tensors.items() if not name.endswith(copies))
+  assert repr(model) == (
+    f"<Model deepseek_v3: 2 layers and 1 of multi-token prediction, width 16, 4 experts, {count:,} parameters in float32, "
+    f"computes in float32, from {folder}>"
+  )
+
+
+def test_what_is_no_folder_of_hugging_face_is_told_what_to_do(tmp_path):
+  (tmp_path / "run" / "checkpoints" / "20").mkdir(parents=True)
+  (tmp_path / "run" / "config.json").write_text('{"name": "tiny"}')
+  (tmp_path / "file").write_text("")
+  advice = f"convert --from={tmp_path / 'run'} --to={tmp_path / 'run'}-hf, and load that"
+  hub = "if that is a name on the Hugging Face hub, download it first: hf download deepseek-ai/DeepSeek-V3 --local-dir DeepSeek-V3"
+  for source, message in {
+    tmp_path / "run": advice, tmp_path / "run" / "checkpoints": advice, tmp_path / "run" / "checkpoints" / "20": advice,
+    "deepseek-ai/DeepSeek-V3": hub, "gs://bucket/model": "copy gs://bucket/model to one", tmp_path / "file": "is not a folder",
+    tmp_path / "nowhere": "there is no folder",
+  }.items():  # fmt: skip
+    with pytest.raises(CheckpointError) as error:
+      deepseek_jax.load_pretrained(source)
+    assert message in str(error.value) and "\n" not in str(error.value)
+  for call in (
+    lambda: convert("deepseek-ai/DeepSeek-V3", tmp_path / "to"),
+    lambda: open_weights("deepseek-ai/DeepSeek-V3"),
+  ):
+    with pytest.raises(CheckpointError, match="hf download deepseek-ai/DeepSeek-V3"):
+      call()
 
 
 @pytest.mark.parametrize("seq", [7, 2])
@@ -206,6 +254,22 @@ def test_a_save_that_is_cut_off_is_no_mixture(v3, tmp_path, monkeypatch, old, ne
       with pytest.raises(CheckpointError):
         deepseek_jax.load_pretrained(tmp_path)
   assert done == len(contents(tmp_path)) and (done > 4) == (new == 3000)
+
+
+def test_what_lies_beside_the_weights_is_saved_with_them(tmp_path):
+  make_checkpoint(tmp_path / "a", LLAMA)
+  names = {"tokenizer.json", "chat_template.jinja", "generation_config.json"}
+  for name in names:
+    (tmp_path / "a" / name).write_text(name)
+  (tmp_path / "a" / "README.md").write_text("theirs")
+  model = deepseek_jax.load_pretrained(tmp_path / "a")
+  model.save_pretrained(tmp_path / "b")
+  assert set(contents(tmp_path / "b")) == {"config.json", "model.safetensors", *names}
+  assert contents(tmp_path / "b")["tokenizer.json"] == b"tokenizer.json"
+  model.save_pretrained(tmp_path / "a")  # onto itself
+  shutil.rmtree(tmp_path / "a")
+  model.save_pretrained(tmp_path / "c")
+  assert set(contents(tmp_path / "c")) == {"config.json", "model.safetensors"}
 
 
 def test_buffers_keep_their_dtype_and_values(v3, tmp_path):

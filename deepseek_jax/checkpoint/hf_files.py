@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -186,7 +187,7 @@ def safetensors_files(directory: pathlib.Path) -> list[pathlib.Path]:
   Raises CheckpointError where there are none, or the index names files that may not be read.
   """
   if not directory.is_dir():
-    raise CheckpointError(f"{directory} is not a folder: give one with config.json and *.safetensors files")
+    raise missing_folder(directory)
   if (directory / SINGLE_FILE).exists():
     return [directory / SINGLE_FILE]
   if not (directory / INDEX_FILE).exists():
@@ -212,6 +213,18 @@ def safetensors_files(directory: pathlib.Path) -> list[pathlib.Path]:
       f"{directory / INDEX_FILE} names files that are not there: {', '.join(missing)}; download them again"
     )
   return [directory / name for name in files]
+
+
+def missing_folder(directory: str | os.PathLike) -> CheckpointError:
+  """The error for a `directory` that is no folder, which may be meant as a model's name on the Hugging Face hub."""
+  text = str(directory)
+  if os.path.exists(text):
+    return CheckpointError(f"{text} is not a folder: give the one with config.json and *.safetensors files")
+  hub = ""
+  if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", text):
+    target = text.rpartition("/")[2]
+    hub = f"; if that is a name on the Hugging Face hub, download it first: hf download {text} --local-dir {target}"
+  return CheckpointError(f"there is no folder {text}: give one with config.json and *.safetensors files{hub}")
 
 
 def read_header(path: pathlib.Path) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from deepseek_jax.checkpoint.bucket import open_reader
 from deepseek_jax.checkpoint.chunks import tree_path
-from deepseek_jax.checkpoint.hf_files import HFReader
+from deepseek_jax.checkpoint.hf_files import HFReader, missing_folder
 from deepseek_jax.checkpoint.hf_model import read_model_config
 from deepseek_jax.checkpoint.hf_names import hf_tensors
 from deepseek_jax.checkpoint.hf_tensor import HFTensor
@@ -33,6 +33,8 @@ def is_hugging_face(directory: str | os.PathLike) -> bool:
   if is_url(directory):
     return False
   directory = pathlib.Path(directory)
+  if not directory.is_dir():
+    raise missing_folder(directory)
   try:
     hugging_face = "model_type" in json.loads((directory / "config.json").read_bytes())
   except (OSError, ValueError, TypeError):
