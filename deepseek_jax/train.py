@@ -84,13 +84,17 @@ def main(argv: list[str]) -> int:
   from deepseek_jax.distributed import print_error
   from deepseek_jax.mesh import min_devices, resolve_mesh
   from deepseek_jax.plan.summary import config_summary, format_changed_fields, format_config, format_planned_tokens
+  from deepseek_jax.training.schedule_check import check_warmup, schedule_warnings
   from deepseek_jax.training.skipped import Diverged
 
+  check_warmup(config)
   if plan_only:
     on_mesh = resolve_mesh(config, values.devices or min_devices(config.mesh))
     print(format_config(on_mesh) if values.print_config else format_changed_fields(config))
     if values.dry_run:
       print(f"{config_summary(on_mesh)}\n{format_planned_tokens(on_mesh)}")
+      for warning in schedule_warnings(on_mesh):
+        print(f"warning          {warning}")
     return 0
 
   initialize_args = find_initialize_args(values.coordinator, values.processes, values.process)
@@ -135,6 +139,9 @@ def train(
   from deepseek_jax.generate.decoding import continue_prompt
   from deepseek_jax.selftest.run import select_kernels
   from deepseek_jax.training.loop import Diverged, run
+  from deepseek_jax.training.schedule_check import check_warmup
+
+  check_warmup(config)
 
   def select(config, folder):
     return select_kernels(config, folder, process_count(), selftest)

@@ -94,7 +94,8 @@ def run(
       log.show_config(on_mesh)
       with jax.set_mesh(mesh):
         training_run = Run(config, workdir, mesh, data, checkpointer, evaluate, sample, weights, replacements, log)
-        log.show_changes(training_run.find_start(accept_data_change))
+        changes = training_run.find_start(accept_data_change)
+        log.show_changes(changes, training_run.step, training_run.consumed)
         return training_run.main()
 
 
@@ -179,7 +180,7 @@ class Run:
     """Trains and ends the run, unless it has ended before. Returns the exit code."""
     last_end = self.log.last_end()
     if self.step >= self.config.train.steps and last_end == (self.step, "finished"):
-      self.log.show_finished_already(self.step)
+      self.log.show_finished_already(self.step, self.consumed)
       return 0
     self.state = self.restore_or_init()
     with self.log.open(self.step):
@@ -204,7 +205,7 @@ class Run:
       self.checkpointer.wait()
     if request.stop_signal is None:
       self.evaluate(self.config.eval.final_sequences)
-      self.log.sample(self.step, self.sample())
+      self.log.sample(self.step, self.consumed, self.sample())
     reason = "finished" if request.stop_signal is None else request.stop_signal.name
     self.log.end(self.step, reason, state_sha256(self.state))
     return 0 if request.stop_signal is None else 128 + request.stop_signal

@@ -1,20 +1,53 @@
-"""What a finished run suggests to do next."""
+"""What a finished run suggests to do next: commands that work as they are printed, in the folder where it was started."""
 
+import dataclasses
 import os
 import shlex
 import sys
 
 from deepseek_jax.config import Config
+from deepseek_jax.flags import load_config, shipped_configs
+from deepseek_jax.plan.summary import planned_tokens
+from deepseek_jax.training.schedule_check import fitted_fields
+
+BIGGER = "small"  # a shipped config
+# Variables without which a command would not compute the same.
+ENVIRONMENT = ("JAX_ENABLE_X64", "JAX_NUM_CPU_DEVICES")
 
 
-def next_commands(config: Config, workdir: str) -> str:
-  """Commands that train on, sample, and train a bigger model, one a line."""
-  relative = os.path.relpath(sys.executable)
-  python = shlex.quote(sys.executable if relative.startswith("..") else relative)
-  folder = shlex.quote(f"--workdir={workdir}")
+def next_commands(config: Config, workdir: str, step: int, tokens: int, processes: int = 1) -> str:
+  """Commands that train on from `step`, sample, and train a bigger model, each below what it does.
+
+  tokens: what the run has seen. processes: of the run; how several were started is not known.
+  """
+  lines = [f"  train on\n    {train_on_command(config, workdir, step, tokens, processes)}"]
   prompt = shlex.quote(f"--prompt={config.sample.prompt}")
-  return (
-    f"  {python} -m deepseek_jax.train {folder} --config.train.steps={2 * config.train.steps}    # train on\n"
-    f"  {python} -m deepseek_jax.generate {folder} {prompt}    # sample\n"
-    f"  {python} -m deepseek_jax.train --config=small    # a bigger config"
-  )
+  lines.append(f"  sample\n    {_python()} -m deepseek_jax.generate {_workdir(workdir)} {prompt}")
+  if BIGGER in shipped_configs():
+    # By width and depth: parameters cannot be counted inside the mesh of a run.
+    bigger, this = (model.embed**2 * model.layers for model in (load_config(BIGGER).model, config.model))
+    if bigger > this:
+      lines.append(f"  train a bigger model\n    {_python()} -m deepseek_jax.train --config={BIGGER}")
+  return "\n".join(lines)
+
+
+def train_on_command(config: Config, workdir: str, step: int, tokens: int, processes: int = 1) -> str:
+  """The command that trains from `step` on, as many steps again, with a schedule that ends with the run."""
+  longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2 * step))
+  fields = {"train.steps": 2 * step} | fitted_fields(longer, planned_tokens(longer, step, tokens))
+  overrides = " ".join(f"--config.{path}={value}" for path, value in fields.items())
+  if processes > 1:
+    return f"the same command with {overrides}"
+  return f"{_python()} -m deepseek_jax.train {_workdir(workdir)} {overrides}"
+
+
+def _workdir(workdir: str) -> str:
+  return shlex.quote(f"--workdir={workdir}")
+
+
+def _python() -> str:
+  """This interpreter as a shell finds it, and the variables that this run had."""
+  relative = os.path.relpath(sys.executable)
+  python = relative if "/" in relative and not relative.startswith("..") else sys.executable
+  variables = [f"{name}={shlex.quote(os.environ[name])} " for name in ENVIRONMENT if os.environ.get(name)]
+  return "".join(variables) + shlex.quote(python)

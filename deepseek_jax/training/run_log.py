@@ -27,8 +27,9 @@ from deepseek_jax.training import report
 from deepseek_jax.training.batch import Batch
 from deepseek_jax.training.layer_aux import logged_metrics
 from deepseek_jax.training.metrics import EVENTS, WRITERS, MetricsWriter, WriterFactory, read_jsonl
-from deepseek_jax.training.next_commands import next_commands
+from deepseek_jax.training.next_commands import next_commands, train_on_command
 from deepseek_jax.training.schedule import learning_rate
+from deepseek_jax.training.schedule_check import changed_rate_warning, schedule_warnings
 from deepseek_jax.training.skipped import heldout_nan_hint
 from deepseek_jax.training.timing import IntervalTimer, device_metrics
 
@@ -81,10 +82,12 @@ class RunLog:
       f"learning rate    {schedule.kind}: {schedule.peak:g} after {warmup} of warm-up, {last:.3g} at step {steps:,}"
     )
 
-  def show_changes(self, changes: Sequence[Difference]) -> None:
-    """Shows the fields that differ from those of the checkpoint or of the weights that the run starts from."""
+  def show_changes(self, changes: Sequence[Difference], step: int, consumed: Consumed) -> None:
+    """Shows the fields that differ from those of the checkpoint, of `step`, or of the weights that the run starts from."""
     for path, old, new in changes:
       self.console.print(f"changed  {path}: {old!r} -> {new!r}")
+    for warning in changed_rate_warning(self.config, changes, step, consumed.tokens):
+      self.console.print(f"warning  {warning}")
 
   def show_start(self, step: int, consumed: Consumed, weights: str | os.PathLike | None) -> None:
     """Shows what the run starts from: given `weights`, or the checkpoint of `step`, or nothing; and the tokens planned."""
@@ -96,6 +99,8 @@ class RunLog:
     else:
       self.console.print("start    no checkpoint here: from scratch")
     self.console.print(format_planned_tokens(self.config, step, consumed.tokens))
+    for warning in schedule_warnings(self.config, step, consumed.tokens):
+      self.console.print(f"warning  {warning}")
 
   def last_end(self) -> tuple[int, str] | None:
     """(step, reason) of the newest end that the run's events have. All processes have to call this."""
@@ -105,10 +110,12 @@ class RunLog:
     )
     return tuple(ends[0]) if ends else None
 
-  def show_finished_already(self, step: int) -> None:
-    """Shows that there is nothing to do."""
+  def show_finished_already(self, step: int, consumed: Consumed) -> None:
+    """Shows that there is nothing to do after `step`, and how to go on."""
     steps = self.config.train.steps
-    self.console.print(f"finished already: step {step} of {steps}; raise --config.train.steps to go on")
+    beyond = f", and train.steps={steps} asks for no more" if step > steps else ""
+    command = train_on_command(self.config, self.workdir, step, consumed.tokens, jax.process_count())
+    self.console.print(f"finished already, at step {step}{beyond}. To train on:\n  {command}")
 
   @contextlib.contextmanager
   def open(self, step: int) -> Iterator[None]:
@@ -201,11 +208,11 @@ class RunLog:
       f"({result['sequences']} sequences)"
     )
 
-  def sample(self, step: int, text: str) -> None:
+  def sample(self, step: int, consumed: Consumed, text: str) -> None:
     """Shows and writes the `text` that follows the prompt in a finished run, and shows what to do next."""
     prompt = self.config.sample.prompt
     self.event("sample", step, prompt=prompt, text=text)
-    commands = next_commands(self.config, self.workdir)
+    commands = next_commands(self.config, self.workdir, step, consumed.tokens, jax.process_count())
     self.console.print(f"sample\n{prompt}{text}\n\nwrote    {_absolute(self.workdir)}\nnext\n{commands}")
 
   def end(self, step: int, reason: str, digest: str | None = None) -> None:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -183,8 +184,51 @@ def test_a_run_shows_and_leaves_what_it_should(folder, uninterrupted):
 
 def test_the_same_command_again_says_that_it_finished(folder, uninterrupted):
   before = (folder / "reference" / "metrics.jsonl").read_bytes()
-  assert "finished already: step 12 of 12" in run(folder, "reference")
+  assert "finished already, at step 12. To train on:" in run(folder, "reference")
+  out = run(folder, "reference", "--config.train.steps=5")
+  assert "finished already, at step 12, and train.steps=5 asks for no more. To train on:" in out
+  assert "--config.train.steps=24 --config.schedule.steps=24" in out
   assert (folder / "reference" / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_commands_that_a_run_prints_work_as_printed(folder, uninterrupted):
+  """Those of a finished schedule, on a copy of the run's folder."""
+  workdir = copied(folder, "reference", "printed")
+  printed = uninterrupted[0].partition("\nnext\n")[2].replace(str(folder / "reference"), str(folder / workdir))
+  commands = dict(zip(*[iter(line.strip() for line in printed.splitlines()[:6])] * 2, strict=True))
+  programs = {"deepseek_jax.train": train.main, "deepseek_jax.generate": generate_main}
+  outputs = {}
+  for name, extra in (("sample", []), ("train on", []), ("train a bigger model", ["--dry_run"])):
+    python, module, program, *arguments = shlex.split(commands[name])
+    assert os.path.samefile(python, sys.executable) and module == "-m"
+    outputs[name] = call(programs[program], *arguments, *extra)
+  assert "def " in outputs["sample"]
+  assert "the schedule has changed: step 13 has a learning rate of" in outputs["train on"]
+  rates = [line["learning_rate"] for line in lines(folder, workdir)]
+  assert len(rates) == 24 and rates[12] > rates[11] > rates[23]  # up again, and down to the end
+  assert "model.embed = " in outputs["train a bigger model"]
+
+
+def test_a_run_that_its_schedule_does_not_fit_is_warned(folder):
+  arguments = "--config.train.steps=30", "--dry_run"
+  out = run(folder, "unfit", *arguments)
+  assert "warning          schedule.steps=12 ends before the run, at 30 steps" in out
+  assert "warning" not in run(folder, "unfit", "--dry_run")
+  out = run(folder, "unfit", "--config.schedule.warmup_steps=12", "--dry_run", code=2)
+  assert (
+    out.startswith("error: schedule.warmup_steps=12 is not shorter than schedule.steps=12") and out.count("\n") == 1
+  )
+  assert run(folder, "unfit", "--config.schedule.warmup_steps=12", code=2).startswith("error: schedule.warmup_steps=12")
+  assert not (folder / "unfit").exists()
+
+
+def test_one_text_file_trains(folder):
+  path = folder / "input.txt"
+  path.write_text("\n".join((folder / "text" / f"{i}.txt").read_text() for i in range(4)))
+  out = run(folder, "single", f"--config.data.sources={path}", "--config.train.steps=2", "--config.eval.every=100")
+  assert "data: " in out and "1 document, too few to hold some out, cut at line or sentence ends into" in out
+  assert "warning  train.steps=2 ends within the warm-up" in out
+  assert lines(folder, "single", "events.jsonl")[-1]["reason"] == "finished"
 
 
 @pytest.mark.parametrize(("kills", "steps"), [(2, STEPS), pytest.param(20, 80, marks=pytest.mark.chaos)])

@@ -1,0 +1,105 @@
+"""Whether the learning rate's schedule and the length of the run fit each other; said before anything is trained."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from deepseek_jax.checkpoint.compatibility import Difference
+from deepseek_jax.config import Config
+from deepseek_jax.config_sections import ScheduleConfig
+from deepseek_jax.data.pipeline import batch_size
+from deepseek_jax.errors import ConfigError
+from deepseek_jax.plan.summary import planned_tokens
+from deepseek_jax.training.schedule import SCHEDULE, learning_rate
+
+SHORT = 0.05  # of the way from the peak to the last rate: what is left of it at the end of a run that is called short
+TOKENS_TOLERANCE = 0.01  # by which the tokens of a run may differ from the schedule's: steps are whole batches
+
+
+def check_warmup(config: Config) -> None:
+  """Raises ConfigError where the warm-up is not shorter than the schedule. A constant schedule has no length."""
+  schedule = config.schedule
+  if schedule.kind == "constant":
+    return
+  warmup, length = schedule.warmup_steps, schedule.steps
+  if schedule.warmup_tokens or schedule.tokens:
+    warmup = schedule.warmup_tokens or tokens_after(config, schedule.warmup_steps)
+    length = schedule.tokens or tokens_after(config, schedule.steps)
+  if warmup >= length:
+    warmup_field = "warmup_tokens" if schedule.warmup_tokens else "warmup_steps"
+    length_field = "tokens" if schedule.tokens else "steps"
+    raise ConfigError(
+      f"schedule.{warmup_field}={getattr(schedule, warmup_field)} is not shorter than "
+      f"schedule.{length_field}={getattr(schedule, length_field)}: the rate would never be at its peak; lower the first, "
+      "or raise the second"
+    )
+
+
+def schedule_warnings(config: Config, step: int = 0, tokens: int = 0) -> list[str]:
+  """Lines about a run that goes on after its schedule has ended, or ends well before that.
+
+  step, tokens: completed updates and their tokens, from which the run goes on.
+  """
+  schedule, steps = config.schedule, config.train.steps
+  end_tokens = planned_tokens(config, step, tokens)
+  batch_tokens = config.train.global_batch * config.data.seq
+  end_rate = learning_rate(schedule, steps - 1, max(end_tokens - batch_tokens, 0), batch_tokens)
+  if schedule.warmup_tokens > end_tokens or (not schedule.warmup_tokens and schedule.warmup_steps > steps):
+    return [
+      f"train.steps={steps} ends within the warm-up, at a learning rate of {end_rate:.3g}: {_fit(config, end_tokens)}"
+    ]
+  if schedule.kind == "constant":
+    return []
+  unit, length, end = ("tokens", schedule.tokens, end_tokens) if schedule.tokens else ("steps", schedule.steps, steps)
+  last_rate = schedule.peak * SCHEDULE[schedule.kind](schedule, 1.0, 0.0)
+  tolerance = TOKENS_TOLERANCE * schedule.tokens
+  if end > length + tolerance:
+    return [
+      f"schedule.{unit}={length} ends before the run, at {end} {unit}: from there on every step has the last learning "
+      f"rate, {last_rate:.3g}; {_fit(config, end_tokens)}"
+    ]
+  if end < length - tolerance and end_rate > last_rate + SHORT * (schedule.peak - last_rate):
+    return [
+      f"the run ends at {end / length:.0%} of schedule.{unit}={length}, at a learning rate of {end_rate:.3g}, where the "
+      f"schedule ends at {last_rate:.3g}; {_fit(config, end_tokens)}"
+    ]
+  return []
+
+
+def changed_rate_warning(config: Config, changes: Sequence[Difference], step: int, tokens: int) -> list[str]:
+  """A line where the next step of a resumed run has another learning rate than by the checkpoint's schedule.
+
+  changes: as `check_compatible` returns them. step, tokens: completed updates, and their tokens.
+  """
+  fields = {f"schedule.{field.name}" for field in dataclasses.fields(ScheduleConfig)}
+  saved = {path.removeprefix("schedule."): old for path, old, _ in changes if path in fields}
+  if not saved or not step:
+    return []
+  batch_tokens = batch_size(config.train, tokens) * config.data.seq
+  schedules = (dataclasses.replace(config.schedule, **saved), config.schedule)
+  before, now = (learning_rate(schedule, step, tokens, batch_tokens) for schedule in schedules)
+  if abs(now - before) <= 0.01 * before:
+    return []
+  return [
+    f"the schedule has changed: step {step + 1} has a learning rate of {now:.3g}, by the checkpoint's it was {before:.3g}"
+  ]
+
+
+def fitted_fields(config: Config, end_tokens: int) -> dict[str, int]:
+  """The fields of the schedule with which it ends with the run, at `end_tokens`. None for a constant schedule."""
+  if config.schedule.kind == "constant":
+    return {}
+  return {"schedule.tokens": end_tokens} if config.schedule.tokens else {"schedule.steps": config.train.steps}
+
+
+def tokens_after(config: Config, steps: int) -> int:
+  """Tokens of the first `steps` updates."""
+  return planned_tokens(
+    dataclasses.replace(config, train=dataclasses.replace(config.train, steps=max(steps, 1)))
+  ) * bool(steps)
+
+
+def _fit(config: Config, end_tokens: int) -> str:
+  """What to do."""
+  fields = fitted_fields(config, end_tokens)
+  stretch = f", or set {' and '.join(f'{path}={value}' for path, value in fields.items())}" if fields else ""
+  return f"change train.steps{stretch}"
