@@ -9,6 +9,7 @@ An object appears complete, in one step. There is no rename: a marker is written
 """
 
 import concurrent.futures
+import contextlib
 import os
 import pathlib
 import re
@@ -23,6 +24,7 @@ from typing import Any, TypeVar
 import tensorstore as ts
 
 from deepseek_jax.errors import StorageError
+from deepseek_jax.native_logs import hide_native_logs
 
 # A request is tried five times, 1, 2, 4 and 8 s apart and up to a second more, each until nothing has moved for 10 s,
 # which curl notices up to 6 s late: an outage is an error after 19 s where connections are refused, after 100 where
@@ -69,6 +71,7 @@ class ObjectStore:
     self.url = str(url).rstrip("/")
     self._context = ts.Context({"gcs_request_retries": RETRIES, "s3_request_retries": RETRIES})
     self._base = self._kvstore_spec()
+    self._is_connected = False
     self._objects = self._wait("opened", lambda: ts.KvStore.open(self._base, context=self._context))
 
   def read(self, name: str) -> bytes | None:
@@ -121,8 +124,13 @@ class ObjectStore:
 
   def _wait(self, action: str, start: Callable[[], Any], name: str = "") -> Any:
     """The result of the future that `start` returns. `action`: the participle for the error message."""
+    # While it connects, the library logs where it looks for credentials.
+    hide = contextlib.nullcontext() if self._is_connected else hide_native_logs()
     try:
-      return start().result()
+      with hide:
+        result = start().result()
+      self._is_connected = action != "opened"  # which sends nothing yet
+      return result
     except (ValueError, RuntimeError) as error:  # what TensorStore raises for every status
       raise StorageError(f"{self.url}/{name} cannot be {action}: {describe_error(error)}") from None
 

@@ -4,8 +4,8 @@
 
 JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID tell each process which one it is. Each has --devices
 devices: virtual ones on a CPU, GPUs of its own on a machine with GPUs. Lines that process N > 0 prints start with [N].
-When a process fails, the others get SIGTERM, and SIGKILL 5 s later; its last lines are shown, and its exit code is the
-launcher's. Ctrl-C and SIGTERM are passed on, so that a training run can save.
+An error that several of them report is shown once. When a process fails, the others get SIGTERM, and SIGKILL 5 s later;
+its exit code is the launcher's, and its last lines are shown again where many lines of others follow them. Ctrl-C and SIGTERM are passed on, so that a training run can save.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import collections
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -98,7 +99,8 @@ class ProcessGroup:
 
   def wait(self) -> int:
     """Waits for all and returns the exit code. One that fails, or a stop that takes too long, ends all."""
-    readers = [OutputReader(process, index) for index, process in enumerate(self._processes)]
+    transcript = Transcript()
+    readers = [OutputReader(process, index, transcript) for index, process in enumerate(self._processes)]
     failed = None
     while True:
       running = [process for process in self._processes if process.poll() is None]
@@ -119,8 +121,13 @@ class ProcessGroup:
     code = self._processes[failed].returncode
     code = 128 - code if code < 0 else code
     if not self._stopped:
-      print(f"launch: process {failed} failed with exit code {code}; its last lines:", file=sys.stderr)
-      sys.stderr.write(b"".join(readers[failed].last_lines).decode(errors="replace"))
+      far_above = transcript.lines - readers[failed].last_shown > LAST_LINES
+      last_lines = b"".join(readers[failed].last_lines).decode(errors="replace") if far_above else ""
+      print(
+        f"launch: process {failed} failed with exit code {code}{'; its last lines:' if last_lines else ''}",
+        file=sys.stderr,
+      )
+      sys.stderr.write(last_lines)
     return code
 
   def stop(self, number: int, frame: types.FrameType | None) -> None:
@@ -140,14 +147,42 @@ class ProcessGroup:
           os.killpg(process.pid, number)
 
 
-class OutputReader(threading.Thread):
-  """Copies the output of process `index` to stderr, with [index] before each line of any but process 0.
+class Transcript:
+  """What was shown on stderr. An error that is one that was shown, or has it inside, is left out.
 
-  last_lines: the newest lines, as bytes.
+  lines: how many were shown.
   """
 
-  def __init__(self, process: subprocess.Popen, index: int):
+  # As deepseek_jax prints errors: with the number of the process that prints it, and of the one that raised it.
+  ERROR = re.compile(rb"(?:process \d+: )?error: (?:process \d+: )?(.+)")
+
+  def __init__(self):
+    self.lines = 0
+    self._errors: list[bytes] = []
+    self._lock = threading.Lock()
+
+  def show(self, line: bytes, prefix: bytes) -> None:
+    """Shows a line, with a prefix, unless it is an error that was shown."""
+    with self._lock:
+      if match := self.ERROR.match(line):
+        if any(error in match[1] or match[1] in error for error in self._errors):
+          return
+        self._errors.append(match[1])
+      self.lines += 1
+      sys.stderr.buffer.write(prefix + line)
+      sys.stderr.buffer.flush()
+
+
+class OutputReader(threading.Thread):
+  """Copies the output of process `index` to `transcript`, with [index] before each line of any but process 0.
+
+  last_lines: the newest lines, as bytes. last_shown: how many lines the transcript had after the newest.
+  """
+
+  def __init__(self, process: subprocess.Popen, index: int, transcript: Transcript):
     super().__init__(daemon=True)
+    self.last_shown = 0
+    self._transcript = transcript
     self.last_lines: collections.deque[bytes] = collections.deque(maxlen=LAST_LINES)
     self._prefix = b"[%d] " % index if index else b""
     self._stream = process.stdout or process.stderr
@@ -156,8 +191,8 @@ class OutputReader(threading.Thread):
   def run(self) -> None:
     for line in self._stream:
       self.last_lines.append(line)
-      sys.stderr.buffer.write(self._prefix + line)
-      sys.stderr.buffer.flush()
+      self._transcript.show(line, self._prefix)
+      self.last_shown = self._transcript.lines
 
 
 _libc = ctypes.CDLL(None)  # before the fork

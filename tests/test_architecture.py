@@ -14,7 +14,7 @@ PACKAGE = "deepseek_jax"
 
 # Imports point down: a module imports its own package and those of lower lines.
 LAYERS = (
-  {"errors", "typing", "renamed_fields", "console", "logical_axes"},
+  {"errors", "typing", "renamed_fields", "console", "logical_axes", "native_logs"},
   {"processes", "distributed", "cpu_backend"},
   {"schema", "storage"},
   {"model_config", "config_sections"},

@@ -26,6 +26,16 @@ def test_objects_are_written_read_listed_and_deleted(buckets, scheme):
 
 
 @BOTH
+def test_the_library_logs_nothing_when_it_connects(buckets, scheme, capfd):
+  """Of gs:// it would log that it uses the token of the tests."""
+  ObjectStore(f"{scheme}://bucket-a/run").write("a", b"1")
+  buckets.fail(403, "run/a")
+  with pytest.raises(StorageError):
+    ObjectStore(f"{scheme}://bucket-a/run").read("a")
+  assert capfd.readouterr() == ("", "")
+
+
+@BOTH
 def test_an_object_that_has_not_changed_is_not_read_again(buckets, scheme):
   store = ObjectStore(f"{scheme}://bucket-a/run")
   store.write("a", b"1")

@@ -82,8 +82,44 @@ time.sleep(100)
 """
   started = time.monotonic()
   _, err = finish(launch(program, "--processes=2"), 7)
-  assert f"process {index} failed with exit code 7; its last lines:\nthe reason\n" in err
+  assert f"launch: process {index} failed with exit code 7\n" in err and err.count("the reason") == 1
   assert time.monotonic() - started < 20
+
+
+def test_an_error_of_all_processes_is_shown_once(notes):
+  """As a config error that each finds by itself, one that process 0 tells the others, and the end that others see."""
+  program = """
+time.sleep(0.3 * index)
+told = "process 0: " if index == 2 else ""
+text = "process 0 failed (ConfigError: model.x=3 is bad: use 4): all end" if index == 3 else "model.x=3 is bad: use 4"
+print(f"process {index}: " * bool(index) + f"error: {told}{text}", file=sys.stderr)
+sys.exit(2)
+"""
+  signal_ignored = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+  _, err = finish(launch(signal_ignored + program, "--processes=4"), 2)
+  assert err == "error: model.x=3 is bad: use 4\nlaunch: process 0 failed with exit code 2\n"
+
+
+def test_other_errors_and_lines_are_all_shown():
+  program = """
+time.sleep(0.3 * index)
+print(f"error: of {index} alone\\nsame line", file=sys.stderr)
+"""
+  _, err = finish(launch(program, "--processes=2"), 0)
+  assert err == "error: of 0 alone\nsame line\n[1] error: of 1 alone\n[1] same line\n"
+
+
+def test_last_lines_far_above_are_shown_again():
+  program = """
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if index == 1:
+  print("the reason", file=sys.stderr)
+  sys.exit(7)
+time.sleep(1)
+print("\\n" * 30, file=sys.stderr)
+"""
+  _, err = finish(launch(program, "--processes=2"), 7)
+  assert err.endswith("launch: process 1 failed with exit code 7; its last lines:\nthe reason\n")
 
 
 def test_who_does_not_obey_is_killed_and_so_are_children(notes):
