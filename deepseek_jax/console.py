@@ -140,6 +140,12 @@ def format_bytes(size: float) -> str:
   return f"{size:.0f} B"
 
 
+def format_gib(size: float, digits: int) -> str:
+  """A number of bytes in GiB with that many digits, without the unit; with a smaller unit where that would be zero."""
+  text = f"{size / 2**30:,.{digits}f}"
+  return format_bytes(size) if size and not float(text.replace(",", "")) else text
+
+
 def format_duration(seconds: float) -> str:
   """Seconds as h:mm:ss."""
   minutes, seconds = divmod(round(seconds), 60)

@@ -92,6 +92,8 @@ def main(argv: list[str]) -> int:
     on_mesh = resolve_mesh(config, values.devices or min_devices(config.mesh))
     print(format_config(on_mesh) if values.print_config else format_changed_fields(config))
     if values.dry_run:
+      fewest = "" if values.devices else ", the fewest that the mesh takes: --devices=N plans for N"
+      print(f"devices          {min_devices(on_mesh.mesh):,}{fewest}")
       print(f"{config_summary(on_mesh)}\n{format_planned_tokens(on_mesh)}")
       for warning in schedule_warnings(on_mesh):
         print(f"warning          {warning}")

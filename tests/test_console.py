@@ -6,7 +6,15 @@ import threading
 import pytest
 
 from deepseek_jax import console
-from deepseek_jax.console import Console, SilentConsole, current_console, log_to_console, set_console
+from deepseek_jax.console import (
+  Console,
+  SilentConsole,
+  current_console,
+  format_bytes,
+  format_gib,
+  log_to_console,
+  set_console,
+)
 
 
 class Terminal(io.StringIO):
@@ -126,3 +134,15 @@ def test_the_current_console_is_set_for_a_block_in_one_thread():
     thread.start()
     thread.join()
   assert current_console() is first and elsewhere == [first]
+
+
+@pytest.mark.parametrize(
+  ("size", "text", "gib"),
+  [
+    (0, "0 B", "0.0"), (1, "1 B", "1 B"), (1023, "1023 B", "1023 B"), (1024, "1.00 KiB", "1.00 KiB"),
+    (1.5 * 2**20, "1.50 MiB", "1.50 MiB"), (2**30, "1.00 GiB", "1.0"), (65.84 * 2**30, "65.8 GiB", "65.8"),
+    (0.04 * 2**30, "41.0 MiB", "41.0 MiB"), (0.1 * 2**30, "102 MiB", "0.1"), (2374.8 * 2**30, "2,375 GiB", "2,374.8"),
+  ],
+)  # fmt: skip
+def test_sizes_never_read_as_nothing(size, text, gib):
+  assert (format_bytes(size), format_gib(size, 1)) == (text, gib)

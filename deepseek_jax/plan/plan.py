@@ -9,6 +9,7 @@ import jax
 from jax.sharding import AbstractDevice
 
 from deepseek_jax.config import Config
+from deepseek_jax.console import format_bytes, format_gib
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.mesh import AXES, abstract_mesh, check_slices, make_mesh, resolve_mesh
 from deepseek_jax.model.all_to_all import has_ragged_all_to_all
@@ -17,6 +18,7 @@ from deepseek_jax.model.kernel_choice import check_kernels
 from deepseek_jax.parallel.schedule import Schedule
 from deepseek_jax.plan.compile import CompiledProgram, OutOfMemory, compile_for_tpu, topology_devices
 from deepseek_jax.plan.count import Operation, RuntimeAssumptions, count_operations
+from deepseek_jax.plan.fitting import smallest_fitting_change
 from deepseek_jax.plan.flops import TRACE_DEVICE, training_flops
 from deepseek_jax.plan.hlo import HloProgram
 from deepseek_jax.plan.memory import estimate_memory, uses_fused_attention
@@ -224,12 +226,24 @@ def runtime_assumptions(config: Config, device_kind: str) -> RuntimeAssumptions:
   return dataclasses.replace(assumptions, grouped_matmul_fill=min(fill, 1), ragged_fill=ragged_fill)
 
 
+def format_fitting_change(plan: Plan) -> str:
+  """What to change so that a plan that does not fit would."""
+  change = smallest_fitting_change(plan.config, plan.topology, plan.memory_bytes)
+  if not change:
+    return (
+      "no smaller microbatch, remat policy or number of devices that was tried would fit; --search looks for a mesh"
+    )
+  fields = " ".join(f"--config.{path}={str(value).lower()}" for path, value in change.fields.items())
+  devices = f" on {change.devices:,} devices" if change.devices != plan.topology.num_devices else ""
+  return f"would fit{devices} with {fields}: {format_bytes(change.memory_bytes)} per device by the estimate; --search looks for a mesh"
+
+
 def format_plan(plan: Plan) -> str:
   """The lines that the command prints."""
   topology, config, memory = plan.topology, plan.config, plan.memory
   train, chip = config.train, topology.chip
   mesh = " x ".join(f"{axis}={getattr(config.mesh, axis)}" for axis in AXES if getattr(config.mesh, axis) > 1)
-  by_part = ", ".join(f"{name} {size / GIB:.1f}" for name, size in memory.items())
+  by_part = ", ".join(f"{name} {format_gib(size, 1)}" for name, size in memory.items())
   num_microbatches = train.global_batch // (train.microbatch or train.global_batch)
   lines = [
     f"plan        {config.name} on {topology.text}: {topology.num_devices} x {chip.kind}, {plan.source}"
@@ -237,18 +251,16 @@ def format_plan(plan: Plan) -> str:
     f"mesh        {mesh or 'one device'}",
     f"batch       {train.global_batch:,} sequences of {config.data.seq:,} tokens in {num_microbatches} microbatches, remat "
     f"{config.model.remat}",
-    f"HBM         {plan.memory_bytes / GIB:.1f} of {chip.hbm_capacity / GIB:.1f} GiB per device: "
+    f"HBM         {format_gib(plan.memory_bytes, 1)} of {chip.hbm_capacity / GIB:.1f} GiB per device: "
     f"{'fits' if plan.fits else 'DOES NOT FIT'} ({by_part})",
-    *(
-      []
-      if plan.fits
-      else ["            take more devices, a smaller train.microbatch or model.remat=full; --search looks for a mesh"]
-    ),
+    *([] if plan.fits else [f"            {format_fitting_change(plan)}"]),
     f"FLOPs       {plan.model_flops:.3g} model, {plan.compiled_flops:.3g} executed, per step on all devices",
   ]
   for kind, by_axes in plan.collectives.items():
     largest_first = sorted(by_axes.items(), key=lambda item: -item[1])
-    sizes = ", ".join(f"{axes} {size / GIB:.2f}" for axes, size in largest_first if size > 1e6)
+    sizes = ", ".join(
+      f"{axes} {format_gib(size, 2)}" for axes, size in largest_first if size > min(1e6, largest_first[0][1] / 2)
+    )
     if sizes:
       lines.append(f"collectives {kind}, GiB sent per device and step: {sizes}")
   for name, time in (("ideal", plan.ideal), ("calibrated", plan.calibrated)):

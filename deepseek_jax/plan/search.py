@@ -6,10 +6,12 @@ A best-first search over analytic plans changes one choice at a time. Then the b
 import dataclasses
 import functools
 import heapq
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 from deepseek_jax.config import Config
 from deepseek_jax.config_sections import MeshConfig
+from deepseek_jax.console import format_bytes
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.mesh import AXES, resolve_mesh
 from deepseek_jax.plan.memory import estimate_memory
@@ -80,6 +82,7 @@ def search(
   """
   tried: set[Candidate] = set()
   heap: list[tuple] = []
+  least_bytes = math.inf  # on a device, of all candidates
   plans: list[Plan] = []
   queue = iter(initial_candidates(config, topology))
   while len(plans) < max_plans:
@@ -89,6 +92,7 @@ def search(
       if candidate_config is None:
         continue
       memory_bytes = estimate_memory(candidate_config, topology.chip).total_bytes
+      least_bytes = min(least_bytes, memory_bytes)
       priority: tuple[bool, float] = (True, memory_bytes)
       if memory_bytes <= MEMORY_TOLERANCE * topology.chip.hbm_capacity and len(plans) < max_plans:
         progress(f"plan {len(plans) + 1} of at most {max_plans}: {describe_mesh(candidate_config)}")
@@ -100,8 +104,9 @@ def search(
     queue = heapq.heappop(heap)[-1].neighbors()
   if not plans:
     raise ConfigError(
-      f"{config.name} fits on {topology.text} with no mesh that was tried: take more devices, or optimizer.offload=true, or "
-      "a train.global_batch that more powers of two divide"
+      f"{config.name} fits on {topology.text} with no mesh that was tried: the best takes {format_bytes(least_bytes)} of "
+      f"{format_bytes(topology.chip.hbm_capacity)} per device; take about {least_bytes / topology.chip.hbm_capacity:.1f} times "
+      "as many devices or more, optimizer.offload=true, or a train.global_batch that more powers of two divide"
     )
   plans.sort(key=rank_key)
   return compile_best(plans, topology, make_step, progress) if compile else plans
@@ -191,7 +196,7 @@ def format_ranking(plans: Sequence[Plan]) -> str:
   for plan in plans:
     time = plan.calibrated
     lines.append(
-      f"{time.seconds:8.2f}  {plan.mfu(time):5.1%} {plan.memory_bytes / GIB:4.0f}  {'yes ' if plan.fits else 'NO  '}  "
+      f"{time.seconds:8.2f}  {plan.mfu(time):5.1%} {gib if (gib := round(plan.memory_bytes / GIB)) >= 10 else f'{plan.memory_bytes / GIB:.2g}':>4}  {'yes ' if plan.fits else 'NO  '}  "
       f"{time.bound:12}  {plan.source:8}  {describe_mesh(plan.config)}"
     )
   return "\n".join(lines)

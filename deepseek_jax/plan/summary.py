@@ -6,12 +6,13 @@ Printed by --dry_run and at the start of a run.
 import textwrap
 
 from deepseek_jax.config import Config
+from deepseek_jax.console import format_bytes
 from deepseek_jax.data.pipeline import batch_size
+from deepseek_jax.mesh import min_devices
 from deepseek_jax.parallel.pipeline import layer_assignment
 from deepseek_jax.parallel.schedule import Schedule
 from deepseek_jax.plan.flops import count_parameters, training_flops
 from deepseek_jax.plan.memory import estimate_memory
-from deepseek_jax.plan.topology import GIB
 from deepseek_jax.schema import flatten_config
 
 
@@ -39,7 +40,8 @@ def config_summary(config: Config) -> str:
   """Parameters, FLOPs, mesh and memory of `config`, whose mesh sizes are resolved, a line each."""
   counts, flops = count_parameters(config.model), training_flops(config.model, config.data.seq)
   memory = estimate_memory(config)
-  memory_parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in vars(memory).items())
+  memory_parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in vars(memory).items())
+  devices = min_devices(config.mesh)
   mtp = f", and {counts.mtp:,} for multi-token prediction" if counts.mtp else ""
   mesh = " x ".join(f"{axis}={size}" for axis, size in vars(config.mesh).items())
   return "\n".join(
@@ -48,7 +50,7 @@ def config_summary(config: Config) -> str:
       f"FLOPs per token  {flops.causal:.4g} causal attention, {flops.full:.4g} full attention (forward and backward)",
       f"mesh             {mesh}",
       *_pipeline_lines(config),
-      f"memory estimate  {memory.total_bytes / GIB:.2f} GiB per device ({memory_parts})",
+      f"memory estimate  {format_bytes(memory.total_bytes)} per device, of {devices:,} ({memory_parts})",
     )
   )
 

@@ -45,7 +45,8 @@ def schedule_warnings(config: Config, step: int = 0, tokens: int = 0) -> list[st
   end_rate = learning_rate(schedule, steps - 1, max(end_tokens - batch_tokens, 0), batch_tokens)
   if schedule.warmup_tokens > end_tokens or (not schedule.warmup_tokens and schedule.warmup_steps > steps):
     return [
-      f"train.steps={steps} ends within the warm-up, at a learning rate of {end_rate:.3g}: {_fit(config, end_tokens)}"
+      f"train.steps={steps} ends within the warm-up, at a learning rate of {end_rate:.3g} on the way to {schedule.peak:.3g}; "
+      "raise train.steps, or shorten the warm-up of the schedule"
     ]
   if schedule.kind == "constant":
     return []

@@ -1,6 +1,8 @@
 """Plans, through the command line: python -m deepseek_jax.plan."""
 
+import dataclasses
 import json
+import re
 
 import pytest
 
@@ -9,7 +11,8 @@ from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import load_config
 from deepseek_jax.plan.__main__ import main
 from deepseek_jax.plan.flops import abstract_params, training_flops
-from deepseek_jax.plan.plan import make_plan
+from deepseek_jax.plan.plan import Plan, format_plan, make_plan
+from deepseek_jax.plan.roofline import StepTime
 from deepseek_jax.plan.topology import parse_topology
 from deepseek_jax.sharding import elements_per_device
 from deepseek_jax.training.step import abstract_step
@@ -59,7 +62,30 @@ def test_a_plan_as_text_and_in_a_file(capsys, tmp_path):
   path = tmp_path / "plan.json"
   text = run_plan(capsys, "--config=configs/7b.py", "--topology=v5e:4x4", f"--json={path}")
   assert "DOES NOT FIT" in text and "MFU" in text and "fsdp=8 x context=2" in text
+  assert "would fit with --config.train.microbatch=8: " in text
   assert json.loads(path.read_text())["fits"] is False
+
+
+def test_small_sizes_have_a_unit_of_their_own():
+  time = StepTime(1.0, 1.0, 0.5, 0.1)
+  config, topology = load_config("configs/tiny.py", {"mesh.data": 1}), parse_topology("v5p")
+  collectives = {"all-reduce": {"fsdp": 21_197.0, "data": 0.0}, "all-gather": {"fsdp": 2.0**31, "data": 2.0**21}}
+  text = format_plan(
+    Plan(config, topology, {"params": 2**24, "other": 0}, 1, 1, collectives, time, time, "analytic", 0)
+  )
+  assert "HBM         16.0 MiB of 95.7 GiB per device: fits (params 16.0 MiB, other 0.0)\n" in text
+  assert "all-reduce, GiB sent per device and step: fsdp 20.7 KiB\n" in text
+  assert "all-gather, GiB sent per device and step: fsdp 2.00, data 2.00 MiB\n" in text
+
+
+def test_what_would_fit_is_named_with_its_devices():
+  time = StepTime(1.0, 1.0, 0.5, 0.1)
+  config = load_config("configs/7b.py", {"mesh.fsdp": 8, "mesh.data": 1, "mesh.context": 1, "train.microbatch": 8})
+  plan = Plan(config, parse_topology("v5e:2x4"), {"params": 27 * 2**30}, 1, 1, {}, time, time, "analytic", 0)
+  assert "DOES NOT FIT" in format_plan(plan)
+  assert re.search(r" would fit on 16 devices with --config.mesh.fsdp=16 --config.train.microbatch=16 --config.optimizer.offload=true: [\d.]+ GiB per device", format_plan(plan))  # fmt: skip
+  few = dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch=8))
+  assert "that was tried would fit; --search" in format_plan(dataclasses.replace(plan, config=few))
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def config_of(schedule, steps, **train):
       61,
       ["ends at 55% of schedule.steps=110, at a learning rate of 0.55,", "ends at 0.1;", "schedule.steps=61"],
     ),
-    (COSINE, 9, ["train.steps=9 ends within the warm-up, at a learning rate of 0.9:"]),
+    (COSINE, 9, ["train.steps=9 ends within the warm-up, at a learning rate of 0.9 on the way to 1;"]),
     (dataclasses.replace(COSINE, steps=12), 12, None),  # its last step is halfway, but it is the schedule's last
     (DROPS, 100, None),
     (DROPS, 95, None),
