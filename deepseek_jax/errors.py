@@ -17,6 +17,10 @@ class CheckpointError(UserError):
   """A checkpoint that cannot be saved or restored, or not with this config."""
 
 
+class WriteError(UserError):
+  """A file of the run that cannot be written, as on a full disk."""
+
+
 class StorageError(UserError):
   """A bucket that cannot be reached, or that denies access."""
 

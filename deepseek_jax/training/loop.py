@@ -3,11 +3,13 @@
 What it shows and writes is in `run_log.py`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import signal
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -38,6 +40,7 @@ from deepseek_jax.training.skipped import Diverged, check_skipped
 from deepseek_jax.training.state import TrainState, abstract_state, init_state, state_from_params, state_sha256
 from deepseek_jax.training.step import jit_eval_step, jit_train_step
 from deepseek_jax.training.step_config import StepConfig
+from deepseek_jax.training.timing import MetricsReader, TimedMetrics
 
 
 def run(
@@ -213,14 +216,14 @@ class Run:
   def train(self, request: StopRequest) -> None:
     """Trains until the last step or a stop request.
 
-    The metrics of a step are read while the device works on the next one. Raises Diverged as `log_step`.
+    The metrics of a step are logged while the device works on the next one. Raises Diverged as `log_step`.
     """
     train, steps = self.config.train, self.config.train.steps - self.step
     load = functools.partial(load_batch, self.data, train, sharding=self.batch_sharding)
     data_iterator = iterate_batches(self.data, train, self.consumed, steps, load)
     pending = None
     self.is_compiled = False
-    with self.log.progress(self.step):
+    with self.log.progress(self.step), contextlib.closing(MetricsReader()) as reader:
       while self.step < train.steps and request.stop_signal is None:
         with self.log.timer.measure("data"):
           batch, consumed = next(data_iterator)
@@ -232,7 +235,7 @@ class Run:
         self.consumed = consumed
         if pending:
           self.log_step(request, *pending)
-        pending = (self.step, consumed, batch, step_metrics)
+        pending = (self.step, consumed, batch, reader.read(step_metrics))
         eval_is_due = self.step % self.config.eval.every == 0
         checkpoint_is_due = self.step % self.config.checkpoint.every == 0
         if self.block_each_step or eval_is_due or checkpoint_is_due or self.step == train.steps:
@@ -262,19 +265,20 @@ class Run:
     return {**step_metrics, **inputs.logged(model)}
 
   def log_step(
-    self, request: StopRequest, step: int, consumed: Consumed, batch: Batch, step_metrics: dict[str, Any]
+    self, request: StopRequest, step: int, consumed: Consumed, batch: Batch, step_metrics: Future[TimedMetrics]
   ) -> None:
-    """Reads the metrics of a step and logs them.
+    """Waits for the metrics of a step and logs them.
 
     Sets `request.stop_signal` where a process of the run received a signal. Raises Diverged as `check_skipped`.
 
-    step, consumed: completed updates, and what they consumed, after the step. step_metrics: of `start_step`.
+    step, consumed: completed updates, and what they consumed, after the step. step_metrics: of `start_step`, as
+    `MetricsReader.read` gives them.
     """
-    values = jax.device_get(step_metrics)
+    values, arrived = step_metrics.result()
     if stop_signal := int(values.pop("stop_signal", 0)):
       request.stop_signal = signal.Signals(stop_signal)
     check_skipped(self.config, step, values, self.saved_step, self.log.console.print)
-    self.log.step(step, consumed, batch, values)
+    self.log.step(step, consumed, batch, values, arrived)
 
   def evaluate(self, sequences: int) -> None:
     """Logs the loss and the bits per byte of `sequences` windows of the held-out split."""
@@ -287,7 +291,7 @@ class Run:
         self.microbatch_size,
         sequences,
       )
-    self.log.evaluation(self.step, result)
+      self.log.evaluation(self.step, result)
 
   def save(self) -> None:
     """Starts to save a checkpoint of the current step, unless it has one."""

@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ from deepseek_jax.training.schedule import learning_rate
 from deepseek_jax.training.schedule_check import changed_rate_warning, schedule_warnings
 from deepseek_jax.training.skipped import heldout_nan_hint
 from deepseek_jax.training.timing import IntervalTimer, device_metrics
+from deepseek_jax.training.writer_thread import WriterThread
 
 
 class RunLog:
@@ -59,9 +61,9 @@ class RunLog:
     self._folder = run_folder
     names = ["jsonl", "tensorboard"] if config.log.tensorboard else ["jsonl"]
     self._factories = [*(WRITERS[name] for name in names), *writers] if jax.process_index() == 0 else []
-    self._writers: list[MetricsWriter] = []
+    self._writers: WriterThread | None = None  # while the log is open, on process 0
     self._flops_per_token = training_flops(config.model, config.data.seq).causal
-    self.timer = IntervalTimer()  # since the last line of metrics
+    self.timer = IntervalTimer()  # intervals between lines of metrics
     self._update_progress: Callable[[int, str], None] = lambda step, text: None
 
   def show_run(self) -> None:
@@ -125,16 +127,20 @@ class RunLog:
     """
     with contextlib.ExitStack() as stack:
       try:
+        writers: list[MetricsWriter] = []
         for factory in self._factories:
           writer = factory(self._folder.path, step)
           stack.callback(writer.close)
-          self._writers.append(writer)
+          writers.append(writer)
         if jax.process_index() == 0:
           self._write_config()
       except OSError as error:
         if not error.filename:  # of a writer that a program passed: perhaps the network
           raise
         raise ConfigError(f"cannot write {error.filename}: {error.strerror}; use another --workdir") from None
+      if writers:
+        self._writers = WriterThread(writers)
+        stack.callback(self._writers.close)
       yield
 
   def _write_config(self) -> None:
@@ -144,9 +150,14 @@ class RunLog:
     os.replace(file.name, path)
 
   def event(self, name: str, step: int, **values: Any) -> None:
-    """Writes an event, see MetricsWriter."""
-    for writer in self._writers:
-      writer.event(name, step, **values)
+    """Writes an event, see MetricsWriter. Raises what a writer raised since the last call."""
+    if self._writers:
+      self._writers.event(name, step, **values)
+
+  def drain(self) -> None:
+    """Waits until lines and events are written. Raises what a writer raised."""
+    if self._writers:
+      self._writers.drain()
 
   def start(self, step: int, **details: Any) -> None:
     """Writes the event of a start, or of a resume if `step` is not 0, with `details` and the machine's."""
@@ -165,37 +176,45 @@ class RunLog:
   def progress(self, step: int) -> Iterator[None]:
     """Shows progress from `step` on, as `step` of this class updates it, during the block."""
     with self.console.step_progress(step, self.config.train.steps) as self._update_progress:
-      self.timer.reset()
+      self.timer.start_interval(time.monotonic())
       yield
 
   def compiled(self, seconds: float) -> None:
     """Shows how long the program of a step took to compile, which does not count in the throughput."""
     self.console.print(f"compiled in {seconds:.1f} s")
-    self.timer.reset()
+    self.timer.start_interval(time.monotonic())
 
-  def step(self, step: int, consumed: Consumed, batch: Batch, values: dict[str, Any]) -> None:
+  def step(self, step: int, consumed: Consumed, batch: Batch, values: dict[str, Any], arrived: float) -> None:
     """Shows the metrics of an update, and writes them every `log.every` steps and after the last one.
 
     Args:
       step, consumed: completed updates, and what they consumed.
       batch: of the update.
       values: as `logged_metrics` takes them; "loss" is among them.
+      arrived: when the device was done with the update, in time.monotonic(). The interval of its line ends there.
+
+    Raises what a writer raised since the last call.
     """
     self.timer.tokens += batch.target_tokens
     loss = float(values["loss"])
     bits_per_byte = loss * batch.target_tokens / math.log(2) / max(batch.target_bytes, 1)
-    throughput = self.timer.throughput()
+    throughput = self.timer.throughput(arrived)
     tokens_per_second = throughput["tokens_per_second"]
     speed = f"{tokens_per_second:,.0f} tok/s"
     self._update_progress(step, f"loss {loss:.4f}  {bits_per_byte:.3f} bits/byte  {speed}")
     if step % self.config.log.every and step != self.config.train.steps:
       return
-    scalars, histograms = logged_metrics(self.config.model, {**values, "bits_per_byte": bits_per_byte})
-    scalars |= {"tokens": consumed.tokens, "samples": consumed.samples}
-    scalars |= throughput | device_metrics(self.mesh, tokens_per_second * self._flops_per_token)
-    for writer in self._writers:
-      writer.write(step, scalars, histograms)
-    self.timer.reset()
+    self.timer.start_interval(arrived)
+    if not self._writers:
+      return
+    counts = {"tokens": consumed.tokens, "samples": consumed.samples}
+    counts |= throughput | device_metrics(self.mesh, tokens_per_second * self._flops_per_token)
+
+    def make_line():  # in the thread of the writers
+      scalars, histograms = logged_metrics(self.config.model, {**values, "bits_per_byte": bits_per_byte})
+      return scalars | counts, histograms
+
+    self._writers.write(step, make_line)
 
   def evaluation(self, step: int, result: dict[str, float | int]) -> None:
     """Shows and writes the `result` of a held-out evaluation, and a report that has it."""
@@ -231,11 +250,16 @@ class RunLog:
       self.console.print(f"stopped by {reason} at step {step}, saved; the same command continues from there")
 
   def publish(self) -> None:
-    """Uploads the small files of the run to its bucket, if it has one; process 0 does."""
+    """Writes what is not yet written, and uploads the small files of the run to its bucket, if it has one; process 0 does.
+
+    Raises what a writer raised.
+    """
+    self.drain()
     if jax.process_index() == 0:
       self._folder.upload()
 
   def _write_report(self) -> None:
+    self.drain()
     if jax.process_index() == 0:
       report.write_report(self._folder.path)
       self.publish()

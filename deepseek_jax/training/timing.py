@@ -1,47 +1,80 @@
 """Throughput: where the time between two lines of metrics goes, and how many tokens were trained on in it."""
 
+import concurrent.futures
 import contextlib
 import time
 from collections.abc import Iterator
+from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from deepseek_jax.plan.topology import peak_flops
 
+TimedMetrics = tuple[dict[str, Any], float]  # (metrics on the host, time.monotonic() when they were there)
 NON_STEP_TIMES = ("data", "eval", "checkpoint")  # what a run does between steps
 
 
-class IntervalTimer:
-  """Tokens and seconds since `reset`.
+class MetricsReader:
+  """Reads the metrics of steps in a thread, so that each has the time at which the device was done with it.
 
-  tokens: targets of the steps; the caller adds them.
-  seconds: {name: seconds} of NON_STEP_TIMES, as `measure` found them. The rest of the time is that of the steps.
+  The loop is busy when that happens: it starts the next step, saves or writes.
   """
 
   def __init__(self) -> None:
-    self.reset()
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, "metrics")
 
-  def reset(self) -> None:
-    """Starts a new interval now."""
+  def read(self, metrics: dict[str, Any]) -> concurrent.futures.Future[TimedMetrics]:
+    """Starts to read `metrics`, of a tree of arrays."""
+    return self._thread.submit(_read, metrics)
+
+  def close(self) -> None:
+    """Ends the thread; what it reads is not waited for."""
+    self._thread.shutdown(wait=False)
+
+
+def _read(metrics: dict[str, Any]) -> TimedMetrics:
+  jax.block_until_ready(metrics)
+  arrived = time.monotonic()
+  return jax.device_get(metrics), arrived
+
+
+class IntervalTimer:
+  """Tokens and seconds of intervals that follow one another without a gap: what they have adds up to the wall time.
+
+  tokens: targets of the steps of this interval; the caller adds them.
+  """
+
+  def __init__(self) -> None:
+    self._spans: list[tuple[str, float, float]] = []  # (one of NON_STEP_TIMES, start, end) since the interval began
+    self.start_interval(time.monotonic())
+
+  def start_interval(self, start: float) -> None:
+    """Ends the interval and starts the next one at `start`, a time of time.monotonic()."""
     self.tokens = 0
-    self.seconds = dict.fromkeys(NON_STEP_TIMES, 0.0)
-    self._start = time.monotonic()
+    self._start = start
+    self._spans = [span for span in self._spans if span[2] > start]
 
   @contextlib.contextmanager
   def measure(self, name: str) -> Iterator[None]:
     """Counts the time of the block as `name`, one of NON_STEP_TIMES."""
     start = time.monotonic()
-    yield
-    self.seconds[name] += time.monotonic() - start
+    try:
+      yield
+    finally:
+      self._spans.append((name, start, time.monotonic()))
 
-  def throughput(self) -> dict[str, float]:
-    """tokens_per_second, step_seconds, data_seconds, eval_seconds and checkpoint_seconds of the interval so far.
+  def throughput(self, end: float) -> dict[str, float]:
+    """tokens_per_second, step_seconds, data_seconds, eval_seconds and checkpoint_seconds of the interval up to `end`.
 
-    Tokens per second count the time of steps and of waiting for data.
+    The four times add up to the interval. Tokens per second count the time of steps and of waiting for data.
     """
-    step_seconds = max(time.monotonic() - self._start - sum(self.seconds.values()), 1e-9)
-    tokens_per_second = self.tokens / (step_seconds + self.seconds["data"])
-    other_seconds = {f"{name}_seconds": seconds for name, seconds in self.seconds.items()}
+    seconds = dict.fromkeys(NON_STEP_TIMES, 0.0)
+    for name, span_start, span_end in self._spans:
+      seconds[name] += max(0.0, min(span_end, end) - max(span_start, self._start))
+    step_seconds = max(end - self._start - sum(seconds.values()), 1e-9)
+    tokens_per_second = self.tokens / (step_seconds + seconds["data"])
+    other_seconds = {f"{name}_seconds": value for name, value in seconds.items()}
     return {"tokens_per_second": tokens_per_second, "step_seconds": step_seconds, **other_seconds}
 
 

@@ -27,7 +27,7 @@ from deepseek_jax.flags import load_config, run_program
 from deepseek_jax.generate.__main__ import main as generate_main
 from deepseek_jax.training import layer_aux
 from deepseek_jax.training.layer_aux import LayerAux, Observation
-from deepseek_jax.training.metrics import JsonlWriter
+from deepseek_jax.training.run_log import RunLog
 from deepseek_jax.training.skipped import Diverged
 from tests.configs import RUN
 from tests.parity.cases import V3, Case
@@ -262,15 +262,15 @@ def test_kill_9_resumes_bitwise(folder, uninterrupted, kills, steps):
 
 def run_until(folder, workdir, step, *arguments):
   """What a run prints that gets SIGINT, as of Ctrl-C, when it logs `step`."""
-  write = JsonlWriter.write
+  log_step = RunLog.step
 
-  def write_and_stop(self, logged, *arguments):
-    write(self, logged, *arguments)
+  def log_and_stop(self, logged, *arguments):
+    log_step(self, logged, *arguments)
     if logged == step:
       signal.raise_signal(signal.SIGINT)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(JsonlWriter, "write", write_and_stop)
+    patch.setattr(RunLog, "step", log_and_stop)
     return run(folder, workdir, *arguments, code=130)
 
 
@@ -400,6 +400,47 @@ def test_a_program_silences_a_run_and_gets_all_that_it_writes(folder, uninterrup
     assert train.train(config, str(folder / "again"), console=SilentConsole()) == 0
   assert compiled == [], "a second run in this process compiles nothing"
   assert lines(folder, "again", "events.jsonl")[-1]["state_sha256"] == events[-1]["state_sha256"]
+
+
+class QuietWriter:
+  """A writer of metrics that does nothing."""
+
+  def __init__(self, run_folder, resume_step):
+    pass
+
+  def write(self, step, values, histograms):
+    pass
+
+  def event(self, name, step, **values):
+    pass
+
+  def close(self):
+    pass
+
+
+def test_intervals_add_up_to_the_wall_time_and_steps_do_not_wait_for_a_slow_writer(folder, uninterrupted, monkeypatch):
+  times, log_step = [], RunLog.step
+
+  class SlowWriter(QuietWriter):
+    def write(self, step, values, histograms):
+      time.sleep(1)
+
+  def timed_step(self, *arguments):
+    times.append(time.monotonic())
+    log_step(self, *arguments)
+
+  monkeypatch.setattr(RunLog, "step", timed_step)
+  fields = {"train.steps": 6, "eval.every": 100, "checkpoint.every": 100, "log.tensorboard": False}
+  config = load_config(f"{folder}/config.py", fields)
+  assert train.train(config, str(folder / "slow"), console=SilentConsole(), writers=[SlowWriter]) == 0
+  lines_of_steps = lines(folder, "slow")
+  wall = times[-1] - times[0]
+  names = ("step_seconds", "data_seconds", "eval_seconds", "checkpoint_seconds")
+  assert sum(line[name] for line in lines_of_steps[1:] for name in names) == pytest.approx(wall, abs=0.1)
+  assert wall < 4 and len(lines_of_steps) == 6
+  rates = [line["tokens_per_second"] for line in lines_of_steps]
+  tokens = [end["tokens"] - start["tokens"] for start, end in zip(lines_of_steps, lines_of_steps[1:], strict=False)]
+  assert sum(t / rate for t, rate in zip(tokens, rates[1:], strict=True)) == pytest.approx(wall, abs=0.1)
 
 
 def test_another_model_is_refused_with_the_fields(folder, uninterrupted):

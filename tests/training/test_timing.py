@@ -2,23 +2,62 @@
 
 import time
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from deepseek_jax.training.timing import IntervalTimer
+from deepseek_jax.training.timing import IntervalTimer, MetricsReader
 
 
-def test_time_beside_steps_is_not_that_of_steps(monkeypatch):
+@pytest.fixture
+def clock(monkeypatch):
   now = [100.0]
   monkeypatch.setattr(time, "monotonic", lambda: now[0])
+  return now
+
+
+def spend(timer, clock, name, seconds):
+  with timer.measure(name):
+    clock[0] += seconds
+
+
+def test_time_beside_steps_is_not_that_of_steps(clock):
   timer = IntervalTimer()
   for name, seconds in (("data", 1.0), ("eval", 5.0), ("checkpoint", 2.0), ("data", 1.0)):
-    with timer.measure(name):
-      now[0] += seconds
-  now[0] += 3.0
+    spend(timer, clock, name, seconds)
+  clock[0] += 3.0
   timer.tokens += 50
-  assert timer.throughput() == {
+  assert timer.throughput(clock[0]) == {
     "tokens_per_second": pytest.approx(50 / (3 + 2)), "step_seconds": pytest.approx(3.0),
     "data_seconds": 2.0, "eval_seconds": 5.0, "checkpoint_seconds": 2.0,
   }  # fmt: skip
-  timer.reset()
-  assert timer.tokens == 0 and timer.throughput()["eval_seconds"] == 0
+  timer.start_interval(clock[0])
+  assert timer.tokens == 0 and timer.throughput(clock[0] + 1)["eval_seconds"] == 0
+
+
+def test_intervals_add_up_to_the_wall_time_although_steps_arrive_while_the_loop_does_other_things(clock):
+  """A loop that waits 4 s for data, while the step before takes 1 s; lines are read up to a second late."""
+  timer = IntervalTimer()
+  intervals = []
+  for arrived in (105.0, 109.0, 113.0):
+    timer.tokens += 8
+    while clock[0] < arrived:
+      spend(timer, clock, "data", 4.0)
+    clock[0] += 0.5
+    intervals.append(timer.throughput(arrived))
+    timer.start_interval(arrived)
+  seconds = [sum(value for name, value in each.items() if name.endswith("_seconds")) for each in intervals]
+  assert seconds == pytest.approx([5, 4, 4]) and [each["data_seconds"] for each in intervals] == pytest.approx(
+    [5, 3.5, 3.5]
+  )
+  assert [each["tokens_per_second"] for each in intervals] == pytest.approx([8 / 5, 2, 2])
+
+
+def test_metrics_arrive_when_the_device_is_done_and_not_when_the_loop_asks():
+  reader, loss = MetricsReader(), jax.block_until_ready(jnp.float32(2))
+  before = time.monotonic()
+  metrics = reader.read({"loss": loss})
+  time.sleep(0.5)
+  values, arrived = metrics.result()
+  assert values == {"loss": 2.0} and not isinstance(values["loss"], jax.Array) and before < arrived < before + 0.4
+  reader.close()
