@@ -21,8 +21,8 @@ from jax._src import distributed as _jax_distributed  # the client has no public
 from jax.experimental import multihost_utils
 
 from deepseek_jax import errors
-from deepseek_jax.console import Console, current_console
-from deepseek_jax.errors import ConfigError, UserError
+from deepseek_jax.console import Console, SilentConsole, current_console
+from deepseek_jax.errors import ConfigError, Stopped, UserError
 
 CONNECT_SECONDS = 120
 HEARTBEAT_SECONDS = 30  # a lost process is noticed after this time
@@ -37,9 +37,9 @@ _PROPAGATION_SECONDS = 1  # until every process has read a failure from the key-
 def distributed_session(initialize_args: dict[str, Any] | None) -> Iterator[None]:
   """Connects to the other processes of the run while the block lasts. Only process 0 writes to stdout.
 
-  An exception is shown on the current console. It ends this process, and within seconds all others, with one exit code:
-  2 for a UserError, 130 for Ctrl-C, else 1. jax by itself would wait at its exit for the others, while they wait for
-  this one in a step.
+  An exception is shown on the current console, or on stderr where that is a SilentConsole. It ends this process, and
+  within seconds all others, with one exit code: 2 for a UserError, 130 for Ctrl-C, 143 for SIGTERM, else 1. jax by itself
+  would wait at its exit for the others, while they wait for this one in a step.
 
   Args:
     initialize_args: arguments of `jax.distributed.initialize`, from `processes.find_initialize_args`. None: a single
@@ -95,10 +95,10 @@ def _check_port_is_free(coordinator: str) -> None:
 
 def _exit_unconnected(console: Console, initialize_args: dict[str, Any]) -> None:
   coordinator = initialize_args.get("coordinator_address", "the scheduler's")
-  console.print(
+  print_error(
     f"error: the processes of this run did not connect within {CONNECT_SECONDS} s (coordinator: {coordinator}): "
     "start all of them, with one coordinator that all can reach and whose port is free",
-    err=True,
+    audible(console),
   )
   os._exit(2)
 
@@ -115,7 +115,7 @@ def _watch_for_failures(console: Console) -> None:
   except jax.errors.JaxRuntimeError:
     return  # the run is over
   if failed != _jax_distributed.global_state.process_id:
-    print_error(f"error: process {failed} failed ({reason}): all end", console)
+    print_error(f"error: process {failed} failed ({reason}): all end", audible(console))
     _exit(code)
 
 
@@ -125,19 +125,24 @@ def _abort_all(error: BaseException) -> None:
   if isinstance(error, UserError):
     code, text = 2, f"error: {error}"
   elif isinstance(error, KeyboardInterrupt):
-    code, text = 130, "interrupted"
-    reason = text
+    code = 128 + error.signal if isinstance(error, Stopped) else 130
+    text = reason = "interrupted"
   else:
     code, text = 1, "".join(traceback.format_exception(error))
     # The cause may be another process's end. Then the watcher reads it from the store and reports it.
     time.sleep(_PROPAGATION_SECONDS)
-  print_error(text, current_console())
+  print_error(text, audible(current_console()))
   client, process_id = _client(), _jax_distributed.global_state.process_id
   try:
     if client:
       client.key_value_set(_FAILURE_KEY, json.dumps([process_id, code, reason]), allow_overwrite=True)
   finally:
     _exit(code)
+
+
+def audible(console: Console) -> Console:
+  """`console`, or one on stderr for a SilentConsole: its caller never sees an exception that ends the process."""
+  return Console() if isinstance(console, SilentConsole) else console
 
 
 def print_error(text: str, console: Console) -> None:

@@ -25,6 +25,14 @@ class StorageError(UserError):
   """A bucket that cannot be reached, or that denies access."""
 
 
+class Stopped(KeyboardInterrupt):
+  """SIGINT or SIGTERM at a moment at which a run has nothing to save. `signal`: its number."""
+
+  def __init__(self, signal: int):
+    super().__init__(f"stopped by signal {signal}")
+    self.signal = signal
+
+
 def format_exception(error: BaseException) -> str:
   """The type of an exception and the first line of its message, at most 300 characters of it."""
   first_line = (str(error).strip().splitlines() or [""])[0]

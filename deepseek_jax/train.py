@@ -51,6 +51,13 @@ def program_flags() -> flags.FlagValues:
   flags.DEFINE_boolean(
     "accept_data_change", False, "resume although the data is not what the checkpoint saw", flag_values=values
   )
+  flags.DEFINE_integer(
+    "resume_from",
+    None,
+    "step of the checkpoint to resume from, instead of the newest one; newer ones are renamed. A later start with it goes back again",
+    lower_bound=0,
+    flag_values=values,
+  )
   flags.DEFINE_enum(
     "selftest",
     "on",
@@ -102,7 +109,10 @@ def main(argv: list[str]) -> int:
   initialize_args = find_initialize_args(values.coordinator, values.processes, values.process)
   workdir = values.workdir or os.path.join("runs", config.name)
   try:
-    return train(config, workdir, values.selftest == "on", values.accept_data_change, initialize_args=initialize_args)
+    return train(
+      config, workdir, values.selftest == "on", values.accept_data_change, initialize_args=initialize_args,
+      resume_from=values.resume_from,
+    )  # fmt: skip
   except Diverged as error:
     print_error(f"error: {error}", current_console())
     return 1
@@ -116,6 +126,7 @@ def train(
   console: Console | None = None,
   writers: Sequence[WriterFactory] = (),
   initialize_args: dict[str, Any] | None = None,
+  resume_from: int | None = None,
 ) -> int:
   """Trains `config` in `workdir`, or resumes there, as this program does; for programs that call the trainer.
 
@@ -125,16 +136,18 @@ def train(
     console: for all that the run shows. None: the current one, which shows it on stdout and stderr.
     writers: of metrics and events, in addition to the files of the run; each is called with the local folder of the run
       and the step that it starts from.
+    resume_from: as the flag.
     initialize_args: of a run of several processes, as `find_initialize_args` gives them.
 
   Returns:
     The exit code.
 
   Raises:
-    UserError: the config, the data or a checkpoint cannot be used.
+    UserError: the config, the data or a checkpoint cannot be used, or a file cannot be written any more.
     Diverged: `train.max_skipped` updates in a row were skipped.
 
-  In a run of several processes Diverged is raised on all. Any other exception is shown on the console and ends them all.
+  In a run of several processes Diverged is raised on all. Any other exception is shown on the console, or on
+  stderr where that is a SilentConsole, and ends them all.
   """
   from deepseek_jax.distributed import distributed_session, process_count
   from deepseek_jax.evaluate.heldout import evaluate
@@ -150,7 +163,7 @@ def train(
 
   with set_console(console or current_console()), log_to_console(), distributed_session(initialize_args):
     try:
-      return run(config, workdir, evaluate, continue_prompt, select, accept_data_change, writers)
+      return run(config, workdir, evaluate, continue_prompt, select, accept_data_change, writers, resume_from)
     except Diverged as error:  # all processes see it at the same step, so that none has to end the others
       diverged = error
   raise diverged

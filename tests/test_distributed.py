@@ -1,5 +1,6 @@
 """What processes do when they do not meet, or not all of them get to the end."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -8,7 +9,10 @@ import time
 
 import pytest
 
+from deepseek_jax import distributed
+from deepseek_jax.console import SilentConsole, set_console
 from deepseek_jax.distributed import barrier, broadcast_from_process0, distributed_session, gather_to_host
+from deepseek_jax.errors import DataError, Stopped
 
 PROGRAM = """
 import os, sys, time
@@ -50,6 +54,30 @@ def both(coordinator, body):
   started = time.monotonic()
   ends = [process.communicate(timeout=100) for process in pair]
   return [(p.returncode, *texts) for p, texts in zip(pair, ends, strict=True)], time.monotonic() - started
+
+
+@pytest.mark.parametrize(
+  ("error", "code", "text"),
+  [
+    (KeyError("a mistake"), 1, "Traceback"),
+    (DataError("no such file"), 2, "error: no such file"),
+    (Stopped(15), 143, "interrupted"),
+    (KeyboardInterrupt(), 130, "interrupted"),
+  ],
+)
+def test_an_error_that_ends_the_process_reaches_stderr_although_the_console_is_silent(
+  monkeypatch, capsys, error, code, text
+):
+  def connect(arguments):
+    raise error
+
+  codes = []
+  monkeypatch.setattr(distributed, "_connect", connect)
+  monkeypatch.setattr(distributed, "_exit", codes.append)
+  monkeypatch.setattr(distributed, "_PROPAGATION_SECONDS", 0)
+  with set_console(SilentConsole()), contextlib.suppress(RuntimeError), distributed_session({}):
+    pass
+  assert codes == [code] and text in capsys.readouterr().err
 
 
 def test_a_process_alone_starts_nothing():

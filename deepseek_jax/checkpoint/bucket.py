@@ -24,7 +24,7 @@ import tensorstore as ts
 
 from deepseek_jax.checkpoint import manifest
 from deepseek_jax.checkpoint.arrays import array_spec, open_arrays_in, tree_metadata
-from deepseek_jax.checkpoint.manager import CHUNK_BYTES, Checkpointer, CheckpointReader, chunk_axes
+from deepseek_jax.checkpoint.manager import CHUNK_BYTES, Checkpointer, CheckpointReader, chunk_axes, close_after
 from deepseek_jax.checkpoint.tree import TreePath, check_arrays_match, flatten_tree
 from deepseek_jax.config_sections import CheckpointConfig
 from deepseek_jax.distributed import barrier, broadcast_from_process0
@@ -154,9 +154,10 @@ class BucketCheckpointer(BucketReader):
     # As Checkpointer's: after an error a single process still completes its save; one of several must not wait for
     # others.
     if kind is None or jax.process_count() == 1:
-      self.close()
+      with close_after(kind):
+        self.close()
 
-  def save(self, step: int, state: PyTree, meta: dict[str, Any]) -> None:
+  def save(self, step: int, state: PyTree, meta: dict[str, Any], rotate: bool = True) -> None:
     """As Checkpointer's. All processes call it, and process 0 completes the step when all have written their shards."""
     self.wait()
     broadcast_from_process0(lambda: self._delete_unfinished(step))
@@ -166,7 +167,7 @@ class BucketCheckpointer(BucketReader):
     host_shards = {path: _host_shards(array) for path, array in flat.items()}
     shapes = {path: (array.shape, array.dtype, _chunk_shape(path, array)) for path, array in flat.items()}
     self._saving_step = step
-    self._pending = self._thread.submit(self._write, step, shapes, host_shards, json.dumps(meta).encode())
+    self._pending = self._thread.submit(self._write, step, shapes, host_shards, json.dumps(meta).encode(), rotate)
 
   def wait(self) -> None:
     """Returns once the pending save is complete, on all processes. Raises CheckpointError where it failed."""
@@ -198,6 +199,12 @@ class BucketCheckpointer(BucketReader):
     self.wait()
     return super().latest()
 
+  def go_back_to(self, step: int) -> int:
+    """As Checkpointer's."""
+    self.wait()
+    self._go_back_to(step)
+    return step
+
   def _list_objects(self) -> list[str]:
     names = self._store.list_names()
     if _LIST_END not in names:
@@ -216,7 +223,7 @@ class BucketCheckpointer(BucketReader):
     self._store.delete_prefix(f"{step}/")
     self._store.delete_prefix(f"{step}.parts/")
 
-  def _write(self, step: int, shapes: ArrayShapes, host_shards: HostShards, meta: bytes) -> None:
+  def _write(self, step: int, shapes: ArrayShapes, host_shards: HostShards, meta: bytes, rotate: bool) -> None:
     """Runs in the thread: no collectives here, because the main thread runs its own at the same time."""
     process = jax.process_index()
     folder = f"state/ocdbt.process_{process}"
@@ -226,10 +233,12 @@ class BucketCheckpointer(BucketReader):
     if process:
       self._store.write(f"{step}.parts/{process}", json.dumps(files).encode())
     else:
-      self._complete(step, shapes, files, meta)
+      self._complete(step, shapes, files, meta, rotate)
     barrier(f"checkpoint {step}")  # in this thread: the main thread would wait in a collective, which times out
 
-  def _complete(self, step: int, shapes: ArrayShapes, files: dict[str, tuple[int, str]], meta: bytes) -> None:
+  def _complete(
+    self, step: int, shapes: ArrayShapes, files: dict[str, tuple[int, str]], meta: bytes, rotate: bool
+  ) -> None:
     """Process 0: completes a step when all have written their shards; `files` are its own, {name: (size, crc32)}."""
     count = jax.process_count()
     for other in range(1, count):  # where one of them dies, jax.distributed ends this one too
@@ -244,7 +253,8 @@ class BucketCheckpointer(BucketReader):
     checksums = {name: (size, crc) for name, (size, crc) in files.items()} | self._checksums(step, others)
     self._store.write_if_absent(f"{step}/{manifest.NAME}", manifest.to_json_text(checksums).encode())
     self._store.delete_prefix(f"{step}.parts/")
-    self._delete_old()
+    if rotate:
+      self._delete_old()
 
   def _list_step(self, step: int, prefix: str, expected: str) -> list[str]:
     """Names below `step` that start with `prefix`. `expected` was written: a list without it is truncated."""

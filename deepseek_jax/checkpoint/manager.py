@@ -5,13 +5,14 @@ damaged arrays and casts dtypes without an error, never falls back to an older s
 request.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -147,6 +148,24 @@ class CheckpointReader:
       "them out of that folder, or use another --workdir"
     )
 
+  def _go_back_to(self, step: int) -> None:
+    """`go_back_to`, of process 0 for all."""
+
+    def check_and_rename() -> None:
+      steps = self.steps()
+      if step not in steps:
+        raise CheckpointError(f"no checkpoint {step} in {self._directory} to resume from: it holds {steps or 'none'}")
+      if reason := self._verify(step):
+        raise CheckpointError(
+          f"checkpoint {self._directory}/{step} cannot be resumed from: {reason}; use one of {steps}"
+        )
+      for newer in steps[steps.index(step) + 1 :]:
+        current_console().print(
+          f"checkpoint {self._directory}/{newer} is newer{self._rename_rejected(newer)}", err=True
+        )
+
+    broadcast_from_process0(check_and_rename)
+
   def _rename_rejected(self, step: int) -> str:
     """Renames a rejected step, and returns the end of the message that says so. A reader leaves it where it is."""
     return ""
@@ -167,8 +186,9 @@ class Checkpointer(CheckpointReader):
     except OSError as error:
       raise CheckpointError(f"cannot write to {self._directory}: {error.strerror}; use another --workdir") from None
     self._saving_step: int | None = None
+    self._rotation = _Rotation(config)
     self._manager = ocp.CheckpointManager(
-      self._directory, handler_registry=_handler_registry(), options=_options(config, self._write_manifest)
+      self._directory, handler_registry=_handler_registry(), options=_options(self._rotation, self._write_manifest)
     )
 
   def __enter__(self):
@@ -177,10 +197,13 @@ class Checkpointer(CheckpointReader):
   def __exit__(self, kind, *exception):
     # After an error in one of several processes `close` would wait for the others, which may not have failed.
     if kind is None or jax.process_count() == 1:
-      self.close()
+      with close_after(kind):
+        self.close()
 
-  def save(self, step: int, state: PyTree, meta: dict[str, Any]) -> None:
+  def save(self, step: int, state: PyTree, meta: dict[str, Any], rotate: bool = True) -> None:
     """Starts to save `state` (a tree of arrays) and `meta` (a dict for JSON); both may change once this returns.
+
+    rotate: delete the older steps that the config does not keep.
 
     Waits for the previous save first. Raises CheckpointError where that one or this one fails, or where `step` exists.
     """
@@ -193,7 +216,7 @@ class Checkpointer(CheckpointReader):
       state=ocp.args.PyTreeSave(unflatten_to_dicts(flat), save_args=unflatten_to_dicts(save_args)),
       meta=ocp.args.JsonSave(json.loads(json.dumps(meta))),
     )
-    self._saving_step = step
+    self._saving_step, self._rotation.paused = step, not rotate
     try:
       self._manager.save(step, args=items, force=True)
     except Exception as error:
@@ -226,6 +249,16 @@ class Checkpointer(CheckpointReader):
     """As the reader's; newer steps that do not verify are also renamed, so that they can be saved again."""
     self.wait()
     step = super().latest()
+    self._manager.reload()
+    return step
+
+  def go_back_to(self, step: int) -> int:
+    """Returns `step` once it verifies; newer ones are renamed as rejected, so that the run can save them again.
+
+    All processes have to call this. Raises CheckpointError where there is no such step, or it is damaged.
+    """
+    self.wait()
+    self._go_back_to(step)
     self._manager.reload()
     return step
 
@@ -274,13 +307,37 @@ def chunk_axes(path: TreePath, array: jax.Array) -> tuple[int, ...]:
   return (0, 1) if "experts" in path else (0,)
 
 
-def _options(config: CheckpointConfig, write_manifest: Callable[[], None]) -> ocp.CheckpointManagerOptions:
-  policies = ocp.checkpoint_managers
-  preserved = [policies.LatestN(config.keep)]
-  if config.keep_every:
-    preserved.append(policies.EveryNSteps(config.keep_every))
+@contextlib.contextmanager
+def close_after(kind: type[BaseException] | None) -> Iterator[None]:
+  """Closes a checkpointer in the block, after an exception of type `kind`, or None.
+
+  That exception is the one to be raised, not what becomes of a pending save.
+  """
+  try:
+    yield
+  except CheckpointError:
+    if kind is None:
+      raise
+
+
+class _Rotation:
+  """Which steps Orbax keeps: those of the config, or all while `paused`."""
+
+  def __init__(self, config: CheckpointConfig):
+    policies = ocp.checkpoint_managers
+    preserved = [policies.LatestN(config.keep)]
+    if config.keep_every:
+      preserved.append(policies.EveryNSteps(config.keep_every))
+    self.paused, self._policy = False, policies.AnyPreservationPolicy(preserved)
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+    """Of Orbax's PreservationPolicy."""
+    return [self.paused or kept for kept in self._policy.should_preserve(checkpoints, context=context)]
+
+
+def _options(rotation: _Rotation, write_manifest: Callable[[], None]) -> ocp.CheckpointManagerOptions:
   return ocp.CheckpointManagerOptions(
-    preservation_policy=policies.AnyPreservationPolicy(preserved),
+    preservation_policy=rotation,
     cleanup_tmp_directories=True,
     async_options=ocp.options.AsyncOptions(
       timeout_secs=SAVE_TIMEOUT_SECONDS,

@@ -11,6 +11,7 @@ import math
 import os
 import socket
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -192,6 +193,19 @@ class AppendFile:
     self._file.close()
 
 
+def end_unopened(folder: str, reason: str) -> None:
+  """Writes the event of an end to the files in `folder` of a run that has not opened its writers.
+
+  It is of the step of the last event. Nothing is written after an end.
+  """
+  events = read_jsonl(os.path.join(folder, EVENTS))
+  if [e["event"] for e in events if e["event"] in PROCESS_EVENTS][-1:] == ["end"]:
+    return
+  step = events[-1]["step"] if events else 0
+  with contextlib.closing(JsonlWriter(folder, sys.maxsize)) as writer:
+    writer.event("end", step, reason=reason)
+
+
 # (local folder of the run, completed updates that it starts from) -> writer
 WriterFactory = Callable[[str, int], MetricsWriter]
 WRITERS: dict[str, WriterFactory] = {"jsonl": JsonlWriter, "tensorboard": TensorboardWriter}
@@ -231,10 +245,15 @@ def _keep_lines(path: str, keep: Callable[[dict[str, Any]], bool]) -> None:
   if not os.path.exists(path):
     return
   partial = path + ".partial"
-  with open(partial, "wb") as file:
-    for raw, line in _lines(path):
-      if keep(line):
-        file.write(raw)
+  try:
+    with open(partial, "wb") as file:
+      for raw, line in _lines(path):
+        if keep(line):
+          file.write(raw)
+  except OSError:
+    with contextlib.suppress(OSError):
+      os.remove(partial)
+    raise
   if os.path.getsize(partial) == os.path.getsize(path):
     os.remove(partial)
   else:

@@ -41,6 +41,11 @@ def train_on_command(config: Config, workdir: str, step: int, tokens: int, proce
   return f"{_python()} -m deepseek_jax.train {_workdir(workdir)} {overrides}"
 
 
+def continue_command(workdir: str) -> str:
+  """The command that continues the run in `workdir`."""
+  return f"{_python()} -m deepseek_jax.train {_workdir(workdir)}"
+
+
 def _workdir(workdir: str) -> str:
   return shlex.quote(f"--workdir={workdir}")
 

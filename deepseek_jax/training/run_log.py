@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +16,12 @@ import jax
 from jax.sharding import Mesh
 
 from deepseek_jax.checkpoint.compatibility import Difference
+from deepseek_jax.checkpoint.lock import lock_workdir
 from deepseek_jax.config import Config
-from deepseek_jax.console import Console
+from deepseek_jax.console import Console, current_console
 from deepseek_jax.data.pipeline import Consumed
-from deepseek_jax.distributed import broadcast_from_process0
-from deepseek_jax.errors import ConfigError
+from deepseek_jax.distributed import broadcast_from_process0, process_index
+from deepseek_jax.errors import ConfigError, Stopped, UserError
 from deepseek_jax.flags import load_config, shipped_configs
 from deepseek_jax.plan.flops import training_flops
 from deepseek_jax.plan.summary import config_summary, format_differences, format_planned_tokens, planned_tokens
@@ -27,7 +29,7 @@ from deepseek_jax.storage import RunFolder, is_url
 from deepseek_jax.training import report
 from deepseek_jax.training.batch import Batch
 from deepseek_jax.training.layer_aux import logged_metrics
-from deepseek_jax.training.metrics import EVENTS, WRITERS, MetricsWriter, WriterFactory, read_jsonl
+from deepseek_jax.training.metrics import EVENTS, WRITERS, MetricsWriter, WriterFactory, end_unopened, read_jsonl
 from deepseek_jax.training.next_commands import next_commands, train_on_command
 from deepseek_jax.training.schedule import learning_rate
 from deepseek_jax.training.schedule_check import changed_rate_warning, schedule_warnings
@@ -58,12 +60,13 @@ class RunLog:
     writers: Sequence[WriterFactory] = (),
   ):
     self.config, self.workdir, self.mesh, self.console = config, workdir, mesh, console
-    self._folder = run_folder
+    self._folder, self.folder = run_folder, run_folder.path
     names = ["jsonl", "tensorboard"] if config.log.tensorboard else ["jsonl"]
     self._factories = [*(WRITERS[name] for name in names), *writers] if jax.process_index() == 0 else []
     self._writers: WriterThread | None = None  # while the log is open, on process 0
     self._flops_per_token = training_flops(config.model, config.data.seq).causal
     self.timer = IntervalTimer()  # intervals between lines of metrics
+    self._has_warned = False  # that the report cannot be written
     self._update_progress: Callable[[int, str], None] = lambda step, text: None
 
   def show_run(self) -> None:
@@ -123,25 +126,31 @@ class RunLog:
   def open(self, step: int) -> Iterator[None]:
     """Writes config.json and opens the writers for a run from `step` on, on process 0; closes them after the block.
 
-    Raises ConfigError where the folder cannot be written.
+    Raises ConfigError where the folder cannot be written, and what a writer that a program passed raises.
     """
     with contextlib.ExitStack() as stack:
-      try:
-        writers: list[MetricsWriter] = []
-        for factory in self._factories:
+      writers: list[MetricsWriter] = []
+      for factory in self._factories:
+        with self._user_errors() if factory in WRITERS.values() else contextlib.nullcontext():
           writer = factory(self._folder.path, step)
-          stack.callback(writer.close)
-          writers.append(writer)
-        if jax.process_index() == 0:
+        stack.callback(writer.close)
+        writers.append(writer)
+      if jax.process_index() == 0:
+        with self._user_errors():
           self._write_config()
-      except OSError as error:
-        if not error.filename:  # of a writer that a program passed: perhaps the network
-          raise
-        raise ConfigError(f"cannot write {error.filename}: {error.strerror}; use another --workdir") from None
       if writers:
         self._writers = WriterThread(writers)
         stack.callback(self._writers.close)
       yield
+
+  @contextlib.contextmanager
+  def _user_errors(self) -> Iterator[None]:
+    """Raises ConfigError for a file of the run that cannot be written in the block."""
+    try:
+      yield
+    except OSError as error:
+      path = error.filename or self._folder.path  # without a name where it is the content that has no room
+      raise ConfigError(f"cannot write {path}: {error.strerror}; make room, or use another --workdir") from None
 
   def _write_config(self) -> None:
     path = os.path.join(self._folder.path, "config.json")
@@ -207,7 +216,7 @@ class RunLog:
     self.timer.start_interval(arrived)
     if not self._writers:
       return
-    counts = {"tokens": consumed.tokens, "samples": consumed.samples}
+    counts: dict[str, float] = {"tokens": consumed.tokens, "samples": consumed.samples}
     counts |= throughput | device_metrics(self.mesh, tokens_per_second * self._flops_per_token)
 
     def make_line():  # in the thread of the writers
@@ -234,15 +243,25 @@ class RunLog:
     commands = next_commands(self.config, self.workdir, step, consumed.tokens, jax.process_count())
     self.console.print(f"sample\n{prompt}{text}\n\nwrote    {_absolute(self.workdir)}\nnext\n{commands}")
 
-  def end(self, step: int, reason: str, digest: str | None = None) -> None:
+  def end_failed(self, step: int, reason: str, **details: str) -> None:
+    """Writes the event of an end by an error and the report, as far as they can be written; the error is to be raised.
+
+    reason: "diverged", or "failed" with the `error` in `details`.
+    """
+    for attempt in (
+      self.drain,  # what a writer raised before is known
+      lambda: self.event("end", step, reason=reason, **details),
+      self.drain,
+      self._write_report,
+    ):
+      with contextlib.suppress(Exception):
+        attempt()
+
+  def end(self, step: int, reason: str, digest: str) -> None:
     """Writes the event of the end and the report, and shows them.
 
-    reason: "finished", the name of a signal, or "diverged". digest: the state's hash, None where it diverged.
+    reason: "finished", or the name of a signal. digest: the state's hash.
     """
-    if digest is None:
-      self.event("end", step, reason=reason)
-      self._write_report()
-      return
     self.event("end", step, reason=reason, state_sha256=digest)
     self._write_report()
     self.console.print(f"state_sha256 {digest}\nreport   {os.path.join(self.workdir, 'report.html')}")
@@ -260,12 +279,36 @@ class RunLog:
 
   def _write_report(self) -> None:
     self.drain()
-    if jax.process_index() == 0:
+    if jax.process_index() != 0:
+      return
+    path = os.path.join(self._folder.path, "report.html")
+    try:
       report.write_report(self._folder.path)
-      self.publish()
+    except OSError as error:  # it can be made again at any time
+      with contextlib.suppress(OSError):
+        os.remove(f"{path}.partial")
+      if not self._has_warned:
+        self.console.print(f"{path} cannot be written: {error.strerror}; the run goes on without a new one", err=True)
+      self._has_warned = True
+    self.publish()
 
   def _devices(self) -> str:
     return f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}"
+
+
+def end_before_training(workdir: str, run_folder: RunFolder, stop: Stopped) -> None:
+  """Shows that a run was stopped before its first step; process 0 writes the event, unless another run has `workdir`."""
+  reason = signal.Signals(stop.signal).name
+  current_console().print(f"stopped by {reason} before the first step; the same command starts again")
+  if process_index() != 0:
+    return
+  with contextlib.ExitStack() as stack, contextlib.suppress(OSError, UserError):
+    if not is_url(workdir):
+      checkpoints = pathlib.Path(os.path.abspath(workdir), "checkpoints")
+      checkpoints.mkdir(parents=True, exist_ok=True)
+      stack.enter_context(lock_workdir(checkpoints))
+    end_unopened(run_folder.path, reason)
+    run_folder.upload()
 
 
 def code_commit() -> dict[str, str]:

@@ -379,3 +379,27 @@ def test_relative_workdir(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   save("run", 1)
   assert steps_on_disk(tmp_path / "run") == [1]
+
+
+def test_a_save_without_rotation_deletes_nothing_and_the_next_one_does(tmp_path):
+  with Checkpointer(tmp_path, CheckpointConfig(keep=2)) as checkpointer:
+    for step, rotate in ((1, True), (2, True), (3, False), (4, False)):
+      checkpointer.save(step, {"x": jnp.zeros(2)}, META, rotate=rotate)
+    checkpointer.wait()
+    assert checkpointer.steps() == [1, 2, 3, 4]
+    checkpointer.save(5, {"x": jnp.zeros(2)}, META)
+  assert CheckpointReader(tmp_path).steps() == [4, 5]
+
+
+def test_going_back_sets_newer_steps_aside_and_refuses_what_is_missing_or_damaged(tmp_path, capsys):
+  save(tmp_path, 1, 2, 3, 4)
+  (tmp_path / "checkpoints" / "2" / "manifest.json").write_text("{}")
+  with Checkpointer(tmp_path, CheckpointConfig(keep=9)) as checkpointer:
+    with pytest.raises(CheckpointError, match=r"no checkpoint 7 in .* to resume from: it holds \[1, 2, 3, 4\]"):
+      checkpointer.go_back_to(7)
+    with pytest.raises(CheckpointError, match="checkpoints/2 cannot be resumed from: manifest.json is malformed"):
+      checkpointer.go_back_to(2)
+    assert checkpointer.steps() == [1, 2, 3, 4]
+    assert checkpointer.go_back_to(3) == 3
+    assert checkpointer.steps() == [1, 2, 3] and "4 is newer; moved to 4.rejected" in capsys.readouterr().err
+    checkpointer.save(4, {"x": jnp.zeros(2)}, META)

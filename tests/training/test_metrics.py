@@ -1,12 +1,13 @@
 import glob
 import json
 import math
+import resource
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.errors import DataError
+from deepseek_jax.errors import DataError, WriteError
 from deepseek_jax.training import metrics
 
 
@@ -118,6 +119,53 @@ def test_tensorboard_has_the_finite_numbers_and_hides_what_is_run_again(tmp_path
   assert tags == {(tag, step, v) for step in (1, 3) for tag, v in (("loss", 0.5), ("eval/bits_per_byte", 1.25))}
   assert sorted(purged) == [1, 3]
   assert sorted(bars) == [("load", step, [1, 2, 3], [0.25, 0.0, 0.75]) for step in (1, 3)]  # a bar for each expert
+
+
+@pytest.fixture
+def full_disk():
+  """A function that forbids this process to write files past a number of bytes, as on a full disk."""
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+  resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_line_without_room_is_an_error_that_leaves_whole_lines(tmp_path, full_disk):
+  writer = metrics.JsonlWriter(tmp_path, resume_step=0)
+  full_disk(100)
+  with pytest.raises(WriteError, match=r"metrics\.jsonl cannot be written: File too large"):
+    for step in range(1, 9):
+      writer.write(step, {"loss": 1 / 3}, {})
+  content = (tmp_path / "metrics.jsonl").read_bytes()
+  assert content.endswith(b"}\n") and 50 < len(content) <= 100
+  full_disk(200)
+  writer.write(8, {"loss": 1.0}, {})  # there is room again
+  writer.close()
+  assert _steps(tmp_path / "metrics.jsonl")[-1] == 8
+
+
+def test_tensorboard_without_room_warns_once_and_leaves_whole_records(tmp_path, full_disk, caplog):
+  writer = metrics.TensorboardWriter(tmp_path, resume_step=0)
+  (path,) = (tmp_path / "tensorboard").iterdir()
+  full_disk(path.stat().st_size + 60)
+  for step in range(1, 6):
+    writer.write(step, {"loss": 0.5, "grad_norm": 1.0}, {"load": np.array([0.5, 0.5])} if step < 3 else {})
+  writer.close()
+  assert len(caplog.records) == 1 and "TensorBoard lacks what is logged from step 1" in caplog.text
+  data, sizes = path.read_bytes(), []
+  while data:
+    sizes.append(int.from_bytes(data[:8], "little"))
+    assert len(data) >= 16 + sizes[-1]
+    data = data[16 + sizes[-1] :]
+  assert len(sizes) == 3  # the two of the start, and one of the small ones
+
+
+def test_an_end_is_written_to_a_run_without_writers_once(tmp_path):
+  _write(tmp_path, [1, 2])
+  metrics.end_unopened(tmp_path, "SIGTERM")
+  metrics.end_unopened(tmp_path, "SIGINT")
+  events = metrics.read_jsonl(tmp_path / "events.jsonl")
+  assert [(e["event"], e["step"], e["reason"]) for e in events] == [("end", 0, "SIGTERM")]
+  assert _steps(tmp_path / "metrics.jsonl") == [1, 2]
 
 
 def test_jsonl_makes_two_files(tmp_path):

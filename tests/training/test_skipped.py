@@ -31,36 +31,57 @@ def faults(monkeypatch):
   )
 
 
+NOT_FINITE = "gradients are not finite", "lower schedule.peak or optimizer.clip"
+OVERFLOW_ADVICE = "raise model.moe.buffer_factor above 1.5 (0: worst-case size, never overflows)"
+
+
 @pytest.mark.parametrize(
   ("observed", "reason", "advice"),
   [
-    ({}, "gradients are not finite", "lower schedule.peak"),
-    (dict(overflow=0, faults=0), "gradients are not finite", "lower schedule.peak"),
+    ({}, *NOT_FINITE),
+    (dict(overflow=0, faults=0), *NOT_FINITE),
     (
       dict(overflow=1234, faults=0),
       "1,234 assignments overflowed the expert buffers of 1.5 times an even load",
-      "raise model.moe.buffer_factor above 1.5 (0: worst-case size, never overflows)",
+      OVERFLOW_ADVICE,
     ),
     (dict(overflow=0, faults=3), f"3 indexers of {CONFIG.name} failed", "reset them"),
     (
       dict(overflow=2, faults=3),
       f"2 assignments overflowed the expert buffers of 1.5 times an even load, and 3 indexers of {CONFIG.name} failed",
-      "raise model.moe.buffer_factor above 1.5 (0: worst-case size, never overflows), and reset them",
+      f"{OVERFLOW_ADVICE}, and reset them",
     ),
   ],
 )
 def test_the_reason_is_printed_and_too_many_in_a_row_diverge(faults, observed, reason, advice):
   lines = []
-  check_skipped(SMALL_BUFFERS, 6, metrics(0, **observed), 5, lines.append)
+  assert check_skipped(SMALL_BUFFERS, 6, metrics(0, **observed), lambda: [5], lines.append) == 0
   assert lines == []
-  check_skipped(SMALL_BUFFERS, 7, metrics(1, **observed), 5, lines.append)
+  assert check_skipped(SMALL_BUFFERS, 7, metrics(1, **observed), lambda: [5], lines.append) == 1
   assert lines == [f"step 7: {reason}, update skipped (1 in a row); if this persists, {advice}"]
   with pytest.raises(Diverged) as error:
-    check_skipped(SMALL_BUFFERS, 8, metrics(2, **observed), 5, lines.append)
+    check_skipped(SMALL_BUFFERS, 8, metrics(2, **observed), lambda: [3, 5], lines.append)
+  way_back = "run the same command again, which continues from step 5"
+  if advice == NOT_FINITE[1]:
+    way_back = "go back to before that: the same command with --resume_from=5"
   assert str(error.value) == (
-    f"2 updates in a row up to step 8 were skipped, the last one because {reason}; the newest checkpoint is of step 5: "
-    f"{advice}, or raise train.max_skipped"
+    f"2 updates in a row up to step 8 were skipped, the last one because {reason}; the first was step 7: {advice}, "
+    f"and {way_back}"
   )
+
+
+@pytest.mark.parametrize(
+  ("steps", "end"),
+  [
+    ([2, 5, 6, 7], "--resume_from=5"),  # the update of step 7, the first one skipped, is of the weights of step 6
+    ([6, 8], "start again in another --workdir: no checkpoint is from before that"),
+    ([], "no checkpoint is from before that"),
+  ],
+)
+def test_a_run_that_diverged_names_a_checkpoint_with_weights_that_gave_finite_gradients(steps, end):
+  with pytest.raises(Diverged) as error:
+    check_skipped(CONFIG, 8, metrics(2), lambda: steps, lambda line: None)
+  assert str(error.value).endswith(end)
 
 
 def test_a_held_out_loss_that_is_nan_may_have_the_causes_of_the_config(monkeypatch):

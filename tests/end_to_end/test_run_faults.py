@@ -1,0 +1,219 @@
+"""What a run leaves behind that is stopped outside of its loop, cannot write, or diverges; and how it goes on."""
+
+import errno
+import os
+import re
+import shlex
+import signal
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from deepseek_jax import train
+from deepseek_jax.checkpoint.manager import Checkpointer
+from deepseek_jax.errors import CheckpointError
+from deepseek_jax.evaluate import heldout
+from deepseek_jax.generate import decoding
+from deepseek_jax.training import loop
+from deepseek_jax.training.metrics import AppendFile
+from deepseek_jax.training.run_log import RunLog
+from tests.configs import RUN
+from tests.end_to_end.test_run import call, lines, run, run_until
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A folder with text, a config of a small model, and a data cache."""
+  folder = tmp_path_factory.mktemp("faults")
+  (folder / "text").mkdir()
+  for i in range(20):
+    (folder / "text" / f"{i}.txt").write_text(" ".join(f"def f{i * j % 17} ( x ) = y + {j % 7}" for j in range(60)))
+  config = RUN.format(source=str(folder / "text"), cache=str(folder / "cache"), steps=STEPS)
+  for old, new in (
+    ("layers=3, first_dense_layers=1, num_mtp_layers=1", "layers=1, first_dense_layers=0, num_mtp_layers=0"),
+    ("checkpoint=dict(every=3, keep=3)", "checkpoint=dict(every=2, keep=2)"),
+    ("eval=dict(every=5", "eval=dict(every=100"),
+  ):
+    assert old in config
+    config = config.replace(old, new)
+  (folder / "config.py").write_text(config)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def digest(folder):
+  """state_sha256 of a run that nothing disturbed."""
+  run(folder, "reference")
+  return last_event(folder, "reference")["state_sha256"]
+
+
+def last_event(folder, workdir):
+  return lines(folder, workdir, "events.jsonl")[-1]
+
+
+def checkpoints(folder, workdir):
+  return sorted(int(name) for name in os.listdir(folder / workdir / "checkpoints") if name.isdecimal())
+
+
+def raising(function, action, when=lambda *arguments: True):
+  """`function`, before which `action` is called where `when(*arguments)`."""
+
+  def call(*arguments, **more):
+    if when(*arguments):
+      action()
+    return function(*arguments, **more)
+
+  return call
+
+
+def full_disk():
+  raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def fails_after_lines(count, monkeypatch):
+  """From the line of metrics after `count` on the disk is full for metrics."""
+  left = [count]
+
+  def is_too_much(file, record):
+    left[0] -= file.path.endswith("metrics.jsonl")
+    return left[0] < 0 and file.path.endswith("metrics.jsonl")
+
+  monkeypatch.setattr(AppendFile, "append", raising(AppendFile.append, full_disk, is_too_much))
+
+
+def assert_failed(folder, workdir, out):
+  """`out` ends with one line of an error; the log ends with an event and a report that say so."""
+  assert "Traceback" not in out and out.count("error: ") == 1 and out.splitlines()[-1].startswith("error: ")
+  end = last_event(folder, workdir)
+  assert (end["event"], end["reason"]) == ("end", "failed")
+  assert "failed" in (folder / workdir / "report.html").read_text()
+
+
+def test_metrics_that_cannot_be_written_stop_the_run_saved(folder, digest):
+  with pytest.MonkeyPatch.context() as patch:
+    fails_after_lines(3, patch)
+    out = run(folder, "full", code=2)
+  assert_failed(folder, "full", out)
+  found = re.search(
+    r"metrics.jsonl cannot be written: No space left on device; step (\d+) is saved: mend that, then", out
+  )
+  step = int(found[1])
+  assert step in checkpoints(folder, "full") and [line["step"] for line in lines(folder, "full")] == [1, 2, 3]
+  assert f"resume   from the checkpoint of step {step}" in run(folder, "full")
+  assert last_event(folder, "full")["state_sha256"] == digest
+
+
+def test_where_the_workdir_takes_no_checkpoint_a_temporary_folder_does_and_the_command_goes_on_there(
+  folder, digest, tmp_path, monkeypatch
+):
+  def fail():
+    raise CheckpointError("no room for a checkpoint")
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("TMPDIR", str(tmp_path))
+    patch.setattr("tempfile.tempdir", None)
+    fails_after_lines(3, patch)
+    in_workdir = raising(
+      Checkpointer.save, fail, lambda self, step, *_: "elsewhere" in str(self._directory) and step > 2
+    )
+    patch.setattr(Checkpointer, "save", in_workdir)
+    out = run(folder, "elsewhere", code=2)
+  assert_failed(folder, "elsewhere", out)
+  found = re.search(r"step (\d+) is saved in (\S+): .*python\S* -m deepseek_jax.train (\S+) continues from there", out)
+  assert found and os.path.dirname(found[2]) == str(tmp_path) and shlex.split(found[3]) == [f"--workdir={found[2]}"]
+  assert f"resume   from the checkpoint of step {found[1]}" in call(train.main, *shlex.split(found[3]))
+  assert last_event(tmp_path, os.path.basename(found[2]))["state_sha256"] == digest
+
+
+def test_a_lost_line_of_tensorboard_is_a_warning_once(folder, digest):
+  with pytest.MonkeyPatch.context() as patch:
+    lost = raising(AppendFile.append, full_disk, lambda file, record: "tensorboard" in file.path)
+    patch.setattr(AppendFile, "append", lost)
+    out = run(folder, "curves")
+  assert out.count("cannot be written: No space left on device; TensorBoard lacks") == 1 and "Traceback" not in out
+  assert last_event(folder, "curves")["state_sha256"] == digest
+
+
+def test_a_save_that_fails_in_its_thread_ends_the_run_with_an_event_and_a_report(folder, digest):
+  with pytest.MonkeyPatch.context() as patch:
+    failing = raising(Checkpointer._write_manifest, full_disk, lambda self: self._saving_step == 4)
+    patch.setattr(Checkpointer, "_write_manifest", failing)
+    out = run(folder, "async", code=2)
+  assert_failed(folder, "async", out)
+  assert "checkpoints/4 could not be saved" in out
+  step = int(re.search(r"step (\d+) is saved: mend that", out)[1])
+  assert 5 <= step <= 6 and step in checkpoints(folder, "async")
+  assert "resume   from" in run(folder, "async") and last_event(folder, "async")["state_sha256"] == digest
+
+
+def test_an_error_of_a_writer_or_of_the_code_is_raised_after_a_save(folder, digest, capfd):
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(RunLog, "step", raising(RunLog.step, lambda: 1 / 0, lambda self, step, *_: step == 5))
+    with pytest.raises(ZeroDivisionError):
+      call(train.main, f"--config={folder}/config.py", f"--workdir={folder}/mistake")
+  assert last_event(folder, "mistake")["error"] == "ZeroDivisionError: division by zero"
+  assert max(checkpoints(folder, "mistake")) >= 5
+
+
+@pytest.mark.parametrize(
+  ("owner", "name"), [(loop, "load_model_tokenizer"), (loop, "open_data"), (loop.Run, "restore_or_init")]
+)
+def test_a_signal_before_the_loop_ends_the_run_at_once(folder, digest, owner, name):
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(owner, name, raising(getattr(owner, name), lambda: signal.raise_signal(signal.SIGTERM)))
+    out = run(folder, name, code=143)
+  assert "stopped by SIGTERM before the first step" in out and "Traceback" not in out
+  end = last_event(folder, name)
+  assert (end["event"], end["step"], end["reason"]) == ("end", 0, "SIGTERM")
+
+
+@pytest.mark.parametrize(("module", "name"), [(heldout, "evaluate"), (decoding, "continue_prompt")])
+def test_a_signal_in_the_final_evaluation_or_sample_ends_a_saved_run(folder, digest, module, name):
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(module, name, raising(getattr(module, name), lambda: signal.raise_signal(signal.SIGTERM)))
+    out = run(folder, name, code=143)
+  assert f"stopped by SIGTERM at step {STEPS}, saved" in out and "Traceback" not in out
+  end = last_event(folder, name)
+  assert (end["reason"], end["step"], end["state_sha256"]) == ("SIGTERM", STEPS, digest)
+  assert checkpoints(folder, name)[-1] == STEPS
+  if module is heldout:
+    assert "next\n" in run(folder, name) and last_event(folder, name)["reason"] == "finished"
+
+
+def break_weights_after(step, monkeypatch):
+  """The update of `step` makes weights that give no finite gradients."""
+  start_step = loop.Run.start_step
+
+  def start(self, *arguments):
+    step_metrics = start_step(self, *arguments)
+    if self.step == step:
+      params = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), self.state.params)
+      self.state = type(self.state)(**{**vars(self.state), "params": params})
+    return step_metrics
+
+  monkeypatch.setattr(loop.Run, "start_step", start)
+
+
+def test_skipped_updates_rotate_no_checkpoint_and_a_run_that_diverged_goes_back_before_them(folder, digest):
+  with pytest.MonkeyPatch.context() as patch:
+    break_weights_after(6, patch)
+    out = run(folder, "bad", "--config.train.max_skipped=4", code=1)
+  assert "step 8: the checkpoint waits until an update is applied again" in out
+  assert "the first was step 7" in out and out.splitlines()[-1].endswith("--resume_from=4") and "schedule.peak" in out
+  assert checkpoints(folder, "bad") == [4, 6]  # 6 has the broken weights
+  assert last_event(folder, "bad")["reason"] == "diverged"
+  assert "it holds [4, 6]" in run(folder, "bad", "--resume_from=5", code=2)
+  out = run(folder, "bad", "--resume_from=4")
+  assert "checkpoints/6 is newer; moved to 6.rejected" in out and "resume   from the checkpoint of step 4" in out
+  assert last_event(folder, "bad")["state_sha256"] == digest
+  assert [line["step"] for line in lines(folder, "bad")] == list(range(1, STEPS + 1))
+
+
+def test_a_stop_while_updates_are_skipped_saves_beside_the_good_checkpoints(folder, digest):
+  with pytest.MonkeyPatch.context() as patch:
+    break_weights_after(6, patch)
+    run_until(folder, "stopped", 9)
+  assert checkpoints(folder, "stopped") == [4, 6, 9]
