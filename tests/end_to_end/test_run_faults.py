@@ -34,6 +34,7 @@ def folder(tmp_path_factory):
   config = RUN.format(source=str(folder / "text"), cache=str(folder / "cache"), steps=STEPS)
   for old, new in (
     ("layers=3, first_dense_layers=1, num_mtp_layers=1", "layers=1, first_dense_layers=0, num_mtp_layers=0"),
+    ("embed=32", "embed=40"),  # a model of no other test: one there compiles a step that skips all updates
     ("checkpoint=dict(every=3, keep=3)", "checkpoint=dict(every=2, keep=2)"),
     ("eval=dict(every=5", "eval=dict(every=100"),
   ):
