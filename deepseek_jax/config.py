@@ -76,16 +76,14 @@ class Config(Section):
   def check_balance(self) -> None:
     """Raises ConfigError where balance losses and biases do not fit the experts."""
     moe, balance = self.model.moe, self.balance
-    if moe.num_routed_experts and moe.router_bias and moe.router not in BIAS_RULE_ROUTERS[balance.bias_rule]:
-      rules = [rule for rule, routers in BIAS_RULE_ROUTERS.items() if moe.router in routers]
+    served = BIAS_RULE_ROUTERS[balance.bias_rule]
+    if moe.num_routed_experts and moe.router_bias and moe.router not in served:
+      rules = " or ".join(rule for rule, routers in BIAS_RULE_ROUTERS.items() if moe.router in routers)
+      without = "no rule does; set model.moe.router_bias=false and balance.bias_update_rate=0"
+      fix = f"set balance.bias_rule={rules}" if rules else without
       raise ConfigError(
-        f"balance.bias_rule={balance.bias_rule} moves the biases of model.moe.router="
-        f"{' or '.join(BIAS_RULE_ROUTERS[balance.bias_rule])}, and not those of model.moe.router={moe.router}: "
-        + (
-          f"set balance.bias_rule={' or '.join(rules)}"
-          if rules
-          else "no rule does; set model.moe.router_bias=false and balance.bias_update_rate=0"
-        )
+        f"balance.bias_rule={balance.bias_rule} moves the biases of model.moe.router={' or '.join(served)}, "
+        f"and not those of model.moe.router={moe.router}: {fix}"
       )
     if balance.bias_update_rate and not moe.router_bias:
       raise ConfigError(f"balance.bias_update_rate={balance.bias_update_rate} needs model.moe.router_bias=true: set it")
