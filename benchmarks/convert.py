@@ -21,6 +21,7 @@ from absl import flags
 from deepseek_jax.checkpoint.hf_config import to_hf_config
 from deepseek_jax.checkpoint.hf_files import HFReader, write_tensors
 from deepseek_jax.checkpoint.hf_names import hf_tensors
+from deepseek_jax.console import format_bytes
 from deepseek_jax.flags import parse, run_program
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
 
@@ -102,14 +103,14 @@ def main(argv: list[str]) -> int:
     largest = write_random_checkpoint(original, small_v3(values.vocab, values.embed, values.layers, values.experts))
     size = sum(path.stat().st_size for path in original.iterdir())
     limit = 2 * largest + 2**30
-    print(f"checkpoint  {size / 1e9:.2f} GB in bfloat16, largest tensor {largest / 1e9:.2f} GB", flush=True)
+    print(f"checkpoint  {format_bytes(size)} in bfloat16, largest tensor {format_bytes(largest)}", flush=True)
     peaks = []
     for name, source, target in (("to workdir", original, workdir), ("and back", workdir, exported)):
       seconds, peak = convert(source, target)
       peaks.append(peak)
       print(
-        f"{name:12}{seconds:.1f} s, {size / seconds / 1e6:.0f} MB/s of bfloat16, peak memory {peak / 1e9:.2f} GB "
-        f"({'' if peak < limit else 'TOO MUCH: '}{limit / 1e9:.2f} GB allowed: twice the largest tensor and 1 GiB)",
+        f"{name:12}{seconds:.1f} s, {format_bytes(size / seconds)}/s of bfloat16, peak memory {format_bytes(peak)} "
+        f"({'' if peak < limit else 'TOO MUCH: '}{format_bytes(limit)} allowed: twice the largest tensor and 1 GiB)",
         flush=True,
       )
     before, after = HFReader(original), HFReader(exported)

@@ -15,6 +15,7 @@ from absl import flags
 
 from benchmarks.results import write_json
 from deepseek_jax.config import Config
+from deepseek_jax.console import format_bytes
 from deepseek_jax.flags import define_config_flags, load_config, parse, run_program
 from deepseek_jax.model_config import ModelConfig
 
@@ -96,7 +97,7 @@ def format_summary(s: dict[str, Any]) -> str:
     f"matmul roof       {s['roof_flops_per_second']:.4g} FLOP/s in {s['compute_dtype']}; the step reaches "
     f"{s['model_flops_per_second'] / s['roof_flops_per_second']:.1%} of it",
     f"compile           {s['compile_seconds']:.1f} s",
-    f"peak memory       {s['peak_bytes'] / 2**30:.2f} GiB{' (of the process)' if s['peak_bytes_of'] == 'process' else ''}",
+    f"peak memory       {format_bytes(s['peak_bytes'])}{' (of the process)' if s['peak_bytes_of'] == 'process' else ''}",
   ]
   return "\n".join(lines)
 

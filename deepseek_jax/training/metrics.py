@@ -14,7 +14,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -214,7 +214,8 @@ WRITERS: dict[str, WriterFactory] = {"jsonl": JsonlWriter, "tensorboard": Tensor
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
   """The objects of metrics.jsonl or events.jsonl, in order, without an incomplete last line. [] where there is no file.
 
-  Raises DataError, with the line's number, for any other line that is not an object with an integer `step`.
+  Raises DataError for a file that cannot be read, and, with the line's number, for any other line that is not an object
+  with an integer `step`.
   """
   return [line for _, line in _lines(path)]
 
@@ -223,7 +224,7 @@ def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[bytes, dict[str, Any]
   """Yields (bytes, object) of each complete line, one at a time: a long run's file need not fit in memory twice."""
   if not os.path.exists(path):
     return
-  with open(path, "rb") as file:
+  with _open_to_read(path) as file:
     for number, raw in enumerate(file, 1):
       if not raw.endswith(b"\n"):
         return
@@ -238,6 +239,13 @@ def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[bytes, dict[str, Any]
           "remove that line, or move the file away to start a new one"
         )
       yield raw, line
+
+
+def _open_to_read(path: str | os.PathLike[str]) -> BinaryIO:
+  try:
+    return open(path, "rb")
+  except OSError as error:
+    raise DataError(f"cannot read {path}: {error.strerror}; move it away, or use another --workdir") from None
 
 
 def _keep_lines(path: str, keep: Callable[[dict[str, Any]], bool]) -> None:

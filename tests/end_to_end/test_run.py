@@ -573,7 +573,9 @@ def test_errors_of_the_workdir_and_the_data_exit_2(folder, tmp_path):
   (folder / "file").write_text("")
   out = run(folder, "file", code=2)
   assert str(folder / "file") in out and "Traceback" not in out
-  (folder / "odd" / "metrics.jsonl").mkdir(parents=True)
-  out = run(folder, "odd", code=2)
-  assert "metrics.jsonl" in out and "Traceback" not in out
+  for name in ("metrics.jsonl", "events.jsonl"):
+    (folder / "odd" / name).mkdir(parents=True)
+    out = run(folder, "odd", code=2)
+    assert f"{name}: Is a directory; move it away, or use another --workdir" in out and "Traceback" not in out
+    (folder / "odd" / name).rmdir()
   assert "no checkpoint in" in call(generate_main, f"--workdir={tmp_path}", code=2)
