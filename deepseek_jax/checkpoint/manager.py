@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -273,9 +274,14 @@ class Checkpointer(CheckpointReader):
   def _write_manifest(self) -> None:
     # Orbax calls this when the files are complete and before it renames the step into place: no step is without
     # manifest.
-    manifest.write_manifest(self._directory / f"{self._saving_step}{ocp.path.atomicity.TMP_DIR_SUFFIX}")
+    manifest.write_manifest(self._unfinished_folder())
+
+  def _unfinished_folder(self) -> pathlib.Path:
+    return self._directory / f"{self._saving_step}{ocp.path.atomicity.TMP_DIR_SUFFIX}"
 
   def _failed(self, error: Exception) -> CheckpointError:
+    if jax.process_count() == 1:  # the room is needed for the run's last event and report
+      shutil.rmtree(self._unfinished_folder(), ignore_errors=True)
     self._manager.reload()
     return CheckpointError(
       f"checkpoint {self._directory / str(self._saving_step)} could not be saved: {_first_line(error)}; older ones are unharmed; "

@@ -126,6 +126,19 @@ def test_old_steps_go_as_the_config_says(objects):
   assert {key.split("/")[2] for key in objects} == {"3", "6", "7", "~"}
 
 
+def test_a_save_may_leave_old_steps_and_a_run_may_go_back_to_one(objects):
+  with open_checkpointer(GS, CheckpointConfig(keep=1)) as checkpointer:
+    for step in (1, 2, 3):
+      checkpointer.save(step, make_state(seed=step), META, rotate=False)
+    checkpointer.wait()
+    assert checkpointer.steps() == [1, 2, 3]
+    with pytest.raises(CheckpointError, match=r"no checkpoint 4 in .* to resume from: it holds \[1, 2, 3\]"):
+      checkpointer.go_back_to(4)
+    assert checkpointer.go_back_to(2) == 2 and checkpointer.steps() == [1, 2]
+    checkpointer.save(3, make_state(seed=3), META)
+  assert open_reader(GS).steps() == [3]
+
+
 def flip_bit(content):
   return content[:9] + bytes([content[9] ^ 4]) + content[10:]
 
