@@ -180,10 +180,14 @@ class Model:
     - The tokenizer's files, chat templates and generation_config.json of `source` are copied, if it is still there.
 
     Raises:
-      ConfigError: another dtype.
+      ConfigError: another dtype, or a URL.
       CheckpointError: values that are not finite in their dtype (lists the tensors), a config that no config.json
         describes, or a disk that cannot be written.
     """
+    if is_url(directory):
+      raise ConfigError(
+        f"save_pretrained writes to this machine's disk: save to a folder, and copy that to {directory}"
+      )
     if dtype is not None and dtype not in SAVED_DTYPES:
       raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(SAVED_DTYPES)}, nor None for each tensor's own")
     table = {entry.name: entry for entry in hf_tensors(self.config)}

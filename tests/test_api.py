@@ -113,7 +113,7 @@ def test_what_is_no_folder_of_hugging_face_is_told_what_to_do(tmp_path):
   for source, message in {
     tmp_path / "run": advice, tmp_path / "run" / "checkpoints": advice, tmp_path / "run" / "checkpoints" / "20": advice,
     "deepseek-ai/DeepSeek-V3": hub, "gs://bucket/model": "copy gs://bucket/model to one", tmp_path / "file": "is not a folder",
-    tmp_path / "nowhere": "there is no folder",
+    tmp_path / "nowhere": "is not a folder",
   }.items():  # fmt: skip
     with pytest.raises(CheckpointError) as error:
       deepseek_jax.load_pretrained(source)
@@ -386,6 +386,8 @@ def test_refusals(v3, tmp_path):
     deepseek_jax.load_pretrained(folder, dtype="float16")
   with pytest.raises(ConfigError, match="int8"):
     model.save_pretrained(tmp_path, dtype="int8")
+  with pytest.raises(ConfigError, match="save to a folder, and copy that to gs://bucket/model"):
+    model.save_pretrained("gs://bucket/model")
   with pytest.raises(CheckpointError, match="config.json"):
     deepseek_jax.load_pretrained(tmp_path)
   make_checkpoint(tmp_path, LLAMA)

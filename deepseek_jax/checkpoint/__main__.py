@@ -42,6 +42,10 @@ def main(argv: list[str]) -> int:
   from deepseek_jax.checkpoint.convert import convert
 
   if args:
+    if values["dtype"].present or values["tokenizer"].present:
+      raise ConfigError(
+        "--from_model_args takes no --dtype and no --tokenizer: train's --config.data.tokenizer names one"
+      )
     config, notes = model_args.read_model_args(args)
     model_args.write_config(config, values.to)
     print("\n".join(f"note     {note}" for note in notes) + f"\nwrote    {values.to}")

@@ -40,7 +40,7 @@ from deepseek_jax.checkpoint.weights import is_hugging_face, saved_config
 from deepseek_jax.config import Config
 from deepseek_jax.config_sections import DataConfig
 from deepseek_jax.console import format_bytes
-from deepseek_jax.errors import CheckpointError
+from deepseek_jax.errors import CheckpointError, ConfigError
 from deepseek_jax.storage import is_url
 
 EXPORT_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -58,13 +58,21 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, dtype: str = "
       this size of the vocabulary, or none.
 
   Raises CheckpointError, one for all tensors that are missing, not expected, misshaped or not finite, and for a
-  tokenizer with ids that the model does not have; DataError for a `tokenizer` that cannot be loaded.
+  tokenizer with ids that the model does not have; DataError for a `tokenizer` that cannot be loaded;
+  ConfigError for a `dtype` or `tokenizer` that is for the other direction.
   """
   if is_url(source) or is_url(target):
     raise CheckpointError(f"convert works on local folders: copy {source} to one, and what it writes to a bucket")
   source, started = pathlib.Path(source), time.monotonic()
+  hugging_face = is_hugging_face(source)
+  if tokenizer and not hugging_face:
+    raise ConfigError(
+      f"--tokenizer={tokenizer} is for a new workdir, and {source} is one: an export has that of the run"
+    )
+  if dtype != "float32" and hugging_face:
+    raise ConfigError(f"--dtype={dtype} is for a new Hugging Face folder, and {source} is one: workdirs are in float32")
   with new_folder(target) as folder:
-    if is_hugging_face(source):
+    if hugging_face:
       description = import_hugging_face(source, folder, pathlib.Path(os.path.abspath(target)), tokenizer)
     else:
       description = export_hugging_face(source, folder, EXPORT_DTYPES[dtype])
@@ -129,12 +137,12 @@ def export_hugging_face(source: pathlib.Path, folder: pathlib.Path, dtype: np.dt
       advance(chunk.size)
     return value
 
-  original, tokenizer_folder = exported_files(source, config.data.tokenizer, model.vocab)
+  original, copies = exported_files(source, config.data.tokenizer, model)
   config_json = to_hf_config(model, dtype.name, original)
   with progress_bar(tensors) as advance:
     specs = [(tensor.name, tensor.shape, export_dtype(tensor)) for tensor in tensors]
     write_tensors(folder, specs, read, config=config_json)
-  copy_exported_files(source, config.data.tokenizer, tokenizer_folder, folder)
+  copy_exported_files(copies, config.data.tokenizer, folder)
   return f"a Hugging Face folder of {len(tensors)} tensors in {dtype}, from step {step}"
 
 

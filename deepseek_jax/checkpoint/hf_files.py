@@ -217,14 +217,11 @@ def safetensors_files(directory: pathlib.Path) -> list[pathlib.Path]:
 
 def missing_folder(directory: str | os.PathLike) -> CheckpointError:
   """The error for a `directory` that is no folder, which may be meant as a model's name on the Hugging Face hub."""
-  text = str(directory)
-  if os.path.exists(text):
-    return CheckpointError(f"{text} is not a folder: give the one with config.json and *.safetensors files")
-  hub = ""
-  if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", text):
+  text, hub = str(directory), ""
+  if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", text) and not os.path.exists(text):
     target = text.rpartition("/")[2]
     hub = f"; if that is a name on the Hugging Face hub, download it first: hf download {text} --local-dir {target}"
-  return CheckpointError(f"there is no folder {text}: give one with config.json and *.safetensors files{hub}")
+  return CheckpointError(f"{text} is not a folder: give the one with config.json and *.safetensors files{hub}")
 
 
 def read_header(path: pathlib.Path) -> dict[str, dict[str, Any]]:

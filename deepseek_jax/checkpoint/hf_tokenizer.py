@@ -3,9 +3,10 @@
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from deepseek_jax.checkpoint.hf_config import hf_model_type
 from deepseek_jax.checkpoint.hf_files import CONFIG_FILE
 from deepseek_jax.checkpoint.hf_model import read_config_json
 from deepseek_jax.checkpoint.model_args import TOKENIZERS
@@ -13,6 +14,7 @@ from deepseek_jax.config_sections import TOKENIZER_SIZES
 from deepseek_jax.console import current_console
 from deepseek_jax.data.tokenizer import NO_TOKENIZER, Tokenizer, load_tokenizer
 from deepseek_jax.errors import CheckpointError, DataError
+from deepseek_jax.model_config import ModelConfig
 
 HF_FILES_FOLDER = "hugging_face"  # in a converted workdir: the source's config and tokenizer, for the export back
 TOKENIZER_FILE, GENERATION_FILE = "tokenizer.json", "generation_config.json"
@@ -91,41 +93,48 @@ def _check_copied_tokenizer(source: pathlib.Path, vocab: int) -> None:
       _note(f"{key}={raw[key]} in {CONFIG_FILE}, but {token} by the tokenizer, which is what training and sampling use")
 
 
-def exported_files(workdir: pathlib.Path, name: str, vocab: int) -> tuple[dict[str, Any], pathlib.Path | None]:
-  """Of a workdir whose data.tokenizer is `name`: (config.json of its source, folder of the tokenizer's files).
+Copies = list[tuple[pathlib.Path, tuple[str, ...]]]  # (folder, names), as `copy_files` takes them
 
-  The ids of special tokens are the source's, unchanged, unless the workdir has another tokenizer by now that begins or
-  ends documents with other tokens. transformers takes 1 and 2 if they are missing.
+
+def exported_files(workdir: pathlib.Path, name: str, model: ModelConfig) -> tuple[dict[str, Any], Copies]:
+  """Of a workdir whose data.tokenizer is `name`: (config.json of its source, what to copy to the export).
+
+  The source is the Hugging Face folder that the workdir was converted from, or that its tokenizer lies in. The ids of
+  special tokens are the source's, unchanged, unless the workdir has another tokenizer by now that begins or ends
+  documents with other tokens. transformers takes 1 and 2 if they are missing.
   """
-  hf_files = workdir / HF_FILES_FOLDER
-  original = read_config_json(hf_files) if (hf_files / CONFIG_FILE).exists() else {}
-  path = pathlib.Path(name)
-  if original and (name in (NO_TOKENIZER, TOKENIZERS.get(vocab)) or path.parent.name == HF_FILES_FOLDER):
-    return original, hf_files
-  folder = path.parent if name not in TOKENIZER_SIZES and path.is_file() else None
+  path, names = pathlib.Path(name), (NO_TOKENIZER, TOKENIZERS.get(model.vocab))
+  hf_files = _source_folder((workdir / HF_FILES_FOLDER, path.parent), hf_model_type(model))
+  original = read_config_json(hf_files) if hf_files else {}
+  code: Copies = [(hf_files, CODE_FILES)] if hf_files else []
+  generation: Copies = [(hf_files, (GENERATION_FILE,))] if hf_files else []
+  tokenizer_files: Copies = [(path.parent, TOKENIZER_FILES)] if name not in TOKENIZER_SIZES and path.is_file() else []
+  if hf_files and (name in names or path.parent == hf_files or path.parent.name == HF_FILES_FOLDER):
+    return original, code + generation + [(hf_files, TOKENIZER_FILES)]
   try:
     tokenizer = load_tokenizer(name)
   except DataError as error:
     _note(f"{CONFIG_FILE} has no bos_token_id and no eos_token_id: {error}")
-    return _without_token_ids(original), folder
+    return _without_token_ids(original), code + tokenizer_files
   if _has_token_ids(original, tokenizer):
-    return original, folder
-  return _without_token_ids(original) | {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}, folder
+    return original, code + generation + tokenizer_files
+  ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+  return _without_token_ids(original) | ids, code + tokenizer_files
 
 
-def copy_exported_files(
-  workdir: pathlib.Path, tokenizer: str, folder: pathlib.Path | None, target: pathlib.Path
-) -> None:
-  """Copies what lies beside the weights to the Hugging Face folder `target`.
+def _source_folder(folders: Iterable[pathlib.Path], model_type: str) -> pathlib.Path | None:
+  """The first of `folders` that has the config.json of a model of this type."""
+  for folder in folders:
+    if (folder / CONFIG_FILE).is_file() and read_config_json(folder).get("model_type") == model_type:
+      return folder
+  return None
 
-  Args: `tokenizer`: data.tokenizer of `workdir`. `folder`: as `exported_files` returns it.
-  """
-  hf_files = workdir / HF_FILES_FOLDER
-  copy_files(hf_files, target, CODE_FILES)
-  if folder == hf_files:
-    copy_files(hf_files, target, (GENERATION_FILE, *TOKENIZER_FILES))
-  elif folder is not None:
-    copy_files(folder, target, TOKENIZER_FILES)
+
+def copy_exported_files(copies: Copies, tokenizer: str, target: pathlib.Path) -> None:
+  """Copies what lies beside the weights to the Hugging Face folder `target`; `tokenizer` is data.tokenizer."""
+  for folder, names in copies:
+    copy_files(folder, target, names)
+  if tokenizer not in TOKENIZER_SIZES and pathlib.Path(tokenizer).is_file():
     shutil.copyfile(tokenizer, target / TOKENIZER_FILE)  # it may have another name
 
 

@@ -10,14 +10,17 @@ import numpy as np
 
 from deepseek_jax.checkpoint.bucket import open_reader
 from deepseek_jax.checkpoint.chunks import tree_path
-from deepseek_jax.checkpoint.hf_files import HFReader, missing_folder
+from deepseek_jax.checkpoint.hf_files import CONFIG_FILE, HFReader, missing_folder
 from deepseek_jax.checkpoint.hf_model import read_model_config
 from deepseek_jax.checkpoint.hf_names import hf_tensors
 from deepseek_jax.checkpoint.hf_tensor import HFTensor
+from deepseek_jax.checkpoint.hf_tokenizer import TOKENIZER_FILE
 from deepseek_jax.checkpoint.manager import CheckpointReader
 from deepseek_jax.config import Config
+from deepseek_jax.console import current_console
+from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
 from deepseek_jax.distributed import broadcast_from_process0
-from deepseek_jax.errors import CheckpointError
+from deepseek_jax.errors import CheckpointError, ConfigError, DataError
 from deepseek_jax.schema import from_dict
 from deepseek_jax.storage import is_url
 from deepseek_jax.typing import PyTree
@@ -35,16 +38,30 @@ def is_hugging_face(directory: str | os.PathLike) -> bool:
   directory = pathlib.Path(directory)
   if not directory.is_dir():
     raise missing_folder(directory)
-  try:
-    hugging_face = "model_type" in json.loads((directory / "config.json").read_bytes())
-  except (OSError, ValueError, TypeError):
-    hugging_face = False
+  hugging_face = has_hf_config(directory)
   if not hugging_face and not (directory / "checkpoints").is_dir():
     raise CheckpointError(
       f"{directory} is no checkpoint: expected a Hugging Face folder (config.json with a model_type, and *.safetensors) or "
       "the workdir of a run (checkpoints/)"
     )
   return hugging_face
+
+
+def has_hf_config(directory: str | os.PathLike) -> bool:
+  """Whether `directory` is a folder with the config.json of a Hugging Face model."""
+  try:
+    return "model_type" in json.loads((pathlib.Path(directory) / CONFIG_FILE).read_bytes())
+  except (OSError, ValueError, TypeError, RecursionError):
+    return False
+
+
+def refuse_hf_workdir(workdir: str | os.PathLike) -> None:
+  """Raises ConfigError where `workdir` is a Hugging Face folder: the config.json of a run would take the place of its own."""
+  if has_hf_config(workdir):
+    raise ConfigError(
+      f"--workdir={workdir} is a Hugging Face folder, and a run has a config.json of its own there: give another workdir; "
+      f"--config.init_from={workdir} starts from its weights, and python -m deepseek_jax.checkpoint convert makes a workdir of it"
+    )
 
 
 def saved_config(reader: CheckpointReader, step: int) -> Config:
@@ -57,6 +74,10 @@ class HuggingFaceWeights:
 
   def __init__(self, directory: str | os.PathLike):
     self.directory, self.model = directory, read_model_config(directory)
+
+  def tokenizer_fingerprint(self) -> str | None:
+    """Of the tokenizer.json beside the weights; None where there is none, or it cannot be loaded."""
+    return _fingerprint(pathlib.Path(self.directory) / TOKENIZER_FILE)
 
   def load(self, abstract: PyTree) -> PyTree:
     """Arrays for `abstract`, {"params", "buffers"} of jax.ShapeDtypeStruct with NamedShardings, in its dtypes.
@@ -117,11 +138,21 @@ class WorkdirWeights:
     # read.
     for candidate in reversed(steps) if step is None else [step]:
       try:
-        self.model = saved_config(self._reader, candidate).model
+        meta = self._reader.meta(candidate)
+        config = from_dict(Config, meta["config"])
+        self.model, self._tokenizer, self._fingerprint = (
+          config.model,
+          config.data.tokenizer,
+          meta.get("tokenizer_fingerprint"),
+        )
         break
       except CheckpointError:
         if candidate in (step, steps[0]):
           raise
+
+  def tokenizer_fingerprint(self) -> str | None:
+    """Of the tokenizer that the weights were trained with; None where nothing says which, or it cannot be loaded."""
+    return self._fingerprint or _fingerprint(self._tokenizer)
 
   def _no_checkpoint(self) -> CheckpointError:
     return CheckpointError(
@@ -138,6 +169,20 @@ class WorkdirWeights:
     return jax.tree.map(lambda array, a: array.astype(a.dtype), self._reader.restore(step, saved), abstract)
 
 
+def _fingerprint(tokenizer: str | os.PathLike) -> str | None:
+  """The fingerprint of data.tokenizer, or None where it cannot be loaded here."""
+  try:
+    return load_tokenizer(str(tokenizer)).fingerprint
+  except DataError:
+    return None
+
+
 def open_weights(directory: str | os.PathLike) -> HuggingFaceWeights | WorkdirWeights:
   """The weights of a Hugging Face folder or of a workdir, told apart by their content; only their config is read."""
   return HuggingFaceWeights(directory) if is_hugging_face(directory) else WorkdirWeights(directory)
+
+
+def note_other_tokenizer(weights: HuggingFaceWeights | WorkdirWeights, name: str, tokenizer: Tokenizer) -> None:
+  """Prints a note where `weights` are known to be of another tokenizer than `tokenizer`, which is data.tokenizer=`name`."""
+  if weights.tokenizer_fingerprint() not in (None, tokenizer.fingerprint):
+    current_console().print(f"note     {weights.directory} has another tokenizer than data.tokenizer={name}")

@@ -39,8 +39,14 @@ def main(argv: list[str]) -> int:
 
   # Imported late: --help and flag errors need no jax.
   from deepseek_jax.checkpoint.bucket import open_reader
+  from deepseek_jax.checkpoint.weights import has_hf_config
   from deepseek_jax.data.tokenizer import load_model_tokenizer
 
+  if has_hf_config(values.workdir):
+    raise ConfigError(
+      f"--workdir={values.workdir} is a Hugging Face folder: make a workdir of it first, python -m deepseek_jax.checkpoint "
+      f"convert --from={values.workdir} --to=DIR"
+    )
   reader = open_reader(values.workdir)
   step = reader.latest()
   if step is None:

@@ -31,6 +31,7 @@ from deepseek_jax.checkpoint.hf_files import (
   write_tensors,
 )
 from deepseek_jax.checkpoint.hf_names import hf_tensors
+from deepseek_jax.checkpoint.hf_tokenizer import copy_exported_files, exported_files
 from deepseek_jax.checkpoint.manager import FORMAT_VERSION, Checkpointer, CheckpointReader
 from deepseek_jax.checkpoint.weights import open_weights, saved_config
 from deepseek_jax.config import Config
@@ -497,6 +498,32 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(tmp_path):
   assert sorted(os.listdir(tmp_path)) == before
 
 
+def test_a_flag_of_the_other_direction_is_refused(tmp_path):
+  source = write(tmp_path / "hf", DENSE, make_tensors(DENSE))
+  convert(source, tmp_path / "ours")
+  (tmp_path / "args.json").write_text("{}")
+  for flags, message in (
+    ((f"--from={source}", "--dtype=bfloat16"), "--dtype=bfloat16 is for a new Hugging Face folder"),
+    ((f"--from={tmp_path / 'ours'}", "--tokenizer=byte"), "--tokenizer=byte is for a new workdir"),
+    ((f"--from_model_args={tmp_path / 'args.json'}", "--tokenizer=byte"), "takes no --dtype and no --tokenizer"),
+  ):
+    with pytest.raises(ConfigError, match=message):
+      main(["checkpoint", "convert", *flags, f"--to={tmp_path / 'to'}"])
+  assert not (tmp_path / "to").exists()
+
+
+def test_a_hugging_face_folder_is_no_workdir(tmp_path, text):
+  from deepseek_jax.generate.__main__ import main as generate
+
+  source = write(tmp_path / "hf", DENSE, make_tensors(DENSE))
+  before = (source / "config.json").read_bytes()
+  with pytest.raises(ConfigError, match="is a Hugging Face folder.*--config.init_from="):
+    run(text, source)
+  with pytest.raises(ConfigError, match="is a Hugging Face folder: make a workdir of it first, .* convert --from="):
+    generate(["generate", f"--workdir={source}"])
+  assert (source / "config.json").read_bytes() == before
+
+
 def test_what_does_not_fit_together_in_a_folder_is_noted(tmp_path, capsys):
   source = write(tmp_path / "hf", DENSE, make_tensors(DENSE))
   write_config(source, DENSE, {"bos_token_id": 0, "eos_token_id": 5})
@@ -558,7 +585,8 @@ def test_training_starts_from_weights_of_either_kind(tmp_path, text, capsys):
   source = write(tmp_path / "hf", DENSE, make_tensors(DENSE))
   convert(source, tmp_path / "ours")
   from_hf = run(text, tmp_path / "a", init_from=str(source))
-  assert "start    from the weights in" in capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert "start    from the weights in" in out and "has another tokenizer" not in out
   from_ours = run(text, tmp_path / "b", init_from=str(tmp_path / "ours"))
   in_place = run(text, tmp_path / "ours")
   random = run(text, tmp_path / "c")
@@ -577,6 +605,30 @@ def test_training_starts_from_weights_of_either_kind(tmp_path, text, capsys):
     wanted = abstract_weights(DENSE, mesh)
     old, new = (flat(open_weights(tmp_path / workdir).load(wanted)) for workdir in ("a", "d"))
   assert {path for path in old if (old[path] != new[path]).any()} == {path for path in old if "attn" in path}
+
+
+def test_an_export_of_a_run_on_converted_weights_has_what_lay_beside_them(tmp_path, text, capsys):
+  source = write(tmp_path / "hf", DENSE, make_tensors(DENSE))
+  write_config(source, DENSE, IDS)
+  specials = [f"<{i}>" for i in range(10)]
+  write_tokenizer(source, 20, specials, bos_token="<7>", eos_token="<8>")
+  for name in ("generation_config.json", "chat_template.jinja"):
+    (source / name).write_text("{}")
+  run(text, tmp_path / "bytes", init_from=str(source))
+  assert f"note     {source} has another tokenizer than data.tokenizer=byte" in capsys.readouterr().out
+  convert(tmp_path / "bytes", tmp_path / "back")
+  assert ids_of(tmp_path / "back") == {"bos_token_id": 256, "eos_token_id": 256}
+  convert(source, tmp_path / "ours")
+  tokenizer = str(tmp_path / "ours" / "hugging_face" / "tokenizer.json")
+  for number, beside in enumerate((tokenizer, str(source / "tokenizer.json"))):
+    config = Config(model=DENSE, data=DataConfig(tokenizer=beside))
+    original, copies = exported_files(tmp_path / "run", beside, config.model)
+    (tmp_path / str(number)).mkdir()
+    copy_exported_files(copies, beside, tmp_path / str(number))
+    assert {key: original[key] for key in IDS} == IDS
+    assert sorted(os.listdir(tmp_path / str(number))) == [
+      "chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
 
 
 def test_weights_of_another_shape_are_refused_by_field(tmp_path, text):

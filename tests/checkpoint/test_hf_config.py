@@ -7,7 +7,13 @@ import pytest
 
 from deepseek_jax.checkpoint.hf_config import to_hf_config
 from deepseek_jax.checkpoint.hf_keys import HF_KEYS, unknown_keys
-from deepseek_jax.checkpoint.hf_model import DEFAULTS, NOT_IMPLEMENTED, SUPPORTED_VALUES, to_model_config
+from deepseek_jax.checkpoint.hf_model import (
+  DEFAULTS,
+  NOT_IMPLEMENTED,
+  SUPPORTED_VALUES,
+  read_config_json,
+  to_model_config,
+)
 from deepseek_jax.errors import CheckpointError
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
 
@@ -287,3 +293,11 @@ def test_a_model_that_hugging_face_has_no_class_for_is_refused():
   # What only training sees is no reason.
   moe = dataclasses.replace(v2.moe, dispatch="dense")
   assert to_hf_config(dataclasses.replace(v2, dropout=0.1, moe=moe), "float32")["model_type"] == "deepseek_v2"
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"[]", b"\xff", b'{"model_type": '])
+def test_a_file_that_is_no_object_is_one_error(tmp_path, content):
+  (tmp_path / "config.json").write_bytes(content)
+  with pytest.raises(CheckpointError, match="config.json (cannot be read|holds list)") as error:
+    read_config_json(tmp_path)
+  assert "\n" not in str(error.value)
