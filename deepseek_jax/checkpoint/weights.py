@@ -10,6 +10,7 @@ import numpy as np
 
 from deepseek_jax.checkpoint.bucket import open_reader
 from deepseek_jax.checkpoint.chunks import tree_path
+from deepseek_jax.checkpoint.compatibility import check_weights_fit
 from deepseek_jax.checkpoint.hf_files import CONFIG_FILE, HFReader, missing_folder
 from deepseek_jax.checkpoint.hf_model import read_model_config
 from deepseek_jax.checkpoint.hf_names import hf_tensors
@@ -182,7 +183,20 @@ def open_weights(directory: str | os.PathLike) -> HuggingFaceWeights | WorkdirWe
   return HuggingFaceWeights(directory) if is_hugging_face(directory) else WorkdirWeights(directory)
 
 
-def note_other_tokenizer(weights: HuggingFaceWeights | WorkdirWeights, name: str, tokenizer: Tokenizer) -> None:
-  """Prints a note where `weights` are known to be of another tokenizer than `tokenizer`, which is data.tokenizer=`name`."""
+def open_first_weights(
+  config: Config, workdir: str | os.PathLike, tokenizer: Tokenizer
+) -> HuggingFaceWeights | WorkdirWeights | None:
+  """The weights of `init_from` where a run in `workdir` starts from them, and has no checkpoint of its own.
+
+  Prints a note where they are known to be of another tokenizer than `tokenizer`, which is that of the run. Raises
+  CheckpointError where they do not fit the config.
+  """
+  if not config.init_from or broadcast_from_process0(open_reader(workdir).steps):
+    return None
+  weights = open_weights(config.init_from)
+  check_weights_fit(weights.directory, weights.model, config)
   if weights.tokenizer_fingerprint() not in (None, tokenizer.fingerprint):
-    current_console().print(f"note     {weights.directory} has another tokenizer than data.tokenizer={name}")
+    current_console().print(
+      f"note     {config.init_from} has another tokenizer than data.tokenizer={config.data.tokenizer}"
+    )
+  return weights

@@ -15,22 +15,16 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from deepseek_jax.checkpoint.bucket import BucketCheckpointer, open_checkpointer, open_reader
+from deepseek_jax.checkpoint.bucket import BucketCheckpointer, open_checkpointer
 from deepseek_jax.checkpoint.compatibility import Difference, check_compatible, check_weights_fit, saved_value
 from deepseek_jax.checkpoint.manager import FORMAT_VERSION, Checkpointer
-from deepseek_jax.checkpoint.weights import (
-  HuggingFaceWeights,
-  WorkdirWeights,
-  note_other_tokenizer,
-  open_weights,
-  refuse_hf_workdir,
-)
+from deepseek_jax.checkpoint.weights import HuggingFaceWeights, WorkdirWeights, open_first_weights, refuse_hf_workdir
 from deepseek_jax.compilation_cache import use_compilation_cache
 from deepseek_jax.config import Config
 from deepseek_jax.console import SilentConsole, current_console, set_console
 from deepseek_jax.cpu_backend import keep_freed_memory
 from deepseek_jax.data.pipeline import Consumed, Data, iterate_batches, open_data
-from deepseek_jax.data.tokenizer import Tokenizer, load_model_tokenizer
+from deepseek_jax.data.tokenizer import load_model_tokenizer
 from deepseek_jax.distributed import barrier, broadcast_from_process0, process_count, process_index
 from deepseek_jax.errors import CheckpointError, Stopped, UserError, format_exception
 from deepseek_jax.kernels.implementations import Replacements, import_libraries, replace_kernels
@@ -92,7 +86,7 @@ def run(
       # These raise errors of the tokenizer and the bucket before any device is opened.
       tokenizer = load_model_tokenizer(config.data.tokenizer, config.model.vocab)
       broadcast_from_process0(lambda: run_folder.download(metrics.RESUME_FILES))
-      weights = _open_first_weights(config, workdir, tokenizer)
+      weights = open_first_weights(config, workdir, tokenizer)
       functions, calls = broadcast_from_process0(lambda: select_kernels(config, run_folder.path))
       replacements = Replacements(frozenset(functions), frozenset(calls))
       on_mesh = resolve_mesh(config, len(jax.devices()))
@@ -117,18 +111,6 @@ def run(
       if process_count() > 1:
         raise  # the other processes wait for this one
       return 128 + stop.signal
-
-
-def _open_first_weights(
-  config: Config, workdir: str, tokenizer: Tokenizer
-) -> HuggingFaceWeights | WorkdirWeights | None:
-  """The weights of `init_from` where a run starts from them. Raises CheckpointError where they do not fit."""
-  if not config.init_from or broadcast_from_process0(open_reader(workdir).steps):
-    return None
-  weights = open_weights(config.init_from)
-  check_weights_fit(weights.directory, weights.model, config)
-  note_other_tokenizer(weights, config.data.tokenizer, tokenizer)
-  return weights
 
 
 class Run:
