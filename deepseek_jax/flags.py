@@ -83,9 +83,11 @@ def find_config(name: str) -> str:
     )
   if os.path.isdir(name):
     raise ConfigError(f"--config={name} is a folder: give a file, as {os.path.join(name, 'config.json')} of a run")
-  near = difflib.get_close_matches(pathlib.PurePath(name).stem, shipped, 1, 0.4)
+  near = difflib.get_close_matches(pathlib.PurePath(name).stem, shipped, 1, 0.6)
   suggestion = f"; did you mean --config={near[0]}?" if near else ""
-  raise ConfigError(f"no config file {name!r}, and no shipped config of that name: {', '.join(shipped)}{suggestion}")
+  other = pathlib.PurePath(name).suffix not in ("", ".py", ".json")
+  kind = "; a config file is Python (.py) or JSON (.json)" if other else suggestion
+  raise ConfigError(f"no config file {name!r}, and no shipped config of that name: {', '.join(shipped)}{kind}")
 
 
 def list_configs() -> str:

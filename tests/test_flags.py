@@ -44,6 +44,7 @@ def command(*arguments, module="deepseek_jax.train", cwd=None, env=os.environ):
     (["--config=tiny", "--devices=few"], ["--devices must be an integer, got 'few'"]),
     (["--config=tiny", "--config.train.steps"], ["needs a value"]),
     (["--config=configs/tinny.py"], ["no config file 'configs/tinny.py'", "did you mean --config=tiny?"]),
+    (["--config=tiny.yaml"], ["no config file 'tiny.yaml'", "; a config file is Python (.py) or JSON (.json)"]),
     (["--confg=configs/tiny.py"], ["confg", "config"]),
     (["--config=tiny", "stray"], ["unexpected argument 'stray'"]),
     ([], ["--config=NAME", "--config=tiny"]),

@@ -320,6 +320,13 @@ def test_too_few_documents_are_cut_into_pieces(config, tmp_path, capsys, name, d
   np.testing.assert_array_equal(stream(again.train), stream(data.train))
 
 
+def test_several_sources_of_one_text_are_all_cut(config, tmp_path, capsys):
+  names = [write_few(tmp_path, name)[0] for name in ("a.txt", "b.md")]
+  data = open_data(config(sources=tuple(names), heldout_fraction=0.05))
+  assert capsys.readouterr().err.count("cut at line or sentence ends") == 2
+  assert len(data.train) > 5 * len(data.heldout) > 0
+
+
 def test_documents_stay_whole_where_they_are_enough(config, corpus, tmp_path, capsys):
   """A source of one file beside one with held-out documents; and fingerprints that checkpoints were made with."""
   path, _ = write_few(tmp_path, "input.txt")
