@@ -57,6 +57,15 @@ if fault and process == "1":
     loop.open_data = raising
   elif fault == "code":
     loop.Run.restore_or_init = raising
+  elif fault == "evaluation":
+    import signal
+    from deepseek_jax.evaluate import heldout
+    evaluate = heldout.evaluate
+    def evaluate_stopped(*arguments):
+      if arguments[-1] == 20:  # sequences of the final evaluation
+        signal.raise_signal(signal.SIGTERM)
+      return evaluate(*arguments)
+    heldout.evaluate = evaluate_stopped
   else:
     import resource
     from deepseek_jax.checkpoint.manager import Checkpointer
@@ -199,6 +208,18 @@ def test_an_error_of_one_process_ends_both_at_once(folder, fault, code, says):
   assert time.monotonic() - started < 20
   assert says in out.partition("launch: process 1 failed with exit code")[2]
   assert ("Traceback" in out) == (fault == "code")
+
+
+@pytest.mark.chaos
+def test_a_signal_to_one_process_in_the_final_evaluation_ends_both_saved(folder, alone):
+  out = finish(train(folder, "evaluated", *FSDP, processes=2, FAULT="evaluation"), 143)
+  end = last_event(folder, "evaluated")
+  assert (end["reason"], end["step"], end["state_sha256"]) == (
+    "SIGTERM",
+    STEPS,
+    last_event(folder, alone)["state_sha256"],
+  )
+  assert f"stopped by SIGTERM at step {STEPS}, saved" in out and "Traceback" not in out
 
 
 @pytest.mark.chaos
