@@ -143,6 +143,16 @@ def to_nested_dict(tree: Any, path: str) -> dict[str, Any]:
   """`tree` as nested dicts. Raises ConfigError unless it is a ConfigDict or a dict."""
   if not isinstance(tree, (ConfigDict, dict)):
     raise ConfigError(f"{path} must give a ConfigDict or a JSON object of config sections, got {tree!r:.60}")
+  if "model_type" in tree:
+    raise ConfigError(
+      f"{path} is the config.json of a Hugging Face model, not of a run: give a run's --config and --workdir, and the folder "
+      f"as --config.init_from={os.path.dirname(path) or '.'}"
+    )
+  if {"dim", "n_layers"} <= set(tree):
+    raise ConfigError(
+      f"{path} is DeepSeek's ModelArgs: python -m deepseek_jax.checkpoint convert --from_model_args={path} --to=CONFIG.json "
+      "makes a config of it"
+    )
   return ConfigDict(tree).to_dict()
 
 

@@ -178,6 +178,8 @@ def test_a_failing_config_file_names_its_line(tmp_path):
     ("a.py", "def get_config(size): pass", "get_config() missing 1 required"),
     ("a.json", "model: {}", "a.json:1: JSONDecodeError"),
     ("a.json", None, "a.json is a folder: give a file"),
+    ("a.json", '{"model_type": "llama"}', "a.json is the config.json of a Hugging Face model, not of a run"),
+    ("a.json", '{"dim": 8, "n_layers": 2}', "convert --from_model_args="),
   ],
 )
 def test_a_file_that_is_no_config_is_one_line(tmp_path, name, content, words):
