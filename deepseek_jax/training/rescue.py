@@ -35,8 +35,11 @@ def rescue(
   try:
     folder = _save_in_temporary_folder(config, run_folder, step, state, meta)
   except Exception as error:
-    reason = error if isinstance(error, UserError) else format_exception(error)
-    return f"step {step} cannot be saved there, nor in {tempfile.gettempdir()}: {reason}; make room, then the same command continues from the newest checkpoint"
+    reason = str(error).partition(";")[0] if isinstance(error, UserError) else format_exception(error)
+    return (
+      f"step {step} can be saved neither there nor in {tempfile.gettempdir()} ({reason}): make room, then the same command "
+      "continues from the newest checkpoint, if there is one"
+    )
   return f"step {step} is saved in {folder}: {continue_command(folder)} continues from there"
 
 
