@@ -482,7 +482,7 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(tmp_path):
   large = write_tokenizer(tmp_path / "files", DENSE.vocab + 1)
   convert(source, tmp_path / "ours")
   with pytest.raises(
-    ConfigError, match=f"has ids up to {DENSE.vocab} but model.vocab={DENSE.vocab}: give the model's own"
+    ConfigError, match=f"has ids up to {DENSE.vocab} but model.vocab={DENSE.vocab}: raise model.vocab"
   ):
     generate(["generate", f"--workdir={tmp_path / 'ours'}", f"--prompt=w{DENSE.vocab - 2}", f"--tokenizer={large}"])
   before = sorted(os.listdir(tmp_path))
