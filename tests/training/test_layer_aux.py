@@ -101,7 +101,9 @@ def test_logged_are_scalars_and_what_a_row_makes_of_layers(observed_attention):
 
 
 @pytest.mark.parametrize(
-  "wrong", [dict(is_loss=True), dict(skip_cause=lambda config, value: ("", "")), dict()], ids=str
+  "wrong",
+  [dict(is_loss=True), dict(skip_cause=lambda config, value: ("", "")), dict()],
+  ids=["loss", "skip_cause", "without log"],
 )
 def test_what_cannot_be_by_layer_is_an_error(wrong):
   with pytest.raises(ValueError, match="by layer"):
