@@ -90,7 +90,11 @@ def train_variant(values: flags.FlagValues, overrides: Mapping[str, Any], name: 
   base, config = (load_config(values.config, variant_overrides(overrides, n, values.steps)) for n in ("mla", name))
   flops_per_token, base_flops_per_token = (training_flops(c.model, c.data.seq).causal for c in (config, base))
   steps = values.steps if name == "mtp_tokens" else round(values.steps * base_flops_per_token / flops_per_token)
-  fields = variant_overrides(overrides, name, steps)
+  # The config's warm-up, where the run is not shorter than twice that.
+  fields = {
+    "schedule.warmup_steps": min(config.schedule.warmup_steps, steps // 2),
+    **variant_overrides(overrides, name, steps),
+  }
   workdir = os.path.join(values.workdir, f"{name}-{config.seed}")
   return train_run(values.config, workdir, fields, f"{name}, seed {config.seed}: {steps} steps")
 

@@ -79,11 +79,11 @@ def write_random_checkpoint(folder: pathlib.Path, config: ModelConfig) -> int:
   return max(int(np.prod(shape)) * dtype.itemsize for _, shape, dtype in tensors)
 
 
-def convert(source: pathlib.Path, target: pathlib.Path) -> tuple[float, int]:
-  """(seconds, peak resident bytes) of a conversion in a process of its own."""
+def convert(source: pathlib.Path, target: pathlib.Path, *arguments: str) -> tuple[float, int]:
+  """(seconds, peak resident bytes) of a conversion in a process of its own, with `arguments` of the program."""
   command = [sys.executable, "-m", "deepseek_jax.checkpoint", "convert", f"--from={source}", f"--to={target}"]
   start = time.monotonic()
-  launch = [sys.executable, "-c", LAUNCHER, *command, "--dtype=bfloat16"]
+  launch = [sys.executable, "-c", LAUNCHER, *command, *arguments]
   out = subprocess.run(launch, check=True, stdout=subprocess.PIPE, text=True).stdout
   return time.monotonic() - start, int(out.split()[-1]) * MAXRSS_BYTES[sys.platform]
 
@@ -105,8 +105,11 @@ def main(argv: list[str]) -> int:
     limit = 2 * largest + 2**30
     print(f"checkpoint  {format_bytes(size)} in bfloat16, largest tensor {format_bytes(largest)}", flush=True)
     peaks = []
-    for name, source, target in (("to workdir", original, workdir), ("and back", workdir, exported)):
-      seconds, peak = convert(source, target)
+    for name, source, target, *arguments in (
+      ("to workdir", original, workdir),
+      ("and back", workdir, exported, "--dtype=bfloat16"),
+    ):
+      seconds, peak = convert(source, target, *arguments)
       peaks.append(peak)
       print(
         f"{name:12}{seconds:.1f} s, {format_bytes(size / seconds)}/s of bfloat16, peak memory {format_bytes(peak)} "

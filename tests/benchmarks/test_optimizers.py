@@ -9,7 +9,7 @@ def test_the_comparison_goes_on_where_it_was(text, tmp_path):
     f"data.sources={text}", f"data.cache={tmp_path}", "sample.max_tokens=2", "eval.final_sequences=2",
   )  # fmt: skip
   arguments = ("--seeds=1", "--optimizers=muon", "--rates=1e-3", f"--workdir={tmp_path}/runs")
-  for expected in ("held-out loss", "finished already: step 2 of 2"):
+  for expected in ("held-out loss", "finished already, at step 2"):
     out, _ = benchmark("optimizers", "--steps=2", *arguments, *(f"--config.{size}" for size in sizes))
     assert expected in out and out.splitlines()[-1].startswith("| muon | 1e-3 | ")
   _, err = benchmark("optimizers", "--optimizers=sgd", codes=(2,))
