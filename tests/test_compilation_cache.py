@@ -9,6 +9,8 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 from deepseek_jax import compilation_cache
 from deepseek_jax.compilation_cache import use_compilation_cache
 
+pytestmark = pytest.mark.jax_version
+
 OPTIONS = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
 
 

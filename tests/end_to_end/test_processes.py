@@ -206,7 +206,7 @@ def test_an_error_of_one_process_ends_both_at_once(folder, fault, code, says):
   started = time.monotonic()
   out = finish(process, code)
   assert time.monotonic() - started < 20
-  assert says in out.partition("launch: process 1 failed with exit code")[2]
+  assert out.count(says) == 1 and f"launch: process 1 failed with exit code {code}\n" in out
   assert ("Traceback" in out) == (fault == "code")
 
 
