@@ -8,6 +8,7 @@ import sys
 from deepseek_jax.config import Config
 from deepseek_jax.flags import load_config, shipped_configs
 from deepseek_jax.plan.summary import planned_tokens
+from deepseek_jax.schema import flatten_config
 from deepseek_jax.training.schedule_check import fitted_fields
 
 BIGGER = "small"  # a shipped config
@@ -32,9 +33,10 @@ def next_commands(config: Config, workdir: str, step: int, tokens: int, processe
 
 
 def train_on_command(config: Config, workdir: str, step: int, tokens: int, processes: int = 1) -> str:
-  """The command that trains from `step` on, as many steps again, with a schedule that ends with the run."""
+  """The command that trains from `step` on, as many steps again, with a schedule that does not end before the run."""
   longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2 * step))
-  fields = {"train.steps": 2 * step} | fitted_fields(longer, planned_tokens(longer, step, tokens))
+  fitted, values = fitted_fields(longer, planned_tokens(longer, step, tokens)), flatten_config(config)
+  fields = {"train.steps": 2 * step} | {path: value for path, value in fitted.items() if value > values[path]}
   overrides = " ".join(f"--config.{path}={value}" for path, value in fields.items())
   if processes > 1:
     return f"the same command with {overrides}"

@@ -42,6 +42,11 @@ def test_training_on_stretches_the_schedule_to_the_run(schedule, overrides):
   assert not schedule_warnings(on, 20, 20 * 16 * 256)
 
 
+def test_a_schedule_that_goes_on_after_the_run_stays():
+  arguments = commands_of(load_config("tiny"), step=4)["train on"][4:]
+  assert arguments == ["--config.train.steps=8"]  # tiny's warm-up is longer than 8 steps
+
+
 def test_commands_are_found_in_any_folder(monkeypatch, tmp_path):
   prompt = 'x = "$HOME"  # it\'s\n'
   config = Config(sample=SampleConfig(prompt=prompt))
