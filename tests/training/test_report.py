@@ -113,7 +113,9 @@ def test_the_config_shows_every_leaf_once_and_marks_what_differs(tmp_path):
 
 def test_text_of_the_run_is_escaped(tmp_path):
   evil = '</pre><script>alert("1")</script>&amp;\0\x1b\ud800'
-  make_run(tmp_path, config=Config(name=evil.replace("\ud800", "")), sample=evil, end=evil)
+  make_run(tmp_path, sample=evil, end=evil)
+  config = json.loads((tmp_path / "config.json").read_text()) | {"name": evil}
+  (tmp_path / "config.json").write_text(json.dumps(config))
   with open(tmp_path / "events.jsonl", "a") as file:
     file.write(json.dumps({"event": "start", "step": 40, "time": "<i>", evil: evil, "parameters": "<i>"}) + "\n")
   page = make_page(tmp_path)
