@@ -7,7 +7,7 @@ from deepseek_jax.native_logs import hide_native_logs
 
 NOISE = [
   b"I1128 23:43:26.227004    9360 google_auth_provider.cc:136] Using GOOGLE_AUTH_TOKEN_FOR_TESTING\n",
-  b"E1128 23:44:19.836651    9584 common-io:5] static: Failed to open file. path:'/root/.aws/config'\n",
+  b"E1128 23:44:19.836651    9584 common-io:5] static: Failed to open file. path:'/home/user/.aws/config'\n",
   b"W1128 23:44:19.892653   19586 aws_api.cc:6148] (id=0x55d1b6c08cf0) IMDS client failed\n",
 ]
 KEPT = [b"error: of ours\n", b"F1128 23:44:19.8 1 a.cc:1] fatal\n", b"I am a line\n", b"without an end"]
