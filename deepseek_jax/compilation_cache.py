@@ -18,6 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from deepseek_jax.config_sections import DataConfig
 from deepseek_jax.console import current_console
 from deepseek_jax.data.cache import cache_root
+from deepseek_jax.native_logs import stderr_to
 
 MIN_COMPILE_SECONDS = 0.2  # programs that compile faster are not kept
 MAX_BYTES = 2 * 2**30  # of one folder
@@ -113,14 +114,11 @@ def _loads_what_it_stored() -> bool:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   with tempfile.TemporaryFile() as file, warnings.catch_warnings(record=True) as complaints:
     sys.stderr.flush()
-    stderr = os.dup(2)
-    os.dup2(file.fileno(), 2)
     try:
-      for _ in range(2):  # compiled and stored, then loaded
-        jax.jit(lambda x: jnp.sin(x) @ x).lower(jnp.ones((8, 8))).compile()
+      with stderr_to(file):
+        for _ in range(2):  # compiled and stored, then loaded
+          jax.jit(lambda x: jnp.sin(x) @ x).lower(jnp.ones((8, 8))).compile()
     finally:
-      os.dup2(stderr, 2)
-      os.close(stderr)
       jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
     file.seek(0)
     return not complaints and not file.read().strip()

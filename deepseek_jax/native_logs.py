@@ -9,10 +9,26 @@ import re
 import tempfile
 import threading
 from collections.abc import Iterator
+from typing import BinaryIO
 
 # absl's format: severity and date, time, thread, file and line. Fatal lines stay.
 _LOG_LINE = re.compile(rb"[IWE]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ \S+\] ")
 _lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def stderr_to(file: BinaryIO) -> Iterator[None]:
+  """Sends to `file` what is written to file descriptor 2 during the block, also by C++ libraries.
+
+  Raises OSError where there is no stderr.
+  """
+  stderr = os.dup(2)
+  os.dup2(file.fileno(), 2)
+  try:
+    yield
+  finally:
+    os.dup2(stderr, 2)
+    os.close(stderr)
 
 
 @contextlib.contextmanager
@@ -25,21 +41,19 @@ def hide_native_logs() -> Iterator[None]:
     yield
     return
   try:
-    try:
-      stderr, log = os.dup(2), tempfile.TemporaryFile()
-    except OSError:  # no stderr, or no temporary folder
+    with contextlib.ExitStack() as stack:
+      with contextlib.suppress(OSError):  # no temporary folder, or no stderr
+        log = stack.enter_context(tempfile.TemporaryFile())
+        stack.callback(_write_other_lines, log)
+        stack.enter_context(stderr_to(log))  # which ends first
       yield
-      return
-    with log:
-      os.dup2(log.fileno(), 2)
-      try:
-        yield
-      finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        log.seek(0)
-        for line in log:
-          if not _LOG_LINE.match(line):
-            os.write(2, line)
   finally:
     _lock.release()
+
+
+def _write_other_lines(log: BinaryIO) -> None:
+  """Writes the lines of `log` that no C++ library has logged to stderr."""
+  log.seek(0)
+  for line in log:
+    if not _LOG_LINE.match(line):
+      os.write(2, line)

@@ -151,23 +151,18 @@ class TensorboardWriter:
 
   def _append(self, step: int, **content: Any) -> None:
     """Appends an event as a TFRecord: its length, its checksum, the event, its checksum."""
+    from tensorboardX.record_writer import masked_crc32c
+
     event = self._make_event(wall_time=time.time(), step=step, **content).SerializeToString()
     length = struct.pack("<Q", len(event))
+    length_crc, event_crc = (struct.pack("<I", masked_crc32c(part)) for part in (length, event))
     try:
-      self._file.append(length + _masked_crc32c(length) + event + _masked_crc32c(event))
+      self._file.append(length + length_crc + event + event_crc)
     except OSError as error:
       if not self._has_warned:
         self._has_warned = True
         text = "%s cannot be written: %s; TensorBoard lacks what is logged from step %d on, metrics.jsonl has it"
         logging.getLogger(__name__).warning(text, self._file.path, error.strerror, step)
-
-
-def _masked_crc32c(data: bytes) -> bytes:
-  """The checksum of a TFRecord's part."""
-  from tensorboardX.crc32c import crc32c
-
-  crc = crc32c(data)
-  return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 class AppendFile:
