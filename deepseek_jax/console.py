@@ -42,7 +42,7 @@ class Console:
       try:
         print(text, file=stream, flush=True)
       except BrokenPipeError:  # nobody reads any more, as after `| head`: a run goes on, its files have the metrics
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        discard_output(stream)
 
   @contextlib.contextmanager
   def step_progress(self, step: int, steps: int) -> Iterator[Callable[[int, str], None]]:
@@ -131,11 +131,15 @@ class StepLines:
     self._console.print(f"step {step}/{self._steps}  {text}  {time_left} left")
 
 
+def discard_output(stream: TextIO) -> None:
+  """Drops what is written to `stream` from now on, which has a file descriptor."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def format_bytes(size: float) -> str:
   """A number of bytes in the largest unit of 1024s of which it has one at least, with three digits."""
-  for unit in ("GiB", "MiB", "KiB"):
-    scaled = size / {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}[unit]
-    if scaled >= 1:
+  for unit, unit_size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+    if (scaled := size / unit_size) >= 1:
       return f"{scaled:,.{max(0, 2 - int(math.log10(scaled)))}f} {unit}"
   return f"{size:.0f} B"
 

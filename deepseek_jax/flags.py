@@ -4,6 +4,7 @@ Plain config_flags rejects `1e3` for integers, hides its suggestion under a trac
 """
 
 import ast
+import dataclasses
 import difflib
 import gc
 import importlib.util
@@ -22,6 +23,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from deepseek_jax.config import Config
+from deepseek_jax.console import discard_output
 from deepseek_jax.cpu_backend import size_thread_pool
 from deepseek_jax.errors import ConfigError, UserError, format_exception
 from deepseek_jax.renamed_fields import with_current_names
@@ -175,6 +177,14 @@ def load_config(path: str | None = "", overrides: Mapping[str, Any] | None = Non
   return from_dict(Config, tree)
 
 
+def write_config(config: Config, folder: str | os.PathLike[str]) -> None:
+  """Writes every field to config.json in `folder`, in one step, as `load_config` reads it. Raises OSError."""
+  path = os.path.join(folder, "config.json")
+  with open(f"{path}.partial", "w", encoding="utf-8") as file:
+    json.dump(dataclasses.asdict(config), file, indent=2)
+  os.replace(file.name, path)
+
+
 def config_help(config: Config) -> str:
   """Every field with its value in `config` and its line of doc."""
   leaves, lines = leaf_paths(Config), []
@@ -265,6 +275,6 @@ def run_program(main: Callable[[list[str]], int]) -> NoReturn:
     print("interrupted", file=sys.stderr)
     code = 130
   except BrokenPipeError:  # nobody reads the rest, as after `| head`
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    discard_output(sys.stdout)
     code = 128 + signal.SIGPIPE
   sys.exit(code)

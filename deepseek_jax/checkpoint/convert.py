@@ -41,6 +41,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.config_sections import DataConfig
 from deepseek_jax.console import format_bytes
 from deepseek_jax.errors import CheckpointError, ConfigError
+from deepseek_jax.flags import write_config
 from deepseek_jax.storage import is_url
 
 EXPORT_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -107,7 +108,7 @@ def import_hugging_face(source: pathlib.Path, folder: pathlib.Path, target: path
   meta |= {"data_fingerprint": None, "tokenizer_fingerprint": None, "weights_only": True}
   (step / "meta").mkdir()
   (step / "meta" / "metadata").write_text(json.dumps(meta), encoding="utf-8")
-  (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2), encoding="utf-8")
+  write_config(config, folder)
   manifest.write_manifest(step)
   return f"a workdir with the weights of {len(tensors)} tensors, data.tokenizer={config.data.tokenizer}"
 

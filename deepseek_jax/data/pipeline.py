@@ -19,7 +19,7 @@ from deepseek_jax.config_sections import TOKENIZER_SIZES, DataConfig, TrainConfi
 from deepseek_jax.console import current_console, format_bytes
 from deepseek_jax.data import cache, packed_dataset, packing, readers, sources
 from deepseek_jax.data.packed_dataset import PackedSplit
-from deepseek_jax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer, load_model_tokenizer
 from deepseek_jax.errors import DataError
 
 
@@ -99,7 +99,7 @@ def open_data(config: DataConfig, vocab: int, seed: int) -> Data:
   Args: `vocab` of the model; `seed` of the order. Raises ConfigError when ids do not fit `vocab`, and DataError for
   anything wrong with sources, tokenizer or packed files, and for a split without a window.
   """
-  tokenizer = check_vocab(load_tokenizer(config.tokenizer), config.tokenizer, vocab)
+  tokenizer = load_model_tokenizer(config.tokenizer, vocab)
   if not tokenizer.add_bos_token and tokenizer.bos != tokenizer.eos and config.tokenizer not in TOKENIZER_SIZES:
     current_console().print(
       "note     add_bos_token=false beside data.tokenizer is about prompts: documents begin with bos (a null bos_token: with eos)"

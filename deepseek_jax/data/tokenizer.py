@@ -84,11 +84,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 def load_model_tokenizer(name: str, vocab: int) -> Tokenizer:
   """As `load_tokenizer`. Raises ConfigError, too, when its ids do not fit a model of `vocab` rows."""
-  return check_vocab(load_tokenizer(name), name, vocab)
-
-
-def check_vocab(tokenizer: Tokenizer, name: str, vocab: int) -> Tokenizer:
-  """`tokenizer`, which is data.tokenizer=`name`. Raises ConfigError when its ids do not fit a model of `vocab` rows."""
+  tokenizer = load_tokenizer(name)
   if tokenizer.vocab > vocab:
     raise ConfigError(
       f"data.tokenizer={name} has ids up to {tokenizer.vocab - 1} but model.vocab={vocab}: raise model.vocab to at least "

@@ -1,14 +1,15 @@
 """The smallest change with which a step that does not fit its devices would fit, by the estimate of its memory."""
 
-import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from deepseek_jax.config import Config
 from deepseek_jax.errors import ConfigError
+from deepseek_jax.flags import load_config
 from deepseek_jax.mesh import min_devices
 from deepseek_jax.plan.memory import estimate_memory
 from deepseek_jax.plan.topology import Topology
+from deepseek_jax.schema import flatten_config
 
 MORE_DEVICES = (2, 4, 8, 16, 32, 64)  # times those of the plan
 
@@ -33,7 +34,7 @@ def smallest_fitting_change(config: Config, topology: Topology, memory_bytes: in
   scale = memory_bytes / estimate_memory(config, topology.chip).total_bytes
   for fields in _changes(config):
     try:
-      changed = _replace(config, fields)
+      changed = load_config(None, flatten_config(config) | fields)
     except ConfigError:
       continue  # these sizes do not divide
     memory = int(scale * estimate_memory(changed, topology.chip).total_bytes)
@@ -64,12 +65,3 @@ def _changes(config: Config) -> Iterator[dict[str, str | int | bool]]:
       if train.global_batch % size == 0:
         for others in ({}, remat, {**remat, **offload}):
           yield {"mesh.fsdp": mesh.fsdp * factor, "train.microbatch": size, **others}
-
-
-def _replace(config: Config, fields: dict[str, str | int | bool]) -> Config:
-  sections: dict[str, dict[str, str | int | bool]] = {}
-  for path, value in fields.items():
-    section, _, name = path.partition(".")
-    sections.setdefault(section, {})[name] = value
-  changed = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
-  return dataclasses.replace(config, **changed)

@@ -1,8 +1,6 @@
 """A run whose files cannot be written any more: its unsaved updates go to the workdir, or else to a temporary folder."""
 
 import contextlib
-import dataclasses
-import json
 import os
 import shutil
 import tempfile
@@ -14,6 +12,7 @@ import jax
 from deepseek_jax.checkpoint.manager import Checkpointer
 from deepseek_jax.config import Config
 from deepseek_jax.errors import UserError, format_exception
+from deepseek_jax.flags import write_config
 from deepseek_jax.training.metrics import RESUME_FILES
 from deepseek_jax.training.next_commands import continue_command
 from deepseek_jax.typing import PyTree
@@ -53,8 +52,7 @@ def _save_in_temporary_folder(config: Config, run_folder: str, step: int, state:
   try:
     with Checkpointer(folder, config.checkpoint) as checkpointer:
       checkpointer.save(step, state, meta)
-    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
-      json.dump(dataclasses.asdict(config), file, indent=2)
+    write_config(config, folder)
   except BaseException:
     shutil.rmtree(folder, ignore_errors=True)
     raise

@@ -1,8 +1,6 @@
 """What a run shows and writes: lines for people, metrics and events for the writers, and the small files of its folder."""
 
 import contextlib
-import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -22,17 +20,16 @@ from deepseek_jax.console import Console, current_console
 from deepseek_jax.data.pipeline import Consumed
 from deepseek_jax.distributed import broadcast_from_process0, process_index
 from deepseek_jax.errors import ConfigError, Stopped, UserError
-from deepseek_jax.flags import load_config, shipped_configs
+from deepseek_jax.flags import load_config, shipped_configs, write_config
 from deepseek_jax.plan.flops import training_flops
-from deepseek_jax.plan.summary import config_summary, format_differences, format_planned_tokens, planned_tokens
+from deepseek_jax.plan.summary import config_summary, format_differences, format_planned_tokens
 from deepseek_jax.storage import RunFolder, is_url
 from deepseek_jax.training import report
 from deepseek_jax.training.batch import Batch
 from deepseek_jax.training.layer_aux import logged_metrics
 from deepseek_jax.training.metrics import EVENTS, WRITERS, MetricsWriter, WriterFactory, end_unopened, read_jsonl
 from deepseek_jax.training.next_commands import next_commands, train_on_command
-from deepseek_jax.training.schedule import learning_rate
-from deepseek_jax.training.schedule_check import changed_rate_warning, schedule_warnings
+from deepseek_jax.training.schedule_check import changed_rate_warning, last_learning_rate, schedule_warnings
 from deepseek_jax.training.skipped import heldout_nan_hint
 from deepseek_jax.training.timing import IntervalTimer, device_metrics
 from deepseek_jax.training.writer_thread import WriterThread
@@ -60,7 +57,7 @@ class RunLog:
     writers: Sequence[WriterFactory] = (),
   ):
     self.config, self.workdir, self.mesh, self.console = config, workdir, mesh, console
-    self._folder, self.folder = run_folder, run_folder.path
+    self._run_folder, self.folder = run_folder, run_folder.path
     names = ["jsonl", "tensorboard"] if config.log.tensorboard else ["jsonl"]
     self._factories = [*(WRITERS[name] for name in names), *writers] if jax.process_index() == 0 else []
     self._writers: WriterThread | None = None  # while the log is open, on process 0
@@ -81,7 +78,7 @@ class RunLog:
     is_shipped = config.name in shipped_configs()
     base, base_name = (load_config(config.name), config.name) if is_shipped else (Config(), "the defaults")
     warmup = f"{schedule.warmup_tokens:,} tokens" if schedule.warmup_tokens else f"{schedule.warmup_steps:,} steps"
-    last = learning_rate(schedule, steps - 1, planned_tokens(config, 0, 0), 0)
+    last = last_learning_rate(config)
     self.console.print(
       f"{format_differences(config, base, base_name)}\n{config_summary(on_mesh)}\n"
       f"learning rate    {schedule.kind}: {schedule.peak:g} after {warmup} of warm-up, {last:.3g} at step {steps:,}"
@@ -109,7 +106,7 @@ class RunLog:
 
   def last_end(self) -> tuple[int, str] | None:
     """(step, reason) of the newest end that the run's events have. All processes have to call this."""
-    path = os.path.join(self._folder.path, EVENTS)
+    path = os.path.join(self.folder, EVENTS)
     ends = broadcast_from_process0(
       lambda: [(e["step"], e["reason"]) for e in read_jsonl(path) if e["event"] == "end"][-1:]
     )
@@ -132,12 +129,12 @@ class RunLog:
       writers: list[MetricsWriter] = []
       for factory in self._factories:
         with self._user_errors() if factory in WRITERS.values() else contextlib.nullcontext():
-          writer = factory(self._folder.path, step)
+          writer = factory(self.folder, step)
         stack.callback(writer.close)
         writers.append(writer)
       if jax.process_index() == 0:
         with self._user_errors():
-          self._write_config()
+          write_config(self.config, self.folder)
       if writers:
         self._writers = WriterThread(writers)
         stack.callback(self._writers.close)
@@ -149,14 +146,8 @@ class RunLog:
     try:
       yield
     except OSError as error:
-      path = error.filename or self._folder.path  # without a name where it is the content that has no room
+      path = error.filename or self.folder  # without a name where it is the content that has no room
       raise ConfigError(f"cannot write {path}: {error.strerror}; make room, or use another --workdir") from None
-
-  def _write_config(self) -> None:
-    path = os.path.join(self._folder.path, "config.json")
-    with open(f"{path}.partial", "w", encoding="utf-8") as file:
-      json.dump(dataclasses.asdict(self.config), file, indent=2)
-    os.replace(file.name, path)
 
   def event(self, name: str, step: int, **values: Any) -> None:
     """Writes an event, see MetricsWriter. Raises what a writer raised since the last call."""
@@ -275,15 +266,15 @@ class RunLog:
     """
     self.drain()
     if jax.process_index() == 0:
-      self._folder.upload()
+      self._run_folder.upload()
 
   def _write_report(self) -> None:
     self.drain()
     if jax.process_index() != 0:
       return
-    path = os.path.join(self._folder.path, "report.html")
+    path = os.path.join(self.folder, "report.html")
     try:
-      report.write_report(self._folder.path)
+      report.write_report(self.folder)
     except OSError as error:  # it can be made again at any time
       with contextlib.suppress(OSError):
         os.remove(f"{path}.partial")

@@ -34,6 +34,13 @@ def check_warmup(config: Config) -> None:
     )
 
 
+def last_learning_rate(config: Config, step: int = 0, tokens: int = 0) -> float:
+  """That of the last update of a run, which goes on from `step` updates on `tokens` tokens."""
+  batch_tokens = config.train.global_batch * config.data.seq
+  tokens_before = max(planned_tokens(config, step, tokens) - batch_tokens, 0)
+  return learning_rate(config.schedule, config.train.steps - 1, tokens_before, batch_tokens)
+
+
 def schedule_warnings(config: Config, step: int = 0, tokens: int = 0) -> list[str]:
   """Lines about a run that goes on after its schedule has ended, or ends well before that.
 
@@ -41,8 +48,7 @@ def schedule_warnings(config: Config, step: int = 0, tokens: int = 0) -> list[st
   """
   schedule, steps = config.schedule, config.train.steps
   end_tokens = planned_tokens(config, step, tokens)
-  batch_tokens = config.train.global_batch * config.data.seq
-  end_rate = learning_rate(schedule, steps - 1, max(end_tokens - batch_tokens, 0), batch_tokens)
+  end_rate = last_learning_rate(config, step, tokens)
   if schedule.warmup_tokens > end_tokens or (not schedule.warmup_tokens and schedule.warmup_steps > steps):
     return [
       f"train.steps={steps} ends within the warm-up, at a learning rate of {end_rate:.3g} on the way to {schedule.peak:.3g}; "
@@ -94,9 +100,9 @@ def fitted_fields(config: Config, end_tokens: int) -> dict[str, int]:
 
 def tokens_after(config: Config, steps: int) -> int:
   """Tokens of the first `steps` updates."""
-  return planned_tokens(
-    dataclasses.replace(config, train=dataclasses.replace(config.train, steps=max(steps, 1)))
-  ) * bool(steps)
+  if not steps:
+    return 0
+  return planned_tokens(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps)))
 
 
 def _fit(config: Config, end_tokens: int) -> str:

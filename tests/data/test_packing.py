@@ -76,7 +76,7 @@ def test_a_tokenizer_with_two_ends(config, monkeypatch):
   class Ended(tokenizer.ByteTokenizer):
     vocab, eos, fingerprint = 258, 257, "ended"
 
-  monkeypatch.setattr(pipeline, "load_tokenizer", lambda name: Ended())
+  monkeypatch.setattr(pipeline, "load_model_tokenizer", lambda name, vocab: Ended())
   data = open_data(config(), vocab=258)
   train = stream(data.train)
   ends, starts = np.flatnonzero(train == 257), np.flatnonzero(train == 256)
