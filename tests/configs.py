@@ -81,3 +81,10 @@ def get_config():
     sample=dict(max_tokens=5),
   ))
 """
+
+
+def write_texts(folder, files: int, words: int) -> None:
+  """Makes `folder` with that many short texts of code to train on, as the text of RUN."""
+  folder.mkdir()
+  for i in range(files):
+    (folder / f"{i}.txt").write_text(" ".join(f"def f{i * j % 17} ( x ) = y + {j % 7}" for j in range(words)))

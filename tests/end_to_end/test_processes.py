@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from tests.configs import RUN
+from tests.configs import RUN, write_texts
 from tests.end_to_end.test_run import environment, finish, flags_of, lines, wait_for_step
 
 LAUNCHER = pathlib.Path(__file__).parents[2] / "launch" / "local.py"
@@ -78,9 +78,7 @@ if fault and process == "1":
 def folder(tmp_path_factory):
   """A folder with a config and its text; few layers, that compiling takes less."""
   folder = tmp_path_factory.mktemp("processes")
-  (folder / "text").mkdir()
-  for i in range(30):
-    (folder / "text" / f"{i}.txt").write_text(" ".join(f"def f{i * j % 17} ( x ) = y + {j % 7}" for j in range(40)))
+  write_texts(folder / "text", files=30, words=40)
   config = RUN.format(source=str(folder / "text"), cache=str(folder / "cache"), steps=STEPS)
   config = (
     config.replace("layers=3", "layers=2")

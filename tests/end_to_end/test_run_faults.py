@@ -18,7 +18,7 @@ from deepseek_jax.generate import decoding
 from deepseek_jax.training import loop
 from deepseek_jax.training.metrics import AppendFile
 from deepseek_jax.training.run_log import RunLog
-from tests.configs import RUN
+from tests.configs import RUN, write_texts
 from tests.end_to_end.test_run import call, lines, run, run_until
 
 STEPS = 12
@@ -28,9 +28,7 @@ STEPS = 12
 def folder(tmp_path_factory):
   """A folder with text, a config of a small model, and a data cache."""
   folder = tmp_path_factory.mktemp("faults")
-  (folder / "text").mkdir()
-  for i in range(20):
-    (folder / "text" / f"{i}.txt").write_text(" ".join(f"def f{i * j % 17} ( x ) = y + {j % 7}" for j in range(60)))
+  write_texts(folder / "text", files=20, words=60)
   config = RUN.format(source=str(folder / "text"), cache=str(folder / "cache"), steps=STEPS)
   for old, new in (
     ("layers=3, first_dense_layers=1, num_mtp_layers=1", "layers=1, first_dense_layers=0, num_mtp_layers=0"),

@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+from tests.configs import write_texts
 from tests.end_to_end.test_run import environment, finish, lines
 
 pytestmark = pytest.mark.jax_version
@@ -53,9 +54,7 @@ XLA = ("--config.model.attention.implementation=xla", "--config.model.fp8.implem
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("kernels")
-  (folder / "text").mkdir()
-  for i in range(30):
-    (folder / "text" / f"{i}.txt").write_text(" ".join(f"def f{i * j % 17} ( x ) = y + {j % 7}" for j in range(40)))
+  write_texts(folder / "text", files=30, words=40)
   (folder / "config.py").write_text(CONFIG.format(source=str(folder / "text"), cache=str(folder / "cache")))
   return folder
 
