@@ -1,6 +1,6 @@
 """Times transformers' DeepSeek-V3 at the sizes of benchmarks/v3_24m.py:  python benchmarks/torch_v3_24m.py
 
-Needs torch and transformers (an environment of its own: `make parity` builds one). AdamW, clipping at 1, 4 x 256
+Needs torch and transformers (an environment of its own: `make parity` builds one). Fused AdamW, clipping at 1, 4 x 256
 tokens.
 """
 
@@ -25,7 +25,7 @@ def main() -> None:
     n_group=1, topk_group=1, max_position_embeddings=256, num_nextn_predict_layers=0, use_cache=False,
   )  # fmt: skip
   model = transformers.DeepseekV3ForCausalLM(config).train()
-  optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
+  optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
   tokens = torch.randint(0, config.vocab_size, (4, 257))
   wall, cpu = [], []
   for _ in range(arguments.steps + 1):

@@ -1,4 +1,4 @@
-"""XLA on CPUs: how many threads it has, and whose memory its buffers are."""
+"""XLA on CPUs: how many threads it has, whose memory its buffers are, and how much it optimizes."""
 
 import ctypes
 import os
@@ -41,6 +41,16 @@ def keep_freed_memory() -> bool:
   if refused:
     current_console().print(f"malloc refused {', '.join(refused)}: steps on this CPU may be slower", err=True)
   return not refused
+
+
+def quick_compile_options() -> dict[str, int] | None:
+  """`compiler_options` of `jax.jit` for a program that runs once; to be called when devices are open.
+
+  On CPUs LLVM optimizes nothing then, which takes longer than such a program runs.
+  """
+  import jax  # not before `size_thread_pool`
+
+  return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
 
 
 def _is_glibc() -> bool:

@@ -22,7 +22,7 @@ from deepseek_jax.checkpoint.weights import HuggingFaceWeights, WorkdirWeights, 
 from deepseek_jax.compilation_cache import use_compilation_cache
 from deepseek_jax.config import Config
 from deepseek_jax.console import SilentConsole, current_console, set_console
-from deepseek_jax.cpu_backend import keep_freed_memory
+from deepseek_jax.cpu_backend import keep_freed_memory, quick_compile_options
 from deepseek_jax.data.pipeline import Consumed, Data, iterate_batches, open_data
 from deepseek_jax.data.tokenizer import load_model_tokenizer
 from deepseek_jax.distributed import barrier, broadcast_from_process0, process_count, process_index
@@ -188,9 +188,8 @@ class Run:
       return jax.block_until_ready(start(self.step_config, weights["params"], weights["buffers"]))
     if self.step:
       return self.checkpointer.restore(self.step, abstract_state(self.step_config, self.mesh))
-    return jax.block_until_ready(
-      jax.jit(init_state, static_argnums=0)(self.step_config, jax.random.key(self.config.seed))
-    )
+    init = jax.jit(init_state, static_argnums=0, compiler_options=quick_compile_options())
+    return jax.block_until_ready(init(self.step_config, jax.random.key(self.config.seed)))
 
   def main(self, request: StopRequest) -> int:
     """Trains and ends the run, unless it has ended before. Returns the exit code."""

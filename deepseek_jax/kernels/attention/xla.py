@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.kernels.attention import query_blocks
+from deepseek_jax.kernels.implementations import device_kind
+
 
 def _no_dropout(probabilities: jax.Array) -> jax.Array:
   return probabilities
@@ -15,6 +18,8 @@ def _no_dropout(probabilities: jax.Array) -> jax.Array:
 def attention(
   q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, scale: float, window: int
 ) -> jax.Array:
+  if device_kind() == "cpu" and q.shape[1] > query_blocks.MIN_ROWS:
+    return query_blocks.attention(q, k, v, segment_ids, scale, window)
   # jax.nn.dot_product_attention wants equal widths, and keeps its softmax in float32 in a float64 run.
   if q.shape[-1] == v.shape[-1] and q.dtype != jnp.float64:
     mask = None if segment_ids is None else _segment_mask(segment_ids, segment_ids)
