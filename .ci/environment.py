@@ -18,7 +18,8 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LEAST = (3, 11)
 # -qq: errors only. A warning of pip is about its own settings, and here nobody can act on it.
-PIP = ["-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-input"]
+# --no-compile: Python compiles what is imported, when it is; all of it takes as long as the rest of the installation.
+PIP = ["-m", "pip", "install", "-qq", "--no-compile", "--disable-pip-version-check", "--no-input"]
 
 
 def main(folder, extras):
