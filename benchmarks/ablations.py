@@ -1,6 +1,6 @@
 """Ablations of the architecture at equal training FLOPs:  python -m benchmarks.ablations --workdir=runs/ablations
 
-Trains every variant of configs/tiny.py on the same text, once per seed, with the FLOPs that VARIANTS["mla"] takes for
+Trains every variant of configs/small.py on the same text, once per seed, with the FLOPs that VARIANTS["mla"] takes for
 --steps steps. The same command continues: finished runs are not repeated, an interrupted one resumes. Other settings
 need another --workdir. At the end it prints a table. --out writes an SVG: smoothed losses over FLOPs, the mean over
 seeds.
@@ -28,7 +28,7 @@ from deepseek_jax.training.plot import Series
 ATTENTION = {"model.attention.kind": "gqa", "model.attention.head_dim": 48}  # as wide as MLA's heads, 32 + 16
 BIAS_BALANCED = {"model.moe.router_bias": True, "balance.bias_update_rate": 1e-3, "balance.expert_loss": 1e-4}  # as V3
 WITHOUT_BIAS = {"model.moe.router_bias": False, "balance.bias_update_rate": 0.0}
-# Overrides of configs/tiny.py without multi-token prediction.
+# Overrides of configs/small.py without multi-token prediction.
 VARIANTS = {
   "mla": BIAS_BALANCED,
   "gqa": {**BIAS_BALANCED, **ATTENTION, "model.attention.kv_heads": 2},
@@ -55,7 +55,7 @@ Run = tuple[Config, list[dict[str, Any]], dict[str, Any]]
 
 def main(argv: list[str]) -> int:
   values = flags.FlagValues()
-  define_config_flags(values, "tiny")
+  define_config_flags(values, "small")
   flags.DEFINE_string("workdir", "runs/ablations", "folder of the runs", flag_values=values)
   flags.DEFINE_string("out", None, "SVG file to write", flag_values=values)
   flags.DEFINE_integer("steps", 700, "steps of the first variant", lower_bound=1, flag_values=values)

@@ -16,8 +16,8 @@ from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import define_config_flags, parse, run_program
 from deepseek_jax.optimizers.optimizer import OPTIMIZERS
 
-RATES = ("1e-3", "3e-3", "9e-3")  # around tiny's, which is 3e-3
-OF_OPTIMIZER = {"muon": {"optimizer.eps": 1e-20}}  # of the AdamW beside Muon (DeepSeek-V4)
+RATES = {"adamw": ("1e-3", "3e-3", "9e-3"), "muon": ("3e-3", "9e-3", "2.7e-2")}  # around the best of each
+OF_OPTIMIZER = {"adamw": {"optimizer.eps": 1e-8}}  # the default; tiny has that of the AdamW beside Muon (DeepSeek-V4)
 # An evaluation of 262,144 tokens: as long as 300 steps warrant.
 SETTINGS = {"eval.final_sequences": 1024, "log.tensorboard": False}
 
@@ -29,14 +29,14 @@ def main(argv: list[str]) -> int:
   flags.DEFINE_integer("steps", 300, "steps of each run", lower_bound=1, flag_values=values)
   flags.DEFINE_integer("seeds", 2, "runs of each optimizer and learning rate", lower_bound=1, flag_values=values)
   flags.DEFINE_list("optimizers", list(OPTIMIZERS), "optimizers to train with", flag_values=values)
-  flags.DEFINE_list("rates", list(RATES), "peak learning rates", flag_values=values)
+  flags.DEFINE_list("rates", [], "peak learning rates; without: three of each optimizer", flag_values=values)
   overrides = parse(argv, values, __doc__)
   if unknown := set(values.optimizers) - set(OPTIMIZERS):
     raise ConfigError(f"--optimizers must be among {', '.join(OPTIMIZERS)}, not {', '.join(sorted(unknown))}")
   runs: dict[tuple[str, str], list[Run]] = {}  # {(optimizer, learning rate): a run per seed}
   for seed in range(values.seeds):
-    for rate in values.rates:
-      for kind in values.optimizers:
+    for kind in values.optimizers:
+      for rate in values.rates or RATES[kind]:
         fields = {
           **SETTINGS, "train.steps": values.steps, "schedule.steps": values.steps,
           "schedule.warmup_steps": values.steps // 10, "eval.every": values.steps, **overrides, "seed": seed,

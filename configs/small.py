@@ -1,4 +1,4 @@
-"""DeepSeek-V3 in small, larger than tiny: 2.4M parameters; half an hour on two CPU cores, fewer bits per byte than gzip."""
+"""DeepSeek-V3 in small, larger than tiny: 2.3M parameters; half an hour on two CPU cores, fewer bits per byte than gzip."""
 
 from ml_collections import ConfigDict
 

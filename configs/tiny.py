@@ -1,4 +1,4 @@
-"""DeepSeek-V3 in small: 0.7M parameters, MLA, 8 experts, MTP; learns Python on two CPU cores in minutes.
+"""DeepSeek-V3 in small: 0.5M parameters, MLA, 8 experts, MTP; learns Python on two CPU cores in minutes.
 
 `make train` runs it. Its data is the interpreter's own library. "V3" below is arXiv:2412.19437.
 """
