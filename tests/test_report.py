@@ -19,3 +19,7 @@ def test_a_folder_without_a_run_is_named(tmp_path):
     report.main(["report", f"--workdir={tmp_path}"])
   with pytest.raises(ConfigError, match="--workdir=DIR says of which run"):
     report.main(["report"])
+  (tmp_path / "config.json").write_text('{"model_type": "deepseek_v3"}')
+  with pytest.raises(DataError, match="that of a Hugging Face folder; name the folder of a run"):
+    report.main(["report", f"--workdir={tmp_path}"])
+  assert not (tmp_path / "report.html").exists()

@@ -82,6 +82,8 @@ def _load_config(path: str) -> dict[str, Any]:
     raise DataError(f"{path}: expected JSON, got {error}; run the training command again to write it") from None
   if not isinstance(tree, dict):
     raise DataError(f"{path}: expected a JSON object, got {type(tree).__name__}; run the training command again")
+  if "model_type" in tree:
+    raise DataError(f"{path}: expected the config of a run, got that of a Hugging Face folder; name the folder of a run")
   return tree
 
 
