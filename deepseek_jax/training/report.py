@@ -83,7 +83,9 @@ def _load_config(path: str) -> dict[str, Any]:
   if not isinstance(tree, dict):
     raise DataError(f"{path}: expected a JSON object, got {type(tree).__name__}; run the training command again")
   if "model_type" in tree:
-    raise DataError(f"{path}: expected the config of a run, got that of a Hugging Face folder; name the folder of a run")
+    raise DataError(
+      f"{path}: expected the config of a run, got that of a Hugging Face folder; name the folder of a run"
+    )
   return tree
 
 
