@@ -29,6 +29,6 @@ def get_config() -> ConfigDict:
       ),
       data=dict(tokenizer="tokenizer.json", seq=256),
       balance=dict(bias_update_rate=1e-3, expert_loss=1e-4),
-      train=dict(global_batch=4, loss_chunk=128),
+      train=dict(global_batch=4, loss_chunk=64),
     )
   )  # fmt: skip
