@@ -117,6 +117,7 @@ def time_steps(config: Config, steps: int, report: Callable[[dict[str, Any]], No
   import numpy as np
   from jax.sharding import NamedSharding
 
+  from deepseek_jax.cpu_backend import quick_compile_options
   from deepseek_jax.mesh import make_mesh
   from deepseek_jax.model.transformer import graphdef
   from deepseek_jax.sharding import spec
@@ -127,7 +128,8 @@ def time_steps(config: Config, steps: int, report: Callable[[dict[str, Any]], No
 
   mesh, train, step_config = make_mesh(config.mesh), config.train, StepConfig.of(config, bos=0)
   with jax.set_mesh(mesh):
-    state = jax.block_until_ready(jax.jit(init_state, static_argnums=0)(step_config, jax.random.key(0)))
+    init = jax.jit(init_state, static_argnums=0, compiler_options=quick_compile_options())
+    state = jax.block_until_ready(init(step_config, jax.random.key(0)))
     microbatch = train.microbatch or train.global_batch
     shape = (train.global_batch // microbatch, microbatch, config.data.seq + 1)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab, shape, np.int32)

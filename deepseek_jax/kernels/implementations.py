@@ -232,6 +232,15 @@ def log_fallback(kernel: str, reason: str) -> None:
     _log.warning(f"{kernel}: falling back to XLA: {reason}")
 
 
+def accumulation(x: jax.Array) -> dict[str, Any]:
+  """Precision and accumulator dtype of products of `x`.
+
+  Given with each product: backward passes are traced outside the model's matmul_precision.
+  """
+  precision = None if x.dtype == jax.numpy.bfloat16 else jax.lax.Precision.HIGHEST
+  return {"preferred_element_type": jax.numpy.promote_types(x.dtype, jax.numpy.float32), "precision": precision}
+
+
 def match_vma(*trees: PyTree) -> PyTree:
   """`trees`, a tuple, typed as varying over all manual mesh axes that any of their arrays varies over.
 

@@ -1,24 +1,18 @@
 """Attention by blocks of queries, for CPUs: each block meets only the keys that one of its queries may see.
 
-All scores of a sequence do not fit a core's cache, and half of them are masked: see docs/results/step_time.md.
+All scores of a sequence do not fit a core's cache, and half of them are masked: see docs/explanation/kernels.md.
 """
 
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.kernels.implementations import match_vma
+from deepseek_jax.kernels.implementations import accumulation, match_vma
 
 MIN_ROWS = 128  # smaller blocks are not faster
 MAX_BLOCKS = 8  # each adds to the time of compilation
-
-
-def block_rows(seq: int) -> int:
-  """Queries of a block."""
-  return max(MIN_ROWS, -(-seq // MAX_BLOCKS))
 
 
 def attention(
@@ -75,7 +69,7 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 
 def _blocks(seq: int, window: int) -> Iterator[tuple[slice, slice]]:
   """(queries of a block, keys that they may see)."""
-  size = block_rows(seq)
+  size = max(MIN_ROWS, -(-seq // MAX_BLOCKS))
   for start in range(0, seq, size):
     stop = min(start + size, seq)
     yield slice(start, stop), slice(max(0, start - window + 1) if window else 0, stop)
@@ -89,12 +83,14 @@ def _masked_logits(q, k, segment_ids, scale, window, rows, keys) -> jax.Array:
   if window:
     mask = mask & (distance < window)
   if segment_ids is not None:
-    mask = mask & (segment_ids[:, rows, None] == segment_ids[:, None, keys])[:, None, None]
+    mask = mask & segment_mask(segment_ids[:, rows], segment_ids[:, keys])[:, :, None]
   return jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
 
 
-def _einsum(equation: str, *operands: Any) -> jax.Array:
-  """In at least float32. The precision is given, since backward passes are traced outside of the model's."""
-  dtype = jnp.promote_types(operands[0].dtype, jnp.float32)
-  precision = None if operands[0].dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-  return jnp.einsum(equation, *operands, preferred_element_type=dtype, precision=precision)
+def segment_mask(q_segment_ids: jax.Array, kv_segment_ids: jax.Array) -> jax.Array:
+  """True where a query and a key are of one segment: [batch, 1, queries, keys]."""
+  return q_segment_ids[:, None, :, None] == kv_segment_ids[:, None, None, :]
+
+
+def _einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+  return jnp.einsum(equation, x, y, **accumulation(x))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.kernels.attention import query_blocks
+from deepseek_jax.kernels.attention.query_blocks import segment_mask
 from deepseek_jax.kernels.implementations import device_kind
 
 
@@ -22,7 +23,7 @@ def attention(
     return query_blocks.attention(q, k, v, segment_ids, scale, window)
   # jax.nn.dot_product_attention wants equal widths, and keeps its softmax in float32 in a float64 run.
   if q.shape[-1] == v.shape[-1] and q.dtype != jnp.float64:
-    mask = None if segment_ids is None else _segment_mask(segment_ids, segment_ids)
+    mask = None if segment_ids is None else segment_mask(segment_ids, segment_ids)
     local = (window - 1, 0) if window else None
     return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=True, local_window_size=local)
   return causal_dot_product_attention(q, k, v, segment_ids, scale, window)
@@ -43,7 +44,7 @@ def attention_of_part(
   if window:
     mask = mask & (q_positions - k_positions < window)
   if segment_ids is not None:
-    mask = mask & _segment_mask(*segment_ids)
+    mask = mask & segment_mask(*segment_ids)
   return jax.checkpoint(functools.partial(masked_attention, scale=scale), prevent_cse=False)(mask, q, k, v)
 
 
@@ -62,7 +63,7 @@ def causal_dot_product_attention(
   if window:
     mask = mask & ~jnp.tril(pairs, -window)
   if segment_ids is not None:
-    mask = mask & _segment_mask(segment_ids, segment_ids)  # [batch, 1, seq, seq]
+    mask = mask & segment_mask(segment_ids, segment_ids)  # [batch, 1, seq, seq]
   attend = functools.partial(masked_attention, scale=scale, dropout=dropout)
   return jax.checkpoint(attend, prevent_cse=False)(mask, q, k, v)
 
@@ -94,8 +95,3 @@ def masked_attention(
   probabilities = jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(logits.dtype).min))
   y = jnp.einsum("bhgqs,bshv->bqhgv", dropout(probabilities.astype(v.dtype)), v)
   return y.reshape(*y.shape[:2], -1, y.shape[-1])  # [batch, queries, heads, value width]
-
-
-def _segment_mask(q_segment_ids, kv_segment_ids):
-  """True where a query and a key are of one segment: [batch, 1, queries, keys]."""
-  return q_segment_ids[:, None, :, None] == kv_segment_ids[:, None, None, :]

@@ -6,30 +6,20 @@ work.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.kernels.implementations import device_kind, has_ragged_dot, match_vma
+from deepseek_jax.kernels.implementations import accumulation, device_kind, has_ragged_dot, match_vma
 
 
 def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, block: int) -> jax.Array:
   return (ragged_dot if has_ragged_dot(device_kind()) else blocked_matmul)(x, w, group_sizes, block)
 
 
-def _accumulation(x) -> dict[str, Any]:
-  """Precision and accumulator dtype of products of `x`.
-
-  Given with each product: backward passes are traced outside the model's matmul_precision.
-  """
-  precision = None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-  return {"preferred_element_type": jnp.promote_types(x.dtype, jnp.float32), "precision": precision}
-
-
 def ragged_dot(x: jax.Array, w: jax.Array, group_sizes: jax.Array, block: int) -> jax.Array:
   """`grouped_matmul` by XLA's operation, for any group sizes; `block` is not used."""
-  return jax.lax.ragged_dot(x, w, group_sizes, **_accumulation(x)).astype(x.dtype)
+  return jax.lax.ragged_dot(x, w, group_sizes, **accumulation(x)).astype(x.dtype)
 
 
 def blocked_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, block: int) -> jax.Array:
@@ -49,7 +39,7 @@ def _multiply_blocks(x, w, group_sizes, block, equation):
 
   def body(i, y):
     rows = jax.lax.dynamic_slice_in_dim(x, i * block, block)
-    product = jnp.einsum(equation, rows, w[group_ids[i]], **_accumulation(x)).astype(x.dtype)
+    product = jnp.einsum(equation, rows, w[group_ids[i]], **accumulation(x)).astype(x.dtype)
     return jax.lax.dynamic_update_slice_in_dim(y, product, i * block, 0)
 
   # A zero that varies over the devices as x does.
@@ -67,7 +57,7 @@ def _grouped_matmul_bwd(block, residuals, dy):
 
   def body(i, dw):
     x_block, dy_block = (jax.lax.dynamic_slice_in_dim(a, i * block, block) for a in (x, dy))
-    return dw.at[group_ids[i]].add(jnp.einsum("rk,rn->kn", x_block, dy_block, **_accumulation(x)))  # in place
+    return dw.at[group_ids[i]].add(jnp.einsum("rk,rn->kn", x_block, dy_block, **accumulation(x)))  # in place
 
   dx = _multiply_blocks(dy, w, group_sizes, block, "rn,kn->rk")
   dw = jax.lax.fori_loop(0, group_sizes.sum() // block, body, 0 * w.astype(jnp.promote_types(w.dtype, jnp.float32)))
