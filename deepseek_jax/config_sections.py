@@ -252,7 +252,7 @@ class LogConfig(Section, path="log"):
 @dataclasses.dataclass(frozen=True)
 class SampleConfig(Section, path="sample"):
   prompt: str = field("def ", "prompt of the sample at the end of a run")
-  max_tokens: int = field(200, "tokens to generate", at_least=1)
+  max_tokens: int = field(200, "tokens to generate; 0: a run ends without a sample", at_least=0)
   temperature: float = field(0.7, "temperature of sampling; 0: greedy decoding", at_least=0)
   top_k: int = field(0, "sample from the k most likely tokens; 0: all", at_least=0)
   top_p: float = field(

@@ -248,15 +248,15 @@ def describe_flag_error(error: flags.Error, flag_values: flags.FlagValues) -> st
   return f"--{match[1]} must be {kind}, got {match[2]!r}"
 
 
-def write_output(text: str, path: str) -> None:
-  """`text` to the file that --json names, or to stdout for "-". Raises ConfigError where it cannot be written."""
+def write_output(text: str, path: str, flag: str = "json") -> None:
+  """`text` to the file that --json, or another `flag`, names, or to stdout for "-". Raises ConfigError where it cannot."""
   if path == "-":
     sys.stdout.write(text)
     return
   try:
     pathlib.Path(path).write_text(text, encoding="utf-8")
   except OSError as error:
-    raise ConfigError(f"--json={path} cannot be written: {error.strerror}") from None
+    raise ConfigError(f"--{flag}={path} cannot be written: {error.strerror}") from None
 
 
 def run_program(main: Callable[[list[str]], int]) -> NoReturn:

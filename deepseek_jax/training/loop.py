@@ -206,6 +206,7 @@ class Run:
           kernels_replaced=sorted(self.replacements.functions | self.replacements.calls),
           parameters=sum(array.size for array in jax.tree.leaves(self.state.params)),
           data_fingerprint=self.data.fingerprint,
+          unique_tokens=len(self.data.train) * self.data.seq,
         )
         self.train(request)
         self.save()
@@ -227,7 +228,8 @@ class Run:
         # All is saved. Several processes stop where all see that one has got a signal.
         with request.stop_at_once(self.process_max is None):
           self.evaluate(self.config.eval.final_sequences, request)
-          self.log.sample(self.step, self.consumed, self.sample())
+          if self.config.sample.max_tokens:
+            self.log.sample(self.step, self.consumed, self.sample())
       except Stopped as stop:
         request.stop_signal = signal.Signals(stop.signal)
     reason = "finished" if request.stop_signal is None else request.stop_signal.name

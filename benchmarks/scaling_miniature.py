@@ -1,0 +1,108 @@
+"""DeepSeek LLM's scaling laws in miniature, on bytes of Python source:  python -m benchmarks.scaling_miniature
+
+Sweeps of models of bytes on two CPU cores: `clean` (dense, with three seeds at the centre of each budget and a grid of
+learning rates and batches), `noise` (the same text with 30% of its bytes replaced) and `moe` (DeepSeekMoE). The text is that
+of torch and transformers in the environment that `make parity` builds, .venv-parity; its hash is in WORKDIR/text.json.
+Hours; the same command goes on. Results: docs/results/scaling.md.
+"""
+
+import hashlib
+import json
+import pathlib
+
+import numpy as np
+from absl import flags
+
+from deepseek_jax.console import current_console
+from deepseek_jax.errors import ConfigError
+from deepseek_jax.flags import parse, run_program
+
+PACKAGES = ("torch", "transformers")
+NOISE = 0.3
+PLANS = {
+  # name: flags of scaling plan
+  "clean": ["--per_budget=7", "--seeds=3", "--grid_budget=1e12"],
+  "noise": ["--per_budget=7"],
+  "moe": ["--per_budget=5", "--span=2", "--experts=16", "--granularity=4"],
+}
+MODEL = {
+  "vocab": 272, "init_std": 0.02, "compute_dtype": "float32", "remat": "none",
+}  # fmt: skip
+MOE = {
+  "num_routed_experts": 16, "num_shared_experts": 1, "num_experts_per_token": 3, "mlp": 32, "score": "sigmoid",
+  "router_bias": "true", "norm_topk_prob": "true",
+}  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+  values = flags.FlagValues()
+  flags.DEFINE_string("environment", ".venv-parity", "whose packages are the text", flag_values=values)
+  flags.DEFINE_string("workdir", "runs/scaling", "folder of text, plans and runs", flag_values=values)
+  flags.DEFINE_string("sweeps", ",".join(PLANS), "which sweeps", flag_values=values)
+  flags.DEFINE_string("budgets", "3e11,1e12,3e12,1e13", "FLOPs of the plans", flag_values=values)
+  flags.DEFINE_string("run_budgets", "", "run these budgets alone (default: all)", flag_values=values)
+  flags.DEFINE_float("max_minutes", 0.0, "of each sweep; 0: no limit", 0.0, flag_values=values)
+  flags.DEFINE_integer("workers", 2, "runs at once", lower_bound=1, flag_values=values)
+  parse(argv, values, __doc__)
+  workdir = pathlib.Path(values.workdir)
+  text = write_text(pathlib.Path(values.environment), workdir)
+  current_console().print(f"text     {text['bytes']:,} bytes of {text['files']:,} files, sha256 {text['sha256']}")
+
+  from deepseek_jax.scaling import commands
+
+  code = 0
+  for sweep in values.sweeps.split(","):
+    if sweep not in PLANS:
+      raise ConfigError(f"--sweeps={sweep}: expected some of {', '.join(PLANS)}")
+    plan, folder = str(workdir / f"{sweep}.json"), str(workdir / sweep)
+    if not pathlib.Path(plan).exists():
+      commands.plan(["plan", *config_flags(sweep, workdir), f"--budgets={values.budgets}", *PLANS[sweep], f"--out={plan}"])
+    limits = [f"--budgets={values.run_budgets}", f"--max_minutes={values.max_minutes}", f"--workers={values.workers}"]
+    code = max(code, commands.run(["run", f"--plan={plan}", f"--workdir={folder}", *limits]))
+    if code >= 128:
+      return code
+    commands.table(["table", f"--workdir={folder}", f"--out={workdir / f'{sweep}.csv'}"])
+  return code
+
+
+def config_flags(sweep: str, workdir: pathlib.Path) -> list[str]:
+  """The base config of a sweep: DeepSeek LLM's recipe for models of bytes."""
+  source = workdir / ("noise.jsonl" if sweep == "noise" else "clean.jsonl")
+  fields = {f"model.{name}": value for name, value in MODEL.items()}
+  fields |= {f"model.moe.{name}": value for name, value in MOE.items()} if sweep == "moe" else {}
+  fields |= {"balance.bias_update_rate": 0.001, "balance.expert_loss": 1e-4} if sweep == "moe" else {}
+  fields |= {"data.sources": source, "data.tokenizer": "byte", "data.heldout_fraction": 0.01}
+  fields |= {"train.microbatch": 0, "train.loss_chunk": 128, "eval.final_sequences": 4096, "mesh.context": 1, "mesh.fsdp": 1}
+  return ["--config=7b", "--seq=128", *(f"--config.{name}={value}" for name, value in fields.items())]
+
+
+def write_text(environment: pathlib.Path, workdir: pathlib.Path) -> dict[str, int | str]:
+  """Writes clean.jsonl and noise.jsonl, a document for each file, and text.json, which it returns; once."""
+  record = workdir / "text.json"
+  if record.exists():
+    return json.loads(record.read_text())
+  folders = [found for name in PACKAGES for found in environment.glob(f"lib/python*/site-packages/{name}")]
+  if len(folders) != len(PACKAGES):
+    raise ConfigError(f"--environment={environment} lacks {' or '.join(PACKAGES)}: make parity builds one")
+  workdir.mkdir(parents=True, exist_ok=True)
+  digest, generator, files, size = hashlib.sha256(), np.random.default_rng(0), 0, 0
+  with open(workdir / "clean.jsonl", "w") as clean, open(workdir / "noise.jsonl", "w") as noise:
+    for folder in folders:
+      for path in sorted(folder.rglob("*.py")):
+        content = path.read_bytes().decode("utf-8", "replace")
+        raw = np.frombuffer(content.encode("ascii", "replace"), np.uint8).copy()  # as many characters as bytes
+        if not raw.size:
+          continue
+        digest.update(raw.tobytes())
+        files, size = files + 1, size + raw.size
+        clean.write(json.dumps({"text": raw.tobytes().decode("ascii")}) + "\n")
+        replaced = generator.random(raw.size) < NOISE
+        raw[replaced] = generator.integers(32, 127, int(replaced.sum()), np.uint8)
+        noise.write(json.dumps({"text": raw.tobytes().decode("ascii")}) + "\n")
+  result: dict[str, int | str] = {"bytes": size, "files": files, "sha256": digest.hexdigest(), "noise": NOISE}
+  record.write_text(json.dumps(result) + "\n")
+  return result
+
+
+if __name__ == "__main__":
+  run_program(main)
