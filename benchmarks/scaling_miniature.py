@@ -56,7 +56,9 @@ def main(argv: list[str]) -> int:
       raise ConfigError(f"--sweeps={sweep}: expected some of {', '.join(PLANS)}")
     plan, folder = str(workdir / f"{sweep}.json"), str(workdir / sweep)
     if not pathlib.Path(plan).exists():
-      commands.plan(["plan", *config_flags(sweep, workdir), f"--budgets={values.budgets}", *PLANS[sweep], f"--out={plan}"])
+      commands.plan(
+        ["plan", *config_flags(sweep, workdir), f"--budgets={values.budgets}", *PLANS[sweep], f"--out={plan}"]
+      )
     limits = [f"--budgets={values.run_budgets}", f"--max_minutes={values.max_minutes}", f"--workers={values.workers}"]
     code = max(code, commands.run(["run", f"--plan={plan}", f"--workdir={folder}", *limits]))
     if code >= 128:
@@ -72,7 +74,13 @@ def config_flags(sweep: str, workdir: pathlib.Path) -> list[str]:
   fields |= {f"model.moe.{name}": value for name, value in MOE.items()} if sweep == "moe" else {}
   fields |= {"balance.bias_update_rate": 0.001, "balance.expert_loss": 1e-4} if sweep == "moe" else {}
   fields |= {"data.sources": source, "data.tokenizer": "byte", "data.heldout_fraction": 0.01}
-  fields |= {"train.microbatch": 0, "train.loss_chunk": 128, "eval.final_sequences": 4096, "mesh.context": 1, "mesh.fsdp": 1}
+  fields |= {
+    "train.microbatch": 0,
+    "train.loss_chunk": 128,
+    "eval.final_sequences": 4096,
+    "mesh.context": 1,
+    "mesh.fsdp": 1,
+  }
   return ["--config=7b", "--seq=128", *(f"--config.{name}={value}" for name, value in fields.items())]
 
 

@@ -17,7 +17,6 @@ import sys
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import run_program
 
-
 COMMANDS = {
   "plan": "commands", "run": "commands", "table": "commands",
   "fit": "fit_commands", "hparams": "fit_commands", "report": "fit_commands",

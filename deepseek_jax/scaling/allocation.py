@@ -2,7 +2,12 @@
 
 import dataclasses
 
-from deepseek_jax.scaling.laws import DEEPSEEK_ALLOCATION, AllocationLaw
+import numpy as np
+
+from deepseek_jax.scaling.intervals import Interval, percentile_interval
+from deepseek_jax.scaling.isoflop import fit_isoflop
+from deepseek_jax.scaling.laws import DEEPSEEK_ALLOCATION, Allocation, AllocationLaw, PowerLaw
+from deepseek_jax.scaling.table import RunTable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,8 +17,25 @@ class AllocationEstimate:
   law: AllocationLaw
   samples: tuple[AllocationLaw, ...] = ()
 
+  def optimal(self, flops: float, ci: float = 0.95) -> tuple[Allocation, Interval | None]:
+    """(allocation of `flops`, interval of its scale)."""
+    return self.law.optimal(flops), self._interval([law.optimal(flops).scale for law in self.samples], ci)
+
+  def for_tokens(self, tokens: float, ci: float = 0.95) -> tuple[Allocation, Interval | None]:
+    """(allocation at which `tokens` are optimal, interval of its scale)."""
+    return self.law.for_tokens(tokens), self._interval([law.for_tokens(tokens).scale for law in self.samples], ci)
+
+  def _interval(self, scales: list[float], ci: float) -> Interval | None:
+    return percentile_interval(np.array(scales), ci) if scales else None
+
 
 DEEPSEEK = AllocationEstimate(DEEPSEEK_ALLOCATION)
 
 
-def refit_allocation(table): ...
+def refit_allocation(table: RunTable, bootstrap: int = 1000) -> AllocationEstimate:
+  """The allocation law of a table of IsoFLOP runs (approach 2, scale M). Raises DataError."""
+  fit = fit_isoflop(table, "M", bootstrap=bootstrap)
+  assert fit.samples is not None
+  samples = [(log_g, a) for a, _, log_g, _ in fit.samples[:, :4] if np.isfinite([log_g, a]).all() and a < 1]
+  laws = tuple(AllocationLaw(table.path, PowerLaw(float(np.exp(log_g)), float(a))) for log_g, a in samples)
+  return AllocationEstimate(AllocationLaw(table.path, PowerLaw(fit.G, fit.a)), laws)

@@ -47,7 +47,9 @@ def parse_budgets(text: str) -> tuple[float, ...]:
       return tuple(float(f"{first * (last / first) ** (i / steps):.4g}") for i in range(n))
     return tuple(sorted({float(part) for part in text.split(",")}))
   except ValueError:
-    raise ConfigError(f"--budgets={text}: expected LOW:HIGH:COUNT, as 1e17:3e20:8, or FLOPs with commas between") from None
+    raise ConfigError(
+      f"--budgets={text}: expected LOW:HIGH:COUNT, as 1e17:3e20:8, or FLOPs with commas between"
+    ) from None
 
 
 def parse_numbers(name: str, text: str) -> tuple[float, ...]:
@@ -100,14 +102,15 @@ def plan(argv: list[str]) -> int:
   """The command plan."""
   values = _plan_flags()
   overrides = parse(argv, values, PLAN)
-  os.environ.setdefault("JAX_PLATFORMS", "cpu") if values.topology != "here" else None
+  if values.topology != "here":
+    os.environ["JAX_PLATFORMS"] = "cpu"  # a plan uses no accelerator
   if values.preregister:
     return _preregister(values)
   if values.seq:
     overrides["data.seq"] = str(values.seq)
   base = load_config(values.config, overrides)
 
-  from deepseek_jax.scaling.cost import Cost, format_advice, format_plan, sweep_cost
+  from deepseek_jax.scaling.cost import Cost, advise, format_plan, sweep_cost
   from deepseek_jax.scaling.hparams import load_law
   from deepseek_jax.scaling.shapes import MoEVariant
   from deepseek_jax.scaling.sweep_plan import SweepOptions, plan_sweep
@@ -115,7 +118,7 @@ def plan(argv: list[str]) -> int:
   allocation = _allocation(values)
   law = load_law(values.law)
   if values.tokens or values.hours:
-    advice = format_advice(base, law, allocation, values.tokens, values.hours, values.topology)
+    advice = advise(base, law, allocation, values.tokens, values.hours, values.topology)
     return _show(advice.text, advice.to_json(), values.json)
   if not values.budgets:
     raise ConfigError("--budgets is required, for example --budgets=1e17:3e20:8 (see --help); or --tokens, or --hours")
@@ -171,7 +174,9 @@ def run(argv: list[str]) -> int:
   """The command run."""
   values = flags.FlagValues()
   flags.DEFINE_string("plan", None, "the plan; needed at the first start in a workdir", flag_values=values)
-  flags.DEFINE_string("workdir", None, "folder of the sweep, or gs://BUCKET/PATH or s3://BUCKET/PATH", flag_values=values)
+  flags.DEFINE_string(
+    "workdir", None, "folder of the sweep, or gs://BUCKET/PATH or s3://BUCKET/PATH", flag_values=values
+  )
   flags.DEFINE_string("shard", "1/1", "i/n: part i of n, whose runs no other part has", flag_values=values)
   flags.DEFINE_string("budgets", "", "run these budgets of the plan alone", flag_values=values)
   flags.DEFINE_float("max_minutes", 0.0, "stop after so many minutes, saved; 0: no limit", 0.0, flag_values=values)

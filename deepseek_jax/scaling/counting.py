@@ -1,7 +1,9 @@
 """Model scale as papers measure it: FLOPs per token by convention, parameters, and the ratios of a mixture of experts."""
 
 import dataclasses
+from typing import NamedTuple
 
+from deepseek_jax.config import Config
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.plan.flops import count_parameters, training_flops
@@ -9,8 +11,7 @@ from deepseek_jax.plan.flops import count_parameters, training_flops
 CONVENTIONS = ("deepseek", "exact", "6N", "chinchilla")
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelParameters:
+class ModelParameters(NamedTuple):
   """Parameters of a model, without those of multi-token prediction. `active`: of the routed experts, those of one token.
 
   Non-embedding counts leave out the embedding and the output head.
@@ -22,8 +23,7 @@ class ModelParameters:
   active_nonembedding: int
 
 
-@dataclasses.dataclass(frozen=True)
-class MoEStats:
+class MoEStats(NamedTuple):
   """Ratios of a mixture of experts.
 
   Attributes:
@@ -37,15 +37,17 @@ class MoEStats:
   activation_ratio: float
 
 
-def count_params(config: ModelConfig) -> ModelParameters:
+def count_params(config: Config | ModelConfig) -> ModelParameters:
   """Parameters of the model that the config describes, counted on its shapes."""
+  config = _model(config)
   counts = count_parameters(config)
   vocabulary = config.vocab * config.embed * (1 if config.tied_embeddings else 2)
   return ModelParameters(counts.total, counts.active, counts.total - vocabulary, counts.active - vocabulary)
 
 
-def moe_stats(config: ModelConfig) -> MoEStats:
+def moe_stats(config: Config | ModelConfig) -> MoEStats:
   """Granularity, sparsity and activation ratio. Raises ConfigError for a dense model."""
+  config = _model(config)
   moe = config.moe
   if not moe.num_routed_experts:
     raise ConfigError("moe_stats needs a mixture of experts: model.moe.num_routed_experts is 0")
@@ -62,10 +64,17 @@ def deepseek_flops_per_token(layers: int, embed: int, seq: int) -> float:
   return 72.0 * layers * embed**2 + 12.0 * layers * embed * seq
 
 
-def nonembedding_flops_per_token(config: ModelConfig, seq: int, convention: str = "deepseek") -> float:
-  """Training FLOPs per token at sequence length `seq`, the model scale of a scaling law.
+def _model(config: Config | ModelConfig) -> ModelConfig:
+  return config.model if isinstance(config, Config) else config
+
+
+def nonembedding_flops_per_token(
+  config: Config | ModelConfig, convention: str = "deepseek", seq: int | None = None
+) -> float:
+  """Training FLOPs per token, the model scale of a scaling law.
 
   Args:
+    seq: the sequence length; None: the config's, which has to be a whole one then.
     convention:
       deepseek: M of DeepSeek LLM. For a dense model with grouped-query or multi-head attention it is the paper's formula,
         which takes every layer for multi-head attention and an MLP of 8 d^2. For others it is `exact`.
@@ -78,6 +87,11 @@ def nonembedding_flops_per_token(config: ModelConfig, seq: int, convention: str 
   """
   if convention not in CONVENTIONS:
     raise ConfigError(f"convention={convention!r}: expected one of {', '.join(CONVENTIONS)}")
+  if seq is None:
+    if not isinstance(config, Config):
+      raise ConfigError("nonembedding_flops_per_token of a model alone needs seq, its sequence length")
+    seq = config.data.seq
+  config = _model(config)
   is_dense_gqa = not config.moe.num_routed_experts and config.attention.kind == "gqa"
   if convention == "deepseek" and is_dense_gqa:
     return deepseek_flops_per_token(config.layers, config.embed, seq)
@@ -93,5 +107,3 @@ def nonembedding_flops_per_token(config: ModelConfig, seq: int, convention: str 
   window = config.attention.window
   attention = flops.attention_causal if window and window < seq else flops.attention_full
   return flops.matmul + attention - vocabulary * (1 + config.num_mtp_layers)
-
-

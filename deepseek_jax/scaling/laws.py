@@ -33,7 +33,9 @@ class TrainingRun:
 class HyperparamLaw(Protocol):
   """Batch size and learning rate of a run."""
 
-  name: str
+  @property
+  def name(self) -> str:
+    """For plans."""
 
   def lr(self, run: TrainingRun) -> float:
     """The peak learning rate."""
@@ -123,5 +125,7 @@ def optimal_allocation(flops: float, law: AllocationLaw = DEEPSEEK_ALLOCATION) -
 def hyperparam_law(name: str) -> HyperparamLaw:
   """A law of HYPERPARAM_LAWS. Raises ConfigError for another name."""
   if name not in HYPERPARAM_LAWS:
-    raise ConfigError(f"law {name!r}: expected one of {', '.join(HYPERPARAM_LAWS)}, or a file that hparams --json wrote")
+    raise ConfigError(
+      f"law {name!r}: expected one of {', '.join(HYPERPARAM_LAWS)}, or a file that hparams --json wrote"
+    )
   return HYPERPARAM_LAWS[name]

@@ -118,7 +118,7 @@ def find_shape(base: ModelConfig, seq: int, scale: float, variant: MoEVariant | 
   tried: dict[tuple[int, int], tuple[float, ModelConfig]] = {}
   while (shape := _nearest(seq, scale / ratio)) not in tried and len(tried) < 4:
     model = _cached_shape(base, *shape, variant)
-    counted = _cached_scale(model, seq)
+    counted = _cached_scale(model, seq=seq)
     tried[shape] = abs(math.log(counted / scale)), model
     ratio = counted / deepseek_flops_per_token(*shape, seq)
   distance, model = min(tried.values(), key=lambda item: item[0])
@@ -129,7 +129,9 @@ def _nearest(seq: int, scale: float) -> tuple[int, int]:
   """(layers, width) of the dense model nearest to `scale`, and less so to the wanted ratio of width to depth."""
   layers, embed, off_aspect = _candidates()
   off_scale = np.abs(np.log((72 * layers * embed**2 + 12 * layers * embed * seq) / scale))
-  best = int(np.argmin(np.where(off_scale <= math.log(1 + SCALE_TOLERANCE), off_scale + 0.3 * off_aspect, 10 + off_scale)))
+  best = int(
+    np.argmin(np.where(off_scale <= math.log(1 + SCALE_TOLERANCE), off_scale + 0.3 * off_aspect, 10 + off_scale))
+  )
   return int(layers[best]), int(embed[best])
 
 

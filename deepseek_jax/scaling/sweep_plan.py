@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from deepseek_jax.config import Config
@@ -225,7 +225,7 @@ def _run_config(
 ) -> tuple[Config | None, float]:  # fmt: skip
   """(the config of a run, its FLOPs); None where it would have too few steps."""
   seq, multiple = base.data.seq, options.batch_multiple
-  scale = nonembedding_flops_per_token(model, seq)
+  scale = nonembedding_flops_per_token(model, seq=seq)
   tokens = budget / scale
   about = TrainingRun(budget, count_params(model).active_nonembedding, tokens)
   wanted = law.batch_tokens(about) * options.batch_scale * batch_factor / seq
@@ -238,10 +238,10 @@ def _run_config(
   if abs(flops / budget - 1) > FLOPS_TOLERANCE:
     return None, flops
   peak = law.lr(about) * options.lr_scale * lr_factor
-  return _with_length(base, model, steps, batch, float(f"{peak:.6g}"), seed), flops
+  return with_length(base, model, steps, batch, float(f"{peak:.6g}"), seed), flops
 
 
-def _with_length(base: Config, model: Any, steps: int, batch: int, peak: float, seed: int) -> Config:
+def with_length(base: Config, model: Any, steps: int, batch: int, peak: float, seed: int) -> Config:
   """`base` with this model, as many steps of this batch, and all that is counted in steps or tokens in proportion."""
   schedule, train = base.schedule, base.train
   tokens = steps * batch * base.data.seq

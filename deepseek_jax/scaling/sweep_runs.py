@@ -61,7 +61,8 @@ def read_result(plan: SweepPlan, run: PlannedRun, workdir: str) -> RunResult:
     )
   seconds = sum(line.get("step_seconds", 0.0) + line.get("data_seconds", 0.0) for line in lines)
   values: dict[str, float | int] = {"seconds": round(seconds, 3)}
-  values |= {"unique_tokens": e["unique_tokens"] for e in events if "unique_tokens" in e}
+  if unique := [e["unique_tokens"] for e in events if "unique_tokens" in e]:
+    values["unique_tokens"] = unique[-1]
   final = [e for e in events if e["event"] == "eval" and e["step"] == run.steps]
   end = next((e for e in reversed(events) if e["event"] in metrics.PROCESS_EVENTS), events[-1])
   step = lines[-1]["step"] if lines else 0
@@ -225,7 +226,9 @@ class RunConsole(Console):
       now = time.monotonic()
       if now - self.last_line >= LINE_SECONDS:
         self.last_line = now
-        line = self.progress.line(self.run, completed / steps, (completed - step) / steps, f"step {completed}/{steps}  {text}")
+        line = self.progress.line(
+          self.run, completed / steps, (completed - step) / steps, f"step {completed}/{steps}  {text}"
+        )
         self.progress.console.print(line)
 
     yield update

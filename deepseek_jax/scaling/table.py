@@ -54,9 +54,7 @@ class RunTable:
       have = ", ".join(self.cells[0])
       raise DataError(f"{self.path}: no column {name!r}; it has {have}. Name yours: --columns={name}=YOUR_NAME")
     theirs = self.names[name]
-    values = [
-      _value(self.path, n, name, theirs, row[theirs]) for n, row in zip(self.rows, self.cells, strict=True)
-    ]
+    values = [_value(self.path, n, name, theirs, row[theirs]) for n, row in zip(self.rows, self.cells, strict=True)]
     return np.array(values)
 
   def take(self, index: Sequence[int] | np.ndarray) -> "RunTable":
@@ -95,6 +93,11 @@ class RunTable:
     if "M" in self:
       return self["M"] * self["tokens"]
     return 6.0 * self.scale("N") * self["tokens"]
+
+
+def flops_per_scale(scale: str) -> float:
+  """C over scale times tokens: 1 for M, 6 for parameters."""
+  return 1.0 if scale == "M" else 6.0
 
 
 def parse_columns(text: str) -> dict[str, str]:

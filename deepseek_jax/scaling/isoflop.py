@@ -1,0 +1,274 @@
+"""Approaches 1 and 2: the compute-optimal scale at each budget, and power laws through these optima.
+
+Approach 1 takes the envelope of all runs, approach 2 the vertex of the profile of each budget (Chinchilla sections 3.1, 3.2;
+DeepSeek LLM section 3.2).
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy.interpolate import Akima1DInterpolator
+
+from deepseek_jax.errors import DataError
+from deepseek_jax.scaling.budgets import BudgetRuns, best_of_each_size, budget_indices, check_budgets, seed_noise
+from deepseek_jax.scaling.intervals import Interval, percentile_interval
+from deepseek_jax.scaling.table import RunTable
+
+GRID = 1024  # points between the smallest and the largest size among which an interpolation's minimum is looked for
+PARABOLA_SPAN = 4.0  # sizes within this factor of the best one count for a parabola: the far branches are none
+
+
+@dataclasses.dataclass(frozen=True)
+class Vertex:
+  """The optimum of a budget."""
+
+  flops: float
+  scale: float
+  tokens: float
+  loss: float
+  is_edge: bool = False  # the best size is the smallest or the largest: the optimum may be outside
+
+
+@dataclasses.dataclass(frozen=True)
+class FrontierFit:
+  """N_opt = G C^a, D_opt = G_D C^b, through the vertices that are no edges.
+
+  Attributes:
+    interpolation: how the vertices were found.
+    samples: columns a, b, log G, log G_D and then the losses of the vertices of bootstrap samples; None: none.
+  """
+
+  a: float
+  b: float
+  G: float
+  G_tokens: float
+  interpolation: str
+  vertices: tuple[Vertex, ...]
+  profiles: tuple[BudgetRuns, ...]
+  samples: np.ndarray | None
+  noise: float
+
+  def optimal(self, flops: float, ci: float = 0.95) -> tuple[float, Interval | None]:
+    """(compute-optimal scale, its interval) of a budget."""
+    interval = None
+    if self.samples is not None:
+      interval = percentile_interval(np.exp(self.samples[:, 2] + self.samples[:, 0] * np.log(flops)), ci)
+    return self.G * flops**self.a, interval
+
+  def predict(self, flops: float, fixed_E: float | None = None, ci: float = 0.95) -> tuple[float, Interval | None]:
+    """(loss at the optimum of a budget, its interval): E + k C^-gamma through the vertices.
+
+    E is 0 with fewer than four budgets, unless it is given: three points do not tell it.
+    """
+    inside = [v for v in self.vertices if not v.is_edge]
+    log_c = np.log([v.flops for v in inside])
+    value = predict_loss(log_c, np.array([v.loss for v in inside]), np.log(flops), fixed_E)
+    interval = None
+    if self.samples is not None:
+      keep = [i for i, v in enumerate(self.vertices) if not v.is_edge]
+      predicted = [predict_loss(log_c, row[keep], np.log(flops), fixed_E) for row in self.samples[:, 4:]]
+      interval = percentile_interval(np.array(predicted), ci)
+    return value, interval
+
+
+def predict_loss(log_c: np.ndarray, losses: np.ndarray, at: float, fixed_E: float | None = None) -> float:
+  """The loss at log compute `at`, of E + k C^-gamma: linear least squares for each E on a grid, the best one refined."""
+  if not np.isfinite(losses).all() or len(losses) < 2:
+    return float("nan")
+
+  def line(floor):
+    slope, intercept = np.polyfit(log_c, np.log(losses - floor), 1)
+    predicted = floor + np.exp(intercept + slope * log_c)
+    return float(((np.log(predicted / losses)) ** 2).sum()), floor + float(np.exp(intercept + slope * at))
+
+  if fixed_E is not None or len(losses) < 4:
+    return line(fixed_E or 0.0)[1]
+  low, high = 0.0, float(losses.min()) * (1 - 1e-6)
+  for _ in range(4):
+    grid = np.linspace(low, high, 40)[:-1] if high == losses.min() else np.linspace(low, high, 40)
+    best = min(range(len(grid)), key=lambda i: line(grid[i])[0])
+    low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
+  return line((low + high) / 2)[1]
+
+
+def akima_vertex(runs: BudgetRuns) -> Vertex:
+  """The minimum of the Akima interpolation of log loss over log scale, between the smallest and the largest size."""
+  log_n, log_loss = np.log(runs.scales), np.log(runs.losses)
+  grid = np.linspace(log_n[0], log_n[-1], GRID)
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore", RuntimeWarning)  # equal neighbours
+    curve = Akima1DInterpolator(log_n, log_loss)(grid)
+  i = int(curve.argmin())
+  at, value = grid[i], curve[i]
+  if 0 < i < GRID - 1:  # a parabola through three neighbours is finer than the grid
+    below, here, above = curve[i - 1 : i + 2]
+    bend = below - 2 * here + above
+    if bend > 0:
+      shift = 0.5 * (below - above) / bend
+      at, value = at + shift * (grid[1] - grid[0]), here - 0.25 * (below - above) * shift
+  tokens = float(np.exp(np.interp(at, log_n, np.log(runs.tokens))))
+  return Vertex(runs.flops, float(np.exp(at)), tokens, float(np.exp(value)), i in (0, GRID - 1))
+
+
+def parabola_vertex(runs: BudgetRuns) -> Vertex:
+  """The vertex of the least-squares parabola of loss over log scale, of sizes within PARABOLA_SPAN of the best one."""
+  log_n = np.log(runs.scales)
+  best = int(runs.losses.argmin())
+  near = np.abs(log_n - log_n[best]) <= np.log(PARABOLA_SPAN) + 1e-9
+  if near.sum() < 3:
+    near = np.ones(len(log_n), bool)
+  center = log_n[near].mean()
+  curvature, slope, intercept = np.polyfit(log_n[near] - center, runs.losses[near], 2)
+  at = center - 0.5 * slope / curvature if curvature > 0 else log_n[best]
+  is_edge = bool(curvature <= 0 or not log_n[0] < at < log_n[-1])
+  loss = intercept - 0.25 * slope**2 / curvature if curvature > 0 else runs.losses[best]
+  tokens = float(np.exp(np.interp(at, log_n, np.log(runs.tokens))))
+  return Vertex(runs.flops, float(np.exp(at)), tokens, float(loss), is_edge)
+
+
+def smallest_loss(runs: BudgetRuns) -> Vertex:
+  """The run with the smallest loss."""
+  i = int(runs.losses.argmin())
+  return Vertex(
+    runs.flops, float(runs.scales[i]), float(runs.tokens[i]), float(runs.losses[i]), i in (0, len(runs.scales) - 1)
+  )
+
+
+def leave_one_out_errors(profiles: Sequence[BudgetRuns]) -> dict[str, float]:
+  """Root mean square, in log loss, of what each interpolation says of sizes that it has not seen.
+
+  Of sizes within PARABOLA_SPAN of the best one, but the outermost of these. infinite where there are too few sizes.
+  """
+  squares: dict[str, list[float]] = {"akima": [], "parabola": []}
+  for p in profiles:
+    x, y = np.log(p.scales), np.log(p.losses)
+    near = np.abs(x - x[y.argmin()]) <= np.log(PARABOLA_SPAN) + 1e-9
+    inner = np.flatnonzero(near)[1:-1] if near.sum() >= 5 else ()
+    for i in inner:
+      others = np.arange(len(x)) != i
+      squares["akima"].append(float(Akima1DInterpolator(x[others], y[others])(x[i]) - y[i]) ** 2)
+      parabola = np.polyfit(x[near & others] - x[i], y[near & others], 2)
+      squares["parabola"].append(float(parabola[-1] - y[i]) ** 2)
+  return {name: float(np.sqrt(np.mean(values))) if values else np.inf for name, values in squares.items()}
+
+
+def better_interpolation(profiles: Sequence[BudgetRuns]) -> str:
+  """The interpolation with the smaller `leave_one_out_errors`; parabola where there are too few sizes to tell."""
+  errors = leave_one_out_errors(profiles)
+  return "akima" if errors["akima"] < errors["parabola"] else "parabola"
+
+
+INTERPOLATIONS: dict[str, Callable[[BudgetRuns], Vertex]] = {"akima": akima_vertex, "parabola": parabola_vertex}
+LEAST_SIZES = 3
+
+
+def fit_isoflop(
+  table: RunTable, scale: str = "M", interpolation: str = "auto", bootstrap: int = 1000, seed: int = 0
+) -> FrontierFit:
+  """Approach 2: the vertex of each budget's profile, and power laws through them.
+
+  Args:
+    scale: a key of SCALES.
+    interpolation: a key of INTERPOLATIONS, or auto: the one that tells left-out sizes better.
+    bootstrap: number of samples. In each, every loss has noise: that between seeds, where the table has them, else that of
+      the profiles around smooth curves.
+
+  Raises DataError for fewer than two budgets with LEAST_SIZES sizes and an optimum inside.
+  """
+  losses = table[table.loss_name()]
+  profiles = [best_of_each_size(table, scale, indices, losses) for indices in budget_indices(table)]
+  profiles = [p for p in profiles if len(p.scales) >= LEAST_SIZES]
+  check_budgets(table, [p.scales for p in profiles], 2)
+  noise = seed_noise(table, scale, losses)
+  noise = profile_noise(profiles) if noise is None else noise
+  if interpolation == "auto":
+    interpolation = better_interpolation(profiles)
+  return _fit_frontier(table, profiles, INTERPOLATIONS[interpolation], interpolation, noise, bootstrap, seed)
+
+
+def fit_envelope(table: RunTable, scale: str = "M", bootstrap: int = 1000, seed: int = 0) -> FrontierFit:
+  """Approach 1: of each budget the run with the smallest loss, if no smaller budget has a smaller loss, and power laws.
+
+  Of a table whose runs share no budgets these are the runs on the lower envelope of loss over compute.
+  """
+  losses = table[table.loss_name()]
+  profiles = [best_of_each_size(table, scale, indices, losses) for indices in budget_indices(table)]
+  envelope, least = [], np.inf
+  for profile in profiles:
+    if profile.losses.min() < least:
+      least = profile.losses.min()
+      envelope.append(profile)
+  check_budgets(table, [p.scales for p in envelope], 2)
+  noise = seed_noise(table, scale, losses)
+  noise = profile_noise(envelope) if noise is None else noise
+
+  def vertex(runs: BudgetRuns) -> Vertex:
+    found = smallest_loss(runs)
+    return found if len(runs.scales) >= LEAST_SIZES else dataclasses.replace(found, is_edge=False)
+
+  return _fit_frontier(table, envelope, vertex, "envelope", noise, bootstrap, seed)
+
+
+def _fit_frontier(
+  table: RunTable, profiles: Sequence[BudgetRuns], find: Callable[[BudgetRuns], Vertex], interpolation: str, noise: float,
+  bootstrap: int, seed: int,
+) -> FrontierFit:  # fmt: skip
+  vertices = [find(runs) for runs in profiles]
+  inside = [v for v in vertices if not v.is_edge]
+  if len(inside) < 2:
+    edges = ", ".join(
+      f"{v.flops:.3g} FLOPs (row {p.first_row})" for v, p in zip(vertices, profiles, strict=True) if v.is_edge
+    )
+    raise DataError(
+      f"{table.path}: the best size is the smallest or the largest one at {edges}: fewer than two budgets have an optimum "
+      "inside; add smaller or larger models there"
+    )
+  samples = None
+  if bootstrap:
+    generator = np.random.default_rng(seed)
+    rows = []
+    for _ in range(bootstrap):
+      noisy = [
+        dataclasses.replace(p, losses=p.losses * np.exp(noise * generator.standard_normal(len(p.losses))))
+        for p in profiles
+      ]
+      sample = [find(runs) for runs in noisy]
+      kept = [v for v in sample if not v.is_edge]
+      law = _power_laws(kept) if len(kept) >= 2 else (np.nan,) * 4
+      rows.append([*law, *(v.loss for v in sample)])
+    samples = np.array(rows)
+  a, b, log_g, log_g_tokens = _power_laws(inside)
+  return FrontierFit(
+    a,
+    b,
+    float(np.exp(log_g)),
+    float(np.exp(log_g_tokens)),
+    interpolation,
+    tuple(vertices),
+    tuple(profiles),
+    samples,
+    noise,
+  )
+
+
+def _power_laws(vertices: Sequence[Vertex]) -> tuple[float, float, float, float]:
+  """(a, b, log G, log G_D) by least squares in log space."""
+  log_c = np.log([v.flops for v in vertices])
+  a, log_g = np.polyfit(log_c, np.log([v.scale for v in vertices]), 1)
+  b, log_g_tokens = np.polyfit(log_c, np.log([v.tokens for v in vertices]), 1)
+  return float(a), float(b), float(log_g), float(log_g_tokens)
+
+
+def profile_noise(profiles: Sequence[BudgetRuns]) -> float:
+  """Standard deviation of log loss around the cubic of each profile near its minimum; 0 where none has five sizes."""
+  squares, freedom = 0.0, 0
+  for p in profiles:
+    log_n, log_loss = np.log(p.scales), np.log(p.losses)
+    near = np.abs(log_n - log_n[p.losses.argmin()]) <= np.log(PARABOLA_SPAN) + 1e-9
+    if near.sum() >= 5:
+      x = log_n[near] - log_n[near].mean()
+      residual = log_loss[near] - np.polyval(np.polyfit(x, log_loss[near], 3), x)
+      squares, freedom = squares + float((residual**2).sum()), freedom + int(near.sum()) - 4
+  return float(np.sqrt(squares / freedom)) if freedom else 0.0
