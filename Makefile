@@ -5,6 +5,7 @@
 ## make parity  the long tests against transformers, which run in an environment of their own, .venv-parity
 ## make meshes  the long tests of every layout on 8 virtual devices
 ## make tpu     the long tests that compile for TPU topologies, in an environment of their own, .venv-tpu
+## make scaling  the long tests of scaling-law experiments: coverage of intervals, sweeps that are killed
 ## make kernels  the long tests of the Pallas kernels, in .venv-kernels: every case interpreted, and compiled for chips
 ##              that are not here; needs a Python 3.12, which PYTHON names
 ## make gpu     on a machine with a Hopper GPU: self-tests, rates of the kernels and training steps, in an environment of its
@@ -24,7 +25,7 @@ PART ?= 1 2
 IN_PARALLEL = -n auto --maxprocesses 4 --dist worksteal
 IN_VENV = $(VENV)/bin/python
 
-.PHONY: help train test test-jax chaos parity meshes tpu kernels gpu docs lint clean environment test-environment
+.PHONY: help train test test-jax chaos scaling parity meshes tpu kernels gpu docs lint clean environment test-environment
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -36,10 +37,13 @@ test: lint
 	$(IN_VENV) -m pytest $(IN_PARALLEL) $(ARGS)
 
 test-jax: test-environment
-	$(IN_VENV) -m pytest $(IN_PARALLEL) -m 'jax_version and not (chaos or parity or meshes or tpu or kernels)' $(ARGS)
+	$(IN_VENV) -m pytest $(IN_PARALLEL) -m 'jax_version and not (chaos or parity or meshes or tpu or kernels or scaling)' $(ARGS)
 
 chaos: test-environment
 	$(IN_VENV) -m pytest -m chaos $(ARGS)
+
+scaling: test-environment
+	$(IN_VENV) -m pytest -m scaling tests/scaling -o faulthandler_timeout=0 $(ARGS)
 
 parity:
 	@$(PYTHON) .ci/environment.py $(VENV)-parity test parity

@@ -235,28 +235,32 @@ def _fit_diagnostics(fit: ParametricFit | FrontierFit | LawFit, table: RunTable)
     yield f"several optima: {fit.optima} differ and are within 1% of the best objective: the data do not tell them apart"
   if isinstance(fit, ParametricFit):
     yield from _unbounded(fit)
-    if fit.samples is not None:
-      deviation = float(np.std(np.asarray(fit.samples.a)))
-      off = np.abs(fit.without_each_run() - fit.surface.a)
-      rows = [str(table.rows[i]) for i in np.argsort(-off) if off[i] > deviation > 0]
-      if rows:
-        yield (
-          f"influence: without row {', '.join(rows[:5])}{' and others' if len(rows) > 5 else ''} the exponent moves by more "
-          "than a standard error: look at these runs"
-        )
+    off = np.abs(fit.without_each_run() - fit.surface.a)
+    rows = [str(table.rows[i]) for i in np.argsort(-off) if off[i] > standard_error_without(off, i)]
+    if rows:
+      yield (
+        f"influence: without row {', '.join(rows)} the exponent moves by more than the standard error that the other rows give "
+        "it: look at these runs"
+      )
+
+
+def standard_error_without(off: np.ndarray, i: int) -> float:
+  """The jackknife's standard error of a value that moves by `off` without each row, of all rows but row `i`."""
+  others = np.delete(off, i)
+  return float(np.sqrt(np.square(others).sum() * (len(off) - 1) / len(off)))
 
 
 def _influential_budgets(fit: FrontierFit) -> Iterator[str]:
   inside = [v for v in fit.vertices if not v.is_edge]
-  if fit.samples is None or len(inside) < 4:
+  if len(inside) < 4:
     return
-  deviation = float(np.nanstd(fit.samples[:, 0]))
   log_c, log_n = np.log([v.flops for v in inside]), np.log([v.scale for v in inside])
+  kept = [np.arange(len(inside)) != i for i in range(len(inside))]
+  without = np.array([np.polyfit(log_c[others], log_n[others], 1)[0] for others in kept])
+  off = np.abs(without - fit.a)
   for i, v in enumerate(inside):
-    others = np.arange(len(inside)) != i
-    a = np.polyfit(log_c[others], log_n[others], 1)[0]
-    if abs(a - fit.a) > max(deviation, 1e-3):
-      yield f"influence: without {v.flops:.3g} FLOPs the exponent moves from {fit.a:.4f} to {a:.4f}, more than a standard error"
+    if off[i] > standard_error_without(off, i):
+      yield f"influence: without {v.flops:.3g} FLOPs the exponent moves from {fit.a:.4f} to {without[i]:.4f}: look at its runs"
 
 
 def _unbounded(fit: ParametricFit) -> Iterator[str]:

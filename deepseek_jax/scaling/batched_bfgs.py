@@ -84,7 +84,8 @@ def _line_search(
 def _update(inverse: np.ndarray, step: np.ndarray, change: np.ndarray, is_first: np.ndarray) -> np.ndarray:
   """The BFGS update of the inverse Hessians, where the curvature along the step is positive."""
   curvature = np.einsum("bi,bi->b", step, change)
-  norms = np.linalg.norm(step, axis=1) * np.linalg.norm(change, axis=1)
+  with np.errstate(over="ignore"):
+    norms = np.linalg.norm(step, axis=1) * np.linalg.norm(change, axis=1)
   valid = curvature > np.maximum(1e-10 * norms, 1e-290)
   with np.errstate(all="ignore"):  # far from all data the numbers may be too large or too small: no update then
     rho = 1 / curvature

@@ -24,9 +24,7 @@ def add_prediction(plan: SweepPlan, table: RunTable, bootstrap: int = 1000) -> t
       f"--preregister={table.path} has runs of {budget:.3g} FLOPs, the plan's largest budget: a prediction comes before them"
     )
   loss_name, scale = table.loss_name(), "M"
-  surface = fit_parametric(
-    table.scale(scale), table.tokens(), table[loss_name], bootstrap=bootstrap, flops_per_scale=1.0
-  )
+  surface = fit_parametric(table, scale, bootstrap=bootstrap)
   predicted, interval = surface.loss_at_optimum(budget)
   frontier = fit_isoflop(table, scale, bootstrap=bootstrap)
   by_vertices, vertex_interval = frontier.predict(budget)

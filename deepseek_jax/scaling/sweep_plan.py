@@ -224,11 +224,13 @@ def _run_config(
   lr_factor: float, batch_factor: float,
 ) -> tuple[Config | None, float]:  # fmt: skip
   """(the config of a run, its FLOPs); None where it would have too few steps."""
-  seq, multiple = base.data.seq, options.batch_multiple
+  seq, multiple, microbatch = base.data.seq, options.batch_multiple, base.train.microbatch
   scale = nonembedding_flops_per_token(model, seq=seq)
   tokens = budget / scale
   about = TrainingRun(budget, count_params(model).active_nonembedding, tokens)
   wanted = law.batch_tokens(about) * options.batch_scale * batch_factor / seq
+  if microbatch and wanted > microbatch:  # as many microbatches of one size as keep each within the base's
+    multiple *= math.ceil(wanted / microbatch)
   largest = math.floor(tokens / (seq * MIN_STEPS) / multiple) * multiple
   batch = min(max(multiple, round(wanted / multiple) * multiple), largest)
   if batch < 1:
@@ -247,7 +249,8 @@ def with_length(base: Config, model: Any, steps: int, batch: int, peak: float, s
   tokens = steps * batch * base.data.seq
   base_tokens = schedule.tokens or train.steps * train.global_batch * base.data.seq
   warmup = schedule.warmup_steps or round(schedule.warmup_tokens / (train.global_batch * base.data.seq))
-  microbatch = math.gcd(batch, train.microbatch) if train.microbatch else 0
+  microbatches = math.ceil(batch / train.microbatch) if train.microbatch else 1
+  microbatch = batch // microbatches if microbatches > 1 and batch % microbatches == 0 else 0
   return dataclasses.replace(
     base, model=model, seed=seed,
     # 2,000 steps of warm-up are for runs of hundreds of thousands.

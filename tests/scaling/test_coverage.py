@@ -18,7 +18,7 @@ def noisy_runs(seed, sizes=10, budgets=8, noise=0.005):
   return n, d, CHINCHILLA.loss(n, d) * np.exp(noise * generator.standard_normal(len(n)))
 
 
-@pytest.mark.chaos
+@pytest.mark.scaling
 def test_the_interval_of_the_exponent_holds_the_truth_in_90_to_98_percent():
   inside = 0
   for seed in range(SURFACES):
