@@ -27,9 +27,9 @@ LAYERS = (
   {"plan"},
   {"checkpoint"},
   {"training", "evaluate", "generate"},
-  {"scaling"},
   {"selftest"},
   {"train", "api", "report"},
+  {"scaling"},
 )
 # Imports between neighbors, and where less is allowed than what lies below.
 BESIDE = {"sharding": {"mesh"}}
@@ -80,6 +80,7 @@ UNMIRRORED = {
   "kernels/test_fp8.py": "the operations of FP8 and their implementations, by the same cases",
   "kernels/test_races.py": "the race detector of the interpreter, which the other tests of kernels rely on",
   "kernels/test_pass_selftest.py": "all kernels, through the checks of selftest",
+  "scaling/test_coverage.py": "intervals of scaling/parametric.py, on 200 surfaces",
   "selftest/test_select.py": "selftest/run.py and selftest/machine.py: which results count",
   "training/test_frozen.py": "the step, of which a part of the parameters is trained",
   "training/test_collectives.py": "collectives of the compiled step, layout by layout",

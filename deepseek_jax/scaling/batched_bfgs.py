@@ -44,7 +44,8 @@ def minimize(
     h[uphill], direction[uphill] = np.eye(size), -g[uphill]
     slope[uphill] = -np.einsum("bi,bi->b", g[uphill], g[uphill])
     # A first step of length 1 at most, since nothing is known of the curvature.
-    length = np.where(is_first[active], np.minimum(1.0, 1 / np.maximum(np.linalg.norm(direction, axis=1), 1e-300)), 1.0)
+    largest = np.maximum(np.abs(direction).max(axis=1), 1e-300)
+    length = np.where(is_first[active], np.minimum(1.0, 1 / largest), 1.0)
     new_x, new_value, new_gradient, moved = _line_search(
       objective, x[active], value[active], gradient[active], direction, slope, length, active
     )

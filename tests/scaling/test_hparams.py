@@ -11,7 +11,10 @@ from tests.scaling import tables
 
 def grid(budgets, noise=0.0, steps=7):
   """Runs around DeepSeek's law: log loss is a parabola of both fields around 0.8 and 1.25 of what the law says."""
-  generator, columns = np.random.default_rng(0), {n: [] for n in ("flops", "M", "tokens", "lr", "batch_tokens", "val_loss")}
+  generator, columns = (
+    np.random.default_rng(0),
+    {n: [] for n in ("flops", "M", "tokens", "lr", "batch_tokens", "val_loss")},
+  )
   for flops in budgets:
     for x in np.geomspace(0.25, 4, steps):
       for y in np.geomspace(0.25, 4, steps):

@@ -7,7 +7,9 @@ from deepseek_jax.scaling.counting import count_params, moe_stats, nonembedding_
 from deepseek_jax.scaling.shapes import MoEVariant, find_shape
 
 
-@pytest.mark.parametrize(("name", "seq", "scales"), [("7b", 4096, (3e7, 5e11)), ("small_dense", 128, (4.5e4, 1e8)), ("v3", 4096, (5e7, 1e11))])
+@pytest.mark.parametrize(
+  ("name", "seq", "scales"), [("7b", 4096, (3e7, 5e11)), ("small_dense", 128, (4.5e4, 1e8)), ("v3", 4096, (5e7, 1e11))]
+)
 def test_shapes_are_within_20_percent_of_a_log_grid(name, seq, scales):
   base = load_config(name).model
   for scale in np.geomspace(*scales, 12):

@@ -74,7 +74,9 @@ def test_a_sweep_runs_in_shards_and_its_table_has_every_run(tmp_path, console):
   by_id = {r.run_id: r for r in runs}
   for i, name in enumerate(table["run_id"]):
     assert table.flops()[i] == by_id[name].flops and table.tokens()[i] == by_id[name].tokens
-  assert (table["val_loss"] / np.log(2) / table["val_bpb"] == pytest.approx(1, rel=0.1)) and (table["seconds"] > 0).all()
+  assert (table["val_loss"] / np.log(2) / table["val_bpb"] == pytest.approx(1, rel=0.1)) and (
+    table["seconds"] > 0
+  ).all()
   assert len(set(table["unique_tokens"])) == 1
   numbers = json.loads((tmp_path / "w" / "runs" / runs[0].run_id / "config.json").read_text())
   assert numbers["train"]["steps"] == runs[0].steps
@@ -183,7 +185,11 @@ def test_a_sweep_that_is_killed_five_times_has_the_same_table(tmp_path, console)
 def test_processes_that_start_at_once_share_the_runs(tmp_path, console):
   plan_path = make_plan(tmp_path, "--budgets=1.05e10,1.2e10", "--per_budget=2", "--seeds=2")
   plan, workdir = load_plan(plan_path), tmp_path / "w"
-  processes = [start(plan_path, workdir, "--workers=2"), start(plan_path, workdir), start(plan_path, workdir, "--shard=1/2")]
+  processes = [
+    start(plan_path, workdir, "--workers=2"),
+    start(plan_path, workdir),
+    start(plan_path, workdir, "--shard=1/2"),
+  ]
   outputs = [process.communicate()[0] for process in processes]
   assert [process.returncode for process in processes] == [0, 0, 0], outputs
   assert start(plan_path, workdir).wait() == 0
