@@ -93,6 +93,8 @@ def train_variant(values: flags.FlagValues, overrides: Mapping[str, Any], name: 
   # The config's warm-up, where the run is not shorter than twice that.
   fields = {
     "schedule.warmup_steps": min(config.schedule.warmup_steps, steps // 2),
+    # V3 lowers the weight of multi-token prediction after two thirds of its tokens.
+    "mtp.tokens": (steps * config.train.global_batch * config.data.seq * 2 // 3,),
     **variant_overrides(overrides, name, steps),
   }
   workdir = os.path.join(values.workdir, f"{name}-{config.seed}")

@@ -10,7 +10,7 @@ def get_config():
     dict(
       name="small",
       model=dict(  # sizes: half an hour on two CPU cores
-        vocab=272,  # 256 bytes + the document separator, padded so that tensor=4 divides it
+        vocab=272,  # 256 bytes + the document separator, padded to a multiple of 16
         embed=192,
         layers=4,
         first_dense_layers=1,

@@ -46,7 +46,8 @@ def keep_freed_memory() -> bool:
 def quick_compile_options() -> dict[str, int] | None:
   """`compiler_options` of `jax.jit` for a program that runs once; to be called when devices are open.
 
-  On CPUs LLVM optimizes nothing then, which takes longer than such a program runs.
+  On CPUs LLVM optimizes nothing then, which takes longer than such a program runs: the parameters of up to about 60M are
+  made sooner so, larger models' later (measured with v3_24m: 2.1 s to compile and 1.4 to run instead of 4.8 and 0.3).
   """
   import jax  # not before `size_thread_pool`
 

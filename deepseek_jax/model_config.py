@@ -263,7 +263,7 @@ class ModelConfig(Section, path="model"):
     choices=("bf16", "fp8"),
   )  # fmt: skip
   remat: str = field(
-    "full", "what the backward pass recomputes: none (but attention scores with MLA, dropout or float64), dots (all but matrix "
+    "full", "what the backward pass recomputes: none (but attention scores with MLA, dropout or float64, and on CPUs), dots (all but matrix "
     "products), full (each block), offload (each block, whose input is offloaded to host memory)",
     choices=("none", "full", "dots", "offload"),
   )  # fmt: skip

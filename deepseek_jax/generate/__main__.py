@@ -98,6 +98,7 @@ def sample_from_checkpoint(
   import jax
 
   from deepseek_jax.compilation_cache import use_compilation_cache
+  from deepseek_jax.cpu_backend import keep_freed_memory
   from deepseek_jax.generate.decoding import continue_prompt
   from deepseek_jax.mesh import check_x64, make_mesh
   from deepseek_jax.model.transformer import graphdef, init_params
@@ -108,6 +109,8 @@ def sample_from_checkpoint(
     raise ConfigError(f"--devices={devices}, but {len(jax.devices())} are here")
   check_weights(config.model, MeshConfig(data=1, fsdp=devices))
   use_compilation_cache()
+  if jax.default_backend() == "cpu":
+    keep_freed_memory()
   mesh = make_mesh(MeshConfig(data=1, fsdp=devices), jax.devices()[:devices])
   with jax.set_mesh(mesh):
     shapes = jax.eval_shape(lambda: init_params(config.model, key=None))

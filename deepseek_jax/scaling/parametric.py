@@ -35,7 +35,8 @@ class Surface:
 
   def loss(self, n: Number, d: Number) -> Number:
     """The loss at scale `n` and `d` tokens."""
-    return self.E + self.A / n**self.alpha + self.B / d**self.beta
+    with np.errstate(all="ignore"):  # bootstrap samples of a table that does not tell a parameter go anywhere
+      return self.E + self.A / n**self.alpha + self.B / d**self.beta
 
   @property
   def a(self) -> Number:
@@ -49,8 +50,14 @@ class Surface:
 
   def coefficient(self, per_scale: float) -> Number:
     """G of N_opt = G C^a, where C = per_scale * N * D: 6 for parameters, 1 for M."""
-    ratio = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
-    return ratio * per_scale**-self.a
+    with np.errstate(all="ignore"):
+      ratio = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
+      return ratio * per_scale**-self.a
+
+  def optimal(self, flops: Number, per_scale: float) -> Number:
+    """The compute-optimal scale of a budget."""
+    with np.errstate(all="ignore"):
+      return self.coefficient(per_scale) * flops**self.a
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +115,7 @@ class ParametricFit:
     """(compute-optimal scale, its interval) of a budget."""
 
     def optimum(surface):
-      return surface.coefficient(self.per_scale) * flops**surface.a
+      return surface.optimal(flops, self.per_scale)
 
     interval = percentile_interval(optimum(self.samples), ci) if self.samples else None
     return float(optimum(self.surface)), interval
@@ -117,8 +124,9 @@ class ParametricFit:
     """(loss, its interval) of the compute-optimal allocation of a budget."""
 
     def optimum(surface):
-      n = surface.coefficient(self.per_scale) * flops**surface.a
-      return surface.loss(n, flops / (self.per_scale * n))
+      n = surface.optimal(flops, self.per_scale)
+      with np.errstate(all="ignore"):
+        return surface.loss(n, flops / (self.per_scale * n))
 
     interval = percentile_interval(optimum(self.samples), ci) if self.samples else None
     return float(optimum(self.surface)), interval
@@ -206,13 +214,9 @@ class _Problem:
   def surface(self, x: np.ndarray) -> Surface:
     """Points [..., 5] as a surface of the uncentred N and D."""
     alpha, beta = x[..., 3], x[..., 4]
-    return Surface(
-      np.exp(x[..., 2]),
-      np.exp(x[..., 0] + alpha * self.center_n),
-      np.exp(x[..., 1] + beta * self.center_d),
-      alpha,
-      beta,
-    )
+    with np.errstate(all="ignore"):
+      of_n, of_d = np.exp(x[..., 0] + alpha * self.center_n), np.exp(x[..., 1] + beta * self.center_d)
+    return Surface(np.exp(x[..., 2]), of_n, of_d, alpha, beta)
 
   def centered(self, surface: Surface) -> np.ndarray:
     """The point of a surface: [5]. The inverse of `surface`."""

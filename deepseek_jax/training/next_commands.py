@@ -11,7 +11,7 @@ from deepseek_jax.plan.summary import planned_tokens
 from deepseek_jax.schema import flatten_config
 from deepseek_jax.training.schedule_check import fitted_fields
 
-BIGGER = "small"  # a shipped config
+BIGGER = {True: "small", False: "small_dense"}  # shipped configs: with experts, and dense
 # Variables without which a command would not compute the same.
 ENVIRONMENT = ("JAX_ENABLE_X64", "JAX_NUM_CPU_DEVICES")
 
@@ -24,11 +24,12 @@ def next_commands(config: Config, workdir: str, step: int, tokens: int, processe
   lines = [f"  train on\n    {train_on_command(config, workdir, step, tokens, processes)}"]
   prompt = shlex.quote(f"--prompt={config.sample.prompt}")
   lines.append(f"  sample\n    {_python()} -m deepseek_jax.generate {_workdir(workdir)} {prompt}")
-  if BIGGER in shipped_configs():
+  name = BIGGER[config.model.num_moe_layers > 0]
+  if name in shipped_configs():
     # By width and depth: parameters cannot be counted inside the mesh of a run.
-    bigger, this = (model.embed**2 * model.layers for model in (load_config(BIGGER).model, config.model))
+    bigger, this = (model.embed**2 * model.layers for model in (load_config(name).model, config.model))
     if bigger > this:
-      lines.append(f"  train a bigger model\n    {_python()} -m deepseek_jax.train --config={BIGGER}")
+      lines.append(f"  train a bigger model\n    {_python()} -m deepseek_jax.train --config={name}")
   return "\n".join(lines)
 
 

@@ -67,6 +67,8 @@ def test_commands_are_found_in_any_folder(monkeypatch, tmp_path):
 def test_a_bigger_model_is_offered_to_smaller_ones_only(capsys):
   bigger = commands_of(load_config("tiny"))["train a bigger model"]
   assert train.main(["train", *bigger[3:], "--dry_run"]) == 0
+  assert commands_of(load_config("tiny_dense"))["train a bigger model"][-1] == "--config=small_dense"
+  assert set(commands_of(load_config("small_dense"))) == {"train on", "sample"}
   assert set(commands_of(load_config("small"))) == set(commands_of(load_config("v3"))) == {"train on", "sample"}
 
 
