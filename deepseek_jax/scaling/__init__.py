@@ -24,7 +24,8 @@ _MODULES = {
   "report": ("write_report",),
   "shapes": ("MoEVariant", "find_shape"),
   "sweep_plan": ("PlannedRun", "SweepOptions", "SweepPlan", "load_plan", "plan_sweep"),
-  "sweep_runs": ("run_sweep", "table_rows"),
+  "sweep_results": ("RunResult", "read_result", "table_rows"),
+  "sweep_runs": ("run_sweep",),
   "table": ("RunTable", "read_table"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -187,13 +187,13 @@ def run(argv: list[str]) -> int:
   if not values.workdir:
     raise ConfigError("--workdir is required: the folder of the sweep (see --help)")
 
-  from deepseek_jax.scaling import sweep_runs
+  from deepseek_jax.scaling import sweep_results, sweep_runs
 
   sweep = sweep_runs.open_sweep(values.plan, values.workdir)
   budgets = parse_budgets(values.budgets) if values.budgets else ()
   chosen = sweep_runs.select_runs(sweep, budgets, sweep_runs.parse_shard(values.shard))
   if values.dry_run:
-    for line in sweep_runs.status_lines(sweep, chosen, values.workdir):
+    for line in sweep_results.status_lines(sweep, chosen, values.workdir):
       current_console().print(line)
     return 0
   if values.workers > 1 and not values.worker:
@@ -216,9 +216,10 @@ def table(argv: list[str]) -> int:
     raise ConfigError("--workdir is required: the folder of the sweep (see --help)")
 
   from deepseek_jax.scaling import sweep_runs
+  from deepseek_jax.scaling.sweep_results import table_rows
   from deepseek_jax.scaling.table import format_csv
 
-  rows = sweep_runs.table_rows(sweep_runs.open_sweep(None, values.workdir), values.workdir)
+  rows = table_rows(sweep_runs.open_sweep(None, values.workdir), values.workdir)
   write_output(format_csv(rows), values.out, "out")
   if values.out != "-":
     for line in _counts([row["status"] for row in rows]):

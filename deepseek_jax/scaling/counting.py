@@ -73,17 +73,20 @@ def nonembedding_flops_per_token(
 ) -> float:
   """Training FLOPs per token, the model scale of a scaling law.
 
-  Args:
-    seq: the sequence length; None: the config's, which has to be a whole one then.
-    convention:
-      deepseek: M of DeepSeek LLM. For a dense model with grouped-query or multi-head attention it is the paper's formula,
-        which takes every layer for multi-head attention and an MLP of 8 d^2. For others it is `exact`.
-      exact: what the config's own layers multiply: 6 per active parameter of a matrix, and 6 l h (d_qk + d_v) per layer
-        of attention between all pairs of positions, or of a sliding window. With layers of multi-token prediction.
-      6N: 6 per active non-embedding parameter, without attention (Kaplan et al. 2020).
-      chinchilla: Hoffmann et al. 2022, appendix F: with the embedding, the head and the softmax.
+  Conventions:
 
-  Embedding and head count in `chinchilla` alone.
+  - deepseek: M of DeepSeek LLM. For a dense model with grouped-query or multi-head attention it is the paper's formula,
+    which takes every layer for multi-head attention and an MLP of 8 d^2. For others it is `exact`.
+  - exact: what the config's own layers multiply: 6 per active parameter of a matrix, and 6 l h (d_qk + d_v) per layer of
+    attention between all pairs of positions, or of a sliding window. With layers of multi-token prediction.
+  - 6N: 6 per active non-embedding parameter, without attention (Kaplan et al. 2020).
+  - chinchilla: Hoffmann et al. 2022, appendix F: with the embedding, the head and the softmax, which no other counts.
+
+  Args:
+    convention: one of CONVENTIONS.
+    seq: the sequence length; None: the config's, which has to be a whole one then.
+
+  Raises ConfigError for another convention, and for a model without seq.
   """
   if convention not in CONVENTIONS:
     raise ConfigError(f"convention={convention!r}: expected one of {', '.join(CONVENTIONS)}")

@@ -16,6 +16,7 @@ from deepseek_jax.scaling.shapes import MoEVariant, find_shape
 from deepseek_jax.schema import flatten_config, from_dict
 
 VERSION = 1
+PLAN_FILE = "plan.json"  # in the folder of a sweep
 MIN_STEPS = 300  # below it a loss is one of the warm-up, and no profile is a parabola
 FLOPS_TOLERANCE = 0.01
 RUN_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")

@@ -20,86 +20,11 @@ from typing import Any
 from deepseek_jax.checkpoint.lock import lock_workdir
 from deepseek_jax.console import LINE_SECONDS, Console, current_console, format_duration
 from deepseek_jax.errors import CheckpointError, ConfigError, UserError, format_exception
-from deepseek_jax.flags import load_config
-from deepseek_jax.scaling.sweep_plan import PlannedRun, SweepPlan, load_plan
+from deepseek_jax.scaling.sweep_plan import PLAN_FILE, PlannedRun, SweepPlan, load_plan
+from deepseek_jax.scaling.sweep_results import read_result, run_folder
 from deepseek_jax.storage import ObjectStore, is_url
-from deepseek_jax.training import metrics
 
-PLAN_FILE = "plan.json"
 TERMINATED = 128 + signal.SIGTERM
-
-
-@dataclasses.dataclass(frozen=True)
-class RunResult:
-  """What is known of a run.
-
-  Attributes:
-    status: "finished", "failed", "stopped", or "not started".
-    values: columns of the table that the run itself gives: val_loss, val_bpb, unique_tokens, seconds.
-    reason: of a failure.
-    step: completed updates, as far as they are logged.
-  """
-
-  status: str
-  values: dict[str, float | int]
-  reason: str = ""
-  step: int = 0
-
-
-def read_result(plan: SweepPlan, run: PlannedRun, workdir: str) -> RunResult:
-  """The result of a run, from its files. Raises ConfigError where the run there is not the one that is planned."""
-  with _local_copy(run_folder(workdir, run)) as folder:
-    events = metrics.read_jsonl(folder / metrics.EVENTS)
-    if not events:
-      return RunResult("not started", {})
-    saved = load_config(str(folder / "config.json"), saved=True)
-    lines = metrics.read_jsonl(folder / metrics.METRICS)
-  if saved != plan.config(run):
-    raise ConfigError(
-      f"{run_folder(workdir, run)} has a run of another config than the plan's {run.run_id}: use another --workdir, or the "
-      f"plan that it was started with, {os.path.join(workdir, PLAN_FILE)}"
-    )
-  seconds = sum(line.get("step_seconds", 0.0) + line.get("data_seconds", 0.0) for line in lines)
-  values: dict[str, float | int] = {"seconds": round(seconds, 3)}
-  if unique := [e["unique_tokens"] for e in events if "unique_tokens" in e]:
-    values["unique_tokens"] = unique[-1]
-  final = [e for e in events if e["event"] == "eval" and e["step"] == run.steps]
-  end = next((e for e in reversed(events) if e["event"] in metrics.PROCESS_EVENTS), events[-1])
-  step = lines[-1]["step"] if lines else 0
-  if end["event"] == "end" and end.get("reason") == "finished" and final:
-    values |= {"val_loss": final[-1]["loss"], "val_bpb": final[-1]["bits_per_byte"]}
-    return RunResult("finished", values, step=run.steps)
-  if end["event"] == "end" and end.get("reason") in ("diverged", "failed"):
-    return RunResult("failed", values, str(end.get("error") or end["reason"]), step)
-  return RunResult("stopped", values, step=step)
-
-
-@contextlib.contextmanager
-def _local_copy(folder: str) -> Iterator[pathlib.Path]:
-  """The folder of a run, or a temporary one with its small files where it is in a bucket."""
-  if not is_url(folder):
-    yield pathlib.Path(folder)
-    return
-  store = ObjectStore(folder)
-  with tempfile.TemporaryDirectory(prefix="deepseek_jax-") as copy:
-    for name in (metrics.METRICS, metrics.EVENTS, "config.json"):
-      if (content := store.read(name)) is not None:
-        pathlib.Path(copy, name).write_bytes(content)
-    yield pathlib.Path(copy)
-
-
-def run_folder(workdir: str, run: PlannedRun) -> str:
-  """The workdir of a run: a folder or a URL."""
-  return f"{workdir.rstrip('/')}/runs/{run.run_id}"
-
-
-def table_rows(plan: SweepPlan, workdir: str) -> list[dict[str, Any]]:
-  """The rows of the table of a sweep, those of runs that have not finished included."""
-  rows = []
-  for run in plan.runs:
-    result = read_result(plan, run, workdir)
-    rows.append({**dataclasses.asdict(run), "status": result.status, **result.values})
-  return rows
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -129,14 +54,6 @@ def order_for_worker(runs: Sequence[PlannedRun], worker: tuple[int, int], workdi
   index, count = worker
   own = list(runs[index::count])
   return own if is_url(workdir) else own + [run for run in runs if run not in own]
-
-
-def status_lines(plan: SweepPlan, runs: Sequence[PlannedRun], workdir: str) -> Iterator[str]:
-  """A line for each run: its FLOPs, and how far it is."""
-  for run in runs:
-    result = read_result(plan, run, workdir)
-    detail = result.reason or f"step {result.step:,} of {run.steps:,}"
-    yield f"{run.run_id:32}  {run.flops:.3g} FLOPs  {result.status:12} {detail}"
 
 
 def open_sweep(plan_path: str | None, workdir: str) -> SweepPlan:
@@ -186,22 +103,29 @@ def _saved_plan(workdir: str) -> SweepPlan | None:
 
 
 class SweepProgress:
-  """Progress and time left of a sweep, by FLOPs: what is done now over what this process has done since its start."""
+  """Progress and time left of a sweep, by FLOPs: what is done over what was done since this process started.
 
-  def __init__(self, plan: SweepPlan, runs: Sequence[PlannedRun], console: Console):
-    self.plan, self.console, self.total = plan, console, sum(run.flops for run in runs)
-    self.count, self.done, self.finished = len(runs), 0.0, 0
-    self.start, self.flops_here = time.monotonic(), 0.0
+  What other processes have finished is read from their runs' folders, so that the time left counts their work too.
+  """
 
-  def add_finished(self, run: PlannedRun, here: float) -> None:
-    """Counts a run as done, of which this process made the fraction `here`."""
-    self.done, self.finished = self.done + run.flops, self.finished + 1
-    self.flops_here += here * run.flops
+  def __init__(self, plan: SweepPlan, runs: Sequence[PlannedRun], workdir: str, console: Console):
+    self.plan, self.runs, self.workdir, self.console = plan, runs, workdir, console
+    self.total, self.start = sum(run.flops for run in runs), time.monotonic()
+    self.finished: set[str] = set()
+    self.done_at_start = self.refresh()
+
+  def refresh(self) -> float:
+    """Looks for runs that have finished since the last call. Returns the FLOPs of all that have."""
+    for run in self.runs:
+      if run.run_id not in self.finished and read_result(self.plan, run, self.workdir).status == "finished":
+        self.finished.add(run.run_id)
+    self.done = sum(run.flops for run in self.runs if run.run_id in self.finished)
+    return self.done
 
   def line(self, run: PlannedRun, fraction: float, here: float, text: str) -> str:
     """What is shown while a run is at `fraction`, of which this process made `here`."""
-    done = self.done + fraction * run.flops
-    made, seconds = self.flops_here + here * run.flops, time.monotonic() - self.start
+    done, seconds = self.done + fraction * run.flops, time.monotonic() - self.start
+    made = self.done - self.done_at_start + here * run.flops
     left = format_duration((self.total - done) / (made / seconds)) if made > 0 and seconds > 1 else "-:--:--"
     return f"sweep {done / self.total:6.1%}  {left} left  {run.run_id}: {text}"
 
@@ -252,20 +176,20 @@ def run_sweep(
   """
   console = console or current_console()
   deadline = Deadline(max_minutes)
-  progress = SweepProgress(plan, runs, console)
+  progress = SweepProgress(plan, runs, workdir, console)
   failed, busy, stopped = [], [], TERMINATED
   with deadline:
     for run in runs:
-      result = read_result(plan, run, workdir)
-      if result.status == "finished":
-        progress.add_finished(run, 0.0)
+      progress.refresh()
+      if run.run_id in progress.finished:
         continue
       if deadline.signalled:
         break
+      result = read_result(plan, run, workdir)
       if result.status == "failed" and result.reason == "diverged":
         failed.append((run, result.reason))
         continue
-      code, reason = _run_one(plan, run, workdir, train, progress, result.step)
+      code, reason = _run_one(plan, run, workdir, train, progress)
       if code in (TERMINATED, 128 + signal.SIGINT):
         deadline.signalled = True
         stopped = code
@@ -275,6 +199,8 @@ def run_sweep(
       elif reason:
         failed.append((run, reason))
         console.print(f"{run.run_id}: failed: {reason}", err=True)
+  progress.refresh()
+  busy = [run for run in busy if run.run_id not in progress.finished]
   for line in _summary(progress, failed, busy):
     console.print(line)
   if deadline.signalled:
@@ -286,7 +212,7 @@ def run_sweep(
 
 
 def _run_one(
-  plan: SweepPlan, run: PlannedRun, workdir: str, train: Callable[..., int], progress: SweepProgress, step: int
+  plan: SweepPlan, run: PlannedRun, workdir: str, train: Callable[..., int], progress: SweepProgress
 ) -> tuple[int, str]:
   """Runs or resumes one run. Returns (exit code, reason of a failure; "busy": another process trains it)."""
   from deepseek_jax.training.skipped import Diverged
@@ -299,16 +225,19 @@ def _run_one(
     code = train(plan.config(run), folder, selftest=False, console=RunConsole(progress, run))
   except Diverged:
     return 1, "diverged"
-  except (UserError, Exception) as error:  # whatever one run does, the others go on
+  except CheckpointError as error:
+    # It may have taken the lock since.
+    return (0, "busy") if not is_url(folder) and _is_locked(folder) else (1, str(error))
+  except Exception as error:  # whatever one run does, the others go on
     return 1, str(error) if isinstance(error, UserError) else format_exception(error)
   if code:
     return code, "" if code >= 128 else f"exit code {code}"
   result = read_result(plan, run, workdir)
   if result.status != "finished":
     return 1, f"it ended as {result.status}"
-  progress.add_finished(run, 1 - step / run.steps)
+  progress.refresh()
   text = f"{result.values['val_bpb']:.4f} bits per byte, {format_duration(time.monotonic() - start)}"
-  progress.console.print(f"run {progress.finished}/{progress.count}  {progress.line(run, 0.0, 0.0, text)}")
+  progress.console.print(f"run {len(progress.finished)}/{len(progress.runs)}  {progress.line(run, 0.0, 0.0, text)}")
   return 0, ""
 
 
@@ -327,7 +256,7 @@ def _is_locked(folder: str) -> bool:
 def _summary(
   progress: SweepProgress, failed: Sequence[tuple[PlannedRun, str]], busy: Sequence[PlannedRun]
 ) -> Iterator[str]:
-  yield f"{progress.finished} of {progress.count} runs have finished"
+  yield f"{len(progress.finished)} of {len(progress.runs)} runs have finished"
   if failed:
     yield f"{len(failed)} failed:"
     yield from (f"  {run.run_id}: {reason}" for run, reason in failed)

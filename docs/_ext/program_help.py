@@ -10,14 +10,15 @@ from sphinx.util.docutils import SphinxDirective
 
 
 class ProgramHelp(SphinxDirective):
-  """`{program-help} deepseek_jax.train`: that module's `main` is called with --help."""
+  """`{program-help} deepseek_jax.train [COMMAND]`: that module's `main` is called with --help."""
 
-  required_arguments = 1
+  required_arguments, optional_arguments = 1, 1
 
   def run(self):
-    module, text = self.arguments[0], io.StringIO()
+    module, *command = self.arguments
+    text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-      importlib.import_module(module).main([module, "--help"])
+      importlib.import_module(module).main([module, *command, "--help"])
     block = text.getvalue().partition("\nConfig fields")[0].strip()
     return [nodes.literal_block(block, block, language="text")]
 

@@ -16,11 +16,12 @@ from deepseek_jax.console import Console, set_console
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.scaling import commands
 from deepseek_jax.scaling.sweep_plan import load_plan
-from deepseek_jax.scaling.sweep_runs import order_for_worker, parse_shard, read_result, run_sweep, select_runs
+from deepseek_jax.scaling.sweep_results import read_result
+from deepseek_jax.scaling.sweep_runs import order_for_worker, parse_shard, run_sweep, select_runs
 from deepseek_jax.scaling.table import read_table
 
 TEXT = "def f(x):\n  return x + 1\n\n\n"
-FLAGS = ["--config=small_dense", "--seq=64", "--span=1.3", "--batch_multiple=4", "--config.eval.final_sequences=20"]
+FLAGS = ["--config=small_dense", "--seq=64", "--span=1.3", "--batch_multiple=4", "--batch_scale=2", "--config.eval.final_sequences=20"]
 
 
 class Lines(Console):
