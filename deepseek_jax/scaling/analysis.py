@@ -158,6 +158,9 @@ def fit_table(table: RunTable, options: FitOptions) -> ScalingFit:
   if options.approach not in APPROACHES:
     raise DataError(f"--approach={options.approach}: expected one of {', '.join(APPROACHES)}")
   fitted, held = split_holdout(table, options.holdout)
+  smallest, floor = float(table[table.loss_name()].min()), options.parametric.fixed_E
+  if floor is not None and floor >= smallest:
+    raise DataError(f"--fixed_E={floor:g} is not below the smallest loss, {smallest:g}: no run could have it")
   fit: ParametricFit | FrontierFit | LawFit
   if options.approach == "1":
     fit = fit_envelope(fitted, options.scale, options.bootstrap, options.seed)

@@ -1,6 +1,5 @@
 """The commands that make runs: plan, run and table."""
 
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from absl import flags
 from deepseek_jax.console import current_console
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import define_config_flags, load_config, parse, write_output
+from deepseek_jax.scaling.json_output import to_json_text
 
 PLAN = """Plans the runs of a sweep:
 
@@ -166,7 +166,7 @@ def _show(text: str, tree: dict, path: str | None) -> int:
   if path != "-":
     current_console().print(text)
   if path:
-    write_output(json.dumps(tree, indent=2) + "\n", path)
+    write_output(to_json_text(tree), path)
   return 0
 
 

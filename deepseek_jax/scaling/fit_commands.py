@@ -1,12 +1,11 @@
 """The commands that read a table of runs: fit, hparams and report."""
 
-import json
-
 from absl import flags
 
 from deepseek_jax.console import current_console
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import parse, write_output
+from deepseek_jax.scaling.json_output import to_json_text
 
 FIT = """Fits scaling laws to a table of runs, ours or other people's:
 
@@ -39,6 +38,11 @@ def _table_flags(*more: tuple[str, str | None, str]) -> flags.FlagValues:
   return values
 
 
+def _define_scale(values: flags.FlagValues) -> None:
+  doc = "model scale: columns M, params or params_nonembedding (default: the first that the table has)"
+  flags.DEFINE_enum("scale", None, ["M", "N", "N_nonemb"], doc, flag_values=values)
+
+
 def _read(values: flags.FlagValues, min_rows: int = 3):
   from deepseek_jax.scaling.table import read_table
 
@@ -51,7 +55,7 @@ def _show(lines: list[str], tree: dict, path: str | None) -> int:
   if path != "-":
     current_console().print("\n".join(lines))
   if path:
-    write_output(json.dumps(tree, indent=2) + "\n", path)
+    write_output(to_json_text(tree), path)
   return 0
 
 
@@ -66,9 +70,7 @@ def fit(argv: list[str]) -> int:
     ("approach", "3", "1, 2, 3, repeated, clark or ludziejewski"),
     JSON,
   )
-  flags.DEFINE_enum(
-    "scale", "M", ["M", "N", "N_nonemb"], "model scale: columns M, params or params_nonembedding", flag_values=values
-  )
+  _define_scale(values)
   flags.DEFINE_enum(
     "interpolation", "auto", ["auto", "akima", "parabola"], "approach 2: auto takes the one that tells left-out sizes better",
     flag_values=values,
@@ -95,9 +97,10 @@ def fit(argv: list[str]) -> int:
   )  # fmt: skip
   if not 0 < values.ci < 1:
     raise ConfigError(f"--ci={values.ci}: expected a probability between 0 and 1")
+  table = _read(values)
   options = FitOptions(
     values.approach,
-    values.scale,
+    values.scale or table.default_scale(),
     values.interpolation,
     values.bootstrap,
     values.holdout,
@@ -105,7 +108,7 @@ def fit(argv: list[str]) -> int:
     values.ci,
     values.seed,
   )
-  result = fit_table(_read(values), options)
+  result = fit_table(table, options)
   return _show(list(result.lines()), result.to_json(), values.json)
 
 
@@ -157,7 +160,7 @@ def report(argv: list[str]) -> int:
     ("plan", None, "the plan of the sweep, whose prediction is judged"),
     ("title", "Scaling laws", "of the page"),
   )
-  flags.DEFINE_enum("scale", "M", ["M", "N", "N_nonemb"], "model scale", flag_values=values)
+  _define_scale(values)
   flags.DEFINE_integer("bootstrap", 1000, "bootstrap samples", lower_bound=0, flag_values=values)
   parse(argv, values, REPORT)
   if not values.out:
@@ -168,6 +171,6 @@ def report(argv: list[str]) -> int:
   from deepseek_jax.scaling.sweep_plan import load_plan
 
   sweep = load_plan(values.plan) if values.plan else None
-  path = write_report(table, values.out, values.title, values.scale, values.bootstrap, sweep)
+  path = write_report(table, values.out, values.title, values.scale or table.default_scale(), values.bootstrap, sweep)
   current_console().print(f"report   {path}")
   return 0

@@ -1,7 +1,6 @@
 """The report of a table of runs: index.html, which needs no network, and numbers.json with all that it shows."""
 
 import html
-import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from deepseek_jax.scaling.analysis import FitOptions, ScalingFit, fit_table
 from deepseek_jax.scaling.budgets import budget_indices
 from deepseek_jax.scaling.hparams import FIELDS, HyperparamFit, fit_hyperparams
 from deepseek_jax.scaling.isoflop import FrontierFit
+from deepseek_jax.scaling.json_output import to_json_text
 from deepseek_jax.scaling.prediction import judge
 from deepseek_jax.scaling.sweep_plan import SweepPlan
 from deepseek_jax.scaling.table import RunTable
@@ -50,7 +50,7 @@ def write_report(
   page = _page(table, title, scale, fits, failures, hparams, numbers["prediction"])
   try:
     os.makedirs(out, exist_ok=True)
-    for name, content in (("numbers.json", json.dumps(numbers, indent=1) + "\n"), ("index.html", page)):
+    for name, content in (("numbers.json", to_json_text(numbers)), ("index.html", page)):
       path = os.path.join(out, name)
       pathlib.Path(path + ".partial").write_text(content, encoding="utf-8")
       os.replace(path + ".partial", path)

@@ -71,6 +71,10 @@ class RunTable:
       )
     return found
 
+  def default_scale(self) -> str:
+    """The first key of SCALES whose column the table has; M where it has none."""
+    return next((name for name, column in SCALES.items() if column in self), "M")
+
   def scale(self, name: str) -> np.ndarray:
     """The model scale `name` of SCALES. N of a mixture of experts is its active parameters, where the table has them."""
     column = SCALES[name]

@@ -21,7 +21,14 @@ from deepseek_jax.scaling.sweep_runs import order_for_worker, parse_shard, run_s
 from deepseek_jax.scaling.table import read_table
 
 TEXT = "def f(x):\n  return x + 1\n\n\n"
-FLAGS = ["--config=small_dense", "--seq=64", "--span=1.3", "--batch_multiple=4", "--batch_scale=2", "--config.eval.final_sequences=20"]
+FLAGS = [
+  "--config=small_dense",
+  "--seq=64",
+  "--span=1.3",
+  "--batch_multiple=4",
+  "--batch_scale=2",
+  "--config.eval.final_sequences=20",
+]
 
 
 class Lines(Console):
