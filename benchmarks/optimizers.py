@@ -16,7 +16,10 @@ from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import define_config_flags, parse, run_program
 from deepseek_jax.optimizers.optimizer import OPTIMIZERS
 
-RATES = {"adamw": ("1e-3", "3e-3", "9e-3"), "muon": ("3e-3", "9e-3", "2.7e-2")}  # around the best of each; others as AdamW
+RATES = {
+  "adamw": ("1e-3", "3e-3", "9e-3"),
+  "muon": ("3e-3", "9e-3", "2.7e-2"),
+}  # around the best of each; others as AdamW
 OF_OPTIMIZER = {"adamw": {"optimizer.eps": 1e-8}}  # the default; tiny has that of the AdamW beside Muon (DeepSeek-V4)
 # An evaluation of 262,144 tokens: as long as 300 steps warrant.
 SETTINGS = {"eval.final_sequences": 1024, "log.tensorboard": False}

@@ -1,14 +1,16 @@
 """DeepSeek LLM's scaling laws in miniature, on bytes of Python source:  python -m benchmarks.scaling_miniature
 
-Sweeps of models of bytes on two CPU cores: `clean` (dense, with three seeds at the centre of each budget and a grid of
+Sweeps of models of bytes on two CPU cores: `clean` (dense, with three seeds at the center of each budget and a grid of
 learning rates and batches), `noise` (the same text with 30% of its bytes replaced) and `moe` (DeepSeekMoE). The text is that
 of torch and transformers in the environment that `make parity` builds, .venv-parity; its hash is in WORKDIR/text.json.
-Hours; the same command goes on. Results: docs/results/scaling.md.
+Hours; the same command goes on. --publish=FOLDER writes tables, plans and reports of what has run there, and runs nothing.
+Results: docs/results/scaling.md.
 """
 
 import hashlib
 import json
 import pathlib
+import shutil
 
 import numpy as np
 from absl import flags
@@ -25,9 +27,7 @@ PLANS = {
   "noise": ["--per_budget=7"],
   "moe": ["--per_budget=5", "--span=2", "--experts=16", "--granularity=4"],
 }
-MODEL = {
-  "vocab": 272, "init_std": 0.02, "compute_dtype": "float32", "remat": "none",
-}  # fmt: skip
+MODEL = {"vocab": 272, "init_std": 0.02, "compute_dtype": "float32", "remat": "none"}
 MOE = {
   "num_routed_experts": 16, "num_shared_experts": 1, "num_experts_per_token": 3, "mlp": 32, "score": "sigmoid",
   "router_bias": "true", "norm_topk_prob": "true",
@@ -42,9 +42,13 @@ def main(argv: list[str]) -> int:
   flags.DEFINE_string("budgets", "3e11,1e12,3e12,1e13", "FLOPs of the plans", flag_values=values)
   flags.DEFINE_string("run_budgets", "", "run these budgets alone (default: all)", flag_values=values)
   flags.DEFINE_float("max_minutes", 0.0, "of each sweep; 0: no limit", 0.0, flag_values=values)
+  flags.DEFINE_string("publish", None, "folder of tables, plans and reports of what has run", flag_values=values)
   flags.DEFINE_integer("workers", 2, "runs at once", lower_bound=1, flag_values=values)
   parse(argv, values, __doc__)
   workdir = pathlib.Path(values.workdir)
+  if values.publish:
+    publish(workdir, pathlib.Path(values.publish))
+    return 0
   text = write_text(pathlib.Path(values.environment), workdir)
   current_console().print(f"text     {text['bytes']:,} bytes of {text['files']:,} files, sha256 {text['sha256']}")
 
@@ -65,6 +69,50 @@ def main(argv: list[str]) -> int:
       return code
     commands.table(["table", f"--workdir={folder}", f"--out={workdir / f'{sweep}.csv'}"])
   return code
+
+
+def publish(workdir: pathlib.Path, folder: pathlib.Path) -> None:
+  """Writes the table, the plan and the report of each sweep, text.json, and summary.md."""
+  from deepseek_jax.scaling import commands, fit_commands
+
+  folder.mkdir(parents=True, exist_ok=True)
+  shutil.copy(workdir / "text.json", folder)
+  for sweep in PLANS:
+    if not (workdir / sweep).is_dir():
+      continue
+    shutil.copy(workdir / f"{sweep}.json", folder)
+    out = folder / f"{sweep}.csv"
+    commands.table(["table", f"--workdir={workdir / sweep}", f"--out={out}"])
+    plan, title = folder / f"{sweep}.json", f"--title=Scaling laws in miniature: {sweep}"
+    fit_commands.report(["report", f"--table={out}", f"--plan={plan}", f"--out={folder / sweep}", title])
+  (folder / "summary.md").write_text(summary(folder))
+
+
+def summary(folder: pathlib.Path) -> str:
+  """Markdown: the exponents of each sweep, and experts beside dense models at equal FLOPs."""
+  from deepseek_jax.errors import DataError
+  from deepseek_jax.scaling import FitOptions, fit_table, read_table
+
+  lines = ["| sweep | approach | runs | a of M_opt | 95% |", "|---|---|---|---|---|"]
+  tables = {sweep: read_table(folder / f"{sweep}.csv") for sweep in PLANS if (folder / f"{sweep}.csv").exists()}
+  for sweep, table in tables.items():
+    for approach in ("2", "3"):
+      try:
+        fit = fit_table(table, FitOptions(approach, "M"))
+      except DataError as error:
+        lines.append(f"| {sweep} | {approach} | {len(table)} | {error} | |")
+        continue
+      low, high = fit.intervals()["a"]
+      lines.append(f"| {sweep} | {approach} | {len(table)} | {fit.values()['a']:.3f} | {low:.3f} to {high:.3f} |")
+  lines += ["", "| budget | sweep | best bits per byte | M | seconds of that run |", "|---|---|---|---|---|"]
+  for budget in sorted({b for table in tables.values() for b in table["budget"].tolist()}):
+    for sweep, table in tables.items():
+      rows = [i for i in range(len(table)) if table["budget"][i] == budget]
+      if rows:
+        best = min(rows, key=lambda i: table["val_bpb"][i])
+        values = f"{table['val_bpb'][best]:.4f} | {table['M'][best]:.3g} | {table['seconds'][best]:.0f}"
+        lines.append(f"| {budget:.0e} | {sweep} | {values} |")
+  return "\n".join(lines) + "\n"
 
 
 def config_flags(sweep: str, workdir: pathlib.Path) -> list[str]:

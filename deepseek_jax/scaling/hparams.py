@@ -55,6 +55,7 @@ class HyperparamFit:
   argmin_laws: dict[str, PowerLaw] | None
   samples: dict[str, np.ndarray]  # field -> [k, 2] log coefficients and exponents
   tolerance: float
+  noise: float | None  # standard deviation of log loss between seeds of one setting; None: no setting has two
 
   def interval(self, field: str, index: int, ci: float = 0.95) -> Interval | None:
     """Interval of the coefficient (index 0) or the exponent (1)."""
@@ -65,7 +66,7 @@ class HyperparamFit:
 
   def to_json(self) -> dict[str, Any]:
     """The content of hparams --json, which plan --law takes."""
-    tree: dict[str, Any] = {"tolerance": self.tolerance}
+    tree: dict[str, Any] = {"tolerance": self.tolerance, "noise": self.noise}
     for field in FIELDS:
       law, argmin = (laws[field] if laws else None for laws in (self.laws, self.argmin_laws))
       tree[field] = {
@@ -97,6 +98,11 @@ class HyperparamFit:
           f"at {basin.flops:.3g} FLOPs the best {field}, {basin.best[field]:.4g}, is the smallest or largest that was tried: "
           "the optimum may be outside"
         )
+    if self.noise and self.noise > self.tolerance:
+      found.append(
+        f"seeds of one setting differ by {self.noise:.2%} of the loss, more than the tolerance of {self.tolerance:.2%}: which "
+        "settings are near-optimal is chance; raise --tolerance, or add seeds"
+      )
     if not self.laws:
       found.append("one budget: an exponent needs two at least")
     elif len(self.basins) == 2:
@@ -133,11 +139,11 @@ def fit_hyperparams(
   laws = _laws(basins, "center") if _distinct_budgets(basins) > 1 else None
   argmin = _laws(basins, "best") if laws else None
   samples: dict[str, list[tuple[float, float]]] = {field: [] for field in FIELDS}
+  noise = seed_noise(table, scale, losses) if scale else None
   if laws and bootstrap:
-    noise = (seed_noise(table, scale, losses) if scale else None) or 0.0
     generator = np.random.default_rng(seed)
     for _ in range(bootstrap):
-      noisy = losses * np.exp(noise * generator.standard_normal(len(losses)))
+      noisy = losses * np.exp((noise or 0.0) * generator.standard_normal(len(losses)))
       drawn = [basins[i] for i in generator.integers(len(basins), size=len(basins))]
       if _distinct_budgets(drawn) < 2:
         continue
@@ -145,7 +151,7 @@ def fit_hyperparams(
       for field, law in sampled.items():
         samples[field].append((np.log(law.coefficient), law.exponent))
   arrays = {field: np.array(rows) for field, rows in samples.items()}
-  return HyperparamFit(basins, laws, argmin, arrays, tolerance)
+  return HyperparamFit(basins, laws, argmin, arrays, tolerance, noise)
 
 
 def _has_scale(table: RunTable, name: str) -> bool:
@@ -171,6 +177,7 @@ def _groups(keys: np.ndarray) -> list[np.ndarray]:
 def _basin(
   rows: np.ndarray, flops: np.ndarray, losses: np.ndarray, values: dict[str, np.ndarray], tolerance: float
 ) -> Basin:
+  every, (rows, losses) = rows, _means_over_seeds(rows, losses, values)
   best = rows[losses[rows].argmin()]
   near = rows[losses[rows] <= losses[best] * (1 + tolerance)]
   logs = {field: np.log(values[field][near]) for field in FIELDS}
@@ -184,8 +191,21 @@ def _basin(
     flops=float(np.exp(np.log(flops[rows]).mean())), loss=float(losses[best]), near=len(near),
     best={f: float(values[f][best]) for f in FIELDS}, center=center,
     low={f: float(np.exp(logs[f].min())) for f in FIELDS}, high={f: float(np.exp(logs[f].max())) for f in FIELDS},
-    at_edge=edges, rows=rows,
+    at_edge=edges, rows=every,
   )  # fmt: skip
+
+
+def _means_over_seeds(
+  rows: np.ndarray, losses: np.ndarray, values: dict[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+  """(a row for each learning rate and batch, losses in which that row has the mean of its seeds)."""
+  settings: dict[tuple[float, ...], list[int]] = {}
+  for i in rows.tolist():
+    settings.setdefault(tuple(float(values[f][i]) for f in FIELDS), []).append(i)
+  means = losses.copy()
+  for group in settings.values():
+    means[group[0]] = losses[group].mean()
+  return np.array([group[0] for group in settings.values()]), means
 
 
 def _vertex(rows: np.ndarray, losses: np.ndarray, values: dict[str, np.ndarray], tolerance: float) -> dict[str, float]:

@@ -44,6 +44,18 @@ def test_noise_widens_the_interval_and_it_holds_the_truth(tmp_path):
   assert basin.low["lr"] < basin.center["lr"] < basin.high["lr"] and basin.near > 5
 
 
+def test_seeds_of_one_setting_count_as_their_mean(tmp_path):
+  columns = grid([1e18], steps=5)
+  lucky = int(columns["val_loss"].argmax())  # the worst setting, with one lucky seed
+  extra = {name: np.append(values, values[lucky]) for name, values in columns.items()}
+  extra["val_loss"][lucky] *= 1.5
+  extra["val_loss"][-1] = columns["val_loss"].min() * 0.9
+  extra["seed"] = np.array([0] * 25 + [1])
+  fit = fit_hyperparams(tables.made_table(tmp_path / "t.csv", extra))
+  assert fit.basins[0].best["lr"] == columns["lr"][columns["val_loss"].argmin()]
+  assert any("which settings are near-optimal is chance" in line for line in fit.diagnostics())
+
+
 def test_plans_take_the_file_that_hparams_writes(tmp_path):
   table = tables.made_table(tmp_path / "t.csv", grid([1e17, 1e18, 1e19]))
   path = tmp_path / "law.json"
