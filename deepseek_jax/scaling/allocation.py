@@ -33,9 +33,17 @@ DEEPSEEK = AllocationEstimate(DEEPSEEK_ALLOCATION)
 
 
 def refit_allocation(table: RunTable, bootstrap: int = 1000) -> AllocationEstimate:
-  """The allocation law of a table of IsoFLOP runs (approach 2, scale M). Raises DataError."""
-  fit = fit_isoflop(table, "M", bootstrap=bootstrap)
-  assert fit.samples is not None
-  samples = [(log_g, a) for a, _, log_g, _ in fit.samples[:, :4] if np.isfinite([log_g, a]).all() and a < 1]
-  laws = tuple(AllocationLaw(table.path, PowerLaw(float(np.exp(log_g)), float(a))) for log_g, a in samples)
-  return AllocationEstimate(AllocationLaw(table.path, PowerLaw(fit.G, fit.a)), laws)
+  """The allocation law of a table of IsoFLOP runs (approach 2). Parameters N, of a table without M, are M / 6.
+
+  Raises DataError.
+  """
+  scale = table.default_scale()
+  factor = 6.0 if scale != "M" else 1.0
+  fit = fit_isoflop(table, scale, bootstrap=bootstrap)
+
+  def law(log_g: float, a: float) -> AllocationLaw:
+    return AllocationLaw(table.path, PowerLaw(factor * float(np.exp(log_g)), float(a)))
+
+  rows = () if fit.samples is None else fit.samples[:, :4]
+  laws = tuple(law(log_g, a) for a, _, log_g, _ in rows if np.isfinite([log_g, a]).all() and a < 1)
+  return AllocationEstimate(law(float(np.log(fit.G)), fit.a), laws)

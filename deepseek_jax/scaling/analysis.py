@@ -7,16 +7,25 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.errors import DataError
-from deepseek_jax.scaling.budgets import budget_indices
+from deepseek_jax.scaling.budgets import best_of_each_run, budget_indices
 from deepseek_jax.scaling.intervals import Interval, percentile_interval
-from deepseek_jax.scaling.isoflop import FrontierFit, fit_envelope, fit_isoflop
+from deepseek_jax.scaling.isoflop import (
+  BUDGETS_FOR_E,
+  INTERPOLATIONS,
+  LEAST_SIZES,
+  FrontierFit,
+  budget_profiles,
+  fit_envelope,
+  fit_isoflop,
+)
 from deepseek_jax.scaling.other_laws import LAWS, LawFit, fit_law
-from deepseek_jax.scaling.parametric import NAMES, ParametricFit, ParametricOptions, fit_parametric
+from deepseek_jax.scaling.parametric import NAMES, ParametricFit, ParametricOptions, Surface, fit_parametric
 from deepseek_jax.scaling.table import RunTable, flops_per_scale
 
 APPROACHES = ("1", "2", "3", *LAWS)
 MOST_EPOCHS = 4  # repeated data counts nearly as new up to here (Muennighoff et al.)
 MOST_EXTRAPOLATION = 10
+LEAST_INFLUENCE = 1e-3  # of a run or a budget on an exponent, below which it is not told
 WIDE = 100  # a parameter whose interval spans more than this factor is unbounded
 
 
@@ -47,7 +56,11 @@ class FitOptions:
 class HeldOut:
   """A prediction of runs that were not fitted. `error`: predicted / measured - 1, of the best of them.
 
-  mean_error: mean of the absolute errors of all of them; of approaches 1 and 2, which tell optima alone, of that one.
+  Approaches 1 and 2 predict the optimum of the largest budget. Approach 2 measures it as the vertex of the runs that are held
+  out, where these are enough.
+
+  Attributes:
+    mean_error: mean of the absolute errors of `rows` runs; of approaches 1 and 2 that of the optimum, and rows is 1.
   """
 
   flops: float
@@ -69,6 +82,12 @@ class ScalingFit:
   fit: ParametricFit | FrontierFit | LawFit
   holdout: HeldOut | None
   diagnostics: tuple[str, ...]
+
+  @property
+  def num_samples(self) -> int:
+    """Number of bootstrap samples."""
+    samples = self.fit.samples
+    return 0 if samples is None else samples.E.size if isinstance(samples, Surface) else len(samples)
 
   def values(self) -> dict[str, float]:
     """Fitted parameters by name."""
@@ -112,7 +131,7 @@ class ScalingFit:
     options = self.options
     tree: dict[str, Any] = {
       "approach": int(options.approach) if options.approach.isdigit() else options.approach, "scale": options.scale,
-      "loss": self.loss_name, **self.values(), "ci": self.intervals(), "rows": self.rows, "bootstrap": options.bootstrap,
+      "loss": self.loss_name, **self.values(), "ci": self.intervals(), "rows": self.rows, "bootstrap": self.num_samples,
       "diagnostics": list(self.diagnostics),
     }  # fmt: skip
     if isinstance(self.fit, FrontierFit):
@@ -133,7 +152,7 @@ class ScalingFit:
       f", vertices by {self.fit.interpolation}" if isinstance(self.fit, FrontierFit) else ""
     )
     yield f"{'':10} {'value':>12}" + (
-      f"   {options.ci:.0%} interval of {options.bootstrap} samples" if intervals else ""
+      f"   {options.ci:.0%} interval of {self.num_samples} samples" if intervals else ""
     )
     for name, value in self.values().items():
       low, high = intervals.get(name, (np.nan, np.nan))
@@ -148,7 +167,7 @@ class ScalingFit:
       interval = f" ({h.ci[0]:.5f} to {h.ci[1]:.5f})" if h.ci else ""
       yield (
         f"held out   {h.flops:.4g} FLOPs: predicted {h.predicted:.5f}{interval}, measured {h.measured:.5f}, "
-        f"error {h.error:+.3%}; mean of {h.rows} runs {h.mean_error:.3%}"
+        f"error {h.error:+.3%}" + (f"; mean of {h.rows} runs {h.mean_error:.3%}" if h.rows > 1 else "")
       )
     yield from (f"note       {line}" for line in self.diagnostics)
 
@@ -162,6 +181,10 @@ def fit_table(table: RunTable, options: FitOptions) -> ScalingFit:
   if floor is not None and floor >= smallest:
     raise DataError(f"--fixed_E={floor:g} is not below the smallest loss, {smallest:g}: no run could have it")
   fit: ParametricFit | FrontierFit | LawFit
+  if options.approach in LAWS and options.scale != "N":
+    raise DataError(
+      f"--scale={options.scale} with --approach={options.approach}, which is a law of N, the parameters: --scale=N"
+    )
   if options.approach == "1":
     fit = fit_envelope(fitted, options.scale, options.bootstrap, options.seed)
   elif options.approach == "2":
@@ -170,7 +193,7 @@ def fit_table(table: RunTable, options: FitOptions) -> ScalingFit:
     fit = fit_parametric(fitted, options.scale, options.parametric, options.bootstrap, options.seed)
   else:
     fit = fit_law(LAWS[options.approach], fitted, min(options.bootstrap, 200), options.parametric.delta, options.seed)
-  diagnostics = [*_fit_diagnostics(fit, fitted), *_table_diagnostics(fitted, held)]
+  diagnostics = [*_fit_diagnostics(fit, fitted), *_table_diagnostics(fitted, held, options)]
   holdout = _predict_holdout(fit, held, options) if held else None
   return ScalingFit(options, table.loss_name(), len(fitted), fit, holdout, tuple(diagnostics))
 
@@ -195,31 +218,35 @@ def split_holdout(table: RunTable, holdout: str) -> tuple[RunTable, RunTable | N
 
 
 def _predict_holdout(fit: ParametricFit | FrontierFit | LawFit, held: RunTable, options: FitOptions) -> HeldOut:
-  losses, flops = held[held.loss_name()], held.flops()
-  best = int(losses.argmin())
   if isinstance(fit, FrontierFit):
-    predicted, interval = fit.predict(float(flops[best]), options.parametric.fixed_E, options.ci)
-    error = predicted / losses[best] - 1
-    return HeldOut(
-      float(flops[best]), float(losses[best]), predicted, interval, float(error), abs(float(error)), len(held)
-    )
+    flops, measured = _held_optimum(fit, held, options.scale)
+    predicted, interval = fit.predict(flops, options.parametric.fixed_E, options.ci)
+    error = float(predicted / measured - 1)
+    return HeldOut(flops, measured, predicted, interval, error, abs(error), 1)
   if isinstance(fit, ParametricFit):
-    scales, tokens = held.scale(options.scale), held.tokens()
-    predicted, interval = fit.predict(float(scales[best]), float(tokens[best]), options.ci)
+    scales, tokens, losses, _ = best_of_each_run(held, options.scale)
+    every_flops = fit.per_scale * scales * tokens
     everything = np.asarray(fit.surface.loss(scales, tokens))
+    best = int(losses.argmin())
+    predicted, interval = fit.predict(float(scales[best]), float(tokens[best]), options.ci)
   else:
+    losses, every_flops = held[held.loss_name()], held.flops()
     everything, intervals = fit.predict(fit.form.columns(held), options.ci)
+    best = int(losses.argmin())
     predicted, interval = float(everything[best]), intervals[best] if intervals else None
   errors = everything / losses - 1
   return HeldOut(
-    float(flops[best]),
-    float(losses[best]),
-    predicted,
-    interval,
-    float(errors[best]),
-    float(np.abs(errors).mean()),
-    len(held),
-  )
+    float(every_flops[best]), float(losses[best]), predicted, interval, float(errors[best]), float(np.abs(errors).mean()),
+    len(losses),
+  )  # fmt: skip
+
+
+def _held_optimum(fit: FrontierFit, held: RunTable, scale: str) -> tuple[float, float]:
+  """(FLOPs, loss) of the optimum of the largest budget that is held out."""
+  profile = budget_profiles(held, scale)[-1]
+  find = INTERPOLATIONS.get(fit.interpolation)
+  vertex = find(profile) if find and len(profile.scales) >= LEAST_SIZES else None
+  return profile.flops, vertex.loss if vertex and not vertex.is_edge else float(profile.losses.min())
 
 
 def _fit_diagnostics(fit: ParametricFit | FrontierFit | LawFit, table: RunTable) -> Iterator[str]:
@@ -230,8 +257,12 @@ def _fit_diagnostics(fit: ParametricFit | FrontierFit | LawFit, table: RunTable)
         f"edge vertices: at {', '.join(f'{f:.3g}' for f in edges)} FLOPs the best size is the smallest or largest: add sizes "
         "there; these budgets are not fitted"
       )
+    if fit.noise is None:
+      yield "no intervals: the noise of a loss is not known; add seeds, or five sizes within 4 times the best of a budget"
     if sum(not v.is_edge for v in fit.vertices) < 3:
       yield "two budgets: the exponent has no residual to judge it by"
+    elif sum(not v.is_edge for v in fit.vertices) < BUDGETS_FOR_E:
+      yield f"fewer than {BUDGETS_FOR_E} budgets: losses of larger ones are predicted with the E of approach 3"
     yield from _influential_budgets(fit)
     return
   if fit.optima > 1:
@@ -239,7 +270,9 @@ def _fit_diagnostics(fit: ParametricFit | FrontierFit | LawFit, table: RunTable)
   if isinstance(fit, ParametricFit):
     yield from _unbounded(fit)
     off = np.abs(fit.without_each_run() - fit.surface.a)
-    rows = [str(table.rows[i]) for i in np.argsort(-off) if off[i] > standard_error_without(off, i)]
+    if len(fit.rows) < len(table):
+      yield f"{len(table) - len(fit.rows)} runs count with others of the same model and FLOPs: means of seeds, best settings"
+    rows = [str(fit.rows[i]) for i in np.argsort(-off) if off[i] > max(standard_error_without(off, i), LEAST_INFLUENCE)]
     if rows:
       yield (
         f"influence: without row {', '.join(rows)} the exponent moves by more than the standard error that the other rows give "
@@ -262,7 +295,7 @@ def _influential_budgets(fit: FrontierFit) -> Iterator[str]:
   without = np.array([np.polyfit(log_c[others], log_n[others], 1)[0] for others in kept])
   off = np.abs(without - fit.a)
   for i, v in enumerate(inside):
-    if off[i] > standard_error_without(off, i):
+    if off[i] > max(standard_error_without(off, i), LEAST_INFLUENCE):
       yield f"influence: without {v.flops:.3g} FLOPs the exponent moves from {fit.a:.4f} to {without[i]:.4f}: look at its runs"
 
 
@@ -281,13 +314,14 @@ def _unbounded(fit: ParametricFit) -> Iterator[str]:
     yield f"unbounded parameters: {', '.join(wrong)}: the runs do not tell them; fix E (--fixed_E), or add runs"
 
 
-def _table_diagnostics(fitted: RunTable, held: RunTable | None) -> Iterator[str]:
+def _table_diagnostics(fitted: RunTable, held: RunTable | None, options: FitOptions) -> Iterator[str]:
   if held is not None:
     factor = held.flops().max() / fitted.flops().max()
     if factor > MOST_EXTRAPOLATION:
       yield f"extrapolation: held-out runs have up to {factor:.3g} times the compute of the largest fitted one"
-  if "unique_tokens" in fitted:
-    epochs = fitted.tokens() / fitted["unique_tokens"]
+  unique = fitted.optional("unique_tokens")
+  if unique is not None and options.approach != "repeated":
+    epochs = fitted.tokens() / unique
     if (epochs > MOST_EPOCHS).any():
       yield (
         f"repeated data: {(epochs > MOST_EPOCHS).sum()} runs see their data more than {MOST_EPOCHS} times, at most "

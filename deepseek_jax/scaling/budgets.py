@@ -1,6 +1,7 @@
 """Runs of a table by compute budget, and the noise of a loss."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -29,13 +30,47 @@ class BudgetRuns:
 
 def budget_indices(table: RunTable) -> list[np.ndarray]:
   """Indices of the rows of each budget, by increasing compute: by the column `budget`, or by FLOPs within SAME_BUDGET."""
-  flops = table["budget"] if "budget" in table else table.flops()
+  flops, budgets = table.flops(), table.optional("budget")
+  # Other people's column of that name may be anything.
+  if budgets is not None and (np.abs(np.log(flops / budgets)) < SAME_BUDGET).all():
+    flops = budgets
   order = np.argsort(flops, kind="stable")
   starts = [0]
   for i in range(1, len(order)):
     if flops[order[i]] > flops[order[starts[-1]]] * (1 + SAME_BUDGET):
       starts.append(i)
   return np.split(order, starts[1:])
+
+
+def best_of_each_run(table: RunTable, scale: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
+  """(scales, tokens, losses, row numbers) of a table, with one row for the runs that differ by their settings alone.
+
+  Such runs have the same scale and the same FLOPs within SAME_BUDGET, and other learning rates, batches or seeds. Seeds count
+  as their mean, then the smallest counts: a run with a bad learning rate says nothing of its scale.
+  """
+  scales, tokens, losses = table.scale(scale), table.tokens(), table[table.loss_name()]
+  if not any(name in table for name in ("lr", "batch_tokens", "seed")):
+    return scales, tokens, losses, list(table.rows)
+  settings = _settings(table)
+  kept: list[tuple[float, int]] = []
+  for indices in budget_indices(table):
+    by_setting: dict[tuple[Any, ...], list[int]] = {}
+    for i in indices.tolist():
+      by_setting.setdefault((scales[i], _shape(table, i), settings[i]), []).append(i)
+    best: dict[tuple[Any, ...], tuple[float, int]] = {}
+    for (size, shape, _), group in by_setting.items():
+      candidate = float(np.mean(losses[group])), group[0]
+      best[size, shape] = min(best.get((size, shape), candidate), candidate)
+    kept += best.values()
+  kept.sort(key=lambda item: item[1])
+  rows = [i for _, i in kept]
+  return scales[rows], tokens[rows], np.array([loss for loss, _ in kept]), [table.rows[i] for i in rows]
+
+
+def _shape(table: RunTable, i: int) -> tuple[str, ...]:
+  """What tells models of one scale apart that are no settings of one run."""
+  names = [name for name in ("params", "experts", "granularity", "n_layer", "d_model") if name in table]
+  return tuple(table.cells[i][table.names[name]] for name in names)
 
 
 def best_of_each_size(table: RunTable, scale: str, indices: np.ndarray, losses: np.ndarray) -> BudgetRuns:

@@ -122,11 +122,11 @@ def plan(argv: list[str]) -> int:
     return _show(advice.text, advice.to_json(), values.json)
   if not values.budgets:
     raise ConfigError("--budgets is required, for example --budgets=1e17:3e20:8 (see --help); or --tokens, or --hours")
-  variants = [
-    MoEVariant(int(e), int(g))
-    for e in parse_numbers("experts", values.experts) or (0,)
-    for g in parse_numbers("granularity", values.granularity) or (0,)
-  ]
+  ladders = {name: parse_numbers(name, getattr(values, name)) or (0.0,) for name in ("experts", "granularity")}
+  for name, numbers in ladders.items():
+    if any(number < 0 or number % 1 for number in numbers):
+      raise ConfigError(f"--{name}={getattr(values, name)}: expected whole numbers with commas between")
+  variants = [MoEVariant(int(e), int(g)) for e in ladders["experts"] for g in ladders["granularity"]]
   options = SweepOptions(
     parse_budgets(values.budgets), values.per_budget, values.span, values.seeds, values.lr_scale, values.batch_scale,
     values.grid_budget, parse_numbers("grid_lr", values.grid_lr), parse_numbers("grid_batch", values.grid_batch),

@@ -1,6 +1,7 @@
 """What a sweep costs before it runs, and the size to train for a number of tokens or of hours."""
 
 import dataclasses
+import math
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -139,7 +140,7 @@ class Advice:
     """For people."""
     interval = (
       f" ({self.scale_interval[0]:.4g} to {self.scale_interval[1]:.4g}, 95%)" if self.scale_interval
-      else " (DeepSeek published no interval; --table=RUNS refits the law, with one)"
+      else " (no interval is known; --table=RUNS refits the law, with one)"
     )  # fmt: skip
     time = f"\nhours            {self.hours:.4g}" if self.hours else ""
     return (
@@ -157,6 +158,9 @@ def advise(
   base: Config, law: HyperparamLaw, allocation: AllocationEstimate, tokens: float, hours: float, topology: str | None
 ) -> Advice:
   """The compute-optimal size for `tokens`, or for `hours` on a topology. Raises ConfigError."""
+  for name, value in (("tokens", tokens), ("hours", hours)):
+    if not 0 <= value < math.inf:
+      raise ConfigError(f"--{name}={value}: expected a positive number")
   if tokens and hours:
     raise ConfigError("--tokens and --hours exclude each other: a size follows from one of them")
   if tokens:

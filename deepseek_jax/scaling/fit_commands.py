@@ -1,5 +1,7 @@
 """The commands that read a table of runs: fit, hparams and report."""
 
+import math
+
 from absl import flags
 
 from deepseek_jax.console import current_console
@@ -88,6 +90,7 @@ def fit(argv: list[str]) -> int:
   parse(argv, values, FIT)
 
   from deepseek_jax.scaling.analysis import FitOptions, fit_table
+  from deepseek_jax.scaling.other_laws import LAWS
   from deepseek_jax.scaling.parametric import ParametricOptions
 
   parametric = ParametricOptions(
@@ -98,9 +101,10 @@ def fit(argv: list[str]) -> int:
   if not 0 < values.ci < 1:
     raise ConfigError(f"--ci={values.ci}: expected a probability between 0 and 1")
   table = _read(values)
+  default = "N" if values.approach in LAWS else table.default_scale()
   options = FitOptions(
     values.approach,
-    values.scale or table.default_scale(),
+    values.scale or default,
     values.interpolation,
     values.bootstrap,
     values.holdout,
@@ -113,7 +117,7 @@ def fit(argv: list[str]) -> int:
 
 
 def _positive(name: str, value: float) -> float:
-  if not value > 0:
+  if not 0 < value < math.inf:
     raise ConfigError(f"--{name}={value}: expected a positive number")
   return value
 
@@ -135,16 +139,17 @@ def hparams(argv: list[str]) -> int:
   flags.DEFINE_integer("bootstrap", 1000, "bootstrap samples; 0: no intervals", lower_bound=0, flag_values=values)
   parse(argv, values, HPARAMS)
 
-  from deepseek_jax.scaling.hparams import FIELDS, fit_hyperparams
+  from deepseek_jax.scaling.hparams import fit_hyperparams
 
   result = fit_hyperparams(_read(values), values.tolerance, values.bootstrap)
+  fields = list(result.basins[0].best)
   lines = [
-    f"{'FLOPs':>10} {'runs near':>9}   " + "   ".join(f"{f + ': best, center, near-optimal':44}" for f in FIELDS)
+    f"{'FLOPs':>10} {'runs near':>9}   " + "   ".join(f"{f + ': best, center, near-optimal':44}" for f in fields)
   ]
   for b in result.basins:
-    cells = [f"{b.best[f]:.4g}, {b.center[f]:.4g}, {b.low[f]:.4g} to {b.high[f]:.4g}" for f in FIELDS]
+    cells = [f"{b.best[f]:.4g}, {b.center[f]:.4g}, {b.low[f]:.4g} to {b.high[f]:.4g}" for f in fields]
     lines.append(f"{b.flops:10.3g} {b.near:9}   " + "   ".join(f"{cell:44}" for cell in cells))
-  for field in FIELDS:
+  for field in fields:
     if result.laws:
       law, low_high = result.laws[field], result.interval(field, 1)
       interval = f" ({low_high[0]:.4f} to {low_high[1]:.4f})" if low_high else ""

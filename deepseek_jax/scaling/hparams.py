@@ -11,10 +11,10 @@ from deepseek_jax.errors import ConfigError, DataError
 from deepseek_jax.scaling.budgets import seed_noise
 from deepseek_jax.scaling.intervals import Interval, percentile_interval
 from deepseek_jax.scaling.laws import HYPERPARAM_LAWS, ComputeLaw, HyperparamLaw, PowerLaw, hyperparam_law
-from deepseek_jax.scaling.table import RunTable
+from deepseek_jax.scaling.table import SCALES, RunTable
 
 TOLERANCE = 0.0025  # DeepSeek LLM: near-optimal is within 0.25% of the smallest loss
-FIELDS = ("lr", "batch_tokens")
+FIELDS = ("lr", "batch_tokens")  # a table may have one of them
 WIDE = 4
 SAME_SETTING = 0.05  # FLOPs, scale and tokens this near to each other are of one setting
 
@@ -68,24 +68,14 @@ class HyperparamFit:
     """The content of hparams --json, which plan --law takes."""
     tree: dict[str, Any] = {"tolerance": self.tolerance, "noise": self.noise}
     for field in FIELDS:
-      law, argmin = (laws[field] if laws else None for laws in (self.laws, self.argmin_laws))
+      law, argmin = (laws.get(field) if laws else None for laws in (self.laws, self.argmin_laws))
       tree[field] = {
         "coefficient": law and law.coefficient, "exponent": law and law.exponent,
         "ci": {"coefficient": self.interval(field, 0), "exponent": self.interval(field, 1)},
         "argmin": argmin and dataclasses.asdict(argmin),
       }  # fmt: skip
-    tree["basins"] = [
-      {
-        "flops": b.flops,
-        "loss": b.loss,
-        "near": b.near,
-        "best": b.best,
-        "center": b.center,
-        "low": b.low,
-        "high": b.high,
-      }
-      for b in self.basins
-    ]
+    names = ("flops", "loss", "near", "best", "center", "low", "high")
+    tree["basins"] = [{name: getattr(b, name) for name in names} for b in self.basins]
     tree["diagnostics"] = self.diagnostics()
     return tree
 
@@ -122,23 +112,24 @@ def fit_hyperparams(
   """
   if not 0 < tolerance < 1:
     raise DataError(f"--tolerance={tolerance}: expected a fraction of the loss, as 0.0025")
-  losses = table[table.loss_name()]
-  values = {field: table[field] for field in FIELDS}
-  scale = next((name for name in ("M", "N", "N_nonemb") if _has_scale(table, name)), None)
-  keys = [table.flops(), table.tokens()] + ([table.scale(scale)] if scale else [])
+  losses, flops = table[table.loss_name()], table.flops()
+  values = {field: table[field] for field in FIELDS if field in table}
+  if not values:
+    table[FIELDS[0]]  # says how to name it
+  scale = table.default_scale() if SCALES[table.default_scale()] in table else None
+  keys = [flops, *([table["tokens"]] if "tokens" in table else []), *([table.scale(scale)] if scale else [])]
   groups = [rows for rows in _groups(np.log(np.stack(keys, 1))) if len(rows) >= 3]
-  groups = [rows for rows in groups if any(len(set(values[f][rows])) > 1 for f in FIELDS)]
+  groups = [rows for rows in groups if any(len(set(column[rows])) > 1 for column in values.values())]
   if not groups:
     raise DataError(
       f"{table.path}: no model and number of tokens has three runs that differ in lr or batch_tokens: a sweep with "
       "plan --grid_budget has them"
     )
-  flops = table.flops()
   basins = tuple(_basin(rows, flops, losses, values, tolerance) for rows in groups)
   basins = tuple(sorted(basins, key=lambda b: b.flops))
   laws = _laws(basins, "center") if _distinct_budgets(basins) > 1 else None
   argmin = _laws(basins, "best") if laws else None
-  samples: dict[str, list[tuple[float, float]]] = {field: [] for field in FIELDS}
+  samples: dict[str, list[tuple[float, float]]] = {field: [] for field in values}
   noise = seed_noise(table, scale, losses) if scale else None
   if laws and bootstrap:
     generator = np.random.default_rng(seed)
@@ -152,14 +143,6 @@ def fit_hyperparams(
         samples[field].append((np.log(law.coefficient), law.exponent))
   arrays = {field: np.array(rows) for field, rows in samples.items()}
   return HyperparamFit(basins, laws, argmin, arrays, tolerance, noise)
-
-
-def _has_scale(table: RunTable, name: str) -> bool:
-  try:
-    table.scale(name)
-  except DataError:
-    return False
-  return True
 
 
 def _groups(keys: np.ndarray) -> list[np.ndarray]:
@@ -180,17 +163,17 @@ def _basin(
   every, (rows, losses) = rows, _means_over_seeds(rows, losses, values)
   best = rows[losses[rows].argmin()]
   near = rows[losses[rows] <= losses[best] * (1 + tolerance)]
-  logs = {field: np.log(values[field][near]) for field in FIELDS}
-  center = {field: float(np.exp(logs[field].mean())) for field in FIELDS}
+  logs = {field: np.log(column[near]) for field, column in values.items()}
+  center = {field: float(np.exp(column.mean())) for field, column in logs.items()}
   center |= _vertex(rows, losses, values, tolerance)
-  tried = {field: values[field][rows] for field in FIELDS}
+  tried = {field: column[rows] for field, column in values.items()}
   edges = tuple(
-    f for f in FIELDS if tried[f].min() < tried[f].max() and values[f][best] in (tried[f].min(), tried[f].max())
+    f for f in values if tried[f].min() < tried[f].max() and values[f][best] in (tried[f].min(), tried[f].max())
   )
   return Basin(
     flops=float(np.exp(np.log(flops[rows]).mean())), loss=float(losses[best]), near=len(near),
-    best={f: float(values[f][best]) for f in FIELDS}, center=center,
-    low={f: float(np.exp(logs[f].min())) for f in FIELDS}, high={f: float(np.exp(logs[f].max())) for f in FIELDS},
+    best={f: float(values[f][best]) for f in values}, center=center,
+    low={f: float(np.exp(logs[f].min())) for f in values}, high={f: float(np.exp(logs[f].max())) for f in values},
     at_edge=edges, rows=every,
   )  # fmt: skip
 
@@ -201,7 +184,7 @@ def _means_over_seeds(
   """(a row for each learning rate and batch, losses in which that row has the mean of its seeds)."""
   settings: dict[tuple[float, ...], list[int]] = {}
   for i in rows.tolist():
-    settings.setdefault(tuple(float(values[f][i]) for f in FIELDS), []).append(i)
+    settings.setdefault(tuple(float(column[i]) for column in values.values()), []).append(i)
   means = losses.copy()
   for group in settings.values():
     means[group[0]] = losses[group].mean()
@@ -213,7 +196,7 @@ def _vertex(rows: np.ndarray, losses: np.ndarray, values: dict[str, np.ndarray],
 
   Of runs within WIDE times the tolerance of the smallest loss, and of as many as a quadratic needs.
   """
-  varied = [f for f in FIELDS if len(set(values[f][rows])) > 2]
+  varied = [f for f in values if len(set(values[f][rows])) > 2]
   terms = 1 + len(varied) * (len(varied) + 3) // 2
   ordered = rows[np.argsort(losses[rows], kind="stable")]
   wide = int((losses[rows] <= losses[ordered[0]] * (1 + WIDE * tolerance)).sum())
@@ -245,7 +228,7 @@ def _laws(basins: tuple[Basin, ...], kind: str) -> dict[str, PowerLaw]:
   """{field: law} by least squares in log space through the `kind` of each basin: best or center."""
   log_c = np.log([b.flops for b in basins])
   laws = {}
-  for field in FIELDS:
+  for field in basins[0].best:
     exponent, log_coefficient = np.polyfit(log_c, np.log([getattr(b, kind)[field] for b in basins]), 1)
     laws[field] = PowerLaw(float(np.exp(log_coefficient)), float(exponent))
   return laws

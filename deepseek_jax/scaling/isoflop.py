@@ -14,9 +14,13 @@ from scipy.interpolate import Akima1DInterpolator
 from deepseek_jax.errors import DataError
 from deepseek_jax.scaling.budgets import BudgetRuns, best_of_each_size, budget_indices, check_budgets, seed_noise
 from deepseek_jax.scaling.intervals import Interval, percentile_interval
+from deepseek_jax.scaling.parametric import ParametricFit, fit_surface
 from deepseek_jax.scaling.table import RunTable
 
 GRID = 1024  # points between the smallest and the largest size among which an interpolation's minimum is looked for
+LEAST_SIZES = 3  # of a profile
+BUDGETS_FOR_E = 4  # as many vertices tell the irreducible loss
+LEAST_RUNS_OF_SURFACE = 8
 PARABOLA_SPAN = 4.0  # sizes within this factor of the best one count for a parabola: the far branches are none
 
 
@@ -38,6 +42,7 @@ class FrontierFit:
   Attributes:
     interpolation: how the vertices were found.
     samples: columns a, b, log G, log G_D and then the losses of the vertices of bootstrap samples; None: none.
+    noise: standard deviation of log loss in the samples; None: not known, and then there are no samples.
   """
 
   a: float
@@ -48,7 +53,7 @@ class FrontierFit:
   vertices: tuple[Vertex, ...]
   profiles: tuple[BudgetRuns, ...]
   samples: np.ndarray | None
-  noise: float
+  noise: float | None
 
   def optimal(self, flops: float, ci: float = 0.95) -> tuple[float, Interval | None]:
     """(compute-optimal scale, its interval) of a budget."""
@@ -60,17 +65,28 @@ class FrontierFit:
   def predict(self, flops: float, fixed_E: float | None = None, ci: float = 0.95) -> tuple[float, Interval | None]:
     """(loss at the optimum of a budget, its interval): E + k C^-gamma through the vertices.
 
-    E is 0 with fewer than four budgets, unless it is given: three points do not tell it.
+    With fewer than four budgets, which do not tell E, it is that of approach 3 on the same runs, or 0 where these are too
+    few for that.
     """
-    inside = [v for v in self.vertices if not v.is_edge]
-    log_c = np.log([v.flops for v in inside])
-    value = predict_loss(log_c, np.array([v.loss for v in inside]), np.log(flops), fixed_E)
-    interval = None
-    if self.samples is not None:
-      keep = [i for i, v in enumerate(self.vertices) if not v.is_edge]
-      predicted = [predict_loss(log_c, row[keep], np.log(flops), fixed_E) for row in self.samples[:, 4:]]
-      interval = percentile_interval(np.array(predicted), ci)
-    return value, interval
+    keep = [i for i, v in enumerate(self.vertices) if not v.is_edge]
+    log_c = np.log([self.vertices[i].flops for i in keep])
+    losses = np.array([self.vertices[i].loss for i in keep])
+    count = 0 if self.samples is None else len(self.samples)
+    floor, floors = fixed_E, [fixed_E] * count
+    if (
+      fixed_E is None
+      and len(keep) < BUDGETS_FOR_E
+      and sum(len(p.scales) for p in self.profiles) >= LEAST_RUNS_OF_SURFACE
+    ):
+      surface = surface_of(self.profiles, bootstrap=min(count, 200))
+      floor = float(surface.surface.E)
+      if surface.samples is not None:
+        floors = np.resize(surface.samples.E, count).tolist()
+    value = predict_loss(log_c, losses, np.log(flops), floor)
+    if self.samples is None:
+      return value, None
+    rows = zip(self.samples[:, 4:], floors, strict=True)
+    return value, percentile_interval(np.array([predict_loss(log_c, r[keep], np.log(flops), e) for r, e in rows]), ci)
 
 
 def predict_loss(log_c: np.ndarray, losses: np.ndarray, at: float, fixed_E: float | None = None) -> float:
@@ -79,11 +95,12 @@ def predict_loss(log_c: np.ndarray, losses: np.ndarray, at: float, fixed_E: floa
     return float("nan")
 
   def line(floor):
+    floor = min(floor, 0.999 * losses.min())
     slope, intercept = np.polyfit(log_c, np.log(losses - floor), 1)
     predicted = floor + np.exp(intercept + slope * log_c)
     return float(((np.log(predicted / losses)) ** 2).sum()), floor + float(np.exp(intercept + slope * at))
 
-  if fixed_E is not None or len(losses) < 4:
+  if fixed_E is not None or len(losses) < BUDGETS_FOR_E:
     return line(fixed_E or 0.0)[1]
   low, high = 0.0, float(losses.min()) * (1 - 1e-6)
   for _ in range(4):
@@ -123,6 +140,7 @@ def parabola_vertex(runs: BudgetRuns) -> Vertex:
   curvature, slope, intercept = np.polyfit(log_n[near] - center, runs.losses[near], 2)
   at = center - 0.5 * slope / curvature if curvature > 0 else log_n[best]
   is_edge = bool(curvature <= 0 or not log_n[0] < at < log_n[-1])
+  at = min(max(at, log_n[0]), log_n[-1])
   loss = intercept - 0.25 * slope**2 / curvature if curvature > 0 else runs.losses[best]
   tokens = float(np.exp(np.interp(at, log_n, np.log(runs.tokens))))
   return Vertex(runs.flops, float(np.exp(at)), tokens, float(loss), is_edge)
@@ -161,7 +179,6 @@ def better_interpolation(profiles: Sequence[BudgetRuns]) -> str:
 
 
 INTERPOLATIONS: dict[str, Callable[[BudgetRuns], Vertex]] = {"akima": akima_vertex, "parabola": parabola_vertex}
-LEAST_SIZES = 3
 
 
 def fit_isoflop(
@@ -173,84 +190,111 @@ def fit_isoflop(
     scale: a key of SCALES.
     interpolation: a key of INTERPOLATIONS, or auto: the one that tells left-out sizes better.
     bootstrap: number of samples. In each, every loss has noise: that between seeds, where the table has them, else that of
-      the profiles around smooth curves.
+      the profiles around smooth curves. Without either there is no interval.
 
   Raises DataError for fewer than two budgets with LEAST_SIZES sizes and an optimum inside.
   """
-  losses = table[table.loss_name()]
-  profiles = [best_of_each_size(table, scale, indices, losses) for indices in budget_indices(table)]
-  profiles = [p for p in profiles if len(p.scales) >= LEAST_SIZES]
+  profiles = [p for p in budget_profiles(table, scale) if len(p.scales) >= LEAST_SIZES]
   check_budgets(table, [p.scales for p in profiles], 2)
-  noise = seed_noise(table, scale, losses)
-  noise = profile_noise(profiles) if noise is None else noise
   if interpolation == "auto":
     interpolation = better_interpolation(profiles)
-  return _fit_frontier(table, profiles, INTERPOLATIONS[interpolation], interpolation, noise, bootstrap, seed)
+  find = INTERPOLATIONS[interpolation]
+  return _fit_frontier(table, profiles, find, None, interpolation, loss_noise(table, scale, profiles), bootstrap, seed)
 
 
 def fit_envelope(table: RunTable, scale: str = "M", bootstrap: int = 1000, seed: int = 0) -> FrontierFit:
   """Approach 1: of each budget the run with the smallest loss, if no smaller budget has a smaller loss, and power laws.
 
-  Of a table whose runs share no budgets these are the runs on the lower envelope of loss over compute.
+  Of a table whose runs share no budgets these are the runs on the lower envelope of loss over compute. The smallest and the
+  largest size of the table are edges. The optimum may lie up to half way to the next size: the interval has that too.
   """
-  losses = table[table.loss_name()]
-  profiles = [best_of_each_size(table, scale, indices, losses) for indices in budget_indices(table)]
+  every = budget_profiles(table, scale)
   envelope, least = [], np.inf
-  for profile in profiles:
+  for profile in every:
     if profile.losses.min() < least:
       least = profile.losses.min()
       envelope.append(profile)
   check_budgets(table, [p.scales for p in envelope], 2)
-  noise = seed_noise(table, scale, losses)
-  noise = profile_noise(envelope) if noise is None else noise
+  sizes = np.unique(np.concatenate([p.scales for p in every]))
 
-  def vertex(runs: BudgetRuns) -> Vertex:
+  def find(runs: BudgetRuns) -> Vertex:
     found = smallest_loss(runs)
-    return found if len(runs.scales) >= LEAST_SIZES else dataclasses.replace(found, is_edge=False)
+    at_ends = found.scale in (sizes[0], sizes[-1])
+    return dataclasses.replace(found, is_edge=at_ends or (found.is_edge and len(runs.scales) >= LEAST_SIZES))
 
-  return _fit_frontier(table, envelope, vertex, "envelope", noise, bootstrap, seed)
+  def spread(vertex: Vertex, runs: BudgetRuns, generator: np.random.Generator) -> Vertex:
+    """`vertex` moved within half of the distance to the next sizes: of its budget, or where that has one, of the table."""
+    near = runs.scales if len(runs.scales) >= LEAST_SIZES else sizes
+    i = int(np.searchsorted(near, vertex.scale))
+    below, above = np.log(near[max(i - 1, 0)] / vertex.scale), np.log(near[min(i + 1, len(near) - 1)] / vertex.scale)
+    factor = np.exp(generator.uniform(below / 2, above / 2))
+    return dataclasses.replace(vertex, scale=vertex.scale * factor, tokens=vertex.tokens / factor)
+
+  return _fit_frontier(table, envelope, find, spread, "envelope", loss_noise(table, scale, every), bootstrap, seed)
+
+
+def budget_profiles(table: RunTable, scale: str) -> list[BudgetRuns]:
+  """The best loss of each size at each budget, by increasing compute."""
+  losses = table[table.loss_name()]
+  return [best_of_each_size(table, scale, indices, losses) for indices in budget_indices(table)]
+
+
+def loss_noise(table: RunTable, scale: str, profiles: Sequence[BudgetRuns]) -> float | None:
+  """Standard deviation of log loss: between seeds, or around smooth profiles, or around approach 3's surface.
+
+  None where the table has too few runs for any of them.
+  """
+  noise = seed_noise(table, scale, table[table.loss_name()])
+  if noise is None:
+    noise = profile_noise(profiles)
+  if noise is None and sum(len(p.scales) for p in profiles) >= LEAST_RUNS_OF_SURFACE:
+    residuals = surface_of(profiles, bootstrap=0).residuals()
+    noise = float(np.sqrt((residuals**2).sum() / (len(residuals) - 5)))
+  return noise
+
+
+def surface_of(profiles: Sequence[BudgetRuns], bootstrap: int) -> ParametricFit:
+  """Approach 3 on the runs of profiles."""
+  n, d, losses = (np.concatenate([getattr(p, name) for p in profiles]) for name in ("scales", "tokens", "losses"))
+  return fit_surface(n, d, losses, bootstrap=bootstrap)
 
 
 def _fit_frontier(
-  table: RunTable, profiles: Sequence[BudgetRuns], find: Callable[[BudgetRuns], Vertex], interpolation: str, noise: float,
+  table: RunTable, profiles: Sequence[BudgetRuns], find: Callable[[BudgetRuns], Vertex],
+  spread: Callable[[Vertex, BudgetRuns, np.random.Generator], Vertex] | None, interpolation: str, noise: float | None,
   bootstrap: int, seed: int,
 ) -> FrontierFit:  # fmt: skip
   vertices = [find(runs) for runs in profiles]
   inside = [v for v in vertices if not v.is_edge]
   if len(inside) < 2:
-    edges = ", ".join(
-      f"{v.flops:.3g} FLOPs (row {p.first_row})" for v, p in zip(vertices, profiles, strict=True) if v.is_edge
-    )
+    rows = zip(vertices, profiles, strict=True)
+    edges = ", ".join(f"{v.flops:.3g} FLOPs (row {p.first_row})" for v, p in rows if v.is_edge)
     raise DataError(
       f"{table.path}: the best size is the smallest or the largest one at {edges}: fewer than two budgets have an optimum "
       "inside; add smaller or larger models there"
     )
   samples = None
-  if bootstrap:
+  if bootstrap and noise is not None:
     generator = np.random.default_rng(seed)
-    rows = []
-    for _ in range(bootstrap):
-      noisy = [
-        dataclasses.replace(p, losses=p.losses * np.exp(noise * generator.standard_normal(len(p.losses))))
-        for p in profiles
-      ]
-      sample = [find(runs) for runs in noisy]
-      kept = [v for v in sample if not v.is_edge]
-      law = _power_laws(kept) if len(kept) >= 2 else (np.nan,) * 4
-      rows.append([*law, *(v.loss for v in sample)])
-    samples = np.array(rows)
+    samples = np.array([_sample(profiles, find, spread, noise, generator) for _ in range(bootstrap)])
   a, b, log_g, log_g_tokens = _power_laws(inside)
-  return FrontierFit(
-    a,
-    b,
-    float(np.exp(log_g)),
-    float(np.exp(log_g_tokens)),
-    interpolation,
-    tuple(vertices),
-    tuple(profiles),
-    samples,
-    noise,
-  )
+  g, g_tokens = float(np.exp(log_g)), float(np.exp(log_g_tokens))
+  return FrontierFit(a, b, g, g_tokens, interpolation, tuple(vertices), tuple(profiles), samples, noise)
+
+
+def _sample(
+  profiles: Sequence[BudgetRuns], find: Callable[[BudgetRuns], Vertex],
+  spread: Callable[[Vertex, BudgetRuns, np.random.Generator], Vertex] | None, noise: float, generator: np.random.Generator,
+) -> list[float]:  # fmt: skip
+  """A row of FrontierFit.samples: of losses with noise."""
+  sample = []
+  for p in profiles:
+    noisy = dataclasses.replace(p, losses=p.losses * np.exp(noise * generator.standard_normal(len(p.losses))))
+    vertex = find(noisy)
+    sample.append(spread(vertex, noisy, generator) if spread else vertex)
+  kept = [v for v in sample if not v.is_edge]
+  law = _power_laws(kept) if len(kept) >= 2 else (np.nan,) * 4
+  return [*law, *(v.loss for v in sample)]
 
 
 def _power_laws(vertices: Sequence[Vertex]) -> tuple[float, float, float, float]:
@@ -261,8 +305,8 @@ def _power_laws(vertices: Sequence[Vertex]) -> tuple[float, float, float, float]
   return float(a), float(b), float(log_g), float(log_g_tokens)
 
 
-def profile_noise(profiles: Sequence[BudgetRuns]) -> float:
-  """Standard deviation of log loss around the cubic of each profile near its minimum; 0 where none has five sizes."""
+def profile_noise(profiles: Sequence[BudgetRuns]) -> float | None:
+  """Standard deviation of log loss around the cubic of each profile near its minimum; None where none has five sizes."""
   squares, freedom = 0.0, 0
   for p in profiles:
     log_n, log_loss = np.log(p.scales), np.log(p.losses)
@@ -271,4 +315,4 @@ def profile_noise(profiles: Sequence[BudgetRuns]) -> float:
       x = log_n[near] - log_n[near].mean()
       residual = log_loss[near] - np.polyval(np.polyfit(x, log_loss[near], 3), x)
       squares, freedom = squares + float((residual**2).sum()), freedom + int(near.sum()) - 4
-  return float(np.sqrt(squares / freedom)) if freedom else 0.0
+  return float(np.sqrt(squares / freedom)) if freedom else None

@@ -8,6 +8,7 @@ import numpy as np
 
 from deepseek_jax.errors import DataError
 from deepseek_jax.scaling.batched_bfgs import minimize
+from deepseek_jax.scaling.budgets import best_of_each_run
 from deepseek_jax.scaling.intervals import Interval, percentile_interval
 from deepseek_jax.scaling.table import RunTable, flops_per_scale
 
@@ -41,12 +42,14 @@ class Surface:
   @property
   def a(self) -> Number:
     """The exponent of N_opt = G C^a."""
-    return self.beta / (self.alpha + self.beta)
+    with np.errstate(all="ignore"):
+      return self.beta / (self.alpha + self.beta)
 
   @property
   def b(self) -> Number:
     """The exponent of D_opt."""
-    return self.alpha / (self.alpha + self.beta)
+    with np.errstate(all="ignore"):
+      return self.alpha / (self.alpha + self.beta)
 
   def coefficient(self, per_scale: float) -> Number:
     """G of N_opt = G C^a, where C = per_scale * N * D: 6 for parameters, 1 for M."""
@@ -105,6 +108,7 @@ class ParametricFit:
   d: np.ndarray
   losses: np.ndarray
   options: ParametricOptions
+  rows: tuple[int, ...] = ()  # of the table's file, of each fitted run
 
   def predict(self, n: float, d: float, ci: float = 0.95) -> tuple[float, Interval | None]:
     """(loss, its interval) at scale `n` and `d` tokens."""
@@ -248,6 +252,10 @@ def fit_surface(
   n, d, losses = (np.asarray(x, np.float64) for x in (n, d, losses))
   if len(n) < options.num_parameters:
     raise DataError(f"{len(n)} runs for {options.num_parameters} parameters: add runs, or fix some (--fixed_E, --tied)")
+  if np.ptp(losses) == 0:
+    raise DataError(
+      f"all {len(n)} runs have the same loss, {losses[0]:g}: there is nothing to fit; check the column of losses"
+    )
   problem = _Problem(n, d, losses, options)
   x, values = _minimize_starts(problem)
   if options.prior_E is not None:
@@ -274,10 +282,13 @@ def fit_surface(
 def fit_parametric(
   table: RunTable, scale: str = "M", options: ParametricOptions | None = None, bootstrap: int = 1000, seed: int = 0
 ) -> ParametricFit:
-  """Approach 3 on the losses of a table. `scale`: a key of SCALES. See `fit_surface`."""
-  losses = table[table.loss_name()]
-  per_scale = flops_per_scale(scale)
-  return fit_surface(table.scale(scale), table.tokens(), losses, options, bootstrap, per_scale, seed)
+  """Approach 3 on the losses of a table; of runs that differ by their settings alone the best, see `best_of_each_run`.
+
+  `scale`: a key of SCALES. Other arguments and errors: those of `fit_surface`.
+  """
+  n, d, losses, rows = best_of_each_run(table, scale)
+  fit = fit_surface(n, d, losses, options, bootstrap, flops_per_scale(scale), seed)
+  return dataclasses.replace(fit, rows=tuple(rows))
 
 
 def _minimize_starts(problem: _Problem) -> tuple[np.ndarray, np.ndarray]:
@@ -301,4 +312,5 @@ def _distinct_optima(x: np.ndarray, values: np.ndarray) -> list[np.ndarray]:
 
 
 def _as_floats(surface: Surface) -> Surface:
-  return Surface(**{name: float(getattr(surface, name)) for name in NAMES})
+  # numpy's scalars, whose divisions by zero are not errors
+  return Surface(**{name: np.float64(getattr(surface, name)) for name in NAMES})

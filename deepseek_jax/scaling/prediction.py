@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.errors import DataError
-from deepseek_jax.scaling.isoflop import fit_isoflop
+from deepseek_jax.scaling.budgets import SAME_BUDGET
+from deepseek_jax.scaling.isoflop import LEAST_SIZES, fit_isoflop
 from deepseek_jax.scaling.parametric import fit_parametric
 from deepseek_jax.scaling.sweep_plan import SweepPlan
 from deepseek_jax.scaling.table import RunTable
@@ -45,12 +46,18 @@ def add_prediction(plan: SweepPlan, table: RunTable, bootstrap: int = 1000) -> t
 def judge(prediction: dict[str, Any], table: RunTable) -> dict[str, Any] | None:
   """What came of a prediction: measured, error = predicted / measured - 1, and whether the interval holds it.
 
-  measured: the vertex of the budget's profile (approach 2). None where the budget has not run.
+  measured: the vertex of the budget's profile (approach 2); None where that has none, for the `reason`. None instead of all
+  where the budget has not run.
   """
-  near = np.flatnonzero(np.abs(np.log(table.flops() / prediction["budget"])) < 0.05)
-  if len(near) < 3:
+  if not (np.abs(np.log(table.flops() / prediction["budget"])) < SAME_BUDGET).any():
     return None
-  vertex = fit_isoflop(table, "M", bootstrap=0).vertices[-1]
+  try:
+    vertices = fit_isoflop(table, "M", bootstrap=0).vertices
+  except DataError as error:
+    return {"measured": None, "reason": str(error)}
+  vertex = next((v for v in vertices if abs(np.log(v.flops / prediction["budget"])) < SAME_BUDGET), None)
+  if vertex is None:
+    return {"measured": None, "reason": f"fewer than {LEAST_SIZES} sizes of that budget have run"}
   interval = prediction["ci"]
   return {
     "measured": vertex.loss, "error": prediction["predicted"] / vertex.loss - 1,

@@ -12,7 +12,7 @@ from deepseek_jax.errors import ConfigError, DataError
 from deepseek_jax.scaling import report_charts
 from deepseek_jax.scaling.analysis import FitOptions, ScalingFit, fit_table
 from deepseek_jax.scaling.budgets import budget_indices
-from deepseek_jax.scaling.hparams import FIELDS, HyperparamFit, fit_hyperparams
+from deepseek_jax.scaling.hparams import HyperparamFit, fit_hyperparams
 from deepseek_jax.scaling.isoflop import FrontierFit
 from deepseek_jax.scaling.json_output import to_json_text
 from deepseek_jax.scaling.prediction import judge
@@ -157,7 +157,7 @@ def _tiles(fits: dict[str, ScalingFit], prediction: dict[str, Any] | None) -> st
       tiles.append(
         (f"{fit.holdout.error:+.2%}", f"held-out error, approach {approach}", f"at {fit.holdout.flops:.3g} FLOPs")
       )
-  if prediction and prediction["verdict"]:
+  if prediction and prediction["verdict"] and prediction["verdict"]["measured"]:
     tiles.append((f"{prediction['verdict']['error']:+.2%}", "preregistered", f"at {prediction['budget']:.3g} FLOPs"))
   cells = [
     f"<div><b>{_escape(v)}</b><span>{_escape(k)}</span><small>{_escape(note)}</small></div>" for v, k, note in tiles
@@ -186,7 +186,7 @@ def _holdout_table(fits: dict[str, ScalingFit]) -> str:
     if h := fit.holdout:
       rows.append([
         TITLES[name.partition(" ")[0]], f"{h.flops:.4g}", f"{h.measured:.5f}", f"{h.predicted:.5f}", _interval(h.ci, ".5g"),
-        f"{h.error:+.3%}", f"{h.mean_error:.3%} of {h.rows}",
+        f"{h.error:+.3%}", f"{h.mean_error:.3%} of {h.rows} runs" if h.rows > 1 else "–",
       ])  # fmt: skip
   header = ["approach", "FLOPs", "measured", "predicted", "95%", "error", "mean absolute error"]
   return _table(header, rows) if rows else ""
@@ -198,7 +198,9 @@ def _prediction_table(prediction: dict[str, Any]) -> str:
   rows.append(["by approach 2", f"{prediction['approach_2']['predicted']:.5f}"])
   rows.append(["from", f"{prediction['rows']} runs of up to {prediction['largest_fitted']:.4g} FLOPs"])
   rows.append(["budget", f"{prediction['budget']:.4g} FLOPs"])
-  if verdict:
+  if verdict and verdict["measured"] is None:
+    rows.append(["measured", f"not judged: {verdict['reason']}"])
+  elif verdict:
     inside = {True: "inside the interval", False: "outside the interval", None: ""}[verdict["inside"]]
     rows.append(["measured", f"{verdict['measured']:.5f}, {inside}"])
     rows.append(["error", f"{verdict['error']:+.3%} (approach 2: {verdict['error_of_approach_2']:+.3%})"])
@@ -219,14 +221,14 @@ def _parametric_table(fits: dict[str, ScalingFit]) -> str:
 
 
 def _hparam_table(fit: HyperparamFit) -> str:
-  rows = []
+  rows, fields = [], list(fit.basins[0].best)
   for b in fit.basins:
     row = [f"{b.flops:.4g}", b.near, f"{b.loss:.5f}"]
-    for f in FIELDS:
+    for f in fields:
       row += [f"{b.best[f]:.4g}", f"{b.center[f]:.4g}", f"{b.low[f]:.4g} to {b.high[f]:.4g}"]
     rows.append(row)
   header = ["FLOPs", f"runs within {fit.tolerance:.2%}", "smallest loss"]
-  header += [f"{f}: {what}" for f in FIELDS for what in ("best run", "vertex", "near-optimal")]
+  header += [f"{f}: {what}" for f in fields for what in ("best run", "vertex", "near-optimal")]
   laws = ""
   if fit.laws:
     texts = [

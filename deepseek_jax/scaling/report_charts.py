@@ -133,30 +133,34 @@ def _residuals(table: RunTable, fit: ParametricFit) -> list[Layer]:
 
 def _basins(table: RunTable, fit: HyperparamFit) -> Iterator[Chart]:
   """Loss over learning rate by batch, and over batch by learning rate; with times, the batch scan of time and loss."""
-  losses, lr, batch = table[table.loss_name()], table["lr"], table["batch_tokens"]
+  losses = table[table.loss_name()]
+  columns = {name: table[name] for name in fit.basins[0].best}
   for basin in fit.basins:
-    rows = basin.rows
-    at = f"{basin.flops:.3g} FLOPs"
-    for title, x, by, unit in (("Learning rate", lr, batch, "batch"), ("Batch size", batch, lr, "lr")):
+    rows, at = basin.rows, f"{basin.flops:.3g} FLOPs"
+    for name, (title, unit) in {
+      "lr": ("Learning rate", "lr"),
+      "batch_tokens": ("Batch size", "tokens of a batch"),
+    }.items():
+      if name not in columns or len(set(columns[name][rows])) < 2:
+        continue
+      x = columns[name]
+      other = next((column for key, column in columns.items() if key != name), np.ones(len(losses)))
+      label = next((key.removesuffix("_tokens") for key in columns if key != name), "")
       layers = []
-      for color, value in enumerate(sorted(set(by[rows].tolist()))):
-        chosen = [i for i in rows.tolist() if by[i] == value]
+      for color, value in enumerate(sorted(set(other[rows].tolist()))):
+        chosen = [i for i in rows.tolist() if other[i] == value]
         means = sorted(
           {float(x[i]): float(np.mean([losses[j] for j in chosen if x[j] == x[i]])) for i in chosen}.items()
         )
-        layers += [
-          Layer(f"{unit} {value:.4g}", "line", means, color),
-          Layer(f"{unit} {value:.4g}", "dots", means, color),
-        ]
+        series = f"{label} {value:.4g}" if label else ""
+        layers += [Layer(series, "line", means, color), Layer(series, "dots", means, color)]
       near = basin.loss * (1 + fit.tolerance)
-      layers.append(
-        Layer(f"+{fit.tolerance:.2%}", "dashed", [(float(x[rows].min()), near), (float(x[rows].max()), near)], 5)
-      )
-      over = "lr" if x is lr else "tokens of a batch"
-      yield _figure(f"{title} at {at}", f"{table.loss_name()} over {over}", layers)
-    if "seconds" in table:
-      seconds = table["seconds"]
+      ends = [(float(x[rows].min()), near), (float(x[rows].max()), near)]
+      layers.append(Layer(f"+{fit.tolerance:.2%}", "dashed", ends, 5))
+      yield _figure(f"{title} at {at}", f"{table.loss_name()} over {unit}", layers)
+    seconds = table.optional("seconds")
+    if seconds is not None:
       points = [(float(seconds[i]), float(losses[i])) for i in rows]
-      names = [f"batch {batch[i]:.4g}, lr {lr[i]:.4g}" for i in rows]
+      names = [", ".join(f"{name} {column[i]:.4g}" for name, column in columns.items()) for i in rows]
       layers = [Layer("", "dots", points, 0, names)]
       yield _figure(f"Time and loss at {at}", f"{table.loss_name()} over seconds of training", layers)

@@ -188,8 +188,7 @@ def plan_sweep(base: Config, law: HyperparamLaw, options: SweepOptions) -> Sweep
   for variant in options.variants:
     for budget in options.budgets:
       optimum = options.allocation.optimal(budget).scale
-      for target, factor in _scale_grid(optimum, options.per_budget, options.span):
-        is_center = factor == 1.0
+      for target, is_center in _scale_grid(optimum, options.per_budget, options.span):
         seeds = options.seeds if is_center else 1
         pairs = [(1.0, 1.0)]
         if is_center and budget == options.grid_budget:
@@ -204,20 +203,20 @@ def plan_sweep(base: Config, law: HyperparamLaw, options: SweepOptions) -> Sweep
             left_out.append(f"{budget:.3g} FLOPs, M {target:.3g}: fewer than {MIN_STEPS} steps of one sequence")
             continue
           run = _planned_run(base, config, budget, flops, variant, lr_factor, batch_factor)
+          if run.run_id in runs:
+            left_out.append(f"{budget:.3g} FLOPs, M {target:.3g}: the nearest shape is that of {run.run_id}")
           runs.setdefault(run.run_id, run)
   return SweepPlan(
     dataclasses.asdict(base), law.name, tuple(sorted(runs.values(), key=lambda r: r.flops)), tuple(left_out)
   )
 
 
-def _scale_grid(optimum: float, count: int, span: float) -> list[tuple[float, float]]:
-  """(scale, its factor of the optimum) on a log grid with the optimum on it; the central one has factor 1.0 exactly."""
+def _scale_grid(optimum: float, count: int, span: float) -> list[tuple[float, bool]]:
+  """(scale, whether it is the central one) on a log grid from optimum / span to optimum * span."""
   if count == 1:
-    return [(optimum, 1.0)]
-  step = 2 * math.log(span) / (count - 1)
-  center = (count - 1) // 2
-  factors = [1.0 if i == center else math.exp((i - center) * step) for i in range(count)]
-  return [(optimum * factor, factor) for factor in factors]
+    return [(optimum, True)]
+  factors = [span ** (2 * i / (count - 1) - 1) for i in range(count)]
+  return [(optimum * factor, i == (count - 1) // 2) for i, factor in enumerate(factors)]
 
 
 def _run_config(

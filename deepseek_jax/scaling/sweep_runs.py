@@ -306,7 +306,16 @@ def run_workers(workers: int, argv: Sequence[str]) -> int:
   environment = {**os.environ, "NPROC": str(max(1, cores // workers))}
   command = [sys.executable, "-m", "deepseek_jax.scaling", *argv]
   processes = [subprocess.Popen([*command, f"--worker={i}/{workers}"], env=environment) for i in range(workers)]
+
+  def stop(number: int, frame: Any) -> None:
+    for process in processes:
+      process.send_signal(number)
+
+  # Ctrl-C reaches the workers from the terminal; this process waits until they have saved.
+  handlers: dict[int, Any] = {signal.SIGTERM: stop, signal.SIGINT: signal.SIG_IGN}
+  previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
   try:
     return max(process.wait() % 256 for process in processes)
-  except KeyboardInterrupt:  # the terminal has sent it to the workers too
-    return max(process.wait() % 256 for process in processes)
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)

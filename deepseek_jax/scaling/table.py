@@ -32,12 +32,14 @@ class RunTable:
     names: {our name of a column: theirs}.
     rows: numbers of the rows in the file, the first below the header being 2, as editors show them.
     path: for errors.
+    mapped: our names that --columns gives, which come before others of the kind.
   """
 
   cells: Sequence[Mapping[str, str]]
   names: Mapping[str, str]
   rows: Sequence[int]
   path: str
+  mapped: tuple[str, ...] = ()
 
   def __len__(self) -> int:
     return len(self.cells)
@@ -57,13 +59,21 @@ class RunTable:
     values = [_value(self.path, n, name, theirs, row[theirs]) for n, row in zip(self.rows, self.cells, strict=True)]
     return np.array(values)
 
+  def optional(self, name: str) -> np.ndarray | None:
+    """A column, or None where the table lacks it or a cell of it cannot be used."""
+    try:
+      return self[name]
+    except DataError:
+      return None
+
   def take(self, index: Sequence[int] | np.ndarray) -> "RunTable":
     """The rows at `index`."""
     return dataclasses.replace(self, cells=[self.cells[i] for i in index], rows=[self.rows[i] for i in index])
 
   def loss_name(self) -> str:
-    """The column that is fitted: the first of LOSSES that the table has."""
-    found = next((name for name in LOSSES if name in self), None)
+    """The column that is fitted: the first of LOSSES that the table has, one that --columns gives before others."""
+    ordered = sorted(LOSSES, key=lambda name: name not in self.mapped)
+    found = next((name for name in ordered if name in self), None)
     if not found:
       raise DataError(
         f"{self.path}: no column of losses ({', '.join(LOSSES)}); it has {', '.join(self.cells[0])}. Name yours: "
@@ -72,31 +82,29 @@ class RunTable:
     return found
 
   def default_scale(self) -> str:
-    """The first key of SCALES whose column the table has; M where it has none."""
-    return next((name for name, column in SCALES.items() if column in self), "M")
+    """The first key of SCALES whose column the table has, one that --columns gives before others; M where it has none."""
+    ordered = sorted(SCALES, key=lambda name: SCALES[name] not in self.mapped)
+    return next((name for name in ordered if SCALES[name] in self), "M")
 
   def scale(self, name: str) -> np.ndarray:
     """The model scale `name` of SCALES. N of a mixture of experts is its active parameters, where the table has them."""
-    column = SCALES[name]
-    if name == "N" and "params_active" in self:
-      column = "params_active"
-    return self[column]
+    if name == "N" and (active := self.optional("params_active")) is not None:
+      return active
+    return self[SCALES[name]]
 
   def tokens(self) -> np.ndarray:
     """Tokens of each run: the column, or what FLOPs and scale leave (C = M D, or C = 6 N D)."""
     if "tokens" in self:
       return self["tokens"]
-    if "M" in self:
-      return self["flops"] / self["M"]
-    return self["flops"] / (6.0 * self.scale("N"))
+    scale = self.default_scale()
+    return self["flops"] / (flops_per_scale(scale) * self.scale(scale))
 
   def flops(self) -> np.ndarray:
     """FLOPs of each run: the column, or M D, or 6 N D."""
     if "flops" in self:
       return self["flops"]
-    if "M" in self:
-      return self["M"] * self["tokens"]
-    return 6.0 * self.scale("N") * self["tokens"]
+    scale = self.default_scale()
+    return flops_per_scale(scale) * self.scale(scale) * self["tokens"]
 
 
 def flops_per_scale(scale: str) -> float:
@@ -151,11 +159,17 @@ def read_table(path: str | os.PathLike[str], columns: str = "", where: str = "",
   sources = {ours: ours for ours in (*COLUMNS, "loss") if ours in header} | mapping
   kept = [(number, row) for number, row in rows if all(row[c] == v for c, v in conditions.items())]
   if "status" in sources:
+    statuses = sorted({row[sources["status"]] for _, row in kept})
+    if kept and "finished" not in statuses:
+      raise DataError(
+        f"{name}: rows count whose status is finished, and there is none; the column {sources['status']!r} has "
+        f"{', '.join(map(repr, statuses[:5]))}. Rename the column if it means something else"
+      )
     kept = [(number, row) for number, row in kept if row[sources["status"]] == "finished"]
   if len(kept) < min_rows:
     filtered = f" of {len(rows)} after --where and status" if len(kept) < len(rows) else ""
     raise DataError(f"{name}: {len(kept)} rows{filtered}, and {min_rows} are needed at least: add runs")
-  table = RunTable([row for _, row in kept], sources, [number for number, _ in kept], name)
+  table = RunTable([row for _, row in kept], sources, [number for number, _ in kept], name, tuple(mapping))
   _check_duplicates(table)
   return table
 
@@ -169,16 +183,15 @@ def _read_csv(path: str) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     raise DataError(f"--table={path} cannot be read: {error.strerror}") from None
   except (UnicodeDecodeError, csv.Error) as error:
     raise DataError(f"--table={path} is no CSV in UTF-8: {error}") from None
-  if not lines or not any(lines[0]):
+  numbered = [(number, cells) for number, cells in enumerate(lines, 1) if any(cell.strip() for cell in cells)]
+  if not numbered:
     raise DataError(f"{path} is empty: expected a header and a row for each run")
-  header = [cell.strip() for cell in lines[0]]
+  header = [cell.strip() for cell in numbered[0][1]]
   twice = next((cell for cell in header if header.count(cell) > 1), None)
   if twice is not None:
     raise DataError(f"{path}: the header has {twice!r} twice: rename one")
   rows = []
-  for number, cells in enumerate(lines[1:], start=2):
-    if not any(cell.strip() for cell in cells):
-      continue
+  for number, cells in numbered[1:]:
     if len(cells) != len(header):
       raise DataError(f"{path}, row {number}: {len(cells)} cells, and the header has {len(header)}")
     rows.append((number, dict(zip(header, (cell.strip() for cell in cells), strict=True))))
@@ -199,14 +212,27 @@ def _value(path: str, number: int, ours: str, theirs: str, text: str) -> Any:
 
 
 def _check_duplicates(table: RunTable) -> None:
-  """Raises DataError where a run_id, or without run_ids a whole row, is there twice."""
+  """Raises DataError where a run_id, or without run_ids all numbers that we know of a run, are there twice."""
+  theirs = table.names.get("run_id")
+  by_id = theirs is not None and all(cells[theirs] for cells in table.cells)
   seen: dict[Any, int] = {}
   for number, cells in zip(table.rows, table.cells, strict=True):
-    key = cells[table.names["run_id"]] if "run_id" in table.names else tuple(cells.values())
+    key: Any = (
+      cells[theirs]
+      if by_id and theirs
+      else tuple(_number(cells[name]) for name in table.names.values() if name != theirs)
+    )
     if key in seen:
-      what = f"run_id {key!r}" if "run_id" in table.names else "run"
+      what = f"run_id {key!r}" if by_id else "run"
       raise DataError(f"{table.path}, row {number}: the same {what} as in row {seen[key]}: remove one")
     seen[key] = number
+
+
+def _number(text: str) -> float | str:
+  try:
+    return float(text)
+  except ValueError:
+    return text
 
 
 def format_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = COLUMNS) -> str:

@@ -14,7 +14,8 @@ def test_the_largest_budget_is_predicted_from_the_others(tmp_path, approach):
   columns = tables.isoflop_runs(BUDGETS, sizes=9, noise=0.001)
   options = FitOptions(approach, bootstrap=30, holdout="largest")
   result = fit_table(tables.made_table(tmp_path / "t.csv", columns), options)
-  assert result.rows == 36 and result.holdout.rows == 9 and result.holdout.flops == pytest.approx(1e20)
+  assert result.rows == 36 and result.holdout.rows == (9 if approach == "3" else 1)
+  assert result.holdout.flops == pytest.approx(1e20)
   assert abs(result.holdout.error) < 0.01
   assert result.holdout.error == pytest.approx(result.holdout.predicted / result.holdout.measured - 1)
   tree = result.to_json()

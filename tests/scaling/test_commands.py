@@ -28,7 +28,7 @@ def test_a_plan_is_shown_and_written_for_programs(tmp_path, capsys):
   shown = capsys.readouterr().out
   assert "80 runs, 4.402e+21 FLOPs; learning rates and batches by deepseek" in shown and f"wrote    {out}" in shown
   assert len(load_plan(out).runs) == 80
-  assert plan(["plan", "--config=small_dense", "--budgets=1e12", "--per_budget=2", "--json=-"]) == 0
+  assert plan(["plan", "--config=small_dense", "--budgets=1e12", "--per_budget=2", "--span=2", "--json=-"]) == 0
   tree = json.loads(capsys.readouterr().out)
   assert (
     len(tree["runs"]) == 2 and tree["cost"]["flops"] == pytest.approx(2e12, rel=0.01) and tree["cost"]["hours"] is None
@@ -64,6 +64,9 @@ def test_the_size_and_the_cost_in_hours_of_a_topology(capsys):
     (["--budgets=1e3"], "no run is possible"),
     (["--tokens=1e9", "--hours=3"], "exclude each other"),
     (["--hours=3"], "needs --topology"),
+    (["--tokens=-5"], "--tokens=-5.0: expected a positive number"),
+    (["--hours=nan", "--topology=v5p:2x2x1"], "expected a positive number"),
+    (["--budgets=1e18", "--experts=2.5"], "--experts=2.5: expected whole numbers"),
     (["--budgets=1e18", "--experts=8"], "need a base config"),
     (["--budgets=1e18", "--per_budgets=3"], "did you mean --per_budget"),
     (["--preregister=runs.csv"], "needs --plan=FILE"),

@@ -48,6 +48,8 @@ def test_people_see_a_table(capsys):
     ([f"--table={tables.S1}", "--scale=Q"], ConfigError, "scale"),
     ([f"--table={tables.S1}", "--scale=N", "--prior_E=1"], ConfigError, "expected MEAN,DEVIATION"),
     ([f"--table={tables.S1}", "--scale=N", "--fixed_E=-1"], ConfigError, "expected a positive number"),
+    ([f"--table={tables.S1}", "--scale=N", "--delta=inf"], ConfigError, "expected a positive number"),
+    ([f"--table={tables.S1}", "--scale=N_nonemb", "--approach=clark"], DataError, "a law of N, the parameters"),
     ([f"--table={tables.S1}", "--scale=N", "--ci=95"], ConfigError, "between 0 and 1"),
   ],
 )

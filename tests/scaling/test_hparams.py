@@ -82,6 +82,18 @@ def test_an_optimum_at_the_edge_is_said(tmp_path):
   assert any("lr" in line and "may be outside" in line for line in fit.diagnostics())
 
 
+def test_a_table_may_lack_scale_tokens_and_one_of_the_fields(tmp_path):
+  columns = grid(np.geomspace(1e17, 1e19, 3))
+  bare = {name: columns[name] for name in ("flops", "lr", "batch_tokens", "val_loss")}
+  fit = fit_hyperparams(tables.made_table(tmp_path / "b.csv", bare), bootstrap=10)
+  assert fit.laws["lr"].exponent == pytest.approx(-0.125, abs=1e-4)
+  center = np.abs(columns["batch_tokens"] / (0.292 * columns["flops"] ** 0.3271) - 1) < 1e-6
+  only_lr = {name: columns[name][center] for name in ("flops", "lr", "val_loss")}
+  fit = fit_hyperparams(tables.made_table(tmp_path / "l.csv", only_lr), bootstrap=10)
+  assert set(fit.laws) == {"lr"} and fit.to_json()["batch_tokens"]["exponent"] is None
+  assert fit.laws["lr"].exponent == pytest.approx(-0.125, abs=1e-4)
+
+
 def test_tables_that_vary_nothing_are_refused(tmp_path):
   columns = tables.isoflop_runs([1e17, 1e18]) | {"lr": np.full(14, 1e-3), "batch_tokens": np.full(14, 1e5)}
   with pytest.raises(DataError, match="--grid_budget"):

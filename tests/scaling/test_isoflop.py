@@ -55,6 +55,36 @@ def test_the_loss_of_a_larger_budget_is_predicted(tmp_path):
   assert fit.predict(1e21, fixed_E=1.69)[0] == pytest.approx(truth, rel=0.002)
 
 
+def test_three_budgets_predict_with_the_floor_of_the_surface(tmp_path):
+  columns = tables.isoflop_runs(np.geomspace(1e17, 1e19, 3), sizes=9, noise=2e-4)
+  fit = fit_isoflop(tables.made_table(tmp_path / "t.csv", columns), "M", bootstrap=100)
+  scale = tables.CHINCHILLA.coefficient(1.0) * 1e20**tables.CHINCHILLA.a
+  truth = tables.CHINCHILLA.loss(scale, 1e20 / scale)
+  value, (low, high) = fit.predict(1e20)
+  assert value == pytest.approx(truth, rel=0.01) and low < truth < high
+
+
+def test_without_known_noise_there_is_no_interval(tmp_path):
+  few = tables.isoflop_runs(np.array([1e18, 1e19]), sizes=3, span=2)
+  fit = fit_isoflop(tables.made_table(tmp_path / "t.csv", few), "M")
+  assert fit.noise is None and fit.samples is None and fit.optimal(1e20)[1] is None
+  four = tables.isoflop_runs(np.geomspace(1e17, 1e19, 3), sizes=4, noise=0.01)
+  fit = fit_isoflop(tables.made_table(tmp_path / "f.csv", four), "M", bootstrap=100)
+  assert 0.003 < fit.noise < 0.03
+  low, high = np.quantile(fit.samples[:, 0], [0.025, 0.975])
+  assert low < tables.CHINCHILLA.a < high
+
+
+def test_the_envelope_of_a_grid_of_sizes_knows_its_edges_and_its_spacing(tmp_path):
+  sizes, tokens = np.repeat(np.geomspace(3e7, 3e10, 12), 12), np.tile(np.geomspace(1e9, 1e12, 12), 12)
+  columns = {"params": sizes, "tokens": tokens, "flops": 6 * sizes * tokens}
+  columns["val_loss"] = tables.CHINCHILLA.loss(sizes, tokens)
+  fit = fit_envelope(tables.made_table(tmp_path / "t.csv", columns), "N", bootstrap=200)
+  assert all(v.is_edge for v in fit.vertices if v.scale in (sizes[0], sizes[-1]))
+  low, high = np.quantile(fit.samples[:, 0], [0.025, 0.975])
+  assert high - low > 0.01
+
+
 def test_a_best_size_at_the_edge_is_not_fitted(tmp_path):
   columns = tables.isoflop_runs(np.geomspace(1e17, 1e20, 4))
   keep = np.ones(28, bool)

@@ -39,6 +39,20 @@ def test_a_prediction_is_made_before_the_largest_budget_and_judged_after_it(tmp_
   assert "this budget has not run yet" in (tmp_path / "r" / "index.html").read_text()
 
 
+def test_what_cannot_be_judged_says_why(tmp_path):
+  plan = plan_sweep(load_config("7b"), hyperparam_law("deepseek"), SweepOptions(BUDGETS, 3))
+  columns = tables.isoflop_runs(BUDGETS, noise=0.001)
+  small = tables.made_table(tmp_path / "s.csv", {name: values[:21] for name, values in columns.items()})
+  plan, _ = add_prediction(plan, small, bootstrap=20)
+  two_sizes = tables.made_table(tmp_path / "t.csv", {name: values[:23] for name, values in columns.items()})
+  assert judge(plan.prediction, two_sizes) == {"measured": None, "reason": "fewer than 3 sizes of that budget have run"}
+  write_report(two_sizes, tmp_path / "r", plan=plan, bootstrap=10)
+  assert "not judged: fewer than 3 sizes" in (tmp_path / "r" / "index.html").read_text()
+  more = tables.isoflop_runs((*BUDGETS, 1e20), noise=0.001)
+  verdict = judge(plan.prediction, tables.made_table(tmp_path / "m.csv", more))
+  assert abs(verdict["error"]) < 0.01  # of its own budget, not of the largest in the table
+
+
 def test_predictions_do_not_change_runs(tmp_path):
   plan = plan_sweep(load_config("7b"), hyperparam_law("deepseek"), SweepOptions(BUDGETS, 3))
   small = tables.made_table(tmp_path / "s.csv", tables.isoflop_runs(BUDGETS[:3], noise=0.001))

@@ -30,7 +30,7 @@ def test_deepseek_s_eighty_runs_in_under_five_seconds():
     assert config.schedule.warmup_steps <= run.steps // 10 and config.name == run.run_id
   for budget in BUDGETS:
     scales = sorted(run.M for run in plan.runs if run.budget == budget)
-    grid = 0.1715 * budget**0.5243 * np.exp((np.arange(10) - 4) * 2 * np.log(4) / 9)
+    grid = 0.1715 * budget**0.5243 * np.geomspace(1 / 4, 4, 10)
     assert np.abs(np.array(scales) / grid - 1).max() <= 0.2
 
 
@@ -45,6 +45,9 @@ def test_seeds_grids_and_scales_of_a_small_sweep():
   assert len({(run.lr, run.batch_tokens) for run in grid}) == 8
   assert all(run.batch_tokens % (2 * 128) == 0 for run in plan.runs)
   assert all(run.lr == pytest.approx(0.5 * 0.3118 * 1e12**-0.125, rel=1e-4) for run in center)
+  merged = plan_sweep(base, hyperparam_law("deepseek"), SweepOptions((3e11,), 20, span=2.0))
+  assert len(merged.runs) + len(merged.left_out) == 20
+  assert any("the nearest shape is that of 3e11" in line for line in merged.left_out)
   short = plan_sweep(base, hyperparam_law("deepseek"), SweepOptions((1e8,), 3))
   assert not short.runs and len(short.left_out) == 3
 

@@ -177,15 +177,19 @@ def test_a_sweep_that_is_killed_five_times_has_the_same_table(tmp_path, console)
   plan_path = make_plan(tmp_path, "--budgets=1.05e10,1.2e10,3.75e10", "--per_budget=2", "--seeds=2")
   plan = load_plan(plan_path)
   assert start(plan_path, tmp_path / "whole").wait() == 0
-  generator = np.random.default_rng(0)
+  generator, killed = np.random.default_rng(0), 0
   for _ in range(5):
     process = start(plan_path, tmp_path / "killed")
     try:
       process.wait(generator.uniform(5, 14))
     except subprocess.TimeoutExpired:
       process.send_signal(signal.SIGKILL)
-    process.wait()
+    killed += process.wait() == -signal.SIGKILL
+  resumed = [
+    r for r in plan.runs if '"resume"' in (tmp_path / "killed" / "runs" / r.run_id / "events.jsonl").read_text()
+  ]
   assert start(plan_path, tmp_path / "killed").wait() == 0
+  assert killed == 5 and resumed  # runs went on in the middle
   assert results(plan, tmp_path / "killed") == results(plan, tmp_path / "whole")
 
 

@@ -67,12 +67,41 @@ def test_a_column_that_is_not_used_may_hold_anything(tmp_path):
     ({"columns": "speed=flops"}, "expected OURS=THEIRS"),
     ({"columns": "loss=final"}, "has no column 'final'"),
     ({"where": "warmup=short"}, "has no column 'warmup'"),
-    ({"where": "status=odd"}, "0 rows of 3 after --where"),
+    ({"where": "flops=7"}, "0 rows of 3 after --where"),
   ],
 )
 def test_bad_arguments_name_what_the_table_has(tmp_path, arguments, expected):
   with pytest.raises(DataError, match=expected):
     read(tmp_path, GOOD, **arguments)
+
+
+def test_columns_that_are_named_come_before_others_of_their_kind(tmp_path):
+  text = "flops,params,loss,eval_loss\n1e18,1e8,1,3\n2e18,1e8,1,2.9\n3e18,2e8,1,2.8\n"
+  table = read(tmp_path, text, columns="val_loss=eval_loss")
+  assert table.loss_name() == "val_loss" and table[table.loss_name()][0] == 3
+
+
+def test_tokens_follow_from_non_embedding_parameters(tmp_path):
+  table = read(tmp_path, "flops,params_nonembedding,loss\n6e18,1e8,3\n6e19,1e9,2.5\n6e20,1e9,2.2\n")
+  assert table.default_scale() == "N_nonemb"
+  np.testing.assert_allclose(table.tokens(), [1e10, 1e10, 1e11])
+
+
+def test_a_status_that_never_says_finished_is_named(tmp_path):
+  with pytest.raises(DataError, match="'status' has 'completed'"):
+    read(tmp_path, GOOD.replace("finished", "completed"))
+
+
+def test_blank_cells_of_optional_columns_and_blank_lines_do_not_matter(tmp_path):
+  text = "\nrun_id,flops,params,params_active,loss\n,1e18,1e8,,3\n,2e18,2e8,1e8,2.9\n\n,3e18,3e8,1e8,2.8\n"
+  table = read(tmp_path, text)
+  np.testing.assert_array_equal(table.scale("N"), [1e8, 2e8, 3e8])
+  assert list(table.rows) == [3, 4, 6] and table.optional("params_active") is None
+
+
+def test_the_same_numbers_written_otherwise_are_duplicates(tmp_path):
+  with pytest.raises(DataError, match="row 4: the same run as in row 2"):
+    read(tmp_path, "index,flops,params,loss\n0,1e18,1e8,3\n1,2e18,1e8,2.9\n2,1.000e+18,100000000,3.0\n")
 
 
 def test_identical_rows_without_run_ids_are_duplicates(tmp_path):
