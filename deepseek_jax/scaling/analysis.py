@@ -10,7 +10,6 @@ from deepseek_jax.errors import DataError
 from deepseek_jax.scaling.budgets import best_of_each_run, budget_indices
 from deepseek_jax.scaling.intervals import Interval, percentile_interval
 from deepseek_jax.scaling.isoflop import (
-  BUDGETS_FOR_E,
   INTERPOLATIONS,
   LEAST_SIZES,
   FrontierFit,
@@ -260,9 +259,7 @@ def _fit_diagnostics(fit: ParametricFit | FrontierFit | LawFit, table: RunTable)
     if fit.noise is None:
       yield "no intervals: the noise of a loss is not known; add seeds, or five sizes within 4 times the best of a budget"
     if sum(not v.is_edge for v in fit.vertices) < 3:
-      yield "two budgets: the exponent has no residual to judge it by"
-    elif sum(not v.is_edge for v in fit.vertices) < BUDGETS_FOR_E:
-      yield f"fewer than {BUDGETS_FOR_E} budgets: losses of larger ones are predicted with the E of approach 3"
+      yield "two budgets: the exponent has no residual to judge it by, and losses of others are predicted with the E of approach 3"
     yield from _influential_budgets(fit)
     return
   if fit.optima > 1:

@@ -19,7 +19,7 @@ from deepseek_jax.scaling.table import RunTable
 
 GRID = 1024  # points between the smallest and the largest size among which an interpolation's minimum is looked for
 LEAST_SIZES = 3  # of a profile
-BUDGETS_FOR_E = 4  # as many vertices tell the irreducible loss
+BUDGETS_FOR_E = 3  # as many vertices tell the irreducible loss
 LEAST_RUNS_OF_SURFACE = 8
 PARABOLA_SPAN = 4.0  # sizes within this factor of the best one count for a parabola: the far branches are none
 
@@ -65,8 +65,7 @@ class FrontierFit:
   def predict(self, flops: float, fixed_E: float | None = None, ci: float = 0.95) -> tuple[float, Interval | None]:
     """(loss at the optimum of a budget, its interval): E + k C^-gamma through the vertices.
 
-    With fewer than four budgets, which do not tell E, it is that of approach 3 on the same runs, or 0 where these are too
-    few for that.
+    Two budgets do not tell E: it is that of approach 3 on the same runs then, or 0 where these are too few for that.
     """
     keep = [i for i, v in enumerate(self.vertices) if not v.is_edge]
     log_c = np.log([self.vertices[i].flops for i in keep])

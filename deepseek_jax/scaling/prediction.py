@@ -16,8 +16,8 @@ from deepseek_jax.scaling.table import RunTable
 def add_prediction(plan: SweepPlan, table: RunTable, bootstrap: int = 1000) -> tuple[SweepPlan, str]:
   """(the plan with a prediction for its largest budget, text for people).
 
-  The prediction is of the smallest loss at that budget, that of the compute-optimal model: by approach 3, and by approach
-  2's vertices for comparison. Raises DataError where the table already has runs of that budget.
+  The prediction is of the smallest loss at that budget, that of the compute-optimal model: by approach 2's vertices, and by
+  approach 3 for comparison. Raises DataError where the table already has runs of that budget.
   """
   budget = max(run.budget for run in plan.runs)
   if table.flops().max() > budget * 0.95:
@@ -25,20 +25,19 @@ def add_prediction(plan: SweepPlan, table: RunTable, bootstrap: int = 1000) -> t
       f"--preregister={table.path} has runs of {budget:.3g} FLOPs, the plan's largest budget: a prediction comes before them"
     )
   loss_name, scale = table.loss_name(), "M"
-  surface = fit_parametric(table, scale, bootstrap=bootstrap)
-  predicted, interval = surface.loss_at_optimum(budget)
   frontier = fit_isoflop(table, scale, bootstrap=bootstrap)
-  by_vertices, vertex_interval = frontier.predict(budget)
+  predicted, interval = frontier.predict(budget)
   optimum, optimum_interval = frontier.optimal(budget)
+  by_surface, surface_interval = fit_parametric(table, scale, bootstrap=bootstrap).loss_at_optimum(budget)
   prediction = {
     "budget": budget, "loss": loss_name, "rows": len(table), "largest_fitted": float(table.flops().max()),
-    "predicted": predicted, "ci": interval, "approach": 3,
-    "approach_2": {"predicted": by_vertices, "ci": vertex_interval}, "M_opt": {"predicted": optimum, "ci": optimum_interval},
+    "approach": 2, "predicted": predicted, "ci": interval, "M_opt": {"predicted": optimum, "ci": optimum_interval},
+    "approach_3": {"predicted": by_surface, "ci": surface_interval},
   }  # fmt: skip
   text = (
     f"prediction   {loss_name} at the optimum of {budget:.3g} FLOPs: {predicted:.4f}"
     + (f" ({interval[0]:.4f} to {interval[1]:.4f})" if interval else "")
-    + f" by approach 3, {by_vertices:.4f} by approach 2, from {len(table)} runs of up to {table.flops().max():.3g} FLOPs"
+    + f" by approach 2, {by_surface:.4f} by approach 3, from {len(table)} runs of up to {table.flops().max():.3g} FLOPs"
   )
   return dataclasses.replace(plan, prediction=prediction), text
 
@@ -61,6 +60,6 @@ def judge(prediction: dict[str, Any], table: RunTable) -> dict[str, Any] | None:
   interval = prediction["ci"]
   return {
     "measured": vertex.loss, "error": prediction["predicted"] / vertex.loss - 1,
-    "error_of_approach_2": prediction["approach_2"]["predicted"] / vertex.loss - 1,
+    "error_of_approach_3": prediction["approach_3"]["predicted"] / vertex.loss - 1,
     "inside": bool(interval[0] <= vertex.loss <= interval[1]) if interval else None, "is_edge": vertex.is_edge,
   }  # fmt: skip

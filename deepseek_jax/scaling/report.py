@@ -195,7 +195,7 @@ def _holdout_table(fits: dict[str, ScalingFit]) -> str:
 def _prediction_table(prediction: dict[str, Any]) -> str:
   verdict = prediction["verdict"]
   rows = [["predicted", f"{prediction['predicted']:.5f} ({_interval(prediction['ci'], '.5g')})"]]
-  rows.append(["by approach 2", f"{prediction['approach_2']['predicted']:.5f}"])
+  rows.append(["by approach 3", f"{prediction['approach_3']['predicted']:.5f}"])
   rows.append(["from", f"{prediction['rows']} runs of up to {prediction['largest_fitted']:.4g} FLOPs"])
   rows.append(["budget", f"{prediction['budget']:.4g} FLOPs"])
   if verdict and verdict["measured"] is None:
@@ -203,7 +203,7 @@ def _prediction_table(prediction: dict[str, Any]) -> str:
   elif verdict:
     inside = {True: "inside the interval", False: "outside the interval", None: ""}[verdict["inside"]]
     rows.append(["measured", f"{verdict['measured']:.5f}, {inside}"])
-    rows.append(["error", f"{verdict['error']:+.3%} (approach 2: {verdict['error_of_approach_2']:+.3%})"])
+    rows.append(["error", f"{verdict['error']:+.3%} (approach 3: {verdict['error_of_approach_3']:+.3%})"])
   else:
     rows.append(["measured", "this budget has not run yet"])
   return _table(["", ""], rows)

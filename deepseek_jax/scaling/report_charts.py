@@ -83,7 +83,7 @@ def _flat(estimate: tuple[float, tuple[float, float] | None]) -> tuple[float, ..
 
 def _extrapolation(table: RunTable, fits: dict[str, ScalingFit]) -> list[Layer]:
   flops, losses = table.flops(), table[table.loss_name()]
-  names = list(table["run_id"]) if "run_id" in table else [f"row {row}" for row in table.rows]
+  names = _run_names(table)
   layers = [Layer("", "dots", list(zip(flops.tolist(), losses.tolist(), strict=True)), 5, names)]
   grid = _compute_grid(flops)
   for color, name, held, title in (
@@ -122,13 +122,17 @@ def _tokens_for(s: Surface, scales: np.ndarray, loss: float) -> np.ndarray:
 
 
 def _residuals(table: RunTable, fit: ParametricFit) -> list[Layer]:
-  flops, off = table.flops(), np.expm1(fit.residuals()) * 100
-  names = list(table["run_id"]) if "run_id" in table else [f"row {row}" for row in table.rows]
+  """Of the runs that approach 3 fits, which may be fewer than the table's."""
+  flops, off = fit.per_scale * fit.n * fit.d, np.expm1(fit.residuals()) * 100
+  numbers = dict(zip(table.rows, _run_names(table), strict=True))
+  names = [numbers[row] for row in fit.rows]
   zero = [(float(flops.min()), 0.0), (float(flops.max()), 0.0)]
-  return [
-    Layer("", "dashed", zero, 5),
-    Layer("", "dots", list(zip(flops.tolist(), off.tolist(), strict=True)), 0, names),
-  ]
+  dots = list(zip(flops.tolist(), off.tolist(), strict=True))
+  return [Layer("", "dashed", zero, 5), Layer("", "dots", dots, 0, names)]
+
+
+def _run_names(table: RunTable) -> list[str]:
+  return table["run_id"].tolist() if "run_id" in table else [f"row {row}" for row in table.rows]
 
 
 def _basins(table: RunTable, fit: HyperparamFit) -> Iterator[Chart]:

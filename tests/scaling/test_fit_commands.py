@@ -76,6 +76,14 @@ def test_the_report_is_one_page_and_its_numbers(tmp_path, capsys):
   assert "A &lt;b&gt; title" in page and "http" not in page.replace("http-equiv", "") and page.count("<svg") == 5
   numbers = json.loads((tmp_path / "r" / "numbers.json").read_text())
   assert set(numbers["fits"]) == {"1", "2", "3", "1 held out", "2 held out", "3 held out"}
+  columns |= {"seed": np.zeros(35), "lr": np.full(35, 1e-3), "batch_tokens": np.full(35, 1e5), "seconds": np.ones(35)}
+  more = {name: np.concatenate([values, np.repeat(values[10], 6)]) for name, values in columns.items()}
+  more["lr"][35:], more["batch_tokens"][35:] = np.tile([5e-4, 1e-3, 2e-3], 2), np.repeat([5e4, 2e5], 3)
+  more["val_loss"][35:] *= np.linspace(1.001, 1.01, 6)
+  grid_path = tables.write_table(tmp_path / "g.csv", more)
+  assert report(["report", f"--table={grid_path}", f"--out={tmp_path / 'g'}", "--bootstrap=20"]) == 0
+  page = (tmp_path / "g" / "index.html").read_text()
+  assert page.count("<svg") == 8 and "Time and loss at" in page and "Batch size at" in page
   with pytest.raises(ConfigError, match="--out is required"):
     report(["report", f"--table={path}"])
   with pytest.raises(ConfigError, match="cannot be written"):

@@ -55,8 +55,8 @@ def test_the_loss_of_a_larger_budget_is_predicted(tmp_path):
   assert fit.predict(1e21, fixed_E=1.69)[0] == pytest.approx(truth, rel=0.002)
 
 
-def test_three_budgets_predict_with_the_floor_of_the_surface(tmp_path):
-  columns = tables.isoflop_runs(np.geomspace(1e17, 1e19, 3), sizes=9, noise=2e-4)
+def test_three_budgets_tell_a_floor(tmp_path):
+  columns = tables.isoflop_runs(np.geomspace(1e17, 1e19, 3), sizes=9, noise=2e-3)
   fit = fit_isoflop(tables.made_table(tmp_path / "t.csv", columns), "M", bootstrap=100)
   scale = tables.CHINCHILLA.coefficient(1.0) * 1e20**tables.CHINCHILLA.a
   truth = tables.CHINCHILLA.loss(scale, 1e20 / scale)
