@@ -72,11 +72,7 @@ def _grid(x: Axis, y: Axis) -> Iterator[str]:
 
 
 def _short(value: float) -> str:
-  return (
-    f"{value:.0e}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
-    if value >= 1e4
-    else format_compact(value)
-  )
+  return f"{value:.2g}".replace("e+0", "e").replace("e+", "e") if value >= 1e4 else format_compact(value)
 
 
 def _draw(layer: Layer, x: Axis, y: Axis) -> Iterator[str]:

@@ -69,44 +69,55 @@ class FrontierFit:
     """
     keep = [i for i, v in enumerate(self.vertices) if not v.is_edge]
     log_c = np.log([self.vertices[i].flops for i in keep])
-    losses = np.array([self.vertices[i].loss for i in keep])
+    losses = np.array([[self.vertices[i].loss for i in keep]])
     count = 0 if self.samples is None else len(self.samples)
-    floor, floors = fixed_E, [fixed_E] * count
-    if (
-      fixed_E is None
-      and len(keep) < BUDGETS_FOR_E
-      and sum(len(p.scales) for p in self.profiles) >= LEAST_RUNS_OF_SURFACE
-    ):
-      surface = surface_of(self.profiles, bootstrap=min(count, 200))
-      floor = float(surface.surface.E)
-      if surface.samples is not None:
-        floors = np.resize(surface.samples.E, count).tolist()
-    value = predict_loss(log_c, losses, np.log(flops), floor)
+    floor = None if fixed_E is None else np.array([fixed_E])
+    floors = None if fixed_E is None else np.full(count, fixed_E)
+    if fixed_E is None and len(keep) < BUDGETS_FOR_E:
+      floor, floors = np.zeros(1), np.zeros(count)
+      if sum(len(p.scales) for p in self.profiles) >= LEAST_RUNS_OF_SURFACE:
+        surface = surface_of(self.profiles, bootstrap=min(count, 200))
+        floor = np.array([surface.surface.E])
+        floors = floors if surface.samples is None else np.resize(surface.samples.E, count)
+    value = float(predict_losses(log_c, losses, np.log(flops), floor)[0])
     if self.samples is None:
       return value, None
-    rows = zip(self.samples[:, 4:], floors, strict=True)
-    return value, percentile_interval(np.array([predict_loss(log_c, r[keep], np.log(flops), e) for r, e in rows]), ci)
+    drawn = predict_losses(log_c, self.samples[:, 4:][:, keep], np.log(flops), floors)
+    return value, percentile_interval(drawn, ci)
 
 
-def predict_loss(log_c: np.ndarray, losses: np.ndarray, at: float, fixed_E: float | None = None) -> float:
-  """The loss at log compute `at`, of E + k C^-gamma: linear least squares for each E on a grid, the best one refined."""
-  if not np.isfinite(losses).all() or len(losses) < 2:
-    return float("nan")
+def predict_losses(log_c: np.ndarray, losses: np.ndarray, at: float, floors: np.ndarray | None = None) -> np.ndarray:
+  """The loss at log compute `at`, of E + k C^-gamma, for each row of `losses`: [samples].
 
-  def line(floor):
-    floor = min(floor, 0.999 * losses.min())
-    slope, intercept = np.polyfit(log_c, np.log(losses - floor), 1)
-    predicted = floor + np.exp(intercept + slope * log_c)
-    return float(((np.log(predicted / losses)) ** 2).sum()), floor + float(np.exp(intercept + slope * at))
+  Least squares of log (loss - E) over log compute for each E on a grid, which is refined around the best one.
 
-  if fixed_E is not None or len(losses) < BUDGETS_FOR_E:
-    return line(fixed_E or 0.0)[1]
-  low, high = 0.0, float(losses.min()) * (1 - 1e-6)
+  Args:
+    log_c: [budgets]. losses: [samples, budgets].
+    floors: E of each sample, [samples]; None: fitted, from 0 on.
+  """
+  centered = log_c - log_c.mean()
+  smallest = losses.min(1)
+
+  def lines(floors):
+    """(sum of squared log residuals of the loss, prediction) for floors [samples, n]."""
+    above = np.maximum(losses[:, None] - floors[..., None], 1e-3 * smallest[:, None, None])
+    y = np.log(above)  # [samples, n, budgets]
+    slope = (y * centered).sum(-1) / (centered**2).sum()
+    level = y.mean(-1)
+    predicted = floors[..., None] + np.exp(level[..., None] + slope[..., None] * centered)
+    squares = (np.log(predicted / losses[:, None]) ** 2).sum(-1)
+    return squares, floors + np.exp(level + slope * (at - log_c.mean()))
+
+  if floors is not None:
+    return lines(floors[:, None])[1][:, 0]
+  low, high = np.zeros(len(losses)), 0.999 * smallest
+  rows = np.arange(len(losses))
   for _ in range(4):
-    grid = np.linspace(low, high, 40)[:-1] if high == losses.min() else np.linspace(low, high, 40)
-    best = min(range(len(grid)), key=lambda i: line(grid[i])[0])
-    low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-  return line((low + high) / 2)[1]
+    grid = np.linspace(low, high, 40, axis=1)
+    squares, predicted = lines(grid)
+    best = squares.argmin(1)
+    low, high = grid[rows, np.maximum(best - 1, 0)], grid[rows, np.minimum(best + 1, 39)]
+  return predicted[rows, best]
 
 
 def akima_vertex(runs: BudgetRuns) -> Vertex:

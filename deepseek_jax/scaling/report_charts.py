@@ -1,5 +1,6 @@
 """The charts of the scaling report: what each shows, as layers of `charts.chart`."""
 
+import dataclasses
 import html
 from collections.abc import Iterator, Sequence
 
@@ -88,7 +89,7 @@ def _extrapolation(table: RunTable, fits: dict[str, ScalingFit]) -> list[Layer]:
   grid = _compute_grid(flops)
   for color, name, held, title in (
     (0, "3", False, "approach 3"),
-    (1, "3 held out", True, "without the largest budget"),
+    (1, "3 held out", True, "approach 3, without the largest budget"),
   ):
     fit = fits[name].fit if name in fits else None
     if not isinstance(fit, ParametricFit):
@@ -97,8 +98,11 @@ def _extrapolation(table: RunTable, fits: dict[str, ScalingFit]) -> list[Layer]:
     layers.append(Layer(title, "dashed" if held else "line", [p[:2] for p in points], color))
     if held:
       layers.append(Layer(title, "band", [(p[0], p[2], p[3]) for p in points if len(p) == 4], color))
-  if "3" not in fits and isinstance(frontier := fits["2"].fit if "2" in fits else None, FrontierFit):
-    layers.append(Layer("approach 2", "line", [(c, frontier.predict(c)[0]) for c in grid.tolist()], 0))
+  for color, name, title in ((2, "2", "approach 2"), (3, "2 held out", "approach 2, without it")):
+    if name in fits and isinstance(frontier := fits[name].fit, FrontierFit):
+      estimate = dataclasses.replace(frontier, samples=None)  # without an interval
+      kind = "line" if name == "2" else "dashed"
+      layers.append(Layer(title, kind, [(c, estimate.predict(c)[0]) for c in grid.tolist()], color))
   return layers
 
 

@@ -91,7 +91,7 @@ def test_a_sweep_runs_in_shards_and_its_table_has_every_run(tmp_path, console):
 
 
 def test_a_failed_run_does_not_stop_the_sweep_and_is_shown(tmp_path, console):
-  plan_path = make_plan(tmp_path, "--budgets=1.05e10", "--per_budget=2")
+  plan_path = make_plan(tmp_path, "--budgets=1.05e10", "--per_budget=1", "--seeds=2")
   plan = load_plan(plan_path)
   trained = []
 
@@ -174,7 +174,7 @@ def results(plan, workdir):
 
 @pytest.mark.scaling
 def test_a_sweep_that_is_killed_five_times_has_the_same_table(tmp_path, console):
-  plan_path = make_plan(tmp_path, "--budgets=1.05e10,1.2e10,3.75e10", "--per_budget=2", "--seeds=2")
+  plan_path = make_plan(tmp_path, "--budgets=1.05e10,1.2e10,3.75e10", "--per_budget=1", "--seeds=2")
   plan = load_plan(plan_path)
   assert start(plan_path, tmp_path / "whole").wait() == 0
   generator, killed = np.random.default_rng(0), 0
@@ -195,7 +195,7 @@ def test_a_sweep_that_is_killed_five_times_has_the_same_table(tmp_path, console)
 
 @pytest.mark.scaling
 def test_processes_that_start_at_once_share_the_runs(tmp_path, console):
-  plan_path = make_plan(tmp_path, "--budgets=1.05e10,1.2e10", "--per_budget=2", "--seeds=2")
+  plan_path = make_plan(tmp_path, "--budgets=1.05e10,1.2e10", "--per_budget=1", "--seeds=3")
   plan, workdir = load_plan(plan_path), tmp_path / "w"
   processes = [
     start(plan_path, workdir, "--workers=2"),
