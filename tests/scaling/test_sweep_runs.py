@@ -185,9 +185,9 @@ def test_a_sweep_that_is_killed_five_times_has_the_same_table(tmp_path, console)
     except subprocess.TimeoutExpired:
       process.send_signal(signal.SIGKILL)
     killed += process.wait() == -signal.SIGKILL
+  assert start(plan_path, tmp_path / "killed").wait() == 0
   logs = (tmp_path / "killed" / "runs").glob("*/events.jsonl")
   resumed = [log for log in logs if '"resume"' in log.read_text()]
-  assert start(plan_path, tmp_path / "killed").wait() == 0
   assert killed == 5 and resumed  # runs went on in the middle
   assert results(plan, tmp_path / "killed") == results(plan, tmp_path / "whole")
 
