@@ -11,13 +11,17 @@ import hashlib
 import json
 import pathlib
 import shutil
+from collections.abc import Mapping
 
 import numpy as np
 from absl import flags
 
 from deepseek_jax.console import current_console
-from deepseek_jax.errors import ConfigError
+from deepseek_jax.errors import ConfigError, DataError
 from deepseek_jax.flags import parse, run_program
+from deepseek_jax.scaling import commands, fit_commands
+from deepseek_jax.scaling.analysis import FitOptions, fit_table
+from deepseek_jax.scaling.table import RunTable, read_table
 
 PACKAGES = ("torch", "transformers")
 NOISE = 0.3
@@ -52,8 +56,6 @@ def main(argv: list[str]) -> int:
   text = write_text(pathlib.Path(values.environment), workdir)
   current_console().print(f"text     {text['bytes']:,} bytes of {text['files']:,} files, sha256 {text['sha256']}")
 
-  from deepseek_jax.scaling import commands
-
   code = 0
   for sweep in values.sweeps.split(","):
     if sweep not in PLANS:
@@ -73,28 +75,27 @@ def main(argv: list[str]) -> int:
 
 def publish(workdir: pathlib.Path, folder: pathlib.Path) -> None:
   """Writes the table, the plan and the report of each sweep, text.json, and summary.md."""
-  from deepseek_jax.scaling import commands, fit_commands
-
   folder.mkdir(parents=True, exist_ok=True)
   shutil.copy(workdir / "text.json", folder)
+  tables = {}
   for sweep in PLANS:
     if not (workdir / sweep).is_dir():
       continue
     shutil.copy(workdir / f"{sweep}.json", folder)
     out = folder / f"{sweep}.csv"
     commands.table(["table", f"--workdir={workdir / sweep}", f"--out={out}"])
-    plan, title = folder / f"{sweep}.json", f"--title=Scaling laws in miniature: {sweep}"
-    fit_commands.report(["report", f"--table={out}", f"--plan={plan}", f"--out={folder / sweep}", title])
-  (folder / "summary.md").write_text(summary(folder))
+    try:
+      tables[sweep] = read_table(out)
+      plan, title = folder / f"{sweep}.json", f"--title=Scaling laws in miniature: {sweep}"
+      fit_commands.report(["report", f"--table={out}", f"--plan={plan}", f"--out={folder / sweep}", title])
+    except DataError as error:  # too little has run
+      current_console().print(f"{sweep}: no report: {error}", err=True)
+  (folder / "summary.md").write_text(summary(tables))
 
 
-def summary(folder: pathlib.Path) -> str:
+def summary(tables: Mapping[str, RunTable]) -> str:
   """Markdown: the exponents of each sweep, and experts beside dense models at equal FLOPs."""
-  from deepseek_jax.errors import DataError
-  from deepseek_jax.scaling import FitOptions, fit_table, read_table
-
   lines = ["| sweep | approach | runs | a of M_opt | 95% |", "|---|---|---|---|---|"]
-  tables = {sweep: read_table(folder / f"{sweep}.csv") for sweep in PLANS if (folder / f"{sweep}.csv").exists()}
   for sweep, table in tables.items():
     for approach in ("2", "3"):
       try:
