@@ -38,6 +38,8 @@ def read_result(plan: SweepPlan, run: PlannedRun, workdir: str) -> RunResult:
     events = metrics.read_jsonl(folder / metrics.EVENTS)
     if not events:
       return RunResult("not started", {})
+    if not (folder / "config.json").exists():  # stopped before its first step
+      return RunResult("stopped", {})
     saved = load_config(str(folder / "config.json"), saved=True)
     lines = metrics.read_jsonl(folder / metrics.METRICS)
   if saved != plan.config(run):

@@ -183,7 +183,7 @@ def run_sweep(
       progress.refresh()
       if run.run_id in progress.finished:
         continue
-      if deadline.signalled:
+      if deadline.signalled or deadline.is_over():
         break
       result = read_result(plan, run, workdir)
       if result.status == "failed" and result.reason == "diverged":
@@ -203,7 +203,7 @@ def run_sweep(
   busy = [run for run in busy if run.run_id not in progress.finished]
   for line in _summary(progress, failed, busy):
     console.print(line)
-  if deadline.signalled:
+  if deadline.signalled or (deadline.is_over() and len(progress.finished) < len(runs)):
     console.print("the time is up" if deadline.is_over() else "stopped", err=not deadline.is_over())
     console.print("the same command continues from there")
     if not deadline.is_over():
@@ -267,13 +267,14 @@ def _summary(
 class Deadline:
   """Sends SIGTERM to this process when its minutes are over, while the block lasts: a run saves and ends then.
 
-  Between runs the signal is noted in `signalled`, whoever sent it.
+  Between runs the signal is noted in `signalled`, whoever sent it, and sent again each second: a run that starts at that moment
+  has not seen it. In another thread than the main one, where Python allows no handlers, the minutes count between runs alone.
   """
 
   def __init__(self, minutes: float):
     self.end = time.monotonic() + 60 * minutes if minutes else float("inf")
-    self.timer = threading.Timer(60 * minutes, lambda: os.kill(os.getpid(), signal.SIGTERM)) if minutes else None
     self.signalled = False
+    self._wake, self._lock, self._has_ended = threading.Event(), threading.Lock(), False
 
   def is_over(self) -> bool:
     """Whether the time is up."""
@@ -282,19 +283,30 @@ class Deadline:
   def __enter__(self) -> "Deadline":
     def note(number: int, frame: Any) -> None:
       self.signalled = True
+      self._wake.set()
 
-    self.handles = threading.current_thread() is threading.main_thread()  # Python allows handlers there alone
-    self.previous = signal.signal(signal.SIGTERM, note) if self.handles else None
-    if self.timer:
-      self.timer.daemon = True
-      self.timer.start()
+    self._handles = threading.current_thread() is threading.main_thread()
+    if self._handles:
+      self._previous = signal.signal(signal.SIGTERM, note)
+      threading.Thread(target=self._send, daemon=True).start()
     return self
 
+  def _send(self) -> None:
+    """Waits for the end of the time, or for a signal that was noted, and sends SIGTERM until the block has ended."""
+    self._wake.wait(None if self.end == float("inf") else max(0.0, self.end - time.monotonic()))
+    while True:
+      with self._lock:
+        if self._has_ended:
+          return
+        os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(1.0)
+
   def __exit__(self, *exception: Any) -> None:
-    if self.timer:
-      self.timer.cancel()
-    if self.handles:
-      signal.signal(signal.SIGTERM, self.previous)
+    with self._lock:
+      self._has_ended = True
+    self._wake.set()
+    if self._handles:
+      signal.signal(signal.SIGTERM, self._previous)
 
 
 def run_workers(workers: int, argv: Sequence[str]) -> int:
