@@ -96,6 +96,7 @@ def predict_losses(log_c: np.ndarray, losses: np.ndarray, at: float, floors: np.
     floors: E of each sample, [samples]; None: fitted, from 0 on.
   """
   centered = log_c - log_c.mean()
+  losses = np.where(losses > 0, losses, np.nan)  # the vertex of a parabola through noise may be anywhere
   smallest = losses.min(1)
 
   def lines(floors):
@@ -106,7 +107,7 @@ def predict_losses(log_c: np.ndarray, losses: np.ndarray, at: float, floors: np.
     level = y.mean(-1)
     predicted = floors[..., None] + np.exp(level[..., None] + slope[..., None] * centered)
     squares = (np.log(predicted / losses[:, None]) ** 2).sum(-1)
-    return squares, floors + np.exp(level + slope * (at - log_c.mean()))
+    return np.nan_to_num(squares, nan=np.inf), floors + np.exp(level + slope * (at - log_c.mean()))
 
   if floors is not None:
     return lines(floors[:, None])[1][:, 0]
