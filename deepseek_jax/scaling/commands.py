@@ -9,7 +9,7 @@ from absl import flags
 from deepseek_jax.console import current_console
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import define_config_flags, load_config, parse, write_output
-from deepseek_jax.scaling.json_output import to_json_text
+from deepseek_jax.scaling.json_output import show_result
 
 PLAN = """Plans the runs of a sweep:
 
@@ -119,7 +119,7 @@ def plan(argv: list[str]) -> int:
   law = load_law(values.law)
   if values.tokens or values.hours:
     advice = advise(base, law, allocation, values.tokens, values.hours, values.topology)
-    return _show(advice.text, advice.to_json(), values.json)
+    return show_result(advice.text, advice.to_json(), values.json)
   if not values.budgets:
     raise ConfigError("--budgets is required, for example --budgets=1e17:3e20:8 (see --help); or --tokens, or --hours")
   ladders = {name: parse_numbers(name, getattr(values, name)) or (0.0,) for name in ("experts", "granularity")}
@@ -139,7 +139,7 @@ def plan(argv: list[str]) -> int:
   if values.out:
     sweep.save(values.out)
   text = format_plan(sweep, cost) + (f"\nwrote    {values.out}" if values.out else "\n--out=FILE writes the plan")
-  return _show(text, sweep.to_json() | {"cost": cost.to_json()}, values.json)
+  return show_result(text, sweep.to_json() | {"cost": cost.to_json()}, values.json)
 
 
 def _allocation(values: flags.FlagValues):
@@ -158,16 +158,7 @@ def _preregister(values: flags.FlagValues) -> int:
     raise ConfigError("--preregister=TABLE needs --plan=FILE, the plan to add the prediction to, and --out=FILE")
   sweep, text = add_prediction(load_plan(values.plan), read_table(values.preregister, values.columns))
   sweep.save(values.out)
-  return _show(f"{text}\nwrote    {values.out}", sweep.prediction or {}, values.json)
-
-
-def _show(text: str, tree: dict, path: str | None) -> int:
-  """Shows `text` for people, and writes `tree` to --json."""
-  if path != "-":
-    current_console().print(text)
-  if path:
-    write_output(to_json_text(tree), path)
-  return 0
+  return show_result(f"{text}\nwrote    {values.out}", sweep.prediction or {}, values.json)
 
 
 def run(argv: list[str]) -> int:

@@ -6,8 +6,8 @@ from absl import flags
 
 from deepseek_jax.console import current_console
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.flags import parse, write_output
-from deepseek_jax.scaling.json_output import to_json_text
+from deepseek_jax.flags import parse
+from deepseek_jax.scaling.json_output import show_result
 
 FIT = """Fits scaling laws to a table of runs, ours or other people's:
 
@@ -51,14 +51,6 @@ def _read(values: flags.FlagValues, min_rows: int = 3):
   if not values.table:
     raise ConfigError("--table is required: a CSV with a row for each run (see --help)")
   return read_table(values.table, values.columns, values.where, min_rows)
-
-
-def _show(lines: list[str], tree: dict, path: str | None) -> int:
-  if path != "-":
-    current_console().print("\n".join(lines))
-  if path:
-    write_output(to_json_text(tree), path)
-  return 0
 
 
 JSON = ("json", None, "also write the numbers to this file; - for stdout, and nothing else")
@@ -113,7 +105,7 @@ def fit(argv: list[str]) -> int:
     values.seed,
   )
   result = fit_table(table, options)
-  return _show(list(result.lines()), result.to_json(), values.json)
+  return show_result("\n".join(result.lines()), result.to_json(), values.json)
 
 
 def _positive(name: str, value: float) -> float:
@@ -155,7 +147,7 @@ def hparams(argv: list[str]) -> int:
       interval = f" ({low_high[0]:.4f} to {low_high[1]:.4f})" if low_high else ""
       lines.append(f"{field:12} {law.coefficient:.5g} C^{law.exponent:.4f}{interval}")
   lines += [f"note         {line}" for line in result.diagnostics()]
-  return _show(lines, result.to_json(), values.json)
+  return show_result("\n".join(lines), result.to_json(), values.json)
 
 
 def report(argv: list[str]) -> int:
