@@ -1,6 +1,7 @@
 """Runs of a table by compute budget, and the noise of a loss."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,14 +52,11 @@ def best_of_each_run(table: RunTable, scale: str) -> tuple[np.ndarray, np.ndarra
   scales, tokens, losses = table.scale(scale), table.tokens(), table[table.loss_name()]
   if not any(name in table for name in ("lr", "batch_tokens", "seed")):
     return scales, tokens, losses, list(table.rows)
-  settings = _settings(table)
+  settings, shapes = _settings(table), [_shape(table, i) for i in range(len(table))]
   kept: list[tuple[float, int]] = []
   for indices in budget_indices(table):
-    by_setting: dict[tuple[Any, ...], list[int]] = {}
-    for i in indices.tolist():
-      by_setting.setdefault((scales[i], _shape(table, i), settings[i]), []).append(i)
     best: dict[tuple[Any, ...], tuple[float, int]] = {}
-    for (size, shape, _), group in by_setting.items():
+    for (size, shape, _), group in _groups(indices, scales, shapes, settings).items():
       candidate = float(np.mean(losses[group])), group[0]
       best[size, shape] = min(best.get((size, shape), candidate), candidate)
     kept += best.values()
@@ -76,12 +74,8 @@ def _shape(table: RunTable, i: int) -> tuple[str, ...]:
 def best_of_each_size(table: RunTable, scale: str, indices: np.ndarray, losses: np.ndarray) -> BudgetRuns:
   """The runs `indices` with one loss for each size: seeds of one setting count as their mean, then the smallest counts."""
   scales, tokens = table.scale(scale), table.tokens()
-  settings = _settings(table)
-  means: dict[tuple[float, tuple[str, ...]], list[int]] = {}
-  for i in indices.tolist():
-    means.setdefault((scales[i], settings[i]), []).append(i)
   best: dict[float, tuple[float, int]] = {}
-  for (size, _), group in means.items():
+  for (size, _), group in _groups(indices, scales, _settings(table)).items():
     loss = float(np.mean(losses[group]))
     if size not in best or loss < best[size][0]:
       best[size] = loss, group[0]
@@ -100,6 +94,14 @@ def _settings(table: RunTable) -> list[tuple[str, ...]]:
   return [tuple(cells[table.names[name]] for name in names) for cells in table.cells]
 
 
+def _groups(indices: np.ndarray, *keys: Sequence[Any] | np.ndarray) -> dict[tuple[Any, ...], list[int]]:
+  """{values of the keys: those of `indices` that have them}, in order."""
+  groups: dict[tuple[Any, ...], list[int]] = {}
+  for i in indices.tolist():
+    groups.setdefault(tuple(key[i] for key in keys), []).append(i)
+  return groups
+
+
 def seed_noise(table: RunTable, scale: str, losses: np.ndarray) -> float | None:
   """Standard deviation of log loss between seeds of one setting, pooled; None where no setting has two seeds."""
   if "seed" not in table:
@@ -107,10 +109,7 @@ def seed_noise(table: RunTable, scale: str, losses: np.ndarray) -> float | None:
   scales, settings = table.scale(scale), _settings(table)
   squares, freedom = 0.0, 0
   for indices in budget_indices(table):
-    groups: dict[tuple[float, tuple[str, ...]], list[int]] = {}
-    for i in indices.tolist():
-      groups.setdefault((scales[i], settings[i]), []).append(i)
-    for group in groups.values():
+    for group in _groups(indices, scales, settings).values():
       logs = np.log(losses[group])
       squares, freedom = squares + float(((logs - logs.mean()) ** 2).sum()), freedom + len(group) - 1
   return float(np.sqrt(squares / freedom)) if freedom else None

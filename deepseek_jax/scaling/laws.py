@@ -16,10 +16,6 @@ class PowerLaw:
   def __call__(self, x: float) -> float:
     return self.coefficient * x**self.exponent
 
-  def inverse(self, y: float) -> float:
-    """The x that gives y."""
-    return (y / self.coefficient) ** (1 / self.exponent)
-
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRun:
