@@ -15,10 +15,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from deepseek_jax.config import Config
-from deepseek_jax.errors import DataError
 from deepseek_jax.schema import flatten_config, leaf_paths
-from deepseek_jax.training import metrics
+from deepseek_jax.training import metrics, run_records
 from deepseek_jax.training.plot import BINS, Point, Series, format_compact, line_chart
+from deepseek_jax.training.run_records import is_number
 
 Line = dict[str, Any]  # an object of metrics.jsonl
 Event = dict[str, Any]  # an object of events.jsonl
@@ -62,7 +62,7 @@ _CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not 
 def write_report(workdir: str | os.PathLike[str]) -> str:
   """Writes WORKDIR/report.html atomically and returns its path. Raises DataError for an input that cannot be read."""
   path = os.path.join(workdir, "report.html")
-  config = _load_config(os.path.join(workdir, "config.json"))
+  config = run_records.read_config(os.path.join(workdir, run_records.CONFIG))
   lines = metrics.read_jsonl(os.path.join(workdir, metrics.METRICS))
   events = metrics.read_jsonl(os.path.join(workdir, metrics.EVENTS))
   page = _page(config, lines, events)
@@ -70,23 +70,6 @@ def write_report(workdir: str | os.PathLike[str]) -> str:
     file.write(page)
   os.replace(path + ".partial", path)
   return path
-
-
-def _load_config(path: str) -> dict[str, Any]:
-  try:
-    with open(path, encoding="utf-8") as file:
-      tree = json.load(file)
-  except OSError as error:
-    raise DataError(f"{path}: expected the config of a run, got {error.strerror}; name the folder of a run") from None
-  except ValueError as error:
-    raise DataError(f"{path}: expected JSON, got {error}; run the training command again to write it") from None
-  if not isinstance(tree, dict):
-    raise DataError(f"{path}: expected a JSON object, got {type(tree).__name__}; run the training command again")
-  if "model_type" in tree:
-    raise DataError(
-      f"{path}: expected the config of a run, got that of a Hugging Face folder; name the folder of a run"
-    )
-  return tree
 
 
 def _page(config: dict[str, Any], lines: Sequence[Line], events: Sequence[Event]) -> str:
@@ -120,7 +103,7 @@ def _header(name: str, events: Sequence[Event]) -> str:
   status = str(process_events[-1].get("reason")) if has_ended else "no end was recorded: running, or killed"
   subtitle = []
   start: Event = next((e for e in events if e["event"] == "start"), {})
-  if _is_number(start.get("parameters")):
+  if is_number(start.get("parameters")):
     subtitle.append(f"{start['parameters']:,} parameters")
   if events:
     subtitle.append(f"last event {_format_time(events[-1].get('time'))}")
@@ -141,12 +124,12 @@ def _tiles(config: dict[str, Any], lines: Sequence[Line], events: Sequence[Event
     ("held-out bits/byte", _format_fixed(heldout.get("bits_per_byte")), evaluated),
     ("held-out loss", _format_fixed(heldout.get("loss")), "nats per token"),
     ("train loss", _format_fixed(last.get("loss")), f"at step {last['step']:,}" if last else "no step was logged"),
-    ("steps", f"{last.get('step', 0):,}", f"of {planned_steps:,}" if _is_number(planned_steps) else ""),
-    ("tokens", format_compact(last["tokens"]) if _is_number(last.get("tokens")) else "–", "trained on"),
+    ("steps", f"{last.get('step', 0):,}", f"of {planned_steps:,}" if is_number(planned_steps) else ""),
+    ("tokens", format_compact(last["tokens"]) if is_number(last.get("tokens")) else "–", "trained on"),
     ("tokens per second", format_compact(statistics.median(speeds)) if speeds else "–", "median"),
     ("time", _format_duration(sum(_total_seconds(lines).values())), "logged"),
   ]
-  if _is_number(last.get("skipped")) and last["skipped"]:
+  if is_number(last.get("skipped")) and last["skipped"]:
     tiles.append(("skipped updates", f"{last['skipped']:,}", "the log says why"))
   cells = [
     f"<div><b>{_escape(v)}</b><span>{_escape(k)}</span><small>{_escape(note)}</small></div>" for k, v, note in tiles
@@ -327,11 +310,11 @@ def _events_by_step(events: Sequence[Event], name: str) -> list[Event]:
 
 
 def _points(lines: Sequence[Line], key: str) -> list[Point]:
-  return [(line["step"], line[key] if _is_number(line[key]) else None) for line in lines if key in line]
+  return [(line["step"], line[key] if is_number(line[key]) else None) for line in lines if key in line]
 
 
 def _total_seconds(lines: Sequence[Line]) -> dict[str, float]:
-  return {key: sum(line[key] for line in lines if _is_number(line.get(key))) for key in TIMES}
+  return {key: sum(line[key] for line in lines if is_number(line.get(key))) for key in TIMES}
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -342,12 +325,8 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
       yield prefix + key, value
 
 
-def _is_number(value: Any) -> bool:
-  return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-
-
 def _format_fixed(value: Any) -> str:
-  return f"{value:.4f}" if _is_number(value) else "–"
+  return f"{value:.4f}" if is_number(value) else "–"
 
 
 def _format_duration(duration: float) -> str:
@@ -360,7 +339,7 @@ def _format_duration(duration: float) -> str:
 
 
 def _format_time(seconds: Any) -> str:
-  if not _is_number(seconds):
+  if not is_number(seconds):
     return "at an unknown time"
   return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
