@@ -1,20 +1,21 @@
 """Readable JAX training code for the DeepSeek family of models."""
 
+import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
   from deepseek_jax.api import Model, load_pretrained
+  from deepseek_jax.runs import Run, load, run
 
-__all__ = ["Model", "load_pretrained"]
+MODULES = {"Model": "api", "load_pretrained": "api", "Run": "runs", "load": "runs", "run": "runs"}
+__all__ = ["Model", "Run", "load", "load_pretrained", "run"]
 __version__ = "0.1.0"
 
 
 def __getattr__(name):
   """The notebook API, imported when asked for: the package itself needs no JAX, whose flags programs set first."""
-  if name in __all__:
-    from deepseek_jax import api
-
-    return getattr(api, name)
+  if name in MODULES:
+    return getattr(importlib.import_module(f"deepseek_jax.{MODULES[name]}"), name)
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,4 +1,4 @@
-"""Published weights in a notebook: load, inspect, differentiate, save.
+"""Models in a notebook, published or of a run: load, inspect, differentiate, sample, save.
 
 One device, no mesh to set up, no global state.
 """
@@ -15,15 +15,25 @@ from flax import nnx
 
 from deepseek_jax.checkpoint.hf_config import to_hf_config
 from deepseek_jax.checkpoint.hf_files import CONFIG_FILE, DTYPES, HFReader, missing_folder, write_tensors
-from deepseek_jax.checkpoint.hf_model import read_config_json, read_model_config
+from deepseek_jax.checkpoint.hf_model import read_config_json
 from deepseek_jax.checkpoint.hf_names import hf_tensors
-from deepseek_jax.checkpoint.hf_tokenizer import CODE_FILES, GENERATION_FILE, TOKENIZER_FILES, copy_files
-from deepseek_jax.config_sections import MeshConfig
+from deepseek_jax.checkpoint.hf_tensor import HFTensor
+from deepseek_jax.checkpoint.hf_tokenizer import (
+  CODE_FILES,
+  GENERATION_FILE,
+  TOKENIZER_FILES,
+  Copies,
+  copy_exported_files,
+  exported_files,
+)
+from deepseek_jax.checkpoint.load import SavedModel, open_hugging_face, open_workdir
+from deepseek_jax.config_sections import SampleConfig
+from deepseek_jax.data.tokenizer import NO_TOKENIZER
 from deepseek_jax.errors import CheckpointError, ConfigError
-from deepseek_jax.mesh import check_x64, make_mesh
-from deepseek_jax.model.transformer import graphdef, init_params
+from deepseek_jax.generate.decoding import continue_prompt
+from deepseek_jax.mesh import check_x64
+from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.model_config import ModelConfig
-from deepseek_jax.sharding import with_concrete_shardings
 from deepseek_jax.storage import is_url
 from deepseek_jax.training.objective import Objective
 from deepseek_jax.training.step_config import StepConfig
@@ -44,28 +54,25 @@ def load_pretrained(directory: str | Path, dtype: str = "float32") -> "Model":
   Raises:
     ConfigError: another dtype, or float64 without x64 mode.
     CheckpointError: a folder that is incomplete, or holds another kind of model. Lists everything that is wrong. For a
-      workdir, a URL and a name on the hub it says how to get a folder.
+      workdir, a URL and a name on the hub it says what to do.
   """
   if dtype not in PRECISIONS:
     raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(PRECISIONS)}")
   directory = local_folder(directory)
   param_dtype, compute_dtype = PRECISIONS[dtype]
-  config = dataclasses.replace(read_model_config(directory), param_dtype=param_dtype, compute_dtype=compute_dtype)
-  check_x64(config)
-  reader, table = HFReader(directory), hf_tensors(config)
-  reader.check_tensors(table)
-  mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-  with jax.set_mesh(mesh):
-    abstract = with_concrete_shardings(jax.eval_shape(lambda: init_params(config, key=None)), mesh)
-    arrays = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), abstract)
-    for entry in table:
-      if not entry.is_copy:
-        get_at_path(arrays[entry.buffer], entry.path)[entry.index] = entry.to_param(reader.read(entry.name))
-    reader.check_finite()
-    params, buffers = jax.tree.map(lambda array, a: jax.device_put(array, a.sharding), arrays, abstract)
-  names = set(reader.names)
-  dtypes = {entry.name: reader.dtype(entry.name) for entry in table if entry.name in names}
-  return Model(config, params, buffers, mesh, dtypes, read_config_json(directory), directory)
+  saved = open_hugging_face(directory)
+  model = dataclasses.replace(saved.config.model, param_dtype=param_dtype, compute_dtype=compute_dtype)
+  reader = HFReader(directory)
+  return Model(saved, model, {name: reader.dtype(name) for name in reader.names})
+
+
+def load_workdir(workdir: str | Path, step: int | None = None) -> "Model":
+  """The model of the newest checkpoint in the workdir of a run, a folder or a URL, or of `step`, as it was trained.
+
+  Raises CheckpointError where there is no such checkpoint.
+  """
+  saved = open_workdir(workdir, step)
+  return Model(saved, saved.config.model, {})
 
 
 def local_folder(directory: str | Path) -> Path:
@@ -80,8 +87,8 @@ def local_folder(directory: str | Path) -> Path:
   if steps is not None and not ((path / CONFIG_FILE).is_file() and "model_type" in read_config_json(path)):
     workdir = steps.parent
     raise CheckpointError(
-      f"{directory} belongs to the workdir of a run, and load_pretrained reads Hugging Face folders: write one with "
-      f"python -m deepseek_jax.checkpoint convert --from={workdir} --to={workdir}-hf, and load that"
+      f"{directory} belongs to the workdir of a run, and load_pretrained reads Hugging Face folders: "
+      f"deepseek_jax.load({str(workdir)!r}).model is its model"
     )
   return path
 
@@ -96,7 +103,8 @@ class Model:
 
   Attributes:
     config: its ModelConfig.
-    source: the folder that it was loaded from.
+    source: the folder that it was loaded from, or the workdir or URL of the run.
+    step: of the checkpoint; None for a Hugging Face folder.
     params: nested dict of arrays. A tree of the same structure and shapes may be assigned to it.
     buffers: nested dict with the bias of each router, empty in a model without; it has no gradient.
 
@@ -105,19 +113,13 @@ class Model:
   without x64 mode.
   """
 
-  def __init__(
-    self,
-    config: ModelConfig,
-    params: Params,
-    buffers: Params,
-    mesh: jax.sharding.Mesh,
-    dtypes: dict[str, np.dtype],
-    hf_config: dict[str, Any],
-    source: Path,
-  ):
-    self.config, self.buffers, self.source = config, buffers, source
-    self._params, self._mesh, self._dtypes, self._hf_config = params, mesh, dtypes, hf_config
-    with jax.set_mesh(mesh):
+  def __init__(self, saved: SavedModel, config: ModelConfig, dtypes: Mapping[str, np.dtype]):
+    """config: of `saved`, perhaps in other dtypes. dtypes: of the tensors of a Hugging Face folder, by name."""
+    self.config, self.source, self.step = config, saved.source, saved.step
+    self._saved, self._dtypes = saved, dtypes
+    self._hf_config = read_config_json(Path(saved.source)) if saved.step is None else {}
+    self._mesh, self._params, self.buffers = saved.load(model=config)
+    with jax.set_mesh(self._mesh):
       self._graphdef = graphdef(config)
 
   def __repr__(self) -> str:
@@ -125,8 +127,9 @@ class Model:
     config, count = self.config, sum(x.size for x in jax.tree.leaves(self._params))
     experts = f", {config.moe.num_routed_experts} experts" if config.num_moe_layers else ""
     mtp = f" and {config.num_mtp_layers} of multi-token prediction" if config.num_mtp_layers else ""
+    kind = f"of {self._saved.config.name}, step {self.step}" if self.step is not None else self._hf_config["model_type"]
     return (
-      f"<Model {self._hf_config['model_type']}: {config.layers} layers{mtp}, width {config.embed}{experts}, {count:,} "
+      f"<Model {kind}: {config.layers} layers{mtp}, width {config.embed}{experts}, {count:,} "
       f"parameters in {config.param_dtype}, computes in {config.compute_dtype}, from {self.source}>"
     )
 
@@ -170,6 +173,30 @@ class Model:
       raise ConfigError("routing() needs experts, and this model is dense: there is nothing to route")
     return self._run(self._routing, self._check_tokens(tokens))
 
+  def sample(self, prompt: str, seed: int = 0, **fields: Any) -> str:
+    """Text that the model writes after `prompt`, up to `max_tokens` tokens or the end of the document.
+
+    Args:
+      seed: of the sampling.
+      fields: of the config's section `sample`, which has the defaults: max_tokens, temperature (0: greedy decoding),
+        top_k, top_p, repetition_penalty.
+
+    Raises:
+      ConfigError: another field, or a value that it may not have.
+      DataError: the tokenizer is missing, or is not the one that the run trained with.
+    """
+    unknown = fields.keys() - vars(self._saved.config.sample).keys()
+    if unknown:
+      raise ConfigError(f"sample() has no {', '.join(sorted(unknown))}; it takes {', '.join(vars(SampleConfig()))}")
+    config = dataclasses.replace(self._saved.config.sample, prompt=prompt, **fields)
+    check_x64(self.config)
+    tokenizer, seq = self._saved.load_tokenizer(), self._saved.config.data.seq
+    with jax.set_mesh(self._mesh):
+      return continue_prompt(
+        graphdef(self.config.for_sampling()), self.params, self.buffers, tokenizer, config, seq, seed, self._mesh,
+        self._saved.add_bos(tokenizer),
+      )  # fmt: skip
+
   def save_pretrained(self, directory: str | Path, dtype: str | None = None) -> None:
     """Writes a Hugging Face folder that transformers loads: `params` as they are now, the buffers as they were loaded.
 
@@ -191,7 +218,7 @@ class Model:
     if dtype is not None and dtype not in SAVED_DTYPES:
       raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(SAVED_DTYPES)}, nor None for each tensor's own")
     table = {entry.name: entry for entry in hf_tensors(self.config)}
-    loaded_dtypes = {entry.path: self._dtypes[entry.name] for entry in table.values() if not entry.is_copy}
+    loaded_dtypes = {entry.path: self._dtype_of(entry) for entry in table.values() if not entry.is_copy}
 
     def saved_dtype(entry):
       loaded_dtype = self._dtypes.get(entry.name, loaded_dtypes[entry.path])
@@ -204,14 +231,27 @@ class Model:
       return entry.to_hf(get_at_path(arrays[entry.buffer], entry.path)[entry.index])
 
     main_dtype = dtype or str(loaded_dtypes["embed",])
-    config = to_hf_config(self.config, main_dtype, self._hf_config)
+    original, copies, tokenizer = self._files_of_source(Path(directory))
+    config = to_hf_config(self.config, main_dtype, original)
     tensors = [(name, entry.shape, saved_dtype(entry)) for name, entry in table.items()]
     write_tensors(directory, tensors, read, config=config)
-    if self.source.is_dir() and self.source.resolve() != Path(directory).resolve():
-      try:
-        copy_files(self.source, Path(directory), (GENERATION_FILE, *TOKENIZER_FILES, *CODE_FILES))
-      except OSError as error:
-        raise CheckpointError(f"cannot copy {error.filename} to {directory}: {error.strerror}; make room") from error
+    try:
+      copy_exported_files(copies, tokenizer, Path(directory))
+    except OSError as error:
+      raise CheckpointError(f"cannot copy {error.filename} to {directory}: {error.strerror}; make room") from error
+
+  def _dtype_of(self, entry: HFTensor) -> np.dtype:
+    """Of a tensor as it was loaded; of a run's, what training has."""
+    return self._dtypes.get(entry.name, np.dtype("float32" if entry.buffer else self.config.param_dtype))
+
+  def _files_of_source(self, target: Path) -> tuple[dict[str, Any], Copies, str]:
+    """(config.json of the source, what beside the weights is copied to `target`, data.tokenizer, whose file is copied)."""
+    source, tokenizer = Path(self.source), self._saved.config.data.tokenizer
+    if self.step is not None:
+      return *exported_files(source, tokenizer, self.config), tokenizer
+    is_there = source.is_dir() and source.resolve() != target.resolve()
+    names = (GENERATION_FILE, *TOKENIZER_FILES, *CODE_FILES)
+    return self._hf_config, [(source, names)] if is_there else [], NO_TOKENIZER
 
   def _run(self, function: Callable, *arguments: Any) -> Any:
     check_x64(self.config)

@@ -86,7 +86,7 @@ def test_importing_the_package_imports_no_jax():
 def test_names_are_found_before_they_are_imported():
   code = (
     "import sys, deepseek_jax; names = dir(deepseek_jax); assert 'jax' not in sys.modules\n"
-    "assert {'Model', 'load_pretrained', '__version__'} <= set(names), names"
+    "assert {'Model', 'Run', 'load', 'load_pretrained', 'run', '__version__'} <= set(names), names"
   )
   subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
   assert deepseek_jax.__version__.split(".")[0].isdigit()
@@ -108,7 +108,7 @@ def test_what_is_no_folder_of_hugging_face_is_told_what_to_do(tmp_path):
   (tmp_path / "run" / "checkpoints" / "20").mkdir(parents=True)
   (tmp_path / "run" / "config.json").write_text('{"name": "tiny"}')
   (tmp_path / "file").write_text("")
-  advice = f"convert --from={tmp_path / 'run'} --to={tmp_path / 'run'}-hf, and load that"
+  advice = f"deepseek_jax.load({str(tmp_path / 'run')!r}).model is its model"
   hub = "if that is a name on the Hugging Face hub, download it first: hf download deepseek-ai/DeepSeek-V3 --local-dir DeepSeek-V3"
   for source, message in {
     tmp_path / "run": advice, tmp_path / "run" / "checkpoints": advice, tmp_path / "run" / "checkpoints" / "20": advice,
