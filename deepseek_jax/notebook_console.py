@@ -56,10 +56,14 @@ class NotebookConsole(Console):
         handle.update(HTML(self._page(step, steps, text)))
         drawn = time.monotonic()
 
+    def redraw() -> None:
+      handle.update(HTML(self._page(step, steps, text)))
+
+    self._curve.on_close = redraw  # the last evaluation follows the last step
     try:
       yield update
     finally:
-      handle.update(HTML(self._page(step, steps, text)))
+      redraw()
 
   def _page(self, step: int, steps: int, text: str) -> str:
     bar = f'<progress value="{step}" max="{steps}" style="width: 160px; vertical-align: middle"></progress>'
@@ -72,6 +76,7 @@ class _LossCurve:
   def __init__(self) -> None:
     self._train: list[Point] = []
     self._heldout: list[Point] = []
+    self.on_close: Callable[[], None] = lambda: None
 
   def write(self, step: int, values: Mapping[str, Any], histograms: Histograms) -> None:
     """Keeps the point of an update."""
@@ -83,7 +88,8 @@ class _LossCurve:
       self._heldout.append((step, _finite(values["bits_per_byte"])))
 
   def close(self) -> None:
-    """Does nothing: what was kept is still drawn."""
+    """Calls `on_close`; what was kept is still drawn."""
+    self.on_close()
 
   def image(self) -> str:
     """An <img> of both curves; empty before the first point."""

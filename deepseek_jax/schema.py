@@ -21,13 +21,13 @@ def field(default: Any, doc: str, **limits: Any) -> Any:
   return dataclasses.field(default=default, metadata={"doc": doc, **limits})
 
 
-def table_keys(module: str, table: str) -> tuple[str, ...]:
+def table_keys(module: str, table: str) -> list[str]:
   """The keys of `table`, a dict that `module`, as "model.router", defines by a display with strings as keys.
 
   They are read from the source: what a config may say is written once, beside the implementations, and checking it
-  imports neither them nor jax.
+  imports neither them nor jax. A row that is added while a process runs is appended to this list (`variants`).
   """
-  return tuple(ast.literal_eval(key) for key in _table_display(module, table).keys)  # type: ignore[arg-type]
+  return [ast.literal_eval(key) for key in _table_display(module, table).keys]  # type: ignore[arg-type]
 
 
 def table_argument(module: str, table: str, argument: str) -> dict[str, Any]:

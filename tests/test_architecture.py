@@ -28,7 +28,7 @@ LAYERS = (
   {"checkpoint"},
   {"training", "evaluate", "generate"},
   {"selftest"},
-  {"train", "api", "report"},
+  {"train", "api", "report", "variants"},
   {"notebook_console"},
   {"runs"},
   {"scaling"},

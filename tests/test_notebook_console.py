@@ -38,9 +38,11 @@ def test_the_last_step_and_the_curves_are_shown_when_the_run_ends(shown):
     writer.event("eval", 2, bits_per_byte=7.5)
     writer.event("start", 2)
     update(1100, "loss <5>")
+  writer.event("eval", 1100, bits_per_byte=4.5)
+  writer.close()
   assert 'value="1100" max="1200"' in shown[-1] and "step 1,100 of 1,200" in shown[-1] and "loss &lt;5&gt;" in shown[-1]
   image = base64.b64decode(re.search(r"base64,([^\"]+)", shown[-1])[1]).decode()
-  assert image.startswith('<svg xmlns="http://www.w3.org/2000/svg" ') and image.count("<circle") == 2
+  assert image.startswith('<svg xmlns="http://www.w3.org/2000/svg" ') and image.count("<circle") == 3
   assert image.count('class="nonfinite"') == 1
 
 
