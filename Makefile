@@ -11,6 +11,7 @@
 ## make gpu     on a machine with a Hopper GPU: self-tests, rates of the kernels and training steps, in an environment of its
 ##              own, .venv-gpu; two calls of 5 minutes, which PART=1 and PART=2 make singly; again: goes on where it was.
 ##              Needs a Python 3.12, which PYTHON names. Where there is no package index: launch/gpu.sh
+## make colabs  execute the notebooks of colabs/ on the smallest sizes, in an environment of its own; SMOKE= runs them in full
 ## make docs    build the documentation into build/docs, warnings are errors: open build/docs/index.html
 ## make lint    ruff check, ruff format --check and mypy
 ## make clean   remove the environments and caches; runs/ stays
@@ -22,10 +23,11 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 PART ?= 1 2
+SMOKE ?= --smoke
 IN_PARALLEL = -n auto --maxprocesses 4 --dist worksteal
 IN_VENV = $(VENV)/bin/python
 
-.PHONY: help train test test-jax chaos scaling parity meshes tpu kernels gpu docs lint clean environment test-environment
+.PHONY: help train test test-jax chaos scaling parity meshes tpu kernels gpu colabs docs lint clean environment test-environment
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -67,6 +69,10 @@ gpu:
 	  [ $$status -lt 128 ] || break; \
 	done; exit $$status
 
+colabs:
+	@$(PYTHON) .ci/environment.py $(VENV)-colab colab notebook-tests
+	$(VENV)-colab/bin/python colabs/execute.py $(SMOKE) $(ARGS)
+
 # With the test requirements, so that `make test` finds the environment as it left it.
 docs:
 	@$(PYTHON) .ci/environment.py $(VENV) test docs
@@ -84,5 +90,5 @@ test-environment:
 	@$(PYTHON) .ci/environment.py $(VENV) test
 
 clean:
-	rm -rf $(VENV) $(VENV)-3.12 $(VENV)-parity $(VENV)-kernels $(VENV)-gpu .cache .pytest_cache .ruff_cache .mypy_cache build *.egg-info
+	rm -rf $(VENV) $(VENV)-3.12 $(VENV)-colab $(VENV)-parity $(VENV)-kernels $(VENV)-gpu .cache .pytest_cache .ruff_cache .mypy_cache build *.egg-info
 	find deepseek_jax benchmarks tests configs .ci -name __pycache__ -prune -exec rm -rf {} +
