@@ -13,7 +13,6 @@ import tempfile
 import time
 
 import nbformat
-from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
@@ -47,9 +46,10 @@ def execute(path: pathlib.Path, smoke: bool, out: pathlib.Path | None) -> str | 
   notebook = nbformat.read(path, as_version=4)
   environment = os.environ | {"DEEPSEEK_JAX_SMOKE": "1" if smoke else "0", "PYTHONPATH": str(FOLDER.parent)}
   with tempfile.TemporaryDirectory() as folder:
-    # By sockets in the file system, which no other user of the machine can read.
-    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc")
-    client = NotebookClient(notebook, kernel, timeout=CELL_SECONDS, resources={"metadata": {"path": folder}})
+    client = NotebookClient(
+      notebook, timeout=CELL_SECONDS, kernel_name="python3", resources={"metadata": {"path": folder}},
+      extra_arguments=["--IPKernelApp.log_level=40"],  # not that its sockets on this machine are not encrypted
+    )  # fmt: skip
     try:
       client.execute(env=environment)
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
