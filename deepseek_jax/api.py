@@ -148,7 +148,7 @@ class Model:
     return self._run(self._logits, self._check_tokens(tokens))
 
   def loss_and_grads(self, tokens: Any, mtp_weight: float = 0.0) -> tuple[jax.Array, Params]:
-    """Mean cross entropy [] of the next token in nats, and its gradients, a tree like `params`.
+    """Mean cross entropy [] of the next token in nats, and its gradients, a tree like the parameters.
 
     Args:
       tokens: [batch, seq], with seq at least 2; at least 2 + depths with a weight.
@@ -198,7 +198,7 @@ class Model:
       )  # fmt: skip
 
   def save_pretrained(self, directory: str | Path, dtype: str | None = None) -> None:
-    """Writes a Hugging Face folder that transformers loads: `params` as they are now, the buffers as they were loaded.
+    """Writes a Hugging Face folder that transformers loads: the parameters as they are now, the buffers as they were loaded.
 
     - Each tensor has the dtype that it was loaded with (FP8 becomes float32), or `dtype`: float64, float32, float16 or
       bfloat16. Buffers keep theirs.
