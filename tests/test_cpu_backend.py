@@ -3,10 +3,12 @@ import os
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 from deepseek_jax import cpu_backend
-from deepseek_jax.cpu_backend import keep_freed_memory, size_thread_pool
+from deepseek_jax.cpu_backend import keep_freed_memory, quick_compile_options, size_thread_pool
 
 # Writes 64 MiB to new memory and frees it, ten times, and prints the page faults.
 PROGRAM = """
@@ -64,3 +66,14 @@ def test_a_refusal_is_one_line(monkeypatch, capsys):
 def test_another_libc_is_left_alone(monkeypatch):
   monkeypatch.setattr(sys, "platform", "darwin")
   assert not keep_freed_memory()
+
+
+def test_a_program_that_runs_once_computes_the_same_without_optimizations(monkeypatch):
+  def draw(options):
+    return jax.jit(lambda key: jax.random.normal(key, (64,)), compiler_options=options)(jax.random.key(0))
+
+  options = quick_compile_options()
+  assert options  # which XLA knows: another key would be an error
+  np.testing.assert_allclose(draw(options), draw(None), rtol=1e-6)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert quick_compile_options() is None

@@ -317,7 +317,7 @@ def run_workers(workers: int, argv: Sequence[str]) -> int:
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
   environment = {**os.environ, "NPROC": str(max(1, cores // workers))}
   command = [sys.executable, "-m", "deepseek_jax.scaling", *argv]
-  processes = [subprocess.Popen([*command, f"--worker={i}/{workers}"], env=environment) for i in range(workers)]
+  processes: list[subprocess.Popen] = []
 
   def stop(number: int, frame: Any) -> None:
     for process in processes:
@@ -327,6 +327,8 @@ def run_workers(workers: int, argv: Sequence[str]) -> int:
   handlers: dict[int, Any] = {signal.SIGTERM: stop, signal.SIGINT: signal.SIG_IGN}
   previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
   try:
+    for i in range(workers):
+      processes.append(subprocess.Popen([*command, f"--worker={i}/{workers}"], env=environment))
     return max(process.wait() % 256 for process in processes)
   finally:
     for number, handler in previous.items():

@@ -17,7 +17,7 @@ from deepseek_jax.errors import ConfigError
 from deepseek_jax.scaling import commands
 from deepseek_jax.scaling.sweep_plan import load_plan
 from deepseek_jax.scaling.sweep_results import read_result
-from deepseek_jax.scaling.sweep_runs import order_for_worker, parse_shard, run_sweep, select_runs
+from deepseek_jax.scaling.sweep_runs import order_for_worker, parse_shard, run_sweep, run_workers, select_runs
 from deepseek_jax.scaling.table import read_table
 
 TEXT = "def f(x):\n  return x + 1\n\n\n"
@@ -208,3 +208,24 @@ def test_processes_that_start_at_once_share_the_runs(tmp_path, console):
   for r in plan.runs:
     events = (workdir / "runs" / r.run_id / "events.jsonl").read_text()
     assert events.count('"event": "start"') == 1 and events.count('"event": "end"') == 1
+
+
+def test_workers_are_told_to_stop_and_are_waited_for(tmp_path, monkeypatch):
+  worker = tmp_path / "worker"
+  worker.write_text(f"""#!{sys.executable}
+import os, pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+name = sys.argv[-1].removeprefix("--worker=").replace("/", "_")
+pathlib.Path({str(tmp_path)!r}, name).write_text(os.environ["NPROC"])
+while name == "1_2" and not pathlib.Path({str(tmp_path)!r}, "0_2").exists():
+  time.sleep(0.01)
+if name == "1_2":
+  os.kill(os.getppid(), signal.SIGTERM)
+signal.pause()
+""")
+  worker.chmod(0o700)
+  monkeypatch.setattr(sys, "executable", str(worker))
+  assert run_workers(2, ["run"]) == 143
+  cores = len(os.sched_getaffinity(0))
+  assert [(tmp_path / name).read_text() for name in ("0_2", "1_2")] == [str(max(1, cores // 2))] * 2
+  assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
