@@ -198,21 +198,31 @@ def config_help(config: Config) -> str:
 def parse(argv: Sequence[str], flag_values: flags.FlagValues, usage: str | None) -> dict[str, str]:
   """Parses `argv` into `flag_values` and returns the config overrides {path: text}.
 
-  --help and --list_configs are answered here, with exit code 0. Raises ConfigError for an unknown flag or a bad value.
-  A program has its own absl FlagValues, so that several can live in one process (tests, notebooks).
+  --help and --list_configs are answered here, with exit code 0. Raises ConfigError for an unknown flag, a bad value, and
+  an argument that is no flag. A program has its own absl FlagValues, so that several can live in one process (tests,
+  notebooks).
   """
+  overrides, positional = parse_positional(argv, flag_values, usage)
+  if positional:
+    raise ConfigError(f"unexpected argument {positional[0]!r}: every argument is --flag=value (see --help)")
+  return overrides
+
+
+def parse_positional(
+  argv: Sequence[str], flag_values: flags.FlagValues, usage: str | None
+) -> tuple[dict[str, str], list[str]]:
+  """As `parse`, for a program that also takes arguments that are no flags: (overrides, these arguments)."""
   help_flags = {"--help", "-help", "-h", "--helpfull"}
   rest, overrides = split_overrides([a for a in argv if a not in help_flags])
+  flag_values.set_gnu_getopt()  # flags may follow other arguments
   try:
-    unparsed = flag_values(rest)[1:]
+    positional = flag_values(rest)[1:]
   except flags.UnrecognizedFlagError as error:
     raise ConfigError(unknown_flag(error.flagname, flag_values)) from None
   except flags.Error as error:
     raise ConfigError(describe_flag_error(error, flag_values)) from None
   if overrides and "config" not in flag_values:
     raise ConfigError(f"this program takes no --config.{next(iter(overrides))}; its flags are {', '.join(flag_values)}")
-  if unparsed:
-    raise ConfigError(f"unexpected argument {unparsed[0]!r}: every argument is --flag=value (see --help)")
   if help_flags & set(argv):
     print(f"{usage}\n\nFlags:")
     for name in flag_values:
@@ -224,7 +234,7 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues, usage: str | None)
   if "list_configs" in flag_values and flag_values.list_configs:
     print(list_configs())
     sys.exit(0)
-  return overrides
+  return overrides, positional
 
 
 def unknown_flag(name: str, flag_values: flags.FlagValues) -> str:

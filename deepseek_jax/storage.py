@@ -18,7 +18,7 @@ import tempfile
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import tensorstore as ts
@@ -201,6 +201,23 @@ class RunFolder:
       if path.is_file() and self._uploaded.get(path) != (status.st_size, status.st_mtime_ns):
         self._store.write(path.relative_to(self.path).as_posix(), path.read_bytes())
         self._uploaded[path] = status.st_size, status.st_mtime_ns
+
+
+@contextlib.contextmanager
+def local_copy(folder: str, names: Iterable[str]) -> Iterator[str]:
+  """Yields `folder`, or where it is a URL a temporary folder with those of its files `names` that exist.
+
+  Nothing is written to the bucket. Raises StorageError for one that cannot be read.
+  """
+  if not is_url(folder):
+    yield folder
+    return
+  store = ObjectStore(folder)
+  with tempfile.TemporaryDirectory(prefix="deepseek_jax-") as copy:
+    for name in names:
+      if (content := store.read(name)) is not None:
+        pathlib.Path(copy, name).write_bytes(content)
+    yield copy
 
 
 def map_parallel(function: Callable[[str], Result], names: Sequence[str]) -> dict[str, Result]:

@@ -20,7 +20,7 @@ LAYERS = (
   {"model_config", "config_sections"},
   {"config"},
   {"mesh", "sharding", "data", "flags"},
-  {"kernels", "compilation_cache"},
+  {"kernels", "compilation_cache", "json_output"},
   {"model"},
   {"parallel"},
   {"optimizers"},
@@ -31,7 +31,7 @@ LAYERS = (
   {"train", "api", "report", "variants", "notebook"},
   {"notebook_console"},
   {"runs"},
-  {"scaling"},
+  {"scaling", "compare"},
 )
 # Imports between neighbors, and where less is allowed than what lies below.
 BESIDE = {"sharding": {"mesh"}}

@@ -9,7 +9,7 @@ from absl import flags
 from deepseek_jax.console import current_console
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import define_config_flags, load_config, parse, write_output
-from deepseek_jax.scaling.json_output import show_result
+from deepseek_jax.json_output import show_result
 
 PLAN = """Plans the runs of a sweep:
 

@@ -7,7 +7,7 @@ from absl import flags
 from deepseek_jax.console import current_console
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import parse
-from deepseek_jax.scaling.json_output import show_result
+from deepseek_jax.json_output import show_result
 
 FIT = """Fits scaling laws to a table of runs, ours or other people's:
 

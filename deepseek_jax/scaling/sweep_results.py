@@ -1,17 +1,15 @@
 """What the runs of a sweep have given, read from their folders, which may be in a bucket."""
 
-import contextlib
 import dataclasses
 import os
 import pathlib
-import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import load_config
 from deepseek_jax.scaling.sweep_plan import PLAN_FILE, PlannedRun, SweepPlan
-from deepseek_jax.storage import ObjectStore, is_url
+from deepseek_jax.storage import local_copy
 from deepseek_jax.training import metrics
 
 
@@ -34,7 +32,8 @@ class RunResult:
 
 def read_result(plan: SweepPlan, run: PlannedRun, workdir: str) -> RunResult:
   """The result of a run, from its files. Raises ConfigError where the run there is not the one that is planned."""
-  with _local_copy(run_folder(workdir, run)) as folder:
+  with local_copy(run_folder(workdir, run), (metrics.METRICS, metrics.EVENTS, "config.json")) as copy:
+    folder = pathlib.Path(copy)
     events = metrics.read_jsonl(folder / metrics.EVENTS)
     if not events:
       return RunResult("not started", {})
@@ -60,20 +59,6 @@ def read_result(plan: SweepPlan, run: PlannedRun, workdir: str) -> RunResult:
   if end["event"] == "end" and end.get("reason") in ("diverged", "failed"):
     return RunResult("failed", values, str(end.get("error") or end["reason"]), step)
   return RunResult("stopped", values, step=step)
-
-
-@contextlib.contextmanager
-def _local_copy(folder: str) -> Iterator[pathlib.Path]:
-  """The folder of a run, or a temporary one with its small files where it is in a bucket."""
-  if not is_url(folder):
-    yield pathlib.Path(folder)
-    return
-  store = ObjectStore(folder)
-  with tempfile.TemporaryDirectory(prefix="deepseek_jax-") as copy:
-    for name in (metrics.METRICS, metrics.EVENTS, "config.json"):
-      if (content := store.read(name)) is not None:
-        pathlib.Path(copy, name).write_bytes(content)
-    yield pathlib.Path(copy)
 
 
 def run_folder(workdir: str, run: PlannedRun) -> str:

@@ -1,6 +1,6 @@
 import json
 
-from deepseek_jax.scaling.json_output import to_json_text
+from deepseek_jax.json_output import to_json_text
 
 
 def test_what_is_not_finite_is_null():
