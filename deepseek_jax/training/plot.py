@@ -8,7 +8,7 @@ import dataclasses
 import html
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 WIDTH, HEIGHT = 560, 230
 LEFT, RIGHT, TOP, BOTTOM = 50, 20, 10, 26
@@ -17,7 +17,7 @@ HOVER_BANDS = 120
 MAX_NAMES = 12  # on the axis of layers
 SCALES = ("linear", "from zero", "log")
 
-Point = tuple[int, float | None]  # (step, value); None where the value was not finite
+Point = tuple[float, float | None]  # (x, value); None where the value was not finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +25,10 @@ class Series:
   """A curve of a chart."""
 
   name: str
-  points: Sequence[Point]  # by increasing step
-  style: str = "line"  # or "dots"
+  points: Sequence[Point]  # by increasing x
+  style: str = "line"  # or "dots", or "thin": a line that stands back
+  color: int | None = None  # index of its color; None: its place in the chart
+  hover: bool = True  # whether hovering shows its values; if not, its name alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +50,16 @@ class Axis:
 
 
 def line_chart(
-  series: Sequence[Series], marks: Sequence[int] = (), scale: str = "linear", x_names: Sequence[str] = ()
-) -> str:
+  series: Sequence[Series], marks: Sequence[int] = (), scale: str = "linear", x_names: Sequence[str] = (),
+  x_unit: str = "step",
+) -> str:  # fmt: skip
   """An SVG element of `series` over steps. Steps whose value was not finite are ticks on the lower edge.
 
   Args:
     marks: steps that get a dashed vertical line.
     scale: one of SCALES. A log scale becomes linear where a value is not positive.
     x_names: the chart is not over steps but over layers, of which these are the names.
+    x_unit: what else the chart is over, as "tokens".
   """
   steps = [x for s in series for x, _ in s.points]
   values = [y for s in series for _, y in s.points if y is not None]
@@ -64,12 +68,12 @@ def line_chart(
   first, last = _widen(min(steps), max(steps), 1)
   x = Axis(first, last, LEFT, WIDTH - RIGHT)
   y = _value_axis(min(values), max(values), scale)
-  parts = _grid(x, y, x_names)
+  parts = _grid(x, y, x_names, whole=x_unit == "step")
   for index, s in enumerate(series):
-    parts += _curve(s, x, y, f"s{index}")
+    parts += _curve(s, x, y, f"s{index if s.color is None else s.color}")
     nonfinite = sorted({round(x.pixel(step)) for step, value in s.points if value is None})
     parts += [f'<path class="nonfinite" d="M{px} {y.start}v-6"/>' for px in nonfinite]
-  parts += _hover_bands(series, x, x_names)
+  parts += _hover_bands([s for s in series if s.hover], x, lambda at: _place(at, x_names, x_unit))
   for step in marks:
     if x.low <= step <= x.high:
       path = f"M{x.pixel(step):.1f} {TOP}V{y.start}"
@@ -152,7 +156,7 @@ def _value_axis(low: float, high: float, scale: str) -> Axis:
   return Axis(bottom, top + pad, HEIGHT - BOTTOM, TOP)
 
 
-def _grid(x: Axis, y: Axis, x_names: Sequence[str]) -> list[str]:
+def _grid(x: Axis, y: Axis, x_names: Sequence[str], whole: bool) -> list[str]:
   parts = []
   y_ticks = log_ticks(y.low, y.high) if y.log else ticks(y.low, y.high)
   for tick in y_ticks:
@@ -163,7 +167,7 @@ def _grid(x: Axis, y: Axis, x_names: Sequence[str]) -> list[str]:
   if x_names:
     labels = dict(list(enumerate(x_names))[:: math.ceil(len(x_names) / MAX_NAMES)])
   else:
-    x_ticks = [tick for tick in ticks(x.low, x.high, 6) if tick.is_integer()]  # steps are integers
+    x_ticks = [tick for tick in ticks(x.low, x.high, 6) if tick.is_integer() or not whole]  # steps are integers
     labels = {tick: format_compact(tick, x_ticks[-1]) for tick in x_ticks}
   for tick, label in labels.items():
     parts.append(f'<text class="x" x="{x.pixel(tick):.1f}" y="{HEIGHT - 8}">{html.escape(label)}</text>')
@@ -176,13 +180,29 @@ def _curve(series: Series, x: Axis, y: Axis, name: str) -> Iterator[str]:
     if not is_finite:
       continue
     pixels = [(f"{x.pixel(step):.1f}", f"{y.pixel(value):.1f}") for step, value in points if value is not None]
-    yield f'<path class="curve {name}" d="M{"L".join(f"{px} {py}" for px, py in pixels)}"/>'
+    thin, end = " thin" if series.style == "thin" else "", "/>" if series.hover else f">{_title(series.name)}</path>"
+    yield f'<path class="curve {name}{thin}" d="M{"L".join(f"{px} {py}" for px, py in pixels)}"{end}'
     if series.style == "dots" or len(pixels) == 1:
       yield from (f'<circle class="{name}" cx="{px}" cy="{py}" r="2.6"/>' for px, py in pixels)
 
 
-def _hover_bands(series: Sequence[Series], x: Axis, x_names: Sequence[str]) -> Iterator[str]:
-  """Transparent columns over the chart; the title of each gives the last value of every series within it."""
+def _title(text: str) -> str:
+  return f"<title>{html.escape(text)}</title>"
+
+
+def _place(x: float, x_names: Sequence[str], x_unit: str) -> str:
+  if x_names:
+    return f"in layer {x_names[int(x)]}"
+  return f"at step {x:,.0f}" if x_unit == "step" else f"at {format_compact(x)} {x_unit}"
+
+
+def _hover_bands(series: Sequence[Series], x: Axis, place: Callable[[float], str]) -> Iterator[str]:
+  """Transparent columns over the chart; the title of each gives the last value of every series within it.
+
+  place: says in words where an x is.
+  """
+  if not series:
+    return
   bands: dict[int, dict[str, Point]] = {}
   for s in series:
     for step, value in s.points:
@@ -193,12 +213,10 @@ def _hover_bands(series: Sequence[Series], x: Axis, x_names: Sequence[str]) -> I
   edges = [LEFT, *((a + b) / 2 for a, b in itertools.pairwise(centers)), WIDTH - RIGHT]
   for (left, right), values in zip(itertools.pairwise(edges), last_values, strict=True):
     lines = [
-      f"{name}: {'not finite' if value is None else f'{value:.6g}'} "
-      + (f"in layer {x_names[step]}" if x_names else f"at step {step:,}")
+      f"{name}: {'not finite' if value is None else f'{value:.6g}'} {place(step)}"
       for name, (step, value) in values.items()
     ]
-    title = html.escape("\n".join(lines))
     yield (
       f'<rect class="band" x="{left:.1f}" y="{TOP}" width="{right - left:.1f}" height="{HEIGHT - TOP - BOTTOM}">'
-      f"<title>{title}</title></rect>"
+      f"{_title(chr(10).join(lines))}</rect>"
     )

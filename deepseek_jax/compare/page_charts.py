@@ -1,0 +1,105 @@
+"""Charts of the page of a comparison: curves over each axis, in tabs that need no script."""
+
+import html
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from deepseek_jax.compare.groups import Group
+from deepseek_jax.compare.runs import X_AXES, Curve
+from deepseek_jax.compare.text import METRIC_TITLES
+from deepseek_jax.training.plot import BINS, Point, Series, downsample, line_chart
+
+if TYPE_CHECKING:
+  from deepseek_jax.compare.comparison import Comparison
+
+COLORS = 8  # classes s0 to s7 of the style sheet
+HOVERED_GROUPS = 6  # above, hovering would show more lines than can be read: it names single curves
+CURVE_POINTS = 12_000  # of all curves of a chart together, so that a page of many runs stays small
+UNITS = {"steps": "step", "tokens": "tokens", "flops": "FLOPs", "seconds": "s"}
+TITLES = {"steps": "Steps", "tokens": "Tokens", "flops": "FLOPs", "seconds": "Time"}
+
+
+def tabs(comparison: "Comparison") -> str:
+  """The charts, a tab for each axis over which there is a curve; that of the comparison is open."""
+  panels = {x_axis: panel for x_axis in X_AXES if (panel := "".join(_figures(comparison, x_axis)))}
+  if not panels:
+    return ""
+  first = comparison.x_axis if comparison.x_axis in panels else next(iter(panels))
+  inputs = "".join(
+    f'<input type="radio" name="x" id="x-{x_axis}"{" checked" if x_axis == first else ""}>'
+    f'<label for="x-{x_axis}">{TITLES[x_axis]}</label>'
+    for x_axis in panels
+  )
+  bodies = "".join(
+    f'<div class="panel {x_axis}"><div class="charts">{panel}</div></div>' for x_axis, panel in panels.items()
+  )
+  return f'<div class="tabs" role="group" aria-label="Horizontal axis">{inputs}{bodies}</div>'
+
+
+def color_class(group: Group) -> str:
+  """The class of a group's color."""
+  return f"s{_index(group) % COLORS}"
+
+
+def _index(group: Group) -> int:
+  index = 0
+  for character in group.letter:
+    index = index * 26 + ord(character) - ord("A") + 1
+  return index - 1
+
+
+def _figures(comparison: "Comparison", x_axis: str) -> Iterator[str]:
+  """For each metric, a chart of the whole and one of the second half, where differences show."""
+  for metric in comparison.metrics:
+    series = list(_series(comparison, metric, x_axis))
+    ends = [s.points[-1][0] for s in series if s.points]
+    if not ends:
+      continue
+    half = max(ends) / 2
+    late = [_after(s, half) for s in series]
+    title, unit = METRIC_TITLES.get(metric, metric), "log scale" if _is_positive(series) else ""
+    yield _figure(title, unit, series, x_axis)
+    if any(s.points for s in late):
+      yield _figure(title, f"second half{', ' if unit else ''}{unit}", late, x_axis)
+
+
+def _figure(title: str, unit: str, series: list[Series], x_axis: str) -> str:
+  chart = line_chart(series, scale="log" if _is_positive(series) else "linear", x_unit=UNITS[x_axis])
+  caption = f"<b>{html.escape(title[:1].upper() + title[1:])}</b> <span>{unit}</span>"
+  return f"<figure><figcaption>{caption}</figcaption>{chart}</figure>"
+
+
+def _series(comparison: "Comparison", metric: str, x_axis: str) -> Iterator[Series]:
+  """Runs as thin lines, then their means, then held-out evaluations as dots."""
+  runs, groups = comparison.runs, comparison.groups
+  bins = max(20, min(BINS, CURVE_POINTS // (2 * (len(runs) + len(groups)))))
+  hover = len(groups) <= HOVERED_GROUPS
+  heldout: list[Series] = []
+  means: list[Series] = []
+  for group in groups:
+    color, several = _index(group) % COLORS, len(group.runs) > 1
+    name = f"{group.letter} {group.label}" if hover else f"{group.letter} {group.label} ({group.runs[0].name})"
+    for run in group.runs:
+      if several:
+        yield Series(f"{group.letter} {run.name}", _points(run.curve(metric, x_axis), bins), "thin", color, hover=False)
+      points = _points(run.heldout_curve(metric, x_axis), bins)
+      heldout.append(Series(f"{run.name}, held-out", points, "dots", color, hover=False))
+    mean = f"{name}, mean" if several else name
+    means.append(Series(mean, _points(group.mean_curve(metric, x_axis), bins), "line", color, hover=hover))
+  yield from means
+  yield from heldout
+
+
+def _points(curve: Curve, bins: int) -> list[Point]:
+  return downsample(list(zip(curve.x.tolist(), curve.y.tolist(), strict=True)), bins)
+
+
+def _after(series: Series, x: float) -> Series:
+  points = [point for point in series.points if point[0] >= x]
+  return Series(series.name, points, series.style, series.color, series.hover)
+
+
+def _is_positive(series: list[Series]) -> bool:
+  values = [value for s in series for _, value in s.points if value is not None]
+  return bool(values) and min(values) > 0 and math.isfinite(max(values))
