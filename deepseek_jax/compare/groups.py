@@ -63,11 +63,12 @@ class Group:
     values = list(self.by_seed(name).values())
     return estimate(values) if values else None
 
-  def mean_curve(self, metric: str, x_axis: str) -> Curve:
-    """The mean of the runs' curves where all of those that have one are known."""
-    curves = [curve for run in self.runs if len(curve := run.curve(metric, x_axis)) > 1]
+  def mean_curve(self, metric: str, x_axis: str, heldout: bool = False) -> Curve:
+    """The mean of the runs' curves, over the part of the axis that all runs with a curve have."""
+    all_curves = [(run.heldout_curve if heldout else run.curve)(metric, x_axis) for run in self.runs]
+    curves = [curve for curve in all_curves if len(curve)]
     if len(curves) < 2:
-      return curves[0] if curves else self.runs[0].curve(metric, x_axis)
+      return curves[0] if curves else all_curves[0]
     low, high = max(curve.x[0] for curve in curves), min(curve.x[-1] for curve in curves)
     x = np.unique(np.concatenate([curve.x for curve in curves]))
     x = x[(x >= low) & (x <= high)]
@@ -160,8 +161,8 @@ def format_value(value: Any) -> str:
     return "none"
   if isinstance(value, tuple):
     text = ",".join(map(format_value, value))
-  elif isinstance(value, float) and float(f"{value:g}") == value:  # six digits are all of it
-    text = f"{value:g}"
+  elif isinstance(value, float):
+    text = f"{value:.10g}"  # 0.009 where arithmetic gave 0.009000000000000001
   else:
     text = str(value).lower() if isinstance(value, bool) else str(value)
   return text if len(text) <= LABEL_CHARACTERS else f"…{text[1 - LABEL_CHARACTERS :]}"

@@ -60,7 +60,8 @@ def format_page(comparison: "Comparison") -> str:
 
 CHART_NOTE = (
   '<p class="note">Lines: training; thick ones are means over seeds. Dots: held-out evaluations. Time is of steps and of waiting '
-  "for data; FLOPs are of matmuls with causal attention, as MFU counts them. Hover for numbers and names.</p>"
+  "for data; FLOPs are of matmuls with causal attention, as MFU counts them. Hover for numbers and names. Of more than "
+  f"{page_charts.MAX_RUNS} runs only the means over seeds are drawn.</p>"
 )
 
 
@@ -71,7 +72,8 @@ def escape(value: Any) -> str:
 
 def _heading(comparison: "Comparison") -> str:
   if comparison.verdict:
-    return f"{_chip(comparison.verdict.a)} against {_chip(comparison.verdict.b)}"
+    a, b = (f"{_chip(group)} {escape(group.label)}" for group in (comparison.verdict.a, comparison.verdict.b))
+    return f"{a} against {b}"
   return "Comparison of runs"
 
 
@@ -123,21 +125,24 @@ def _differences(comparison: "Comparison") -> str:
     cells = "".join(f'<td title="{escape(value)}">{escape(format_value(value))}</td>' for value in row.values)
     rows.append(f'<tr><th title="{escape(doc)}">{escape(row.path)}</th>{cells}</tr>')
   table = f'<table class="fields"><thead><tr><th>field</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-  return f'<div class="scroll">{table}</div><p class="note">–: without effect there. Hover for what a field means.</p>'
+  return (
+    f'<div class="scroll whole">{table}</div><p class="note">–: without effect there. Hover for what a field means.</p>'
+  )
 
 
 def _runs(comparison: "Comparison") -> str:
   other = [metric for metric in comparison.metrics if metric not in ("bits_per_byte", "loss")]
-  rows = []
+  results, costs = [], []
   for group in comparison.groups:
     for run in group.runs:
-      name, _, *results = result_row(group, run)
+      name = f'<span title="{escape(run.place)}">{escape(run.name)}</span>'
       last = (run.last_value(metric) for metric in other)
-      values = [*results, *cost_row(run)[1:], *("–" if value is None else f"{value:.5g}" for value in last)]
-      rows.append([f'<span title="{escape(run.place)}">{escape(name)}</span>', _chip(group), *map(escape, values)])
+      values = [*result_row(group, run)[2:], *("–" if value is None else f"{value:.5g}" for value in last)]
+      results.append([name, _chip(group), *map(escape, values)])
+      costs.append([name, *map(escape, cost_row(run)[1:])])
   note = "best, step: the smallest held-out bits per byte, and after which step. train: the last logged loss. end: open, if none was recorded."
-  header = (*RESULT_COLUMNS, *COST_COLUMNS[1:], *other)
-  return f'{_table(header, rows)}<p class="note">{escape(note)}</p>'
+  tables = f'{_table((*RESULT_COLUMNS, *other), results)}<p class="note">{escape(note)}</p>'
+  return f"{tables}<h2>What they took</h2>{_table(COST_COLUMNS, costs)}"
 
 
 def _left_out(comparison: "Comparison") -> str:

@@ -2,22 +2,27 @@
 
 import html
 import math
+import statistics
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from deepseek_jax.compare.groups import Group
 from deepseek_jax.compare.runs import X_AXES, Curve
-from deepseek_jax.compare.text import METRIC_TITLES
 from deepseek_jax.training.plot import BINS, Point, Series, downsample, line_chart
 
 if TYPE_CHECKING:
   from deepseek_jax.compare.comparison import Comparison
 
-COLORS = 8  # classes s0 to s7 of the style sheet
-HOVERED_GROUPS = 6  # above, hovering would show more lines than can be read: it names single curves
-CURVE_POINTS = 12_000  # of all curves of a chart together, so that a page of many runs stays small
+COLORS = 16  # classes s0 to s15 of the style sheet: eight colors, the second time dashed
+MAX_RUNS = 24  # of more, only the means over seeds are drawn
+# Of more, hovering would show more lines than can be read: it names single curves then.
+HOVERED_GROUPS, HOVERED_RUNS = 6, 8
+CURVE_POINTS = 10_000  # of all curves of a chart together, so that a page of many runs stays small
 UNITS = {"steps": "step", "tokens": "tokens", "flops": "FLOPs", "seconds": "s"}
-TITLES = {"steps": "Steps", "tokens": "Tokens", "flops": "FLOPs", "seconds": "Time"}
+TITLES = {
+  "steps": "Steps", "tokens": "Tokens", "flops": "FLOPs", "seconds": "Time",
+  "bits_per_byte": "Bits per byte", "loss": "Loss, nats per token",
+}  # fmt: skip
 
 
 def tabs(comparison: "Comparison") -> str:
@@ -56,9 +61,9 @@ def _figures(comparison: "Comparison", x_axis: str) -> Iterator[str]:
     ends = [s.points[-1][0] for s in series if s.points]
     if not ends:
       continue
-    half = max(ends) / 2
+    half = statistics.median(ends) / 2
     late = [_after(s, half) for s in series]
-    title, unit = METRIC_TITLES.get(metric, metric), "log scale" if _is_positive(series) else ""
+    title, unit = TITLES.get(metric, metric), "log scale" if _is_positive(series) else ""
     yield _figure(title, unit, series, x_axis)
     if any(s.points for s in late):
       yield _figure(title, f"second half{', ' if unit else ''}{unit}", late, x_axis)
@@ -66,27 +71,35 @@ def _figures(comparison: "Comparison", x_axis: str) -> Iterator[str]:
 
 def _figure(title: str, unit: str, series: list[Series], x_axis: str) -> str:
   chart = line_chart(series, scale="log" if _is_positive(series) else "linear", x_unit=UNITS[x_axis])
-  caption = f"<b>{html.escape(title[:1].upper() + title[1:])}</b> <span>{unit}</span>"
+  caption = f"<b>{html.escape(title)}</b> <span>{unit}</span>"
   return f"<figure><figcaption>{caption}</figcaption>{chart}</figure>"
 
 
 def _series(comparison: "Comparison", metric: str, x_axis: str) -> Iterator[Series]:
-  """Runs as thin lines, then their means, then held-out evaluations as dots."""
+  """Runs as thin lines, then the means of groups, then held-out evaluations as dots; of many runs the means alone."""
   runs, groups = comparison.runs, comparison.groups
   bins = max(20, min(BINS, CURVE_POINTS // (2 * (len(runs) + len(groups)))))
-  hover = len(groups) <= HOVERED_GROUPS
+  hover, each = len(groups) <= HOVERED_GROUPS, len(runs) <= MAX_RUNS
   heldout: list[Series] = []
   means: list[Series] = []
   for group in groups:
-    color, several = _index(group) % COLORS, len(group.runs) > 1
-    name = f"{group.letter} {group.label}" if hover else f"{group.letter} {group.label} ({group.runs[0].name})"
-    for run in group.runs:
-      if several:
-        yield Series(f"{group.letter} {run.name}", _points(run.curve(metric, x_axis), bins), "thin", color, hover=False)
-      points = _points(run.heldout_curve(metric, x_axis), bins)
-      heldout.append(Series(f"{run.name}, held-out", points, "dots", color, hover=False))
-    mean = f"{name}, mean" if several else name
-    means.append(Series(mean, _points(group.mean_curve(metric, x_axis), bins), "line", color, hover=hover))
+    color = _index(group) % COLORS
+    if len(group.runs) == 1:
+      name = f"{group.letter} {group.label}: {group.runs[0].name}"
+    else:
+      name = f"{group.letter} {group.label}, mean of {len(group.runs)} runs"
+      if each:
+        for run in group.runs:
+          yield Series(
+            f"{group.letter} {run.name}", _points(run.curve(metric, x_axis), bins), "thin", color, hover=False
+          )
+    means.append(Series(name, _points(group.mean_curve(metric, x_axis), bins), "line", color, hover=hover))
+    if each:
+      curves = [(run.name, run.heldout_curve(metric, x_axis)) for run in group.runs]
+    else:
+      curves = [(name, group.mean_curve(metric, x_axis, heldout=True))]
+    show = len(runs) <= HOVERED_RUNS
+    heldout += [Series(f"{of}, held-out", _points(curve, bins), "points", color, hover=show) for of, curve in curves]
   yield from means
   yield from heldout
 

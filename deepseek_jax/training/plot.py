@@ -26,7 +26,7 @@ class Series:
 
   name: str
   points: Sequence[Point]  # by increasing x
-  style: str = "line"  # or "dots", or "thin": a line that stands back
+  style: str = "line"  # or "dots", on a line, "points", without one, or "thin": a line that stands back
   color: int | None = None  # index of its color; None: its place in the chart
   hover: bool = True  # whether hovering shows its values; if not, its name alone
 
@@ -181,8 +181,9 @@ def _curve(series: Series, x: Axis, y: Axis, name: str) -> Iterator[str]:
       continue
     pixels = [(f"{x.pixel(step):.1f}", f"{y.pixel(value):.1f}") for step, value in points if value is not None]
     thin, end = " thin" if series.style == "thin" else "", "/>" if series.hover else f">{_title(series.name)}</path>"
-    yield f'<path class="curve {name}{thin}" d="M{"L".join(f"{px} {py}" for px, py in pixels)}"{end}'
-    if series.style == "dots" or len(pixels) == 1:
+    if series.style != "points":
+      yield f'<path class="curve {name}{thin}" d="M{"L".join(f"{px} {py}" for px, py in pixels)}"{end}'
+    if series.style in ("dots", "points") or len(pixels) == 1:
       yield from (f'<circle class="{name}" cx="{px}" cy="{py}" r="2.6"/>' for px, py in pixels)
 
 
@@ -201,13 +202,13 @@ def _hover_bands(series: Sequence[Series], x: Axis, place: Callable[[float], str
 
   place: says in words where an x is.
   """
-  if not series:
-    return
   bands: dict[int, dict[str, Point]] = {}
   for s in series:
     for step, value in s.points:
       band = int((step - x.low) / (x.high - x.low) * (HOVER_BANDS - 1))
       bands.setdefault(band, {})[s.name] = (step, value)
+  if not bands:
+    return
   last_values = [bands[band] for band in sorted(bands)]
   centers = [x.pixel(max(step for step, _ in values.values())) for values in last_values]
   edges = [LEFT, *((a + b) / 2 for a, b in itertools.pairwise(centers)), WIDTH - RIGHT]
