@@ -105,7 +105,7 @@ def compare_runs(
     reasons = "; ".join(f"{path}: {reason}" for path, reason in passed_over[:3])
     raise DataError(f"expected at least one run, got none: {reasons or 'name folders of runs, as runs/*'}")
   _check_metrics(read, metrics)
-  groups = make_groups(_two_groups(places, found) if verdict else group_runs(read))
+  groups = make_groups(_two_groups(places, found, passed_over) if verdict else group_runs(read))
   return Comparison(
     tuple(groups), tuple(differing_fields([group.fields for group in groups])),
     judge(groups[0], groups[1], smallest) if verdict else None,
@@ -143,7 +143,9 @@ def _identity(path: str) -> str:
   return path if "://" in path else os.path.realpath(path)
 
 
-def _two_groups(places: Sequence[str], found: list[list[ComparedRun]]) -> list[list[ComparedRun]]:
+def _two_groups(
+  places: Sequence[str], found: list[list[ComparedRun]], passed_over: Sequence[PassedOver]
+) -> list[list[ComparedRun]]:
   """The runs of the two groups of a verdict. Raises ConfigError where there are not two."""
   if len(places) != 2:
     groups = group_runs([run for runs in found for run in runs])
@@ -155,6 +157,9 @@ def _two_groups(places: Sequence[str], found: list[list[ComparedRun]]) -> list[l
     return groups
   for place, runs in zip(places, found, strict=True):
     settings = group_runs(runs)
+    if not settings:
+      reason = next((f": {reason}" for path, reason in passed_over if path.startswith(place)), "")
+      raise ConfigError(f"{place}: expected a run that the other side of the verdict has not, got none{reason}")
     if len(settings) != 1:
       differing = [row.path for row in differing_fields([group[0].fields for group in settings])]
       more = f", which differ in {', '.join(differing[:3])}" if differing else ""

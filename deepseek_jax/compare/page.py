@@ -123,11 +123,16 @@ def _differences(comparison: "Comparison") -> str:
   for row in comparison.differences:
     doc = fields[row.path].metadata["doc"] if row.path in fields else "no such field in this version"
     cells = "".join(f'<td title="{escape(value)}">{escape(format_value(value))}</td>' for value in row.values)
-    rows.append(f'<tr><th title="{escape(doc)}">{escape(row.path)}</th>{cells}</tr>')
+    rows.append(f'<tr><th title="{escape(doc)}">{_breakable(row.path)}</th>{cells}</tr>')
   table = f'<table class="fields"><thead><tr><th>field</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
   return (
     f'<div class="scroll whole">{table}</div><p class="note">–: without effect there. Hover for what a field means.</p>'
   )
+
+
+def _breakable(path: str) -> str:
+  """A field's path as HTML that may go on in the next line after a dot or an underscore."""
+  return escape(path).replace(".", ".<wbr>").replace("_", "_<wbr>")
 
 
 def _runs(comparison: "Comparison") -> str:

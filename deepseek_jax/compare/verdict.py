@@ -68,7 +68,9 @@ class Verdict:
   def _explanation(self) -> Iterator[str]:
     size = f"{self.smallest:.4f} bits per byte"
     needed = self.seeds_needed
-    if self.outcome == NO_DIFFERENCE:
+    if self.difference and " is better" in self.outcome and abs(self.difference.mean) < self.smallest:
+      yield f"but by less than {size}, the smallest difference that matters (--smallest)"
+    elif self.outcome == NO_DIFFERENCE:
       yield f"differences of {size} or more, the smallest that matters (--smallest), are outside the interval"
     elif self.outcome == NOT_ENOUGH:
       if self.difference:
