@@ -136,6 +136,12 @@ def discard_output(stream: TextIO) -> None:
   os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def printable(text: str) -> str:
+  """`text` in one line without control characters, which a terminal would obey: as their Unicode pictures, or as �."""
+  pictures = {code: chr(0x2400 + code) for code in range(32)} | {127: "\u2421"}
+  return "".join(c if c.isprintable() else pictures.get(ord(c), "\ufffd") for c in text)
+
+
 def format_bytes(size: float) -> str:
   """A number of bytes in the largest unit of 1024s of which it has one at least, with three digits."""
   for unit, unit_size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):

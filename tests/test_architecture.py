@@ -27,11 +27,11 @@ LAYERS = (
   {"plan"},
   {"checkpoint"},
   {"training", "evaluate", "generate"},
-  {"selftest"},
+  {"selftest", "compare"},
   {"train", "api", "report", "variants", "notebook"},
   {"notebook_console"},
   {"runs"},
-  {"scaling", "compare"},
+  {"scaling"},
 )
 # Imports between neighbors, and where less is allowed than what lies below.
 BESIDE = {"sharding": {"mesh"}}

@@ -13,6 +13,7 @@ from deepseek_jax.console import (
   format_bytes,
   format_gib,
   log_to_console,
+  printable,
   set_console,
 )
 
@@ -146,3 +147,7 @@ def test_the_current_console_is_set_for_a_block_in_one_thread():
 )  # fmt: skip
 def test_sizes_never_read_as_nothing(size, text, gib):
   assert (format_bytes(size), format_gib(size, 1)) == (text, gib)
+
+
+def test_printable_text_has_nothing_that_a_terminal_obeys():
+  assert printable("a\x1b[31m\nb\x7f\x9bé") == "a␛[31m␊b␡\ufffdé"

@@ -7,11 +7,12 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
 
 from deepseek_jax import train
 from deepseek_jax.config import Config
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.flags import load_config, shipped_configs, split_overrides
+from deepseek_jax.flags import load_config, parse_positional, shipped_configs, split_overrides
 from deepseek_jax.schema import leaf_paths
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -208,3 +209,11 @@ def test_json_config_is_data(tmp_path):
   path = tmp_path / "config.json"
   path.write_text('{"train": {"steps": 7}}')
   assert load_config(str(path), {"train.global_batch": 8}).train.steps == 7
+
+
+def test_positional_arguments_may_stand_anywhere():
+  values = flags.FlagValues()
+  flags.DEFINE_boolean("verdict", False, "", flag_values=values)
+  flags.DEFINE_string("x", "steps", "", flag_values=values)
+  _, runs = parse_positional(["compare", "a", "--verdict", "b", "--x", "tokens", "c"], values, "")
+  assert runs == ["a", "b", "c"] and values.verdict and values.x == "tokens"

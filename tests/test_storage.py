@@ -6,7 +6,7 @@ import time
 import pytest
 
 from deepseek_jax.errors import StorageError
-from deepseek_jax.storage import ObjectStore, RunFolder, is_safe_name, map_parallel
+from deepseek_jax.storage import ObjectStore, RunFolder, is_safe_name, local_copy, map_parallel
 
 BOTH = pytest.mark.parametrize("scheme", ["gs", "s3"])
 
@@ -167,3 +167,17 @@ def test_a_run_folder_that_cannot_be_written_is_an_error_at_once(buckets, scheme
   buckets.fail(403, "(PUT|POST)")
   with pytest.raises(StorageError, match="PERMISSION_DENIED.*credentials"):
     RunFolder(f"{scheme}://bucket-a/run").download(())
+
+
+@BOTH
+def test_a_local_copy_has_the_named_files_and_writes_nothing(buckets, scheme, tmp_path):
+  store = ObjectStore(f"{scheme}://bucket-a/run")
+  store.write("a", b"1")
+  store.write("b", b"2")
+  before = dict(buckets.objects["bucket-a"])
+  with local_copy(f"{scheme}://bucket-a/run", ("a", "none")) as copy:
+    assert [path.name for path in pathlib.Path(copy).iterdir()] == ["a"]
+    assert pathlib.Path(copy, "a").read_bytes() == b"1"
+  assert not pathlib.Path(copy).exists() and buckets.objects["bucket-a"] == before
+  with local_copy(str(tmp_path), ("a",)) as copy:
+    assert copy == str(tmp_path)

@@ -16,6 +16,7 @@ import sys
 
 from absl import flags
 
+from deepseek_jax.console import printable
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import parse_positional, run_program
 from deepseek_jax.json_output import show_result
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
 
   comparison = compare_runs(runs, values.x, values.metric, values.verdict, values.smallest)
   for path, reason in comparison.passed_over:
-    print(f"passed over {path}: {reason.removeprefix(f'{path}: ')}", file=sys.stderr)
+    print(printable(f"passed over {path}: {reason.removeprefix(f'{path}: ')}"), file=sys.stderr)
   text = comparison.text(shutil.get_terminal_size().columns if sys.stdout.isatty() else 80)
   if values.out:
     comparison.save(values.out)

@@ -1,6 +1,7 @@
 """Comparisons of runs: read them, group them, and show them as text, JSON or a page."""
 
 import dataclasses
+import html
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -71,7 +72,7 @@ class Comparison:
       raise ConfigError(f"{path} cannot be written: {error.strerror}; name another file") from None
 
   def _repr_html_(self) -> str:
-    return f'<iframe srcdoc="{page.escape(self.html())}" width="100%" height="900" style="border:0"></iframe>'
+    return f'<iframe srcdoc="{html.escape(self.html())}" width="100%" height="900" style="border:0"></iframe>'
 
   def __repr__(self) -> str:
     return self.text()

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 
+from deepseek_jax.console import printable
 from deepseek_jax.storage import ObjectStore, is_url
 from deepseek_jax.training.metrics import EVENTS, METRICS
 from deepseek_jax.training.run_records import CONFIG
@@ -41,12 +42,12 @@ def find_runs(place: str) -> tuple[list[str], list[PassedOver]]:
 
 
 def short_names(runs: Sequence[str]) -> list[str]:
-  """A name for each of the folders `runs`: its path without what all have in common."""
+  """A name for each of the folders `runs`: its path without what all have in common, for people."""
   split = [[part for part in re.split(r"[/\\]", run) if part not in ("", ".")] for run in runs]
   shared = 0
   while all(len(parts) > shared + 1 and parts[shared] == split[0][shared] for parts in split):
     shared += 1
-  return ["/".join(parts[shared:]) or run for parts, run in zip(split, runs, strict=True)]
+  return [printable("/".join(parts[shared:]) or run) for parts, run in zip(split, runs, strict=True)]
 
 
 def natural_order(text: str) -> list[tuple[int, int | str]]:

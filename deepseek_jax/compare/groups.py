@@ -11,6 +11,7 @@ import numpy as np
 from deepseek_jax.compare.intervals import Estimate, estimate
 from deepseek_jax.compare.runs import METRIC, ComparedRun, Curve
 from deepseek_jax.config import Config
+from deepseek_jax.console import printable
 from deepseek_jax.schema import leaf_paths
 
 LABEL_CHARACTERS = 24  # of a value
@@ -165,6 +166,7 @@ def format_value(value: Any) -> str:
     text = f"{value:.10g}"  # 0.009 where arithmetic gave 0.009000000000000001
   else:
     text = str(value).lower() if isinstance(value, bool) else str(value)
+  text = printable(text)
   return text if len(text) <= LABEL_CHARACTERS else f"…{text[1 - LABEL_CHARACTERS :]}"
 
 

@@ -22,6 +22,7 @@ from deepseek_jax.compare.text import (
   result_row,
 )
 from deepseek_jax.config import Config
+from deepseek_jax.console import printable
 from deepseek_jax.schema import leaf_paths
 from deepseek_jax.training import plot
 
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
   from deepseek_jax.compare.comparison import Comparison
 
 TEXT_COLUMNS = {"group", "run", "end", "devices", "field"}  # the others hold numbers, to the right
-# Control characters are not allowed in HTML, but names of folders may have them: show their Unicode pictures.
-_CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
 
 
 def format_page(comparison: "Comparison") -> str:
@@ -66,8 +65,8 @@ CHART_NOTE = (
 
 
 def escape(value: Any) -> str:
-  """`value` as text for HTML."""
-  return html.escape(str(value).translate(_CONTROL_PICTURES))
+  """`value` as text for HTML, which control characters may not be in."""
+  return html.escape(printable(str(value)))
 
 
 def _heading(comparison: "Comparison") -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.compare.effects import effective_fields
+from deepseek_jax.console import printable
 from deepseek_jax.storage import local_copy
 from deepseek_jax.training.metrics import EVENTS, METRICS, PROCESS_EVENTS
 from deepseek_jax.training.run_records import CONFIG, RunRecords, is_number, read_run
@@ -102,8 +103,8 @@ class ComparedRun:
       tokens_per_second=float(np.median(speed)) if len(speed) else None,
       parameters=_whole(_number(started.get("parameters"))),
       skipped=_whole(self._last("skipped")),
-      devices=str(started["devices"]) if "devices" in started else None,
-      end=str(ended.get("reason")) if ended else None,
+      devices=printable(str(started["devices"])) if "devices" in started else None,
+      end=printable(str(ended.get("reason"))) if ended else None,
     )
 
   def last_value(self, metric: str) -> float | None:
@@ -173,8 +174,8 @@ class ComparedRun:
     return _number(float(column.values[-1])) if column and len(column) else None
 
   def _last_x(self, x_axis: str) -> float | None:
-    x = self._x.get(x_axis, ())
-    return float(x[-1]) if len(x) else None
+    x = self._x.get(x_axis)
+    return float(x[-1]) if x is not None and len(x) else None
 
 
 _EMPTY = Curve(np.empty(0), np.empty(0))

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.errors import ConfigError, DataError
+from deepseek_jax.json_output import to_json_text
 from deepseek_jax.scaling import report_charts
 from deepseek_jax.scaling.analysis import FitOptions, ScalingFit, fit_table
 from deepseek_jax.scaling.budgets import budget_indices
 from deepseek_jax.scaling.hparams import HyperparamFit, fit_hyperparams
 from deepseek_jax.scaling.isoflop import FrontierFit
-from deepseek_jax.json_output import to_json_text
 from deepseek_jax.scaling.prediction import judge
 from deepseek_jax.scaling.sweep_plan import SweepPlan
 from deepseek_jax.scaling.table import RunTable

@@ -35,7 +35,8 @@ def test_globs_match_runs_and_folders_of_runs(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("place", "reason"), [("none", "no such folder"), ("none-*", "matches nothing"), ("empty", "no run is in this folder")]
+  ("place", "reason"),
+  [("none", "no such folder"), ("none-*", "matches nothing"), ("empty", "no run is in this folder")],
 )
 def test_what_is_no_run_is_named(tmp_path, place, reason):
   (tmp_path / "empty").mkdir()

@@ -114,3 +114,22 @@ def test_any_finite_values_stay_inside_the_frame(values, scale):
 def test_without_finite_values_it_says_so():
   assert "no finite value" in line_chart([Series("train", [(1, None)])])
   assert "no finite value" in line_chart([Series("train", [])])
+
+
+def test_a_chart_over_tokens_says_so_and_needs_no_whole_ticks():
+  points = [(0.25, 1.0), (0.75, 2.0)]
+  chart = line_chart([Series("loss", points)], x_unit="tokens")
+  assert "loss: 2 at 0.75 tokens" in chart and [t.text for t in _of_class(chart, "x")][0] == "0.3"
+  assert "loss: 2 at step 1" in line_chart([Series("loss", points)])
+
+
+def test_series_have_the_color_and_the_style_they_ask_for():
+  points = [(1, 1.0), (2, 2.0), (3, 4.0)]
+  chart = line_chart([
+    Series("a & b", points, "thin", color=5, hover=False), Series("mean", points, color=5), Series("held-out", points, "points"),
+  ])  # fmt: skip
+  thin, line = _of_class(chart, "curve")
+  assert thin.get("class") == "curve s5 thin" and line.get("class") == "curve s5"
+  assert "".join(thin.itertext()) == "a & b" and len(_of_class(chart, "s2")) == 3  # circles alone
+  assert "a &amp; b: " not in chart and "mean: 2 at step 2" in chart
+  assert not _of_class(line_chart([Series("a", points, hover=False)]), "band")
