@@ -39,6 +39,11 @@ class Group:
     return tuple(r for r in self.runs if r.numbers.evaluated_step == last and r.numbers.bits_per_byte is not None)
 
   @property
+  def averaged(self) -> tuple[ComparedRun, ...]:
+    """The runs whose curves are averaged: those that count, or all where none does."""
+    return self.counted or self.runs
+
+  @property
   def not_counted(self) -> dict[str, str]:
     """{name of a run whose last evaluation does not count: why}."""
     counted, reasons = {run.name for run in self.counted}, {}
@@ -65,8 +70,8 @@ class Group:
     return estimate(values) if values else None
 
   def mean_curve(self, metric: str, x_axis: str, heldout: bool = False) -> Curve:
-    """The mean of the runs' curves, over the part of the axis that all runs with a curve have."""
-    all_curves = [(run.heldout_curve if heldout else run.curve)(metric, x_axis) for run in self.runs]
+    """The mean of the curves of `averaged`, over the part of the axis that all of them with a curve have."""
+    all_curves = [(run.heldout_curve if heldout else run.curve)(metric, x_axis) for run in self.averaged]
     curves = [curve for curve in all_curves if len(curve)]
     if len(curves) < 2:
       return curves[0] if curves else all_curves[0]

@@ -40,8 +40,7 @@ def format_page(comparison: "Comparison") -> str:
     f"<header><h1>{_heading(comparison)}</h1><p>{escape(count_runs(comparison))}</p></header>",
     _verdict(comparison),
     _groups(comparison),
-    page_charts.tabs(comparison),
-    CHART_NOTE,
+    _charts(comparison),
     _section("Final held-out evaluation", _finals(comparison)),
     _section("What differs", _differences(comparison)),
     _section("Runs", _runs(comparison)),
@@ -55,13 +54,6 @@ def format_page(comparison: "Comparison") -> str:
     + "\n".join(filter(None, parts))
     + "</body></html>\n"
   )
-
-
-CHART_NOTE = (
-  '<p class="note">Lines: training; thick ones are means over seeds. Dots: held-out evaluations. Time is of steps and of waiting '
-  "for data; FLOPs are of matmuls with causal attention, as MFU counts them. Hover for numbers and names. Of more than "
-  f"{page_charts.MAX_RUNS} runs only the means over seeds are drawn.</p>"
-)
 
 
 def escape(value: Any) -> str:
@@ -100,6 +92,17 @@ def _groups(comparison: "Comparison") -> str:
     )
   head = "<p><span>group and its runs</span><em>held-out bits/byte</em></p>"
   return f'<section class="groups">{head}<ul>{"".join(rows)}</ul></section>'
+
+
+def _charts(comparison: "Comparison") -> str:
+  tabs = page_charts.tabs(comparison)
+  note = (
+    "Lines: training; thick ones are means over seeds. Dots: held-out evaluations. Time is of steps and of waiting for data; "
+    "FLOPs are of matmuls with causal attention, as MFU counts them. Hover for numbers and names."
+  )
+  if len(comparison.runs) > page_charts.MAX_RUNS:
+    note += f" Of more than {page_charts.MAX_RUNS} runs only the means over seeds are drawn."
+  return f'{tabs}<p class="note">{note}</p>' if tabs else ""
 
 
 def _finals(comparison: "Comparison") -> str:

@@ -87,7 +87,7 @@ def _series(comparison: "Comparison", metric: str, x_axis: str) -> Iterator[Seri
     if len(group.runs) == 1:
       name = f"{group.letter} {group.label}: {group.runs[0].name}"
     else:
-      name = f"{group.letter} {group.label}, mean of {len(group.runs)} runs"
+      name = f"{group.letter} {group.label}, mean of {len(group.averaged)}"
       if each:
         for run in group.runs:
           yield Series(

@@ -95,25 +95,22 @@ class ComparedRun:
       evaluated_step=last.get("step"),
       best_bits_per_byte=best.get(METRIC),
       best_step=best.get("step"),
-      train_loss=self._last("loss"),
+      train_loss=self.last_value("loss"),
       steps=int(self.records.steps[-1]) if len(self.records.steps) else 0,
-      tokens=_whole(self._last("tokens")),
+      tokens=_whole(self.last_value("tokens")),
       flops=self._last_x("flops"),
       seconds=self._last_x("seconds"),
       tokens_per_second=float(np.median(speed)) if len(speed) else None,
       parameters=_whole(_number(started.get("parameters"))),
-      skipped=_whole(self._last("skipped")),
+      skipped=_whole(self.last_value("skipped")),
       devices=printable(str(started["devices"])) if "devices" in started else None,
       end=printable(str(ended.get("reason"))) if ended else None,
     )
 
   def last_value(self, metric: str) -> float | None:
     """The last logged value of a metric of metrics.jsonl; None where it was not logged, or is not finite."""
-    return self._last(metric)
-
-  def has(self, metric: str) -> bool:
-    """Whether the metric was logged."""
-    return metric in self.records.columns
+    column = self.records.columns.get(metric)
+    return _number(float(column.values[-1])) if column and len(column) else None
 
   def curve(self, metric: str, x_axis: str) -> Curve:
     """The logged values of a metric over one of X_AXES, those that are finite; empty where either was not logged."""
@@ -154,9 +151,10 @@ class ComparedRun:
 
   def _flops_per_token(self) -> float | None:
     """What the run itself took for it, `plan.flops.training_flops`: counting a model's again would import jax."""
-    if not self.has("model_flops_per_second") or not self.has("tokens_per_second"):
+    columns = self.records.columns
+    if not {"model_flops_per_second", "tokens_per_second"} <= columns.keys():
       return None
-    flops, tokens = self.records.columns["model_flops_per_second"], self.records.columns["tokens_per_second"]
+    flops, tokens = columns["model_flops_per_second"], columns["tokens_per_second"]
     at = np.isin(tokens.steps, flops.steps) & (tokens.values > 0)
     ratio = flops.values[np.isin(flops.steps, tokens.steps[at])] / tokens.values[at]
     ratio = ratio[np.isfinite(ratio)]
@@ -168,10 +166,6 @@ class ComparedRun:
       return np.empty(0)
     values = self.records.columns[metric].values
     return values[np.isfinite(values)]
-
-  def _last(self, metric: str) -> float | None:
-    column = self.records.columns.get(metric)
-    return _number(float(column.values[-1])) if column and len(column) else None
 
   def _last_x(self, x_axis: str) -> float | None:
     x = self._x.get(x_axis)

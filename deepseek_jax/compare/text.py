@@ -190,7 +190,8 @@ def _differences(comparison: "Comparison", width: int) -> list[str]:
 def _groups(comparison: "Comparison", width: int) -> list[str]:
   lines = []
   for group in comparison.groups:
-    text = f"{group.letter}  {group.label}: {', '.join(run.name for run in group.runs)}"
+    names = ", ".join(run.name for run in group.runs)
+    text = f"{group.letter}  {group.label}" + (f": {names}" if names != group.label else "")
     lines += textwrap.wrap(text, width, subsequent_indent="   ", break_on_hyphens=False)
   return lines
 

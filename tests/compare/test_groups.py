@@ -51,6 +51,11 @@ def test_the_mean_curve_is_over_what_all_runs_have(tmp_path):
   np.testing.assert_allclose(curve.x, np.arange(1, 31))
   np.testing.assert_allclose(curve.y, 5 + 1 / curve.x)
   assert group.mean_curve("bits_per_byte", "steps", heldout=True).x.tolist() == [20, 40]
+  write_run(tmp_path / "killed", {"seed": 3}, steps=10, evals=(10,), end=None, config="tiny")
+  config = (tmp_path / "a-0" / "config.json").read_text().replace('"seed": 0', '"seed": 3')
+  (tmp_path / "killed" / "config.json").write_text(config)
+  (group,) = compare_runs(tmp_path).groups  # a run that does not count cuts no curve
+  assert group.mean_curve("bits_per_byte", "steps").x[-1] == 30 and len(group.averaged) == 3
 
 
 def test_fields_of_what_a_run_has_not_are_no_differences(tmp_path):

@@ -54,7 +54,7 @@ def test_seeds_of_a_group_share_a_color_and_have_a_mean(two_groups):
     len(re.findall(r'<path class="curve s0" ', chart)) == 1 and len(re.findall(r'<path class="curve s1" ', chart)) == 1
   )
   assert len(re.findall(r'<circle class="s0"', chart)) == 3 * 2 and len(re.findall(r'<circle class="s1"', chart)) == 2
-  assert "A peak=0.02, mean of 3 runs: 4.125 at step 40" in chart and "a-1, held-out: 4.2 at step 40" in chart
+  assert "A peak=0.02, mean of 3: 4.125 at step 40" in chart and "a-1, held-out: 4.2 at step 40" in chart
 
 
 def test_of_many_runs_only_means_are_drawn(tmp_path):
