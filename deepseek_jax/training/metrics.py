@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
+import orjson
 
 from deepseek_jax.errors import DataError, WriteError
 
@@ -212,28 +213,37 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
   Raises DataError for a file that cannot be read, and, with the line's number, for any other line that is not an object
   with an integer `step`.
   """
-  return [line for _, line in _lines(path)]
+  return [line for _, line in iterate_jsonl(path)]
 
 
-def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[bytes, dict[str, Any]]]:
-  """Yields (bytes, object) of each complete line, one at a time: a long run's file need not fit in memory twice."""
+def iterate_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[bytes, dict[str, Any]]]:
+  """Yields (bytes, object) of each line of `read_jsonl`, one at a time: a long run's file need not fit in memory."""
   if not os.path.exists(path):
     return
+  is_events = os.path.basename(path) == EVENTS
   with _open_to_read(path) as file:
     for number, raw in enumerate(file, 1):
       if not raw.endswith(b"\n"):
         return
-      try:
-        line = json.loads(raw)
-        valid = isinstance(line, dict) and type(line.get("step")) is int
-      except ValueError:
-        valid = False
-      if not valid or (os.path.basename(path) == EVENTS and not isinstance(line.get("event"), str)):
+      line = _parse(raw)
+      is_record = type(line) is dict and type(line.get("step")) is int
+      if not is_record or (is_events and not isinstance(line.get("event"), str)):
         raise DataError(
           f"{path}, line {number}: expected a JSON object with an integer step, got {raw[:60]!r}; "
           "remove that line, or move the file away to start a new one"
         )
       yield raw, line
+
+
+def _parse(raw: bytes) -> Any:
+  """What `raw` is in JSON; None where it is not JSON."""
+  try:
+    return orjson.loads(raw)
+  except ValueError:
+    try:
+      return json.loads(raw)  # takes what orjson refuses: a sample may have half of a surrogate pair
+    except ValueError:
+      return None
 
 
 def _open_to_read(path: str | os.PathLike[str]) -> BinaryIO:
@@ -250,7 +260,7 @@ def _keep_lines(path: str, keep: Callable[[dict[str, Any]], bool]) -> None:
   partial = path + ".partial"
   try:
     with open(partial, "wb") as file:
-      for raw, line in _lines(path):
+      for raw, line in iterate_jsonl(path):
         if keep(line):
           file.write(raw)
   except OSError:

@@ -10,6 +10,8 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
+
 WIDTH, HEIGHT = 560, 230
 LEFT, RIGHT, TOP, BOTTOM = 50, 20, 10, 26
 BINS = 500
@@ -22,13 +24,24 @@ Point = tuple[float, float | None]  # (x, value); None where the value was not f
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-  """A curve of a chart."""
+  """A curve of a chart.
+
+  points: by increasing x, a sequence of them or a float64 array [n, 2] with NaN for None.
+  style: "line", "dots" for a line with dots, "points" without a line, "thin" for a line that stands back, or "rings" for
+    rings without a line, around points of another curve.
+  color: index of its color; None: its place in the chart.
+  hover: whether hovering shows its values; if not, its name alone.
+  """
 
   name: str
-  points: Sequence[Point]  # by increasing x
-  style: str = "line"  # or "dots", on a line, "points", without one, or "thin": a line that stands back
-  color: int | None = None  # index of its color; None: its place in the chart
-  hover: bool = True  # whether hovering shows its values; if not, its name alone
+  points: Sequence[Point] | np.ndarray
+  style: str = "line"
+  color: int | None = None
+  hover: bool = True
+
+  def array(self) -> np.ndarray:
+    """The points as a float64 array [n, 2]; NaN where a value was not finite."""
+    return np.asarray(self.points, np.float64).reshape(-1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,19 +74,22 @@ def line_chart(
     x_names: the chart is not over steps but over layers, of which these are the names.
     x_unit: what else the chart is over, as "tokens".
   """
-  steps = [x for s in series for x, _ in s.points]
-  values = [y for s in series for _, y in s.points if y is not None]
-  if not values:
+  arrays = [s.array() for s in series]
+  ranges = [_finite_range(points[:, 1]) for points in arrays]
+  if not any(ranges):
     return '<p class="empty">no finite value was logged</p>'
+  steps = [points[i, 0] for points in arrays if len(points) for i in (0, -1)]
+  lows, highs = zip(*filter(None, ranges), strict=True)
   first, last = _widen(min(steps), max(steps), 1)
   x = Axis(first, last, LEFT, WIDTH - RIGHT)
-  y = _value_axis(min(values), max(values), scale)
+  y = _value_axis(min(lows), max(highs), scale)
   parts = _grid(x, y, x_names, whole=x_unit == "step")
-  for index, s in enumerate(series):
-    parts += _curve(s, x, y, f"s{index if s.color is None else s.color}")
-    nonfinite = sorted({round(x.pixel(step)) for step, value in s.points if value is None})
+  for index, (s, points) in enumerate(zip(series, arrays, strict=True)):
+    parts += _curve(s, points, x, y, f"s{index if s.color is None else s.color}")
+    nonfinite = sorted({round(x.pixel(step)) for step in points[np.isnan(points[:, 1]), 0]})
     parts += [f'<path class="nonfinite" d="M{px} {y.start}v-6"/>' for px in nonfinite]
-  parts += _hover_bands([s for s in series if s.hover], x, lambda at: _place(at, x_names, x_unit))
+  hovered = [(s.name, points) for s, points in zip(series, arrays, strict=True) if s.hover]
+  parts += _hover_bands(hovered, x, lambda at: _place(at, x_names, x_unit))
   for step in marks:
     if x.low <= step <= x.high:
       path = f"M{x.pixel(step):.1f} {TOP}V{y.start}"
@@ -81,25 +97,23 @@ def line_chart(
   return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
 
 
-def downsample(points: Sequence[Point], bins: int = BINS) -> list[Point]:
-  """At most two points per bin of steps: the minimum and the maximum; None only where a bin has no finite value."""
+def downsample(points: np.ndarray, bins: int = BINS) -> np.ndarray:
+  """At most two of `points` [n, 2] per bin of steps: the minimum and the maximum; NaN only where a bin has nothing else."""
   if len(points) <= 2 * bins:
-    return list(points)
-  first, width = points[0][0], (points[-1][0] - points[0][0]) / bins
-
-  def bin_of(point):
-    return min(bins - 1, int((point[0] - first) / width))
-
-  def value_of(point):
-    return point[1]
-
-  sampled: list[Point] = []
-  for _, group in itertools.groupby(points, key=bin_of):
-    in_bin = list(group)
-    finite = [point for point in in_bin if point[1] is not None]
-    extremes = {min(finite, key=value_of), max(finite, key=value_of)} if finite else {in_bin[0]}
-    sampled += sorted(extremes)
-  return sampled
+    return points
+  steps, values = points[:, 0], np.ascontiguousarray(points[:, 1])
+  edges = np.searchsorted(steps, np.linspace(steps[0], steps[-1], bins + 1)[1:-1])
+  kept: list[int] = []
+  for start, end in itertools.pairwise([0, *edges.tolist(), len(points)]):
+    if start == end:
+      continue
+    in_bin = values[start:end]
+    extremes = {start + int(in_bin.argmin()), start + int(in_bin.argmax())}
+    if math.isnan(values[next(iter(extremes))]):  # argmin and argmax find a NaN first
+      finite = start + np.flatnonzero(~np.isnan(in_bin))
+      extremes = {finite[values[finite].argmin()], finite[values[finite].argmax()]} if len(finite) else {start}
+    kept += sorted(extremes)
+  return points[kept]
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -138,6 +152,12 @@ def format_compact(value: float, largest: float = 0) -> str:
   return f"{value:.4g}" if size < 1000 else f"{value:,.0f}"
 
 
+def _finite_range(values: np.ndarray) -> tuple[float, float] | None:
+  """(smallest, largest) of what is finite; None where nothing is."""
+  low, high = (float(reduce(values, initial=np.nan)) for reduce in (np.fmin.reduce, np.fmax.reduce))
+  return None if math.isnan(low) else (low, high)
+
+
 def _widen(low: float, high: float, margin: float) -> tuple[float, float]:
   """(low, high), with `margin` on both sides where they are nearly equal."""
   is_flat = high - low <= max(1e-300, 1e-9 * max(abs(low), abs(high)))
@@ -174,12 +194,16 @@ def _grid(x: Axis, y: Axis, x_names: Sequence[str], whole: bool) -> list[str]:
   return [*parts, f'<path class="axis" d="M{LEFT} {y.start}H{WIDTH - RIGHT}"/>']
 
 
-def _curve(series: Series, x: Axis, y: Axis, name: str) -> Iterator[str]:
+def _curve(series: Series, points: np.ndarray, x: Axis, y: Axis, name: str) -> Iterator[str]:
   """One path per run of finite values. Points that no line would show are circles."""
-  for is_finite, points in itertools.groupby(downsample(series.points), key=lambda point: point[1] is not None):
+  if series.style == "rings":
+    for step, value in downsample(points).tolist():
+      yield f'<circle class="ring" cx="{x.pixel(step):.1f}" cy="{y.pixel(value):.1f}" r="5"/>'
+    return
+  for is_finite, run in itertools.groupby(downsample(points).tolist(), key=lambda point: not math.isnan(point[1])):
     if not is_finite:
       continue
-    pixels = [(f"{x.pixel(step):.1f}", f"{y.pixel(value):.1f}") for step, value in points if value is not None]
+    pixels = [(f"{x.pixel(step):.1f}", f"{y.pixel(value):.1f}") for step, value in run]
     thin, end = " thin" if series.style == "thin" else "", "/>" if series.hover else f">{_title(series.name)}</path>"
     if series.style != "points":
       yield f'<path class="curve {name}{thin}" d="M{"L".join(f"{px} {py}" for px, py in pixels)}"{end}'
@@ -197,16 +221,20 @@ def _place(x: float, x_names: Sequence[str], x_unit: str) -> str:
   return f"at step {x:,.0f}" if x_unit == "step" else f"at {format_compact(x)} {x_unit}"
 
 
-def _hover_bands(series: Sequence[Series], x: Axis, place: Callable[[float], str]) -> Iterator[str]:
+def _hover_bands(
+  hovered: Sequence[tuple[str, np.ndarray]], x: Axis, place: Callable[[float], str]
+) -> Iterator[str]:
   """Transparent columns over the chart; the title of each gives the last value of every series within it.
 
-  place: says in words where an x is.
+  Args:
+    hovered: (name, points [n, 2]) of each series. place: says in words where an x is.
   """
-  bands: dict[int, dict[str, Point]] = {}
-  for s in series:
-    for step, value in s.points:
-      band = int((step - x.low) / (x.high - x.low) * (HOVER_BANDS - 1))
-      bands.setdefault(band, {})[s.name] = (step, value)
+  bands: dict[int, dict[str, tuple[float, float]]] = {}
+  for name, points in hovered:
+    of_points = ((points[:, 0] - x.low) / (x.high - x.low) * (HOVER_BANDS - 1)).astype(np.int64)
+    lasts = np.flatnonzero(np.diff(of_points, append=HOVER_BANDS))
+    for band, step, value in zip(of_points[lasts].tolist(), *points[lasts].T.tolist(), strict=True):
+      bands.setdefault(band, {})[name] = (step, value)
   if not bands:
     return
   last_values = [bands[band] for band in sorted(bands)]
@@ -214,10 +242,11 @@ def _hover_bands(series: Sequence[Series], x: Axis, place: Callable[[float], str
   edges = [LEFT, *((a + b) / 2 for a, b in itertools.pairwise(centers)), WIDTH - RIGHT]
   for (left, right), values in zip(itertools.pairwise(edges), last_values, strict=True):
     lines = [
-      f"{name}: {'not finite' if value is None else f'{value:.6g}'} {place(step)}"
+      f"{name}: {'not finite' if math.isnan(value) else f'{value:.6g}'} {place(step)}"
       for name, (step, value) in values.items()
     ]
+    title = _title("\n".join(lines))
     yield (
       f'<rect class="band" x="{left:.1f}" y="{TOP}" width="{right - left:.1f}" height="{HEIGHT - TOP - BOTTOM}">'
-      f"{_title(chr(10).join(lines))}</rect>"
+      f"{title}</rect>"
     )

@@ -1,6 +1,7 @@
 """What a run has written, to draw and compare: its config, its metrics as columns, its events."""
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -12,6 +13,8 @@ from deepseek_jax.errors import DataError
 from deepseek_jax.training import metrics
 
 CONFIG = "config.json"
+BLOCK = 128  # lines that are parsed before their numbers are put into arrays
+LARGEST = 1e300  # what a chart can show is below
 Event = dict[str, Any]  # an object of events.jsonl
 
 
@@ -71,17 +74,51 @@ def read_columns(path: str | os.PathLike[str]) -> tuple[np.ndarray, dict[str, Co
 
   Raises DataError as `metrics.read_jsonl`.
   """
-  steps: list[int] = []
-  rows: dict[str, tuple[list[int], list[float]]] = {}
-  for line in metrics.read_jsonl(path):
-    step = line.pop("step")
-    steps.append(step)
-    for name, value in line.items():
-      at, values = rows.setdefault(name, ([], []))
-      at.append(step)
-      values.append(value if is_number(value) else np.nan)
-  columns = {name: Column(np.asarray(at, np.int64), np.asarray(v, np.float64)) for name, (at, v) in rows.items()}
-  return np.asarray(steps, np.int64), columns
+  # Rows with the same metrics, which most rows of a run are, are one table: of numbers [metrics, rows], in blocks.
+  tables: dict[tuple[str, ...], tuple[list[int], list[np.ndarray]]] = {}
+  lines, rows = (line for _, line in metrics.iterate_jsonl(path)), 0
+  while block := list(itertools.islice(lines, BLOCK)):
+    by_names: dict[tuple[str, ...], list[int]] = {}
+    for i, names in enumerate(map(tuple, block)):
+      by_names.setdefault(names, []).append(i)
+    for names, indices in by_names.items():
+      row_numbers, blocks = tables.setdefault(names, ([], []))
+      row_numbers += [rows + i for i in indices]
+      blocks.append(_to_numbers([block[i] for i in indices], len(names)))
+    rows += len(block)
+  steps = np.zeros(rows, np.int64)
+  parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+  for names in list(tables):
+    row_numbers, blocks = tables.pop(names)
+    at, numbers = np.asarray(row_numbers), np.concatenate(blocks, axis=1)
+    blocks.clear()
+    steps[at] = numbers[names.index("step")]
+    for name, values in zip(names, numbers, strict=True):
+      parts.setdefault(name, []).append((at, values))
+  parts.pop("step", None)
+  return steps, {name: _column(steps, of_tables) for name, of_tables in parts.items()}
+
+
+def _to_numbers(lines: list[dict[str, Any]], names: int) -> np.ndarray:
+  """float64 [names, lines], the values of `lines`, which have the same names in the same order; NaN for no number."""
+  values = itertools.chain.from_iterable(map(dict.values, lines))
+  try:
+    numbers = np.fromiter(values, np.float64, len(lines) * names)
+  except (TypeError, ValueError, OverflowError):  # a null, or a text
+    values = itertools.chain.from_iterable(map(dict.values, lines))
+    numbers = np.array([value if is_number(value) else np.nan for value in values], np.float64)
+  numbers[np.abs(numbers) >= LARGEST] = np.nan
+  return numbers.reshape(len(lines), names).T
+
+
+def _column(steps: np.ndarray, of_tables: list[tuple[np.ndarray, np.ndarray]]) -> Column:
+  """The column of (rows, values) pairs, whose rows are of `steps`."""
+  if len(of_tables) == 1:
+    rows, values = of_tables[0]
+    return Column(steps if len(rows) == len(steps) else steps[rows], values)
+  rows, values = (np.concatenate(arrays) for arrays in zip(*of_tables, strict=True))
+  order = np.argsort(rows)
+  return Column(steps[rows[order]], values[order])
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -104,4 +141,4 @@ def read_config(path: str) -> dict[str, Any]:
 
 def is_number(value: Any) -> bool:
   """Whether a value of JSON is a number that a chart can show."""
-  return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+  return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST

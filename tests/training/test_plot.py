@@ -2,6 +2,7 @@ import math
 import re
 import xml.etree.ElementTree as ET
 
+import numpy as np
 import pytest
 
 from deepseek_jax.training.plot import SCALES, Series, downsample, format_compact, line_chart, log_ticks, ticks
@@ -46,24 +47,43 @@ def test_format_compact(value, largest, expected):
 
 
 def test_downsampling_keeps_every_extreme_and_the_order():
-  points = [(step, math.sin(step / 300)) for step in range(1, 100_001)]
-  points[54_321] = (54_322, 1e3)
-  points[77_000] = (77_001, -1e3)
+  points = np.array([(step, math.sin(step / 300)) for step in range(1, 100_001)])
+  points[54_321, 1], points[77_000, 1] = 1e3, -1e3
   sampled = downsample(points)
-  assert len(sampled) <= 1000 and sampled == sorted(sampled)
-  assert points[54_321] in sampled and points[77_000] in sampled
-  assert set(sampled) <= set(points)
+  assert len(sampled) <= 1000 and (np.diff(sampled[:, 0]) > 0).all()
+  kept = set(map(tuple, sampled.tolist()))
+  assert {(54_322, 1e3), (77_001, -1e3)} <= kept <= set(map(tuple, points.tolist()))
+
+
+def test_downsampling_finds_the_extremes_of_each_bin():
+  points = np.column_stack([np.arange(5000), np.random.default_rng(0).normal(size=5000)])
+  points[::7, 1] = np.nan
+  expected = [10 * b + f(points[10 * b : 10 * b + 10, 1]) for b in range(500) for f in (np.nanargmin, np.nanargmax)]
+  np.testing.assert_array_equal(downsample(points), points[sorted(expected)])
 
 
 def test_downsampling_keeps_a_stretch_without_finite_values():
-  points = [(step, None if 4000 <= step < 6000 else 1.0) for step in range(10_000)]
-  nonfinite = [step for step, value in downsample(points) if value is None]
-  assert nonfinite and 4000 <= min(nonfinite) and max(nonfinite) < 6000 and len(downsample(points)) <= 1000
+  points = np.array([(step, math.nan if 4000 <= step < 6000 else 1.0) for step in range(10_000)])
+  sampled = downsample(points)
+  nonfinite = sampled[np.isnan(sampled[:, 1]), 0]
+  assert len(nonfinite) and 4000 <= min(nonfinite) and max(nonfinite) < 6000 and len(sampled) <= 1000
 
 
 def test_short_series_are_not_downsampled():
-  points = [(step, float(step)) for step in range(1000)]
-  assert downsample(points) == points
+  points = np.array([(step, float(step)) for step in range(1000)])
+  np.testing.assert_array_equal(downsample(points), points)
+
+
+def test_points_may_be_an_array():
+  points = [(1, 3.0), (2, None), (3, 2.0)]
+  array = np.array([(1, 3.0), (2, math.nan), (3, 2.0)])
+  assert line_chart([Series("train", points)]) == line_chart([Series("train", array)])
+
+
+def test_rings_are_drawn_without_a_line():
+  svg = line_chart([Series("train", [(1, 3.0), (2, 9.0), (3, 2.0)]), Series("spikes", [(2, 9.0)], "rings")])
+  assert len(_of_class(svg, "curve")) == len(_of_class(svg, "ring")) == 1
+  assert "train: 9 at step 2\nspikes: 9 at step 2" in [e[0].text for e in _of_class(svg, "band")]
 
 
 def test_a_value_that_is_not_finite_breaks_the_line_and_is_marked():

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import random
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from deepseek_jax.config import Config
 from deepseek_jax.errors import DataError
 from deepseek_jax.training.metrics import JsonlWriter
-from deepseek_jax.training.run_records import read_run
+from deepseek_jax.training.run_records import BLOCK, is_number, read_run
 
 
 def write_run(folder, rows):
@@ -44,4 +45,27 @@ def test_a_folder_that_holds_no_run_is_named(tmp_path, content):
   if content is not None:
     (tmp_path / "config.json").write_text(content)
   with pytest.raises(DataError, match=rf"{tmp_path}/config.json: expected"):
+    read_run(tmp_path)
+
+
+def test_columns_keep_their_order_across_blocks_of_other_keys_and_of_nulls(tmp_path):
+  (tmp_path / "config.json").write_text("{}")
+  rng, lines = random.Random(0), []
+  for step in range(1, 2 * BLOCK + 10):
+    keys = rng.sample(["a", "b", "c", "d"], rng.randint(0, 4))
+    lines.append({"step": step} | {key: rng.choice([None, "text", 10**400, 1e301, rng.random()]) for key in keys})
+  (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  run = read_run(tmp_path)
+  assert run.steps.tolist() == [line["step"] for line in lines]
+  for name in "abcd":
+    rows = [line for line in lines if name in line]
+    assert run.columns[name].steps.tolist() == [line["step"] for line in rows]
+    expected = [line[name] if is_number(line[name]) else np.nan for line in rows]
+    np.testing.assert_array_equal(run.columns[name].values, expected)
+
+
+def test_a_damaged_line_is_named_with_its_number(tmp_path):
+  (tmp_path / "config.json").write_text("{}")
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' * BLOCK + '{"step": 2, "lo\n' + '{"step": 3}\n')
+  with pytest.raises(DataError, match=rf"metrics\.jsonl, line {BLOCK + 1}: expected a JSON object"):
     read_run(tmp_path)
