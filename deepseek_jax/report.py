@@ -11,7 +11,7 @@ from absl import flags
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import parse, run_program
 from deepseek_jax.storage import RunFolder
-from deepseek_jax.training.metrics import EVENTS, METRICS
+from deepseek_jax.training.metrics import EVENTS, EXPERT_LOADS, METRICS
 from deepseek_jax.training.report import write_report
 
 
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
   if not values.workdir:
     raise ConfigError("--workdir=DIR says of which run, e.g. --workdir=runs/tiny")
   folder = RunFolder(values.workdir)
-  folder.download(("config.json", METRICS, EVENTS))
+  folder.download(("config.json", METRICS, EVENTS, EXPERT_LOADS))
   write_report(folder.path)
   folder.upload()
   print(os.path.join(values.workdir, "report.html"))

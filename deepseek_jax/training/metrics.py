@@ -21,8 +21,8 @@ import orjson
 
 from deepseek_jax.errors import DataError, WriteError
 
-METRICS, EVENTS, SELFTEST = "metrics.jsonl", "events.jsonl", "selftest.json"
-RESUME_FILES = METRICS, EVENTS, SELFTEST  # what a resume reads or appends to
+METRICS, EVENTS, EXPERT_LOADS, SELFTEST = "metrics.jsonl", "events.jsonl", "expert_loads.bin", "selftest.json"
+RESUME_FILES = METRICS, EVENTS, EXPERT_LOADS, SELFTEST  # what a resume reads or appends to
 
 # These stay when a run is restored to an earlier step. Other events past that step are measured again.
 PROCESS_EVENTS = ("start", "resume", "end")
@@ -204,7 +204,6 @@ def end_unopened(folder: str, reason: str) -> None:
 
 # (local folder of the run, completed updates that it starts from) -> writer
 WriterFactory = Callable[[str, int], MetricsWriter]
-WRITERS: dict[str, WriterFactory] = {"jsonl": JsonlWriter, "tensorboard": TensorboardWriter}
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

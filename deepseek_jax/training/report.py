@@ -1,6 +1,6 @@
 """`report.html`: one page about a run that needs no network, made from the files in the run's folder.
 
-Inputs are `config.json`, `metrics.jsonl` and `events.jsonl`. A run that was stopped, killed or never made a step has a
+Inputs are `config.json`, `metrics.jsonl`, `events.jsonl` and, of a model with experts, `expert_loads.bin`. A run that was stopped, killed or never made a step has a
 report too. Every text is escaped, and the page's content security policy forbids it to load or run anything.
 """
 
@@ -14,6 +14,8 @@ import numpy as np
 from deepseek_jax.config import Config
 from deepseek_jax.schema import flatten_config, leaf_paths
 from deepseek_jax.training import metrics
+from deepseek_jax.training.expert_heatmap import heatmaps
+from deepseek_jax.training.expert_loads import read_expert_loads
 from deepseek_jax.training.page import (
   document,
   escape,
@@ -44,12 +46,13 @@ def make_page(workdir: str | os.PathLike[str], refresh_seconds: int = 0) -> byte
 
   refresh_seconds: as in `page.document`.
   """
-  run = read_run(workdir)
+  run, loads = read_run(workdir), read_expert_loads(workdir)
   name = str(run.config.get("name", "run"))
   parts = [
     _header(name, run.events),
     _tiles(run),
     charts(run),
+    section("Expert loads", heatmaps(loads) if loads else ""),
     section("Where the time goes", _times(run)),
     section("Sample", _sample(run.events)),
     section("Held-out evaluation", _evaluations(run)),

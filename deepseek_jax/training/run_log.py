@@ -27,12 +27,13 @@ from deepseek_jax.storage import RunFolder, is_url
 from deepseek_jax.training import report
 from deepseek_jax.training.batch import Batch
 from deepseek_jax.training.layer_aux import logged_metrics
-from deepseek_jax.training.metrics import EVENTS, WRITERS, MetricsWriter, WriterFactory, end_unopened, read_jsonl
+from deepseek_jax.training.metrics import EVENTS, MetricsWriter, WriterFactory, end_unopened, read_jsonl
 from deepseek_jax.training.next_commands import next_commands, train_on_command
 from deepseek_jax.training.schedule_check import changed_rate_warning, last_learning_rate, schedule_warnings
 from deepseek_jax.training.skipped import heldout_nan_hint
 from deepseek_jax.training.timing import IntervalTimer, device_metrics
 from deepseek_jax.training.writer_thread import WriterThread
+from deepseek_jax.training.writers import WRITERS
 
 
 class RunLog:
@@ -44,7 +45,7 @@ class RunLog:
     run_folder: the local folder of small files.
     mesh: of the run.
     console: for what people read.
-    writers: opened in addition to jsonl, which the report is made of, and to tensorboard with `log.tensorboard`.
+    writers: opened in addition to those that the report is made of, and to tensorboard with `log.tensorboard`.
   """
 
   def __init__(
@@ -58,7 +59,7 @@ class RunLog:
   ):
     self.config, self.workdir, self.mesh, self.console = config, workdir, mesh, console
     self._run_folder, self.folder = run_folder, run_folder.path
-    names = ["jsonl", "tensorboard"] if config.log.tensorboard else ["jsonl"]
+    names = [name for name in WRITERS if name != "tensorboard" or config.log.tensorboard]
     self._factories = [*(WRITERS[name] for name in names), *writers] if jax.process_index() == 0 else []
     self._writers: WriterThread | None = None  # while the log is open, on process 0
     self._flops_per_token = training_flops(config.model, config.data.seq).causal
