@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from deepseek_jax.config_sections import BalanceConfig, MeshConfig, ParallelConfig
+from deepseek_jax.config_sections import BalanceConfig, LogConfig, MeshConfig, ParallelConfig
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.sharding import spec
 from deepseek_jax.training.layer_aux import observations
@@ -21,7 +21,12 @@ from tests.steps import make_state, make_step_with_grads
 
 SEQ, BATCH, MICROBATCHES = 16, 16, 2
 MODELS = dataclasses.replace(configs.DENSE, layers=4), dataclasses.replace(configs.V3, layers=5)
-DENSE, V3 = (make_config(model, SEQ, BATCH, BATCH // MICROBATCHES, loss_chunk=5) for model in MODELS)
+DENSE, V3 = (
+  dataclasses.replace(
+    make_config(model, SEQ, BATCH, BATCH // MICROBATCHES, loss_chunk=5), log=LogConfig(layer_rms=True)
+  )
+  for model in MODELS
+)
 # The parts of V3, of which a program is compiled in a fraction of the time.
 CONFIGS = {
   "dense": DENSE, "v3": V3, "moe": with_model(V3, num_mtp_layers=0), "mtp": with_model(DENSE, num_mtp_layers=1),
@@ -106,6 +111,7 @@ def assert_equal(config, mesh, parallel, born=False, steps=3, tolerance=1e-10):
     for metric in {"loss", "total_loss", "grad_norm", "mtp_loss"} & set(b):
       np.testing.assert_allclose(a[metric], b[metric], rtol=tolerance)
     assert_observations_equal(a, b, tolerance)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance), a["gradients"], b["gradients"])
     assert a.get("overflow", 0) == 0
   paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(expected[0])]
   worst = {

@@ -43,7 +43,7 @@ class Block(nnx.Module):
     x = x + self.residual_dropout(reduce_scatter_sequence(y), batch_context, keys[1])
     y, aux = self.feed_forward(self.mlp_norm(x), batch_context)
     x = x + self.residual_dropout(reduce_scatter_sequence(y), batch_context, keys[2])
-    return x, dataclasses.replace(output, aux=output.aux | aux)
+    return x, dataclasses.replace(output, aux=output.aux | aux | {"output": x})
 
   def feed_forward(self, x: jax.Array, batch_context: BatchContext) -> tuple[jax.Array, dict[str, PyTree]]:
     """(y [batch, seq, embed], aux of LayerOutput); x is [batch, stream, embed].

@@ -16,6 +16,7 @@ class LayerOutput:
   """
 
   cache: PyTree  # of the attention, for `decode`
-  # name -> what a part of the layer observed: "routing", a router.Routing, in an MoE layer. In training each name needs
+  # name -> what a part of the layer observed: "output", the hidden states [batch, stream, embed] after the block, and
+  # "routing", a router.Routing, in an MoE layer. In training each name needs
   # a row in training.layer_aux.LAYER_AUX, which says what becomes of it.
   aux: dict[str, PyTree] = dataclasses.field(default_factory=dict)

@@ -18,6 +18,7 @@ from deepseek_jax.model.layer_output import LayerOutput
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.sharding import axis_size, psum
 from deepseek_jax.training.balance import balance_loss, expert_counts, load_metrics
+from deepseek_jax.training.layer_rms import activation_metrics, gradient_metrics, observe_block_output
 from deepseek_jax.training.step_config import StepConfig
 from deepseek_jax.typing import PyTree
 
@@ -71,12 +72,13 @@ class LayerAux:
 
 
 # Of each metric of the step itself (`step.make_train_step`): what is logged of its value. None: the scalar itself.
-STEP_METRICS: dict[str, Callable[[Any], dict[str, float | int]] | None] = {
+STEP_METRICS: dict[str, Callable[[ModelConfig, Any], dict[str, float | int]] | None] = {
   "loss": None,
   "total_loss": None,
-  "mtp_loss": lambda losses: {f"mtp_loss_{depth}": float(loss) for depth, loss in enumerate(losses, 1)},
+  "mtp_loss": lambda model, losses: {f"mtp_loss_{depth}": float(loss) for depth, loss in enumerate(losses, 1)},
   "grad_norm": None,
-  "skipped": lambda counts: {"skipped": int(counts["total"])},
+  "gradients": gradient_metrics,
+  "skipped": lambda model, counts: {"skipped": int(counts["total"])},
 }
 
 
@@ -100,6 +102,13 @@ def observe_routing(routing: Any, config: StepConfig) -> dict[str, jax.Array]:
 
 
 LAYER_AUX = {
+  "output": LayerAux(
+    observe_block_output,
+    {
+      # The mean square of each layer's output. Of a sequence each device has the positions of its "stream".
+      "activations": Observation(by_layer=True, is_mean=True, partial_over=("stream",), log=activation_metrics),
+    },
+  ),
   "routing": LayerAux(
     observe_routing,
     {
@@ -210,7 +219,7 @@ def logged_metrics(model: ModelConfig, metrics: Mapping[str, Any]) -> Logged:
   by_name = observations()
   for name, value in metrics.items():
     if log_step := STEP_METRICS.get(name):
-      scalars |= log_step(value)
+      scalars |= log_step(model, value)
     elif name in by_name and (log := by_name[name].log):
       of_layers, bars = log(model, value)
       scalars |= of_layers

@@ -31,6 +31,7 @@ from deepseek_jax.sharding import (
   spmd,
 )  # fmt: skip
 from deepseek_jax.training.layer_aux import mean_over_tokens, must_skip, sum_over_devices
+from deepseek_jax.training.layer_rms import gradient_mean_squares
 from deepseek_jax.training.objective import Objective
 from deepseek_jax.training.pipeline_stage import PipelineStage, pipeline_stack, to_stage_layout
 from deepseek_jax.training.router_bias import update_router_biases
@@ -265,7 +266,7 @@ def make_apply_gradients(
       "total": state.skipped["total"] + is_skipped,
       "in_a_row": is_skipped * (state.skipped["in_a_row"] + 1),
     }
-    metrics = metrics | {"grad_norm": grad_norm, "skipped": skipped}
+    metrics = metrics | {"grad_norm": grad_norm, "skipped": skipped} | gradient_mean_squares(grads, config)
     return TrainState(state.step + 1, merge_params(params, frozen), buffers, opt_state, skipped), metrics
 
   return apply_gradients
@@ -285,6 +286,7 @@ def make_train_step(
     loss: cross entropy, the mean in nats per token.
     total_loss: what is optimized.
     grad_norm: before clipping.
+    gradients: with `layer_rms`, {stack: [layers]}, the mean square of the gradients of a layer, before clipping.
     mtp_loss: [depth], a mean per token.
     what layers observe, as `layer_aux.LAYER_AUX` declares it: with experts balance_loss, load and overflow.
     skipped: {"total", "in_a_row"}, counts of skipped updates.

@@ -12,7 +12,7 @@ from deepseek_jax.model_config import ModelConfig
 class StepConfig:
   """What fixes the program of a step. Runs that differ in other fields, as their length, share one compiled program.
 
-  loss_chunk, label_smoothing, z_loss: as in TrainConfig.
+  loss_chunk, label_smoothing, z_loss: as in TrainConfig. layer_rms: as in LogConfig.
   document_start: the token that starts each document, beyond which attention does not look. None: it does.
   """
 
@@ -24,6 +24,7 @@ class StepConfig:
   label_smoothing: float = 0.0
   z_loss: float = 0.0
   document_start: int | None = None
+  layer_rms: bool = False
   seed: int = 0
 
   @classmethod
@@ -32,5 +33,5 @@ class StepConfig:
     train = config.train
     return cls(
       config.model, config.optimizer, config.parallel, config.balance, train.loss_chunk, train.label_smoothing,
-      train.z_loss, bos if config.data.mask_documents else None, config.seed,
+      train.z_loss, bos if config.data.mask_documents else None, config.log.layer_rms, config.seed,
     )  # fmt: skip
