@@ -248,7 +248,7 @@ class LogConfig(Section, path="log"):
   every: int = field(10, "steps between lines of metrics.jsonl", at_least=1)
   tensorboard: bool = field(True, "write TensorBoard files")
   layer_rms: bool = field(
-    False, "log the root mean square of each layer's output and of its gradients, for the report's health section"
+    True, "log the root mean square of each layer's output and of its gradients, for the report's health section"
   )
 
 

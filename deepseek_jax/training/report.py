@@ -6,7 +6,7 @@ report too. Every text is escaped, and the page's content security policy forbid
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from deepseek_jax.schema import flatten_config, leaf_paths
 from deepseek_jax.training import metrics
 from deepseek_jax.training.expert_heatmap import heatmaps
 from deepseek_jax.training.expert_loads import read_expert_loads
+from deepseek_jax.training.health import Finding, find
 from deepseek_jax.training.page import (
   document,
   escape,
@@ -28,7 +29,7 @@ from deepseek_jax.training.page import (
 )
 from deepseek_jax.training.plot import format_compact
 from deepseek_jax.training.report_charts import TIMES, charts
-from deepseek_jax.training.run_records import Event, RunRecords, is_number, read_run
+from deepseek_jax.training.run_records import Event, RunRecords, config_fields, is_number, read_run
 
 
 def write_report(workdir: str | os.PathLike[str]) -> str:
@@ -51,6 +52,7 @@ def make_page(workdir: str | os.PathLike[str], refresh_seconds: int = 0) -> byte
   parts = [
     _header(name, run.events),
     _tiles(run),
+    section("Health", _health(find(run, loads))),
     charts(run),
     section("Expert loads", heatmaps(loads) if loads else ""),
     section("Where the time goes", _times(run)),
@@ -83,7 +85,7 @@ def _header(name: str, events: Sequence[Event]) -> str:
 
 def _tiles(run: RunRecords) -> str:
   heldout = (run.events_by_step("eval") or [{}])[-1]
-  planned_steps = dict(_leaves(run.config)).get("train.steps")
+  planned_steps = dict(config_fields(run.config)).get("train.steps")
   last_step = int(run.steps[-1]) if len(run.steps) else 0
   tokens, skipped, speeds = _last(run, "tokens"), _last(run, "skipped"), _finite(run, "tokens_per_second")
   tiles = [
@@ -104,6 +106,15 @@ def _tiles(run: RunRecords) -> str:
     f"<div><b>{escape(v)}</b><span>{escape(k)}</span><small>{escape(note)}</small></div>" for k, v, note in tiles
   ]
   return f'<section class="tiles">{"".join(cells)}</section>'
+
+
+def _health(findings: Sequence[Finding]) -> str:
+  if not findings:
+    return '<p class="fine">Nothing to note.</p>'
+  items = [
+    f"<li><b>{escape(f.title)}</b> <span>{escape(f.evidence)}</span> <em>{escape(f.advice)}</em></li>" for f in findings
+  ]
+  return f'<ul class="health">{"".join(items)}</ul>'
 
 
 def _times(run: RunRecords) -> str:
@@ -152,7 +163,7 @@ def _config(config: dict[str, Any]) -> str:
   defaults = json.loads(json.dumps(flatten_config(Config())))  # tuples as the lists that JSON makes of them
   fields = leaf_paths(Config)
   groups: dict[str, list[str]] = {}
-  for path, value in _leaves(config):
+  for path, value in config_fields(config):
     is_known = path in defaults
     changed = is_known and defaults[path] != value
     doc = fields[path].metadata["doc"] if is_known else "no such field in this version"
@@ -208,11 +219,3 @@ def _last(run: RunRecords, key: str) -> float | None:
 
 def _total_seconds(run: RunRecords) -> dict[str, float]:
   return {key: float(_finite(run, key).sum()) for key in TIMES}
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      yield from _leaves(value, f"{prefix}{key}.")
-    else:
-      yield prefix + key, value

@@ -5,9 +5,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from deepseek_jax.training.health import loss_spikes
 from deepseek_jax.training.page import escape
 from deepseek_jax.training.plot import BINS, Series, line_chart
 from deepseek_jax.training.run_records import Column, RunRecords, is_number
+from deepseek_jax.training.running import BLOCK, running
 
 # Seconds of an interval between two lines, and the words for what they went into.
 TIMES = {
@@ -36,11 +38,13 @@ CHARTS = (
 COUNTS = ("overflow", "skipped")
 # Not drawn, or in other charts: what the tiles and the section of times have, and inputs of the step beside the rate.
 OTHER_KEYS = ("tokens", "samples", "total_loss", "mtp_weight", "bias_update_rate", *TIMES)
-# Title and unit of NAME in the metrics router/LAYER/NAME of each layer; others have their name as the title.
+# Title, unit and scale of NAME in the metrics GROUP/LAYER/NAME of each layer; others have their name as the title.
 LAYER_CHARTS = {
-  "max_vio": ("Max violation by layer", "largest load of an expert / mean - 1"),
-  "entropy": ("Entropy of loads by layer", "of its maximum; 1: balanced"),
-  "dead_experts": ("Dead experts by layer", "experts that no token chose"),
+  "max_vio": ("Max violation by layer", "largest load of an expert / mean - 1", "from zero"),
+  "entropy": ("Entropy of loads by layer", "of its maximum; 1: balanced", "from zero"),
+  "dead_experts": ("Dead experts by layer", "experts that no token chose", "from zero"),
+  "activations": ("RMS of activations by layer", "of the residual stream after it, log scale", "log"),
+  "gradients": ("RMS of gradients by layer", "before clipping, log scale", "log"),
 }
 
 
@@ -53,14 +57,16 @@ def charts(run: RunRecords) -> str:
     if eval_key:
       series = [Series("train", _points(run, key)), Series("held-out", _heldout(run, eval_key), "dots")]
     if key == "loss":
-      series += _total_loss(run)
+      series += [*_total_loss(run), *_spikes(run)]
+    if key == "grad_norm":
+      series += _running_median(run, key)
     drawn = [s.array()[:, 1] for s in series if len(s.points)]
     if drawn and not (key in COUNTS and not any(values.any() for values in drawn)):
       figures.append(figure(title, unit, series, line_chart(series, marks, scale)))
   figures += _layer_charts(run)
   note = (
     f"Over completed updates. Long runs are downsampled to the minimum and maximum of each of {BINS} bins. Dashed "
-    "lines are resume points; red ticks on the lower edge are values that were not finite. Hover for numbers."
+    "lines are resume points; red ticks on the lower edge are values that were not finite; rings mark spikes of the loss. Hover for numbers."
   )
   return f'<section class="charts">{"".join(figures)}</section><p class="note">{note}</p>' if figures else ""
 
@@ -68,7 +74,8 @@ def charts(run: RunRecords) -> str:
 def figure(title: str, unit: str, series: Sequence[Series], chart: str) -> str:
   """A chart under its title, with a legend where there are several curves."""
   named = [(i, s.name) for i, s in enumerate(series) if len(s.points)]
-  legend = "".join(f'<i class="s{i}">{escape(label)}</i>' for i, label in named) if len(series) > 1 else ""
+  classes = {i: "rings" if series[i].style == "rings" else f"s{i}" for i, _ in named}
+  legend = "".join(f'<i class="{classes[i]}">{escape(label)}</i>' for i, label in named) if len(series) > 1 else ""
   return f"<figure><figcaption><b>{escape(title)}</b> <span>{unit}</span>{legend}</figcaption>{chart}</figure>"
 
 
@@ -99,6 +106,19 @@ def _total_loss(run: RunRecords) -> list[Series]:
   return [] if is_same else [Series("train, all terms", total)]
 
 
+def _spikes(run: RunRecords) -> list[Series]:
+  """Rings around the spikes of the loss, where it has any."""
+  points = _points(run, "loss")
+  found = loss_spikes(run.columns["loss"]) if len(points) else np.zeros(0, np.int64)
+  return [Series("spikes", points[found], "rings")] if len(found) else []
+
+
+def _running_median(run: RunRecords, key: str) -> list[Series]:
+  points = _points(run, key)
+  points[:, 1] = running(points[:, 1]).median
+  return [Series("running median", points[~np.isnan(points[:, 1])])] if len(points) > BLOCK else []
+
+
 def _other_charts(run: RunRecords) -> list[tuple[str, str, str, None, str]]:
   """Charts of the metrics that CHARTS does not name, as those of an observation of a variant's own."""
   keys = {key for key in run.columns if "/" not in key} - {*OTHER_KEYS}
@@ -119,9 +139,9 @@ def _layer_charts(run: RunRecords) -> Iterator[str]:
       means = [_mean(run.columns[f"{group}/{layer}/{name}"], first, last) for layer in layers]
       label = f"steps {first:,} to {last:,}" if size > 1 else f"step {first:,}"
       series.append(Series(label, [(i, mean) for i, mean in enumerate(means) if mean is not None]))
-    title, unit = LAYER_CHARTS.get(name, (f"{name} by layer", ""))
+    title, unit, scale = LAYER_CHARTS.get(name, (f"{name} by layer", "", "from zero"))
     names = [layer.removeprefix("layer_").replace("_", " ") for layer in layers]
-    yield figure(title, unit, series, line_chart(series, scale="from zero", x_names=names))
+    yield figure(title, unit, series, line_chart(series, scale=scale, x_names=names))
 
 
 def _mean(column: Column, first: int, last: int) -> float | None:
