@@ -80,7 +80,7 @@ def test_a_run_without_any_metric_has_nothing_to_note():
 # (change of the values, title, words of the evidence, field of the advice)
 PLANTED = [
   (plant("loss", at=1200, to=9.5), "Loss spikes", ["1 in all", "9.5 at step 1,201", "median before: 2.2"], "optimizer.clip (now 1.0)"),
-  (plant("loss", at=slice(1500, None), times=1.6), "The loss diverged", ["steps 1,401 to 1,600" , "steps 1,801 to 2,000"], "schedule.peak (now 0.02)"),
+  (plant("loss", at=slice(1500, None), times=1.6), "The loss diverged", ["steps 1,201 to 1,400" , "steps 1,801 to 2,000"], "schedule.peak (now 0.02)"),
   (plant("loss", at=[70, 71, 900], to=np.nan), "Values that are not finite", ["loss at steps 71, 72, 901", "first is loss at step 71"], "model.compute_dtype (now bfloat16)"),
   (plant("grad_norm", at=777, to=500.0), "Gradient norm far above its running median", ["500 at step 778"], "optimizer.clip"),
   (plant("skipped", at=slice(300, None), to=2), "Skipped updates", ["2 in all", "at step 301"], "schedule.peak"),
