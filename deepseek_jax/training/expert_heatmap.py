@@ -14,7 +14,7 @@ OCTAVES = (LEVELS - 1) / 4  # above the mean, and below it
 # Blue for less than the mean, orange for more: apart for color-blind readers as well. Dead experts are nearly black.
 DEAD_COLOR = (17, 17, 17)
 COLORS = ((33, 102, 172), (103, 169, 207), (245, 245, 245), (241, 163, 64), (140, 45, 4))
-FEW = 4  # so many layers get larger images
+FEW, MANY = 4, 64  # so few layers get larger images; of more experts than MANY each has a row of one CSS pixel or more
 
 
 def heatmaps(loads: ExpertLoads) -> str:
@@ -23,9 +23,8 @@ def heatmaps(loads: ExpertLoads) -> str:
     return ""
   images = []
   for layer, codes in loads.codes.items():
-    name = escape(layer.removeprefix("layer_").replace("_", " "))
-    text = f"Layer {name}, {_summary(codes[-1], int(loads.steps[-1]))}"
-    images.append(f"<div>{_image(_to_levels(codes).T, text)}<span>{name}</span></div>")
+    text = f"{_title(layer)}, {_summary(codes[-1], int(loads.steps[-1]))}"
+    images.append(f"<div>{_image(_to_levels(codes).T, text)}<span>{_title(layer)}</span></div>")
   scale = _image(np.arange(1, LEVELS + 1, dtype=np.uint8)[None], "from less than the mean to more")
   dead = _image(np.zeros((1, 1), np.uint8), "no token")
   far = 2**OCTAVES
@@ -38,6 +37,8 @@ def heatmaps(loads: ExpertLoads) -> str:
     f"expert, 0 at the top; a column is a logged step, one in every {loads.stride:,}. Hover for the last one."
   )
   size = " few" if len(images) <= FEW else ""
+  if max(codes.shape[1] for codes in loads.codes.values()) > MANY:
+    size += " many"
   return f'{legend}<div class="heat{size}">{"".join(images)}</div><p class="note">{note}</p>'
 
 
@@ -56,6 +57,10 @@ def encode_png(indices: np.ndarray, palette: np.ndarray) -> bytes:
   return b"\x89PNG\r\n\x1a\n" + b"".join(
     chunk(*c) for c in ((b"IHDR", header), (b"PLTE", palette.tobytes()), (b"IDAT", image), (b"IEND", b""))
   )
+
+
+def _title(layer: str) -> str:
+  return escape(layer.replace("_", " "))
 
 
 def _image(levels: np.ndarray, text: str) -> str:

@@ -57,7 +57,8 @@ class Run:
 
   def field(self, path: str) -> str:
     """The field as it would be set, "schedule.peak (now 0.001)"."""
-    return f"{path} (now {self.fields[path]})" if path in self.fields else path
+    value = self.fields.get(path, "")
+    return path if value == "" else f"{path} (now {value})"
 
 
 def find(records: RunRecords, loads: ExpertLoads | None) -> list[Finding]:
@@ -118,7 +119,7 @@ def diverged(run: Run) -> Iterator[Finding]:
   if ends and ends[-1].get("reason") == "diverged":
     yield Finding("The run diverged", f"It ended at step {ends[-1]['step']:,} after too many skipped updates.", advice)
     return
-  parts = _parts(loss, 10)
+  parts = loss.stretches(10, least=4)
   if len(parts) < 4:
     return
   medians = [float(np.median(part.values)) for part in parts]
@@ -169,7 +170,7 @@ def initialisation(run: Run) -> Iterator[Finding]:
   step = int(run.by_layer("rms", "activations")[next(iter(large))].steps[0])
   yield Finding(
     "The initialisation is too large",
-    f"At step {step:,} the RMS of the residual stream after each layer is: {_layers(large)}. A healthy start is about 1 or below.",
+    f"At step {step:,} the RMS of the residual stream is large after {_layers(large)}. A healthy start is about 1 or below.",
     f"Lower {run.field('model.init_std')}: about 0.02 at widths below 1,000, 0.006 above.",
   )
 
@@ -200,7 +201,7 @@ def changes_over_time(run: Run) -> Iterator[Finding]:
   for name, word in (("activations", "Activations"), ("gradients", "Gradients")):
     grown, vanished = {}, {}
     for layer, column in run.by_layer("rms", name).items():
-      parts = _parts(column, 10)
+      parts = column.stretches(10, least=4)
       if len(parts) < 4:
         continue
       start, end = (float(np.median(p.values)) for p in (parts[1], parts[-1]))  # the first tenth is the warm-up's
@@ -214,7 +215,7 @@ def changes_over_time(run: Run) -> Iterator[Finding]:
       if layers:
         yield Finding(
           f"{word} {verb} over time",
-          f"From the second tenth of the run to the last the RMS changes by these factors: {_layers(layers)}.",
+          f"From the second tenth of the run to the last the RMS changes by a factor of: {_layers(layers)}.",
           f"Lower {run.field('schedule.peak')}, or change {run.field('optimizer.weight_decay')}.",
         )
 
@@ -232,7 +233,7 @@ def gradients_over_depth(run: Run) -> Iterator[Finding]:
     grow = names.index(top) < names.index(next(iter(small)))
     yield Finding(
       "Gradients grow towards the first layers" if grow else "Gradients vanish towards the first layers",
-      f"At the end the RMS of gradients is {last[top]:.3g} in {_layer(top)}, and: {_layers(small)}.",
+      f"At the end the RMS of gradients is {last[top]:.3g} in {_layer(top)}, but in {_layers(small)}.",
       f"Change {run.field('model.init_std')}, lower {run.field('schedule.peak')}; frozen parameters, optimizer.trainable, "
       "have no gradient.",
     )
@@ -254,7 +255,7 @@ def dead_experts(run: Run) -> Iterator[Finding]:
   total = sum(map(len, dead.values()))
   yield Finding(
     "Dead experts",
-    f"{total:,} got no token in any record from step {run.loads.steps[-records]:,} on, in {len(dead):,} layers. Experts in "
+    f"{total:,} got no token in any record from step {run.loads.steps[-records]:,} on, in {len(dead):,} layer{'s' if len(dead) > 1 else ''}. Experts in "
     f"{named}{'; ...' if len(dead) > NAMED else ''}.",
     _balance_advice(run),
   )
@@ -277,7 +278,7 @@ def imbalance(run: Run) -> Iterator[Finding]:
   if worst:
     yield Finding(
       "Experts stay unbalanced",
-      "Max violation, which is the load of the busiest expert over the mean, less 1, is in the newer half of the run: "
+      "Max violation (the load of the busiest expert over the mean, less 1) in the newer half of the run: "
       f"{_layers(worst)}. At most {limit:.3g} is usual by then.",
       _balance_advice(run),
     )
@@ -286,7 +287,7 @@ def imbalance(run: Run) -> Iterator[Finding]:
 def throughput_drops(run: Run) -> Iterator[Finding]:
   """A stretch of steps at less than half of the usual speed."""
   speed = run.column("tokens_per_second")
-  parts = _parts(speed, 40, least=10)[1:]  # the first has what is slow once
+  parts = speed.stretches(40, least=10)[1:]  # the first has what is slow once
   if len(parts) < 4:
     return
   usual = float(np.median(speed.values))
@@ -313,13 +314,6 @@ def _balance_advice(run: Run) -> str:
     f"Raise {run.field('balance.bias_update_rate')} with {run.field('model.moe.router_bias')}, or "
     f"{run.field('balance.expert_loss')}."
   )
-
-
-def _parts(column: Column, count: int, least: int = 4) -> list[Column]:
-  """At most `count` parts of what is finite in `column`, of equal numbers of values, at least `least` each."""
-  finite = np.flatnonzero(~np.isnan(column.values))
-  count = min(count, len(finite) // least)
-  return [Column(column.steps[part], column.values[part]) for part in np.array_split(finite, count)] if count else []
 
 
 def _end(column: Column) -> float:
@@ -351,7 +345,7 @@ def _some(names: list[str], count: int | None = None) -> str:
 
 def _layers(values: dict[str, float]) -> str:
   """Layers with their values."""
-  return _some([f"{_layer(layer)} {value:.3g}" for layer, value in values.items()])
+  return _some([f"{_layer(layer)}: {value:.3g}" for layer, value in values.items()])
 
 
 def _layer(name: str) -> str:

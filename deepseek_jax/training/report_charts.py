@@ -9,7 +9,6 @@ from deepseek_jax.training.health import loss_spikes
 from deepseek_jax.training.page import escape
 from deepseek_jax.training.plot import BINS, Series, line_chart
 from deepseek_jax.training.run_records import Column, RunRecords, is_number
-from deepseek_jax.training.running import BLOCK, running
 
 # Seconds of an interval between two lines, and the words for what they went into.
 TIMES = {
@@ -114,9 +113,10 @@ def _spikes(run: RunRecords) -> list[Series]:
 
 
 def _running_median(run: RunRecords, key: str) -> list[Series]:
-  points = _points(run, key)
-  points[:, 1] = running(points[:, 1]).median
-  return [Series("running median", points[~np.isnan(points[:, 1])])] if len(points) > BLOCK else []
+  """Medians of at most 100 stretches, each at its middle."""
+  stretches = run.columns[key].stretches(100, least=8) if key in run.columns else []
+  points = [(float(np.median(s.steps)), float(np.median(s.values))) for s in stretches]
+  return [Series("running median", points)] if len(points) > 1 else []
 
 
 def _other_charts(run: RunRecords) -> list[tuple[str, str, str, None, str]]:

@@ -33,6 +33,12 @@ class Column:
   def __len__(self) -> int:
     return len(self.steps)
 
+  def stretches(self, count: int, least: int) -> list["Column"]:
+    """At most `count` parts of what is finite, of equal numbers of values, at least `least` each; [] where it is less."""
+    finite = np.flatnonzero(~np.isnan(self.values))
+    count = min(count, len(finite) // least)
+    return [Column(self.steps[part], self.values[part]) for part in np.array_split(finite, count)] if count else []
+
 
 @dataclasses.dataclass(frozen=True)
 class RunRecords:

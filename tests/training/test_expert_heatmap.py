@@ -46,7 +46,7 @@ def test_experts_are_rows_and_levels_are_half_octaves_around_the_mean():
   fractions[1] = 1 / 5  # the mean of five
   codes = np.stack([encode(np.full(5, 0.2)), encode(fractions)])
   page = heatmaps(ExpertLoads(2, np.array([2, 4]), {"layer_7": codes}))
-  (pixels, palette) = images(page)["Layer 7, step 4: expert 2 has most, 2.5 times the mean; 1 without a token"]
+  (pixels, palette) = images(page)["layer 7, step 4: expert 2 has most, 2.5 times the mean; 1 without a token"]
   middle = (LEVELS + 1) // 2
   assert pixels[:, 0].tolist() == [middle] * 5
   assert pixels[:, 1].tolist() == [0, middle, middle + 3, middle, 1]  # 2.5: 1.32 octaves; 0.88: 0.2 below; far below

@@ -85,14 +85,14 @@ PLANTED = [
   (plant("grad_norm", at=777, to=500.0), "Gradient norm far above its running median", ["500 at step 778"], "optimizer.clip"),
   (plant("skipped", at=slice(300, None), to=2), "Skipped updates", ["2 in all", "at step 301"], "schedule.peak"),
   (plant("tokens_per_second", at=slice(1000, 1200), times=0.3), "Throughput drops", ["at steps 1,", "stretches are slow", "data take 0%"], "data.cache"),
-  (plant("rms/layer_3/activations", times=300.0), "The initialisation is too large", ["layer 3 1"], "model.init_std (now 0.02)"),
+  (plant("rms/layer_3/activations", times=300.0), "The initialisation is too large", ["layer 3: 1"], "model.init_std (now 0.02)"),
   (plant("rms/layer_3/activations", times=40.0), "Activations grow over depth", ["in layer 3", "in layer 4"], "model.init_std"),
   (plant("rms/layer_2/activations", times=0.01), "Activations vanish over depth", ["in layer 2"], "model.init_std"),
-  (plant("rms/layer_5/activations", at=slice(1000, None), times=0.0003), "Activations vanish over time", ["layer 5 0.00"], "optimizer.weight_decay"),
-  (plant("rms/layer_0/gradients", at=slice(1000, None), times=900.0), "Gradients grow over time", ["layer 0 "], "schedule.peak"),
-  (plant("rms/layer_0/gradients", times=1e-5), "Gradients vanish towards the first layers", ["layer 0 ", "layer 1,"], "model.init_std"),
-  (plant("rms/layer_5/gradients", times=1e-4), "Gradients grow towards the first layers", ["in layer 0", "layer 5 "], "model.init_std"),
-  (plant("router/layer_4/max_vio", to=2.8), "Experts stay unbalanced", ["layer 4 2.8", "1.5"], "balance.bias_update_rate (now 0.001)"),
+  (plant("rms/layer_5/activations", at=slice(1000, None), times=0.0003), "Activations vanish over time", ["layer 5: 0.00"], "optimizer.weight_decay"),
+  (plant("rms/layer_0/gradients", at=slice(1000, None), times=900.0), "Gradients grow over time", ["layer 0: "], "schedule.peak"),
+  (plant("rms/layer_0/gradients", times=1e-5), "Gradients vanish towards the first layers", ["layer 0: ", "layer 1,"], "model.init_std"),
+  (plant("rms/layer_5/gradients", times=1e-4), "Gradients grow towards the first layers", ["in layer 0", "layer 5: "], "model.init_std"),
+  (plant("router/layer_4/max_vio", to=2.8), "Experts stay unbalanced", ["layer 4: 2.8", "1.5"], "balance.bias_update_rate (now 0.001)"),
 ]  # fmt: skip
 
 

@@ -4,15 +4,17 @@ import math
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from deepseek_jax.config import Config
 from deepseek_jax.errors import DataError
 from deepseek_jax.schema import from_dict, leaf_paths
 from deepseek_jax.training import report
+from deepseek_jax.training.expert_loads import ExpertLoadWriter
 from deepseek_jax.training.metrics import JsonlWriter
 
-VOID = {"meta"}
+VOID = {"meta", "img"}
 
 
 class Page(HTMLParser):
@@ -95,6 +97,7 @@ def test_the_page_needs_nothing_from_elsewhere(tmp_path):
   page = make_page(tmp_path)
   assert not {tag for tag, _ in page.elements} & {"script", "link", "img", "iframe", "object", "embed", "base", "form"}
   assert not [a for _, attributes in page.elements for a in attributes if a in ("src", "href") or a.startswith("on")]
+  assert '<meta http-equiv="refresh"' not in page.source  # that is for the page that is served
   assert not re.search(r"https?:|url\(|@import", page.source)
   assert "default-src 'none'" in page.source and "prefers-color-scheme: dark" in page.source
 
@@ -197,6 +200,35 @@ def test_depths_losses_and_metrics_of_variants_have_charts(tmp_path):
   assert not found.keys() & {"Overflow", "Skipped updates", "step", "samples", "step_seconds"}  # counts that are 0
   add_to_lines(tmp_path, overflow=lambda step: float(step == 7), skipped=lambda step: int(step >= 7))
   assert charts(make_page(tmp_path)).keys() >= {"Overflow", "Skipped updates"}
+
+
+def test_spikes_are_ringed_and_the_gradient_norm_has_its_running_median(tmp_path):
+  make_run(tmp_path, steps=200, losses={150: 9.0})
+  found = charts(make_page(tmp_path))
+  assert found["Loss"][1].count('class="ring"') == 1 and "spikes: 9 at step 150" in found["Loss"][1]
+  assert found["Gradient norm"][0] == ["gradient norm", "running median"]
+
+
+def test_the_health_section_names_what_it_sees(tmp_path):
+  make_run(tmp_path, steps=200)
+  assert "Nothing to note." in make_page(tmp_path).text
+  make_run(tmp_path / "spike", steps=200, losses={150: 9.0, 151: math.nan})
+  page = make_page(tmp_path / "spike")
+  assert "Nothing to note." not in page.text and "Loss spikes" in page.text and "loss at step 151" in page.text
+  assert page.source.index("<h2>Health</h2>") < page.source.index("<svg")
+
+
+def test_experts_have_heat_maps_in_the_page_itself(tmp_path):
+  make_run(tmp_path)
+  assert "Expert loads" not in make_page(tmp_path).text
+  writer = ExpertLoadWriter(tmp_path, 0)
+  for step in range(1, 41):
+    writer.write(step, {}, {f"router/{layer}/load": np.full(8, 1 / 8) for layer in ("layer_3", "<mtp>")})
+  writer.close()
+  page = make_page(tmp_path)
+  images = [attributes for tag, attributes in page.elements if tag == "img"]
+  assert all(i["src"].startswith("data:image/png;base64,") and i["alt"] for i in images) and len(images) == 4
+  assert "layer 3" in page.text and "<mtp>" in page.text and "img-src data:" in page.source
 
 
 def test_the_history_tells_what_changed_at_a_resume(tmp_path):

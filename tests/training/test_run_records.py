@@ -8,7 +8,7 @@ import pytest
 from deepseek_jax.config import Config
 from deepseek_jax.errors import DataError
 from deepseek_jax.training.metrics import JsonlWriter
-from deepseek_jax.training.run_records import BLOCK, is_number, read_run
+from deepseek_jax.training.run_records import BLOCK, Column, is_number, read_run
 
 
 def write_run(folder, rows):
@@ -33,6 +33,13 @@ def test_metrics_are_columns_over_the_steps_that_have_them(tmp_path):
   np.testing.assert_array_equal(run.columns["loss"].values, [5, np.nan, 3.5])
   assert (run.columns["eval_seconds"].steps.tolist(), run.columns["eval_seconds"].values.tolist()) == ([4], [2.5])
   assert [(e["step"], e["loss"]) for e in run.events_by_step("eval")] == [(1, 3.0), (2, 1.5)]
+
+
+def test_stretches_are_of_what_is_finite():
+  column = Column(np.arange(10), np.array([0, 1, np.nan, 3, 4, 5, np.nan, 7, 8, 9.0]))
+  assert [s.values.tolist() for s in column.stretches(3, least=2)] == [[0, 1, 3], [4, 5, 7], [8, 9]]
+  assert [s.steps.tolist() for s in column.stretches(9, least=4)] == [[0, 1, 3, 4], [5, 7, 8, 9]]
+  assert column.stretches(3, least=9) == []
 
 
 def test_a_run_that_logged_nothing_has_no_columns(tmp_path):
