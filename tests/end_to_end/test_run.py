@@ -26,6 +26,7 @@ from deepseek_jax.console import Console, SilentConsole
 from deepseek_jax.flags import load_config, run_program
 from deepseek_jax.generate.__main__ import main as generate_main
 from deepseek_jax.training import layer_aux
+from deepseek_jax.training.expert_loads import read_expert_loads
 from deepseek_jax.training.layer_aux import LayerAux, Observation
 from deepseek_jax.training.run_log import RunLog
 from deepseek_jax.training.skipped import Diverged
@@ -168,6 +169,8 @@ def test_a_run_shows_and_leaves_what_it_should(folder, uninterrupted):
     "max_vio",
     "router/layer_1/max_vio",
     "router/mtp_1/dead_experts",
+    "rms/layer_0/activations",
+    "rms/mtp_1/gradients",
     "tokens_per_second",
     "skipped",
     "data_seconds",
@@ -178,7 +181,11 @@ def test_a_run_shows_and_leaves_what_it_should(folder, uninterrupted):
   saved = json.loads((workdir / "config.json").read_text())
   assert saved["train"]["steps"] == STEPS and saved["model"]["norm_eps"] == 1e-6
   assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
-  assert "<svg" in (workdir / "report.html").read_text()
+  page = (workdir / "report.html").read_text()
+  assert "<svg" in page and "Nothing to note." in page and "data:image/png" in page
+  loads = read_expert_loads(workdir)
+  assert loads.steps.tolist() == list(range(1, STEPS + 1))
+  assert {layer: codes.shape[1] for layer, codes in loads.codes.items()} == {"layer_1": 4, "layer_2": 4, "mtp_1": 4}
   assert sorted(p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()) == ["12", "6", "9"]
 
 
@@ -258,6 +265,8 @@ def test_kill_9_resumes_bitwise(folder, uninterrupted, kills, steps):
   assert events[-1]["state_sha256"] == lines(folder, reference, "events.jsonl")[-1]["state_sha256"]
   for key in ("step", "loss", "grad_norm", "samples"):
     assert [line[key] for line in lines(folder, workdir)] == [line[key] for line in lines(folder, reference)]
+  loads = [(folder / name / "expert_loads.bin").read_bytes() for name in (workdir, reference)]
+  assert loads[0] == loads[1]
 
 
 def run_until(folder, workdir, step, *arguments):
