@@ -32,9 +32,10 @@ def heatmaps(loads: ExpertLoads) -> str:
     f'<p class="heat-legend">{dead}<span>no token</span><span>1/{far:.0f} of the mean</span>{scale}'
     f"<span>{far:.0f} times</span></p>"
   )
+  every = f", one in every {loads.stride:,} steps" if loads.stride > 1 else ""
   note = (
     f"Load of each expert over steps {loads.steps[0]:,} to {loads.steps[-1]:,}, beside the mean of its layer: a row is an "
-    f"expert, 0 at the top; a column is a logged step, one in every {loads.stride:,}. Hover for the last one."
+    f"expert, 0 at the top; a column is a logged step{every}. Hover for the last one."
   )
   size = " few" if len(images) <= FEW else ""
   if max(codes.shape[1] for codes in loads.codes.values()) > MANY:

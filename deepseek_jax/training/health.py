@@ -25,7 +25,7 @@ LARGE_CHANGE = (
 IMBALANCE = 1.5, 3.0  # max violation, of at most half of its largest value
 BIAS_TRAVEL = 0.5  # distance that router biases must have been able to move before an imbalance counts as persistent
 LOSS_STEPS = 300  # the same for balance losses, in steps
-SLOW = 0.5  # of the median throughput
+SLOW, LASTING = 0.5, 60.0  # of the median throughput, for so many seconds: less is what else a machine does
 NAMED = 4  # steps, layers or experts that are named; of others the number
 
 
@@ -286,15 +286,20 @@ def imbalance(run: Run) -> Iterator[Finding]:
 
 def throughput_drops(run: Run) -> Iterator[Finding]:
   """A stretch of steps at less than half of the usual speed."""
-  speed = run.column("tokens_per_second")
+  speed, seconds = run.column("tokens_per_second"), run.column("step_seconds")
   parts = speed.stretches(40, least=10)[1:]  # the first has what is slow once
   if len(parts) < 4:
     return
   usual = float(np.median(speed.values))
-  slow = [part for part in parts if np.median(part.values) < SLOW * usual]
+  slow = [
+    part
+    for part in parts
+    if np.median(part.values) < SLOW * usual
+    and np.nansum(seconds.values[slice(*np.searchsorted(seconds.steps, [part.steps[0], part.steps[-1] + 1]))]) > LASTING
+  ]
   if slow:
     worst = min(slow, key=lambda part: float(np.median(part.values)))
-    data = run.column("data_seconds").values.sum() / max(run.column("step_seconds").values.sum(), 1e-9)
+    data = np.nansum(run.column("data_seconds").values) / max(np.nansum(seconds.values), 1e-9)
     yield Finding(
       "Throughput drops",
       f"{np.median(worst.values):,.0f} tokens per second at steps {_range(worst)}, {usual:,.0f} in the median of the run; "

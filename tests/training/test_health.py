@@ -29,7 +29,7 @@ def healthy():
   values = {
     "loss": 2 + 3 / (1 + STEPS / 100) + 0.03 * rng.standard_normal(N), "grad_norm": rng.lognormal(-0.5, 0.3, N),
     "tokens_per_second": 4000 * rng.lognormal(0, 0.1, N), "skipped": np.zeros(N), "overflow": np.zeros(N),
-    "data_seconds": np.full(N, 1e-4), "step_seconds": np.full(N, 0.5),
+    "data_seconds": np.full(N, 1e-4), "step_seconds": np.full(N, 2.0),
   }  # fmt: skip
   for depth, layer in enumerate(LAYERS):
     noise = rng.lognormal(0, 0.05, (2, N))
@@ -104,6 +104,13 @@ def test_what_is_planted_is_named(change, title, words, field):
   assert title in found, found
   assert [word for word in words if word not in found[title].evidence] == [], found[title].evidence
   assert field in found[title].advice, found[title].advice
+
+
+def test_a_slow_minute_is_not_a_slow_second():
+  values = healthy()
+  plant("tokens_per_second", at=slice(1000, 1200), times=0.3)(values)
+  values["step_seconds"][:] = 0.5  # 50 logged steps in a stretch
+  assert find(make_records(values), None) == []
 
 
 def test_overflow_is_told_from_gradients_that_are_not_finite():
