@@ -176,7 +176,7 @@ _ROWS: tuple[tuple[Condition, str, str], ...] = (
   (_never, "checkpoint", "every keep keep_every"),
   (_never, "eval", "every"),
   (_always, "eval", "sequences final_sequences"),
-  (_never, "log", "every tensorboard"),
+  (_never, "log", "every tensorboard layer_rms"),
   (_never, "sample", "prompt max_tokens temperature top_k top_p repetition_penalty"),
 )
 EFFECTS: dict[str, Condition] = {

@@ -1,14 +1,16 @@
 """Charts of the page of a comparison: curves over each axis, in tabs that need no script."""
 
+import dataclasses
 import html
-import math
 import statistics
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from deepseek_jax.compare.groups import Group
 from deepseek_jax.compare.runs import X_AXES, Curve
-from deepseek_jax.training.plot import BINS, Point, Series, downsample, line_chart
+from deepseek_jax.training.plot import BINS, Series, downsample, line_chart
 
 if TYPE_CHECKING:
   from deepseek_jax.compare.comparison import Comparison
@@ -58,14 +60,14 @@ def _figures(comparison: "Comparison", x_axis: str) -> Iterator[str]:
   """For each metric, a chart of the whole and one of the second half, where differences show."""
   for metric in comparison.metrics:
     series = list(_series(comparison, metric, x_axis))
-    ends = [s.points[-1][0] for s in series if s.points]
+    ends = [s.points[-1][0] for s in series if len(s.points)]
     if not ends:
       continue
     half = statistics.median(ends) / 2
     late = [_after(s, half) for s in series]
     title, unit = TITLES.get(metric, metric), "log scale" if _is_positive(series) else ""
     yield _figure(title, unit, series, x_axis)
-    if any(s.points for s in late):
+    if any(len(s.points) for s in late):
       yield _figure(title, f"second half{', ' if unit else ''}{unit}", late, x_axis)
 
 
@@ -104,15 +106,15 @@ def _series(comparison: "Comparison", metric: str, x_axis: str) -> Iterator[Seri
   yield from heldout
 
 
-def _points(curve: Curve, bins: int) -> list[Point]:
-  return downsample(list(zip(curve.x.tolist(), curve.y.tolist(), strict=True)), bins)
+def _points(curve: Curve, bins: int) -> np.ndarray:
+  return downsample(np.stack([curve.x, curve.y], -1), bins)
 
 
 def _after(series: Series, x: float) -> Series:
-  points = [point for point in series.points if point[0] >= x]
-  return Series(series.name, points, series.style, series.color, series.hover)
+  points = series.array()
+  return dataclasses.replace(series, points=points[points[:, 0] >= x])
 
 
 def _is_positive(series: list[Series]) -> bool:
-  values = [value for s in series for _, value in s.points if value is not None]
-  return bool(values) and min(values) > 0 and math.isfinite(max(values))
+  values = np.concatenate([s.array()[:, 1] for s in series])
+  return len(values) > 0 and bool(values.min() > 0)

@@ -221,9 +221,7 @@ def _place(x: float, x_names: Sequence[str], x_unit: str) -> str:
   return f"at step {x:,.0f}" if x_unit == "step" else f"at {format_compact(x)} {x_unit}"
 
 
-def _hover_bands(
-  hovered: Sequence[tuple[str, np.ndarray]], x: Axis, place: Callable[[float], str]
-) -> Iterator[str]:
+def _hover_bands(hovered: Sequence[tuple[str, np.ndarray]], x: Axis, place: Callable[[float], str]) -> Iterator[str]:
   """Transparent columns over the chart; the title of each gives the last value of every series within it.
 
   Args:
