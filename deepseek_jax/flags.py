@@ -119,7 +119,10 @@ def read_config_file(path: str) -> dict[str, Any]:
   try:
     if path.endswith(".json"):
       content = read_object(path) if is_url(path) else pathlib.Path(path).read_bytes()
-      return to_nested_dict(json.loads(content or b""), path)
+      tree = json.loads(content or b"")
+      if isinstance(tree, dict) and isinstance(tree.get("$schema"), str):
+        del tree["$schema"]  # for editors: where the JSON Schema is
+      return to_nested_dict(tree, path)
     spec = importlib.util.spec_from_file_location("deepseek_jax_config_file", path)
     assert spec and spec.loader  # a path that ends in .py has both
     module = importlib.util.module_from_spec(spec)

@@ -2,12 +2,14 @@
 
 Any field of the config can be set on the command line: --config.train.steps=10 --config.model.attention.heads=8
 --list_configs lists the shipped configs; --config also takes a .py or .json file. --print_config prints every field of
-the config, --dry_run what the config amounts to; both stop before anything is trained.
+the config, --dry_run what the config amounts to; both stop before anything is trained. --schema prints the JSON Schema of
+a .json config, from which editors complete it.
 Running the same command again resumes from the newest checkpoint; --workdir alone takes the config saved there.
 Several processes train as one by --coordinator, --processes and --process, or as their scheduler says.
 Exit codes: 0 finished, 2 config, data or checkpoint, 130 / 143 saved after Ctrl-C / SIGTERM, 1 anything else.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +20,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.console import Console, current_console, log_to_console, set_console
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import define_config_flags, file_exists, load_config, parse, run_program
+from deepseek_jax.json_schema import config_schema
 from deepseek_jax.processes import define_process_flags, find_initialize_args
 from deepseek_jax.training.metrics import WriterFactory
 
@@ -41,6 +44,7 @@ def program_flags() -> flags.FlagValues:
   flags.DEFINE_boolean(
     "print_config", False, "print every field with its value, mesh sizes resolved, and stop", flag_values=values
   )
+  flags.DEFINE_boolean("schema", False, "print the JSON Schema of a config file, and stop", flag_values=values)
   flags.DEFINE_integer(
     "devices",
     None,
@@ -70,12 +74,15 @@ def program_flags() -> flags.FlagValues:
 
 
 def main(argv: list[str]) -> int:
-  """Returns the exit code of a training run, --dry_run or --print_config.
+  """Returns the exit code of a training run, --dry_run, --print_config or --schema.
 
   Raises UserError for an error of the user's. A run that diverges is an error on stderr and exit code 1.
   """
   values = program_flags()
   overrides = parse(argv, values, __doc__)
+  if values.schema:
+    print(json.dumps(config_schema(), indent=2))
+    return 0
   saved = os.path.join(values.workdir or "", "config.json")
   if not values.config and not (values.workdir and file_exists(saved)):
     missing = f"there is no {saved}, so " if values.workdir else ""

@@ -19,7 +19,7 @@ LAYERS = (
   {"schema", "storage"},
   {"model_config", "config_sections"},
   {"config"},
-  {"mesh", "sharding", "data", "flags"},
+  {"mesh", "sharding", "data", "flags", "json_schema"},
   {"kernels", "compilation_cache", "json_output"},
   {"model"},
   {"parallel"},
