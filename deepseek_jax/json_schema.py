@@ -49,9 +49,9 @@ def field_schema(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
     item["enum"] = list(field.metadata["choices"])
   if "path_inside" in field.metadata:
     item["pattern"] = _PATH_PATTERN
-  default = list(field.default) if is_tuple else field.default
+  default: Any = field.default
   return {
     "description": field.metadata["doc"],
     **({"type": "array", "items": item} if is_tuple else item),
-    "default": default,
+    "default": list(default) if is_tuple else default,
   }

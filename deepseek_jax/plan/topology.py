@@ -160,7 +160,13 @@ def parse_topology(text: str) -> Topology:
   return Topology(text, name, chip, num_slices, shape)
 
 
+def chip_name(device_kind: str) -> str | None:
+  """The key of CHIPS of a device by jax's `device_kind`; None where it is not known (CPUs)."""
+  kind = {"TPU v5": "TPU v5p", "TPU v5e": "TPU v5 lite", "TPU v6 lite": "TPU v6e"}.get(device_kind, device_kind)
+  return next((name for name, chip in CHIPS.items() if chip.kind in kind), None)
+
+
 def peak_flops(device_kind: str) -> float | None:
   """Peak bfloat16 FLOP/s of a device by jax's `device_kind`, or None where it is not known (CPUs)."""
-  kind = {"TPU v5": "TPU v5p", "TPU v5e": "TPU v5 lite", "TPU v6 lite": "TPU v6e"}.get(device_kind, device_kind)
-  return next((chip.peak_flops for chip in CHIPS.values() if chip.kind in kind), None)
+  name = chip_name(device_kind)
+  return CHIPS[name].peak_flops if name else None
