@@ -8,7 +8,7 @@ from deepseek_jax.config_sections import DataConfig, MTPConfig
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import load_config
 from deepseek_jax.new.hardware import Hardware, timed_flops
-from deepseek_jax.new.layout import Layout, find_layout, fits_quickly
+from deepseek_jax.new.layout import Layout, find_layout, fits_somehow
 from deepseek_jax.new.questions import Answers
 from deepseek_jax.new.size import Size, find_size
 from deepseek_jax.scaling.cost import FIRST_MFU
@@ -75,12 +75,10 @@ def advise(answers: Answers) -> Advice:
   """The config that fits the answers. Raises ConfigError where none does."""
   hardware, length = answers.topology, answers.length
   topology = hardware.topology
-  rate = 0.0  # of a step, without a topology; with one the plan has it
-  if topology is None:
-    rate = timed_flops(hardware)
+  rate = 0.0 if topology else timed_flops(hardware)
   if length.tokens:
     return _advice(answers, DEEPSEEK_ALLOCATION.for_tokens(length.tokens).scale, length.tokens, rate)
-  first_rate = FIRST_MFU * hardware.num_devices * topology.chip.peak_flops if topology else rate
+  first_rate = FIRST_MFU * hardware.num_devices * topology.chip.peak_flops if topology else FIRST_MFU * rate
   seconds = 3600 * length.hours
   allocation = optimal_allocation(first_rate * seconds)
   advice = _advice(answers, allocation.scale, allocation.tokens, rate, max_plans=1)
@@ -126,12 +124,12 @@ def largest_that_fits(answers: Answers, wanted: float, tokens: float, rate: floa
   found: Size | None = None
   vocab, hardware = vocab_size(answers), answers.topology
   smallest = find_size(answers.model, answers.seq, vocab, 1.0, hardware)
-  if smallest and fits_quickly(draft(answers, smallest, tokens), hardware):
+  if smallest and fits_somehow(draft(answers, smallest, tokens), hardware):
     low, found = math.log(smallest.scale), smallest
   while found and high - low > 0.1:
     middle = (low + high) / 2
     size = find_size(answers.model, answers.seq, vocab, math.exp(middle), hardware)
-    if size and fits_quickly(draft(answers, size, tokens), hardware):
+    if size and fits_somehow(draft(answers, size, tokens), hardware):
       low, found = middle, size
     else:
       high = middle

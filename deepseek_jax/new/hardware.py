@@ -9,9 +9,10 @@ from deepseek_jax.errors import ConfigError
 from deepseek_jax.plan.topology import CHIPS, Topology, chip_name, parse_topology
 
 HERE = "here"
-# Of a timed matrix product, what a training step reaches where there is no roofline: 0.18 to 0.23 for tiny, tiny_dense
-# and small_dense with AdamW on 2 cores of an AMD EPYC, of a product of 1024 x 1024 x 1024 in float32.
-STEP_FRACTION = 0.2
+# Of a timed matrix product of 1024 x 1024 x 1024, what a training step reaches where there is no roofline: it grows
+# with the width up to FULL_WIDTH. In CPU time on 2 cores of an AMD EPYC, float32: 0.16 (dense) and 0.12 (mixture of experts) at
+# a width of 64, 0.51 at 192 (tiny_dense).
+LARGEST_FRACTION, FULL_WIDTH = 0.5, 192
 # The rest is for the data, the program, and whatever else runs on a machine that is somebody's.
 CPU_MEMORY_FRACTION = 0.5
 
@@ -96,8 +97,13 @@ def local_topology(name: str, devices: int) -> str:
   return f"{name}:{'x'.join(map(str, sorted(shape)))}"
 
 
+def step_fraction(embed: int) -> float:
+  """The fraction of `timed_flops` that a training step of a model of this width is expected to reach."""
+  return LARGEST_FRACTION * min(1.0, embed / FULL_WIDTH)
+
+
 def timed_flops(hardware: Hardware) -> float:
-  """FLOP/s that a training step is expected to reach on the devices of this machine, from a matrix product timed now."""
+  """FLOP/s of a large matrix product on the devices of this machine, timed now."""
   import jax
   import jax.numpy as jnp
 
@@ -111,4 +117,4 @@ def timed_flops(hardware: Hardware) -> float:
     product(matrix, matrix).block_until_ready()
     best = min(best, time.perf_counter() - start)
   # Virtual devices of a CPU share its cores.
-  return STEP_FRACTION * 2 * size**3 / best * (1 if hardware.is_cpu else hardware.num_devices)
+  return 2 * size**3 / best * (1 if hardware.is_cpu else hardware.num_devices)

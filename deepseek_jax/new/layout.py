@@ -8,7 +8,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.config_sections import MeshConfig
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.mesh import resolve_mesh
-from deepseek_jax.new.hardware import Hardware
+from deepseek_jax.new.hardware import Hardware, step_fraction
 from deepseek_jax.plan.flops import training_flops
 from deepseek_jax.plan.memory import estimate_memory
 from deepseek_jax.plan.plan import Plan, make_plan, with_xla_attention
@@ -18,6 +18,9 @@ from deepseek_jax.training.step import abstract_step
 MAX_PLANS = (
   4  # of a search, whose first ones are the best or nearly so; each takes a second or, of a mixture of experts, three
 )
+
+MAX_CANDIDATES = 60  # of a search, most of which may not fit
+LONG_SEQ = 8192  # of longer sequences, one may be too much for a device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,74 +39,65 @@ class Layout:
 
 
 def find_layout(
-  config: Config, hardware: Hardware, flops_per_second: float, max_plans: int = MAX_PLANS
+  config: Config, hardware: Hardware, flops_per_second: float, max_plans: int | None = None
 ) -> Layout | None:
   """The fastest layout that was found; None where none fits.
 
   Args:
-    flops_per_second: of a step, where there is no topology to plan for.
+    flops_per_second: of a large matrix product, where there is no topology to plan for.
     max_plans: of the search for a topology; None: MAX_PLANS.
   """
   if hardware.topology is None:
     return _without_topology(config, hardware, flops_per_second)
+  start = _start(config, hardware)
+  if start is None:
+    return None
   plans: list[Plan] = []
-  for start in _starts(config, hardware):
-    try:
-      plans += search(start, hardware.topology, abstract_step, False, lambda line: None, max_plans or MAX_PLANS)
-      break
-    except ConfigError:  # nothing fits that can be reached from this mesh
-      continue
-  if not plans:
-    replicated = _partly_sharded(config, hardware)
-    plans = [make_plan(replicated, hardware.topology, abstract_step)] if replicated else []
+  try:
+    plans = search(
+      start, hardware.topology, abstract_step, False, lambda line: None, max_plans or MAX_PLANS, MAX_CANDIDATES
+    )
+  except ConfigError:  # a search has no replicas in a slice
+    plans = [make_plan(start, hardware.topology, abstract_step)]
   best = min((plan for plan in plans if plan.fits), key=rank_key, default=None)
   return Layout(best.config, best.memory_bytes, best.calibrated.seconds) if best else None
 
 
-def fits_quickly(config: Config, hardware: Hardware) -> bool:
+def fits_somehow(config: Config, hardware: Hardware) -> bool:
   """Whether a step fits on a mesh from which a search would start: without the search, which takes seconds."""
   if hardware.topology is None:
     return _without_topology(config, hardware, 1.0) is not None
-  replicated = _partly_sharded(config, hardware)
-  return replicated is not None or any(fits(start, hardware) for start in _starts(config, hardware))
+  return _start(config, hardware) is not None
 
 
-def _starts(config: Config, hardware: Hardware) -> list[Config]:
-  """Meshes to search from."""
-  found = (_all_sharded(config, hardware, shards_experts) for shards_experts in (True, False))
-  return list(dict.fromkeys(start for start in found if start))
-
-
-def _all_sharded(config: Config, hardware: Hardware, shards_experts: bool) -> Config | None:
-  """`config` on a mesh whose every device in a slice has a shard of the weights; None where that does not divide them."""
+def _start(config: Config, hardware: Hardware) -> Config | None:
+  """`config` on the first mesh on which it fits: with few axes, and with every device in a slice having its own shard."""
   in_slice = hardware.num_devices // hardware.num_slices
   experts = config.model.moe.num_routed_experts
-  expert = math.gcd(experts, in_slice) if experts and shards_experts else 1
-  for tensor in (1, 2, 4, 8):
-    mesh = MeshConfig(data=hardware.num_slices, fsdp=-1, expert=expert, tensor=tensor)
-    microbatch = hardware.num_devices // tensor
-    if in_slice % (expert * tensor) == 0 and config.train.global_batch % microbatch == 0:
-      # As a search has it: without a limit, the buffer of an expert has room for every token.
-      moe = dataclasses.replace(config.model.moe, buffer_factor=BUFFER_FACTORS[0] if expert > 1 else 0.0)
-      limited = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
-      try:
-        return resolve_mesh(with_mesh(limited, mesh, microbatch), hardware.num_devices)
-      except ConfigError:  # these sizes do not divide the model
-        continue
-  return None
+  contexts = (1,) if config.data.seq <= LONG_SEQ else (1, 4, 16)
+  for expert, context, tensor in itertools.product(
+    dict.fromkeys((math.gcd(experts, in_slice), 1) if experts else (1,)), contexts, (1, 2, 4, 8)
+  ):
+    # As a search has it: without a limit, the buffer of an expert has room for every token.
+    moe = dataclasses.replace(config.model.moe, buffer_factor=BUFFER_FACTORS[0] if expert > 1 else 0.0)
+    limited = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+    mesh = MeshConfig(data=hardware.num_slices, fsdp=-1, expert=expert, context=context, tensor=tensor)
+    found = _fitting(limited, mesh, hardware.num_devices // (tensor * context), hardware)
+    if found:
+      return found
+  # Otherwise as many shards as divide the weights, and replicas of them.
+  divisors = (n for n in range(in_slice, 0, -1) if in_slice % n == 0)
+  replicated = (_fitting(config, MeshConfig(fsdp=n), hardware.num_devices, hardware) for n in divisors)
+  return next((found for found in replicated if found), None)
 
 
-def _partly_sharded(config: Config, hardware: Hardware) -> Config | None:
-  """`config` with weights sharded over as many devices as divide them, and replicated over the others."""
-  in_slice = hardware.num_devices // hardware.num_slices
-  for fsdp in (n for n in range(in_slice, 0, -1) if in_slice % n == 0):
-    try:
-      mesh = MeshConfig(data=-1, fsdp=fsdp)
-      resolved = resolve_mesh(with_mesh(config, mesh, hardware.num_devices), hardware.num_devices)
-    except ConfigError:  # so many do not divide the model
-      continue
-    return resolved if fits(resolved, hardware) else None
-  return None
+def _fitting(config: Config, mesh: MeshConfig, microbatch: int, hardware: Hardware) -> Config | None:
+  """`config` on a mesh, resolved; None where the mesh does not divide it, or a step does not fit."""
+  try:
+    resolved = resolve_mesh(with_mesh(config, mesh, microbatch), hardware.num_devices)
+  except ConfigError:
+    return None
+  return resolved if fits(resolved, hardware) else None
 
 
 def with_mesh(config: Config, mesh: MeshConfig, microbatch: int) -> Config:
@@ -133,11 +127,10 @@ def _without_topology(config: Config, hardware: Hardware, flops_per_second: floa
     microbatch = batch // microbatches if microbatches > 1 else 0  # 0 is the whole batch
     for remat, mesh in itertools.product(remats, meshes):
       changed = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
-      try:
-        resolved = resolve_mesh(with_mesh(changed, mesh, microbatch), devices)
-      except ConfigError:  # FSDP over so many devices does not divide the model
-        continue
-      if fits(resolved, hardware):
+      resolved = _fitting(changed, mesh, microbatch, hardware)
+      if resolved:
         flops = training_flops(config.model, config.data.seq).causal * batch * config.data.seq
-        return Layout(resolved, memory_bytes(resolved, hardware), flops / flops_per_second)
+        return Layout(
+          resolved, memory_bytes(resolved, hardware), flops / (flops_per_second * step_fraction(config.model.embed))
+        )
   return None

@@ -4,7 +4,7 @@ import shlex
 
 from deepseek_jax.console import format_bytes
 from deepseek_jax.new.advice import Advice
-from deepseek_jax.new.hardware import STEP_FRACTION
+from deepseek_jax.new.hardware import step_fraction
 from deepseek_jax.new.questions import NO_DATA
 from deepseek_jax.scaling.counting import count_params
 from deepseek_jax.scaling.laws import DEEPSEEK_ALLOCATION
@@ -34,7 +34,7 @@ def summary(advice: Advice) -> dict[str, str]:
   )
   seconds = advice.layout.seconds
   how = "by the roofline of its plan, not measured" if hardware.topology else (
-    f"at {STEP_FRACTION:.0%} of a matrix product that was timed here"
+    f"at {step_fraction(model.embed):.0%} of a matrix product that was timed here"
   )  # fmt: skip
   of = f" of {format_bytes(hardware.memory)} that a step may use" if hardware.memory else ""
   return {

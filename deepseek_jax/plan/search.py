@@ -66,6 +66,7 @@ def search(
   compile: bool = False,
   progress: Callable[[str], None] = print,
   max_plans: int = MAX_PLANS,
+  max_candidates: float = math.inf,
 ) -> list[Plan]:
   """Plans for other meshes, microbatches, buffer factors and remat policies than the config's, fastest that fits first.
 
@@ -76,6 +77,7 @@ def search(
   Args:
     make_step, compile: as in `make_plan`.
     progress: is called with a line per plan.
+    max_candidates: after so many the search ends, also with fewer plans: few may fit, and there are many.
 
   Raises:
     ConfigError: no mesh fits.
@@ -85,7 +87,7 @@ def search(
   least_bytes = math.inf  # on a device, of all candidates
   plans: list[Plan] = []
   queue = iter(initial_candidates(config, topology))
-  while len(plans) < max_plans:
+  while len(plans) < max_plans and len(tried) < max_candidates:
     for candidate in queue:
       candidate_config = None if candidate in tried else apply_candidate(candidate, config, topology)
       tried.add(candidate)
