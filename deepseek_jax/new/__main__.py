@@ -95,11 +95,11 @@ def default_path(name: str) -> str:
 
 def ask_and_advise(interview: Any, defaults: dict[str, str]) -> Any:
   """The advice for the answers. At a terminal it asks again where no config fits them. Raises ConfigError."""
-  from deepseek_jax.new.advice import advise
-
   while True:
     answers = interview.ask(**defaults)
     current_console().print(f"\nplanning     for {answers.topology.description}")
+    from deepseek_jax.new.advice import advise  # takes seconds: the first question is there at once
+
     try:
       with set_console(SilentConsole()), log_to_console():  # which kernel a plan counts with is the plan's
         return advise(answers)

@@ -43,8 +43,7 @@ TABLE = [
   "--tokens=1e12 --topology=2*v5e:16x16 --tokenizer=byte",
   "--hours=24 --topology=v5p:4x4x12",
   "--tokens=1e9 --topology=h100:3x8 --seq=1001",
-  "--tokens=1e9 --topology=h100:1x8 --model=moe --tokenizer=byte",
-  "--tokens=1e11 --topology=h200 --model=moe --tokenizer=byte",
+  "--tokens=1e11 --topology=h100:1x8 --model=moe --tokenizer=byte",
 ]
 
 
@@ -146,10 +145,15 @@ class Terminal:
   """The program at a terminal of its own: `read` until a text comes, `send` keys."""
 
   def __init__(self, *arguments):
-    self.pid, self.file = pty.fork()
-    if not self.pid:
-      environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-      os.execve(sys.executable, [sys.executable, "-m", "deepseek_jax.new", *arguments], environment)
+    self.file, program_end = pty.openpty()
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    # In a session of its own, the terminal that a process opens first is the one whose Ctrl-C it gets.
+    shell = f'exec "$@" <>{os.ttyname(program_end)} >&0 2>&1'
+    self.process = subprocess.Popen(
+      ["sh", "-c", shell, "sh", sys.executable, "-m", "deepseek_jax.new", *arguments],
+      env=environment, start_new_session=True,
+    )  # fmt: skip
+    os.close(program_end)
     self.shown = ""
 
   def read(self, until, seconds=120):
@@ -160,8 +164,9 @@ class Terminal:
       if select.select([self.file], [], [], 1)[0]:
         try:
           self.shown += os.read(self.file, 4096).decode()
-        except OSError:  # the program has ended
-          assert until in self.shown, f"no {until!r} in {self.shown!r}"
+        except OSError:  # the program has ended, or has not yet opened the terminal
+          assert self.process.poll() is None, f"no {until!r} in {self.shown!r}"
+          time.sleep(0.1)
     found, _, self.shown = self.shown.partition(until)
     return found
 
@@ -169,7 +174,7 @@ class Terminal:
     os.write(self.file, keys.encode())
 
   def exit_code(self):
-    code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+    code = self.process.wait(60)
     os.close(self.file)
     return code
 
