@@ -112,25 +112,24 @@ def _fitted(
 ) -> Size:
   """`model`, a shape of `base`, for its tokenizer and its hardware."""
   devices = hardware.num_devices // hardware.num_slices
-  layers, embed = fit_width(model.layers, model.embed, devices)
+  a = base.attention
+  layers, embed = fit_width(model.layers, model.embed, devices, a.heads // a.kv_heads if a.kind == "gqa" else 1)
   model = round_latents(with_shape(base, layers, embed), devices)
   std = SMALL_STD if embed < LEAST_WIDTH else 0.006
   model = dataclasses.replace(model, vocab=vocab, init_std=std, compute_dtype=hardware.compute_dtype)
   return Size(model, wanted, nonembedding_flops_per_token(model, seq=seq), form.reasons)
 
 
-def fit_width(layers: int, embed: int, devices: int) -> tuple[int, int]:
+def fit_width(layers: int, embed: int, devices: int, heads_per_key: int = 1) -> tuple[int, int]:
   """(layers, width) with a width that `devices`, or a 2nd to 8th part of them, divide, and about as many parameters.
 
-  A width within WIDTH_TOLERANCE is taken, or else the width stays.
+  A width within WIDTH_TOLERANCE is taken, or else one of whole groups of `heads_per_key` heads.
   """
-  for tensor in (1, 2, 4, 8):
-    if devices % tensor == 0:
-      unit = math.lcm(head_dim(embed) * tensor, devices // tensor)
-      width = max(unit, round(embed / unit) * unit)
-      if abs(width / embed - 1) <= WIDTH_TOLERANCE:
-        return max(1, round(layers * (embed / width) ** 2)), width
-  return layers, embed
+  group = head_dim(embed) * heads_per_key
+  units = [math.lcm(group * n, devices // n) for n in (1, 2, 4, 8) if devices % n == 0]
+  widths = [max(unit, round(embed / unit) * unit) for unit in (*units, group)]
+  width = next((width for width in widths if abs(width / embed - 1) <= WIDTH_TOLERANCE), widths[-1])
+  return max(1, round(layers * (embed / width) ** 2)), width
 
 
 def round_latents(model: ModelConfig, devices: int) -> ModelConfig:
