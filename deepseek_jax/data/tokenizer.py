@@ -70,7 +70,7 @@ def load_tokenizer(name: str) -> Tokenizer:
   if name == NO_TOKENIZER:
     raise DataError(
       f"data.tokenizer={NO_TOKENIZER}: this checkpoint came without a tokenizer; give the one that it was trained with "
-      f"(generate --tokenizer=, train --config.data.tokenizer=): byte, {', '.join(WHEEL_VERSIONS)} or the path of a "
+      f"(generate --tokenizer=, evaluate --tokenizer=, train --config.data.tokenizer=): byte, {', '.join(WHEEL_VERSIONS)} or the path of a "
       "tokenizer.json"
     )
   if name == "byte":

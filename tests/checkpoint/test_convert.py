@@ -543,7 +543,12 @@ def test_prompts_of_a_converted_checkpoint_begin_as_its_tokenizer_says(tmp_path,
   from deepseek_jax.generate import __main__ as generate
 
   source, calls = write(tmp_path / "hf", DENSE, make_tensors(DENSE)), []
-  monkeypatch.setattr(generate, "sample_from_checkpoint", lambda *arguments: calls.append(arguments[-1]) or "")
+
+  def sample(saved, tokenizer, *arguments):
+    calls.append(saved.add_bos(tokenizer))
+    return ""
+
+  monkeypatch.setattr(generate, "sample_from_checkpoint", sample)
   for value in (False, True):
     write_tokenizer(source, 20, bos_token="<s>", eos_token="</s>", add_bos_token=value)
     convert(source, tmp_path / str(value))
