@@ -24,9 +24,10 @@ def generate_tokens(
   buffers: Params,
   tokens: jax.Array,
   token_in_text: jax.Array,
+  prompt_lengths: jax.Array,
+  keys: jax.Array,
   position: int | jax.Array,
   end: int | jax.Array,
-  key: jax.Array,
   *,
   vocab: int,
   eos: int,
@@ -39,63 +40,75 @@ def generate_tokens(
     return generate_local_tokens(model, *arguments, vocab=vocab, eos=eos, config=config)
 
   param_specs, buffer_specs = (jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree) for tree in (params, buffers))
-  by_batch, replicated = spec("batch", None), spec()
-  in_specs = param_specs, buffer_specs, by_batch, by_batch, replicated, replicated, replicated
+  by_batch, of_batch, replicated = spec("batch", None), spec("batch"), spec()
+  in_specs = param_specs, buffer_specs, by_batch, by_batch, of_batch, of_batch, replicated, replicated
   out_specs = by_batch, by_batch, replicated, replicated
   with axis_rules(UNSHARDED_SEQUENCE):
     program = spmd(local, in_specs, out_specs, differentiable=False)
-    return program(params, buffers, tokens, token_in_text, position, end, key)
+    return program(params, buffers, tokens, token_in_text, prompt_lengths, keys, position, end)
 
 
 def generate_local_tokens(
   model: Transformer,
   tokens: jax.Array,
   token_in_text: jax.Array,
+  prompt_lengths: jax.Array,
+  keys: jax.Array,
   position: jax.Array,
   end: jax.Array,
-  key: jax.Array,
   *,
   vocab: int,
   eos: int,
   config: SampleConfig,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """Generates tokens from `position` up to `end`; stops early when the newest token of every sequence is `eos`.
+  """Generates tokens from `position` up to `end`; stops early when every sequence has ended, with `eos`.
 
   One forward pass over the window makes the cache. Each token is then one step of `Transformer.decode`. Entries of the
-  cache past `position` are overwritten before they are read.
+  cache past `position` are overwritten before they are read. Where a prompt goes on past `position`, its own tokens are
+  taken, so that prompts of several lengths share a batch.
 
   Args:
-    tokens: [batch, window] int32, the prompt up to `position`.
+    tokens: [batch, window] int32, prompts, and what was generated after them up to `position`.
     token_in_text: [batch, padded vocab] bool, ids already in the text.
-    position, end: [] int, with position < end <= window.
-    key: PRNG key of the sampling.
+    prompt_lengths: [batch] int32.
+    keys: [batch] PRNG keys of the sampling.
+    position, end: [] int, with 0 < position < end <= window, and position at least the length of the shortest prompt.
     vocab: ids of the tokenizer; the padding of the vocabulary after them is never sampled.
 
   Returns:
-    (tokens, token_in_text, position after the last token, whether every sequence has ended).
+    (tokens, token_in_text, position after the last token, whether every sequence has ended). A sequence that has ended
+    goes on with `eos`.
   """
 
   def unfinished(carry):
-    position, _, _, _, _, done = carry
+    position, _, _, _, _, _, done = carry
     return (position < end) & ~done
 
   def step(carry):
-    position, tokens, token_in_text, hidden, cache, _ = carry
+    position, tokens, token_in_text, hidden, cache, ended, _ = carry
     logits = model.logits(hidden)[:, 0]  # [batch, padded vocab]
     ids = jnp.arange(logits.shape[1])
-    token = next_token(
-      jnp.where(ids < vocab, logits, -jnp.inf), token_in_text, jax.random.fold_in(key, position), config
+    sample = functools.partial(next_token, config=config)
+    token = jax.vmap(sample)(
+      jnp.where(ids < vocab, logits, -jnp.inf), token_in_text, jax.vmap(jax.random.fold_in, (0, None))(keys, position)
     )
-    done = psum(jnp.sum(token != eos), "batch") == 0
+    in_prompt = position < prompt_lengths
+    in_place = jax.lax.dynamic_slice_in_dim(tokens, position, 1, 1)[:, 0]
+    token = jnp.where(in_prompt, in_place, jnp.where(ended, eos, token))
+    ended |= ~in_prompt & (token == eos)
+    done = psum(jnp.sum(~ended), "batch") == 0
     token_in_text, token = token_in_text | (ids == token[:, None]), token[:, None]
     tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token, position, 1)
     hidden, cache = model.decode(token, cache, position)  # hidden [batch, 1, embed]
-    return position + 1, tokens, token_in_text, hidden, cache, done
+    return position + 1, tokens, token_in_text, hidden, cache, ended, done
 
+  index = jnp.arange(tokens.shape[1])
+  generated = (index >= prompt_lengths[:, None]) & (index < position)
+  ended = jnp.any(generated & (tokens == eos), 1)
   hidden, cache = model.prefill(tokens)  # [batch, window, embed]
   hidden = jax.lax.dynamic_slice_in_dim(hidden, position - 1, 1, 1)  # of the last token
-  carry = (position, tokens, token_in_text, hidden, cache, jnp.array(False))
-  position, tokens, token_in_text, _, _, done = jax.lax.while_loop(unfinished, step, carry)
+  carry = (position, tokens, token_in_text, hidden, cache, ended, jnp.array(False))
+  position, tokens, token_in_text, _, _, _, done = jax.lax.while_loop(unfinished, step, carry)
   return tokens, token_in_text, position, done
 
 
@@ -130,16 +143,18 @@ def continue_prompt(
   window = min(seq, max_length)
   prompt_ids = np.zeros((batch, params["embed"].shape[0]), bool)
   prompt_ids[:, ids] = True
-  by_batch = NamedSharding(mesh, spec("batch", None))
+  by_batch, of_batch = NamedSharding(mesh, spec("batch", None)), NamedSharding(mesh, spec("batch"))
   token_in_text, done = jax.device_put(prompt_ids, by_batch), False
   while len(ids) < max_length and not done:
     context = ids if len(ids) < window else ids[-max(window // 2, 1) :]
     padded = np.zeros((batch, window), np.int32)
     padded[:, : len(context)] = context
     end = min(window, len(context) + max_length - len(ids))
+    key = jax.random.fold_in(jax.random.key(seed), len(ids))
+    lengths, keys = jax.device_put((np.full(batch, len(context), np.int32), jnp.stack([key] * batch)), of_batch)
     tokens, token_in_text, position, done = generate_tokens(
-      graphdef, params, buffers, jax.device_put(padded, by_batch), token_in_text, len(context), end,
-      jax.random.fold_in(jax.random.key(seed), len(ids)), vocab=tokenizer.vocab, eos=tokenizer.eos, config=config,
+      graphdef, params, buffers, jax.device_put(padded, by_batch), token_in_text, lengths, keys, len(context), end,
+      vocab=tokenizer.vocab, eos=tokenizer.eos, config=config,
     )  # fmt: skip
     ids += gather_to_host(tokens)[0, len(context) : int(position)].tolist()
   text = tokenizer.decode([token for token in ids[prompt_length:] if token != tokenizer.eos])
