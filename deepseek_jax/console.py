@@ -74,15 +74,32 @@ class Console:
 
     Without a bar it prints one line at the start.
     """
+    with self._progress(description, total, format_bytes(total), "DownloadColumn") as update:
+      yield update
+
+  @contextlib.contextmanager
+  def count_progress(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """As `byte_progress`, of `total` things that are counted."""
+    with self._progress(description, total, f"{total:,}", "MofNCompleteColumn") as update:
+      yield update
+
+  @contextlib.contextmanager
+  def _progress(
+    self, description: str, total: int, formatted_total: str, column: str
+  ) -> Iterator[Callable[[int], None]]:
+    """Yields update(done): of a bar on `err` with rich's `column` of that name, or of nothing after one line."""
     terminal = self._terminal(err=True)
     if not terminal:
-      self.print(f"{description} ({format_bytes(total)})", err=True)
+      self.print(f"{description} ({formatted_total})", err=True)
       yield lambda done: None
       return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich import progress
 
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=terminal) as bar:
+    columns = (
+      progress.TextColumn("{task.description}"), progress.BarColumn(), getattr(progress, column)(),
+      progress.TimeRemainingColumn(),
+    )  # fmt: skip
+    with progress.Progress(*columns, console=terminal) as bar:
       task = bar.add_task(description, total=total)
       yield lambda done: bar.update(task, completed=done)
 

@@ -68,7 +68,7 @@ def token_scores(model: Transformer, hidden: jax.Array, targets: jax.Array) -> t
     return chosen, jnp.argmax(logits, -1) == targets
 
   scores = jax.lax.map(score, (hidden.swapaxes(0, 1), targets.swapaxes(0, 1)))
-  return tuple(score.swapaxes(0, 1).reshape(batch, -1)[:, :seq] for score in scores)  # type: ignore[return-value]
+  return tuple(score.swapaxes(0, 1).reshape(batch, -1)[:, :seq] for score in scores)
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
