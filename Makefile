@@ -48,7 +48,7 @@ scaling: test-environment
 	$(IN_VENV) -m pytest -m scaling tests/scaling -o faulthandler_timeout=0 $(ARGS)
 
 parity:
-	@$(PYTHON) .ci/environment.py $(VENV)-parity test parity
+	@$(PYTHON) .ci/environment.py $(VENV)-parity test parity lm-eval evaluate
 	$(VENV)-parity/bin/python -m pytest -m parity $(ARGS)
 
 meshes: test-environment
