@@ -72,6 +72,7 @@ class ConcatSplit:
 class Data:
   """What a run trains and evaluates on.
 
+  heldout_windows: of each source in order, its name and the window ids of `heldout` that are its own.
   fingerprint_at: seq -> hex hash of everything that decides which tokens sample i of that length has.
   shuffled_ids: maps a sample index to a window id of `train`; it has no end.
   """
@@ -80,6 +81,7 @@ class Data:
   seq: int
   train: ConcatSplit
   heldout: ConcatSplit
+  heldout_windows: tuple[tuple[str, range], ...]
   fingerprint_at: Callable[[int], str]
   shuffled_ids: grain.MapDataset
 
@@ -108,6 +110,12 @@ def open_data(config: DataConfig, vocab: int, seed: int) -> Data:
   splits = [source.splits for source in opened]
   train, heldout = (ConcatSplit([source_splits[name] for source_splits in splits]) for name in packed_dataset.SPLITS)
 
+  heldout_ends = np.cumsum([len(source_splits["heldout"]) for source_splits in splits]).tolist()
+  heldout_windows = tuple(
+    (source.source.name, range(end - len(source.splits["heldout"]), end))
+    for source, end in zip(opened, heldout_ends, strict=True)
+  )
+
   def sizes(seq: int) -> list[int]:
     return [source_splits["train"].num_windows(seq) for source_splits in splits]
 
@@ -121,7 +129,7 @@ def open_data(config: DataConfig, vocab: int, seed: int) -> Data:
     return hashlib.sha256(order.encode()).hexdigest()
 
   order = shuffle_and_mix(sizes(config.seq), config.weights or sizes(config.seq), seed)
-  return Data(tokenizer, config.seq, train, heldout, fingerprint_at, order)
+  return Data(tokenizer, config.seq, train, heldout, heldout_windows, fingerprint_at, order)
 
 
 @dataclasses.dataclass(frozen=True)
