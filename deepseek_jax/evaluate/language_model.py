@@ -119,8 +119,8 @@ class LanguageModel:
     room = self.seq - sample.max_tokens
     if room < 1:
       raise ConfigError(
-        f"max_tokens={sample.max_tokens} of {self.seq} positions leave no room for a prompt: lower --max_tokens below "
-        f"{self.seq}, or raise --seq"
+        f"max_tokens={sample.max_tokens} of {self.seq} positions leave no room for a prompt: lower it below {self.seq} (a "
+        "task's max_gen_toks), or raise --seq"
       )
     ids = [self.encode(prompt) for prompt in prompts]
     if too_long := sum(len(prompt) > room for prompt in ids):

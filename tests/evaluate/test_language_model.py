@@ -148,5 +148,5 @@ def test_a_prompt_that_is_too_long_loses_its_beginning(model, plain, capsys):
   assert "1 of 1 are longer than" in capsys.readouterr().err
   ids = model.encode(TEXT)[-(SEQ - GREEDY.max_tokens) :]
   assert text.startswith(model.tokenizer.decode([int(plain(ids)[-1].argmax())]).rstrip("\ufffd"))
-  with pytest.raises(ConfigError, match="max_tokens=48 of 48 positions leave no room for a prompt: lower --max_tokens"):
+  with pytest.raises(ConfigError, match="max_tokens=48 of 48 positions leave no room for a prompt: lower it below 48"):
     model.generate(["a"], SampleConfig(max_tokens=SEQ))

@@ -1,0 +1,121 @@
+"""lm-evaluation-harness on local tasks: our model class against its own transformers backend, on the same exported folder."""
+
+import json
+
+import numpy as np
+import pytest
+
+from deepseek_jax.checkpoint.convert import convert
+from deepseek_jax.evaluate.__main__ import main
+from tests.saved_models import write_hugging_face
+
+pytestmark = pytest.mark.parity
+lm_eval = pytest.importorskip("lm_eval", reason="make parity runs these in an environment with lm-eval and torch")
+HFLM = pytest.importorskip("lm_eval.models.huggingface").HFLM
+
+from deepseek_jax.checkpoint.load import open_saved_model  # noqa: E402 - as below
+from deepseek_jax.config_sections import SampleConfig  # noqa: E402
+from deepseek_jax.evaluate import lm_eval_model  # noqa: E402 - it imports lm_eval
+from deepseek_jax.evaluate.language_model import LanguageModel  # noqa: E402
+
+WORDS = "the model sees the words of a text one by one and the text is short".split()
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["bos", "no bos"])
+def folder(request, tmp_path_factory):
+  """A folder that was exported from a workdir, in float32."""
+  root = tmp_path_factory.mktemp("lm_eval")
+  source = write_hugging_face(root / "hf", request.param, max_position_embeddings=96)
+  convert(source, root / "run")
+  convert(root / "run", root / "exported")
+  return root / "exported"
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+  saved = open_saved_model(folder)
+  return LanguageModel(saved, saved.load_tokenizer(), batch=4)
+
+
+@pytest.fixture(scope="module")
+def tasks(folder, model, tmp_path_factory):
+  """A folder with a task of multiple choice, one of generation, and one of whole texts, on data of its own."""
+  path, rng = tmp_path_factory.mktemp("tasks"), np.random.default_rng(0)
+
+  def words(count):
+    return " ".join(rng.choice(WORDS, count))
+
+  questions = [
+    {"question": words(rng.integers(1, 60)), "choices": [words(n) for n in (1, 3, 6)], "label": int(rng.integers(3))}
+    for _ in range(30)
+  ]
+  write_task(path, "choices", questions, output_type="multiple_choice", doc_to_text="{{question}}", doc_to_target="label",
+             doc_to_choice="choices", metric_list=[{"metric": metric} for metric in ("acc", "acc_norm", "acc_bytes")])  # fmt: skip
+  prompts = [words(rng.integers(1, 12)) for _ in range(12)]
+  texts = model.generate(prompts, SampleConfig(max_tokens=8, temperature=0.0, top_p=1.0), ["w"])
+  answers = [text if i % 3 else "something else" for i, text in enumerate(texts)]
+  rows = [{"question": prompt, "answer": answer} for prompt, answer in zip(prompts, answers, strict=True)]
+  write_task(path, "completion", rows, output_type="generate_until", doc_to_text="{{question}}", doc_to_target="{{answer}}",
+             generation_kwargs={"until": ["w"], "max_gen_toks": 8, "do_sample": False},
+             metric_list=[{"metric": "exact_match"}])  # fmt: skip
+  rows = [{"question": words(int(n))} for n in (3, 40, 150)]
+  write_task(path, "texts", rows, output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{question}}",
+             metric_list=[{"metric": "bits_per_byte"}])  # fmt: skip
+  (path / "choices.yaml").rename(path / "choices.json")  # JSON is YAML; the harness itself finds .yaml files only
+  return path
+
+
+def write_task(path, name, rows, **fields):
+  (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path / f"{name}.jsonl")}}}
+  (path / f"{name}.yaml").write_text(json.dumps({"task": name, "test_split": "test"} | data | fields))
+
+
+def evaluate(model, path, names):
+  manager = lm_eval.tasks.TaskManager(include_path=str(path), include_defaults=False)
+  return lm_eval.simple_evaluate(
+    model=model, tasks=lm_eval_model.find_tasks(manager, names, str(path)), task_manager=manager, log_samples=True
+  )  # fmt: skip
+
+
+def test_scores_equal_those_of_the_transformers_backend(folder, model, tasks, tmp_path):
+  names = ["choices", "completion"]
+  backend = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4)
+  theirs = evaluate(backend, tasks, names)
+  mine = evaluate(lm_eval_model.HarnessModel(model), tasks, names)
+  assert mine["results"] == theirs["results"]
+  assert 0 < mine["results"]["choices"]["acc,none"] < 1
+  assert mine["results"]["completion"]["exact_match,none"] == pytest.approx(8 / 12)
+  for my_sample, their_sample in zip(mine["samples"]["choices"], theirs["samples"]["choices"], strict=True):
+    for (my_log_prob, my_greedy), (their_log_prob, their_greedy) in zip(
+      my_sample["filtered_resps"], their_sample["filtered_resps"], strict=True
+    ):
+      assert my_log_prob == pytest.approx(their_log_prob, abs=2e-4)
+      assert my_greedy == their_greedy
+  assert [s["resps"] for s in mine["samples"]["completion"]] == [s["resps"] for s in theirs["samples"]["completion"]]
+  # The same through the command line, and our own multiple choice.
+  flags = [
+    f"--from={folder}",
+    f"--lm_eval_tasks={','.join(names)}",
+    f"--lm_eval_path={tasks}",
+    f"--json={tmp_path}/out.json",
+  ]
+  questions = [json.loads(line) for line in (tasks / "choices.jsonl").read_text().splitlines()]
+  lines = [json.dumps(row | {"answer": row["label"]}) for row in questions]
+  (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+  assert main(["evaluate", *flags, f"--multiple_choice={tmp_path}/questions.jsonl"]) == 0
+  results = json.loads((tmp_path / "out.json").read_text())
+  for metric in ("acc", "acc_norm", "acc_bytes", "acc_stderr"):
+    expected = theirs["results"]["choices"][f"{metric},none"]
+    assert results["lm_eval"]["choices"][metric] == expected
+    assert results["multiple_choice"][f"{tmp_path}/questions.jsonl"][metric] == pytest.approx(expected)
+
+
+def test_whole_texts(folder, model, tasks):
+  backend = HFLM(
+    pretrained=str(folder), device="cpu", dtype="float32", batch_size=4, add_bos_token=False
+  )  # with bos in the text, the backend scores bos after bos
+  theirs, mine = (
+    evaluate(m, tasks, ["texts"])["results"]["texts"] for m in (backend, lm_eval_model.HarnessModel(model))
+  )
+  assert mine["bits_per_byte,none"] == pytest.approx(theirs["bits_per_byte,none"], rel=1e-5)
