@@ -6,17 +6,20 @@ import numpy as np
 import pytest
 
 from deepseek_jax.checkpoint.convert import convert
+from deepseek_jax.checkpoint.load import open_saved_model
+from deepseek_jax.config_sections import SampleConfig
+from deepseek_jax.errors import ConfigError, DataError
 from deepseek_jax.evaluate.__main__ import main
+from deepseek_jax.evaluate.language_model import LanguageModel
 from tests.saved_models import write_hugging_face
 
 pytestmark = pytest.mark.parity
 lm_eval = pytest.importorskip("lm_eval", reason="make parity runs these in an environment with lm-eval and torch")
 HFLM = pytest.importorskip("lm_eval.models.huggingface").HFLM
 
-from deepseek_jax.checkpoint.load import open_saved_model  # noqa: E402 - as below
-from deepseek_jax.config_sections import SampleConfig  # noqa: E402
+from lm_eval.api.instance import Instance  # noqa: E402 - it is there
+
 from deepseek_jax.evaluate import lm_eval_model  # noqa: E402 - it imports lm_eval
-from deepseek_jax.evaluate.language_model import LanguageModel  # noqa: E402
 
 WORDS = "the model sees the words of a text one by one and the text is short".split()
 
@@ -119,3 +122,46 @@ def test_whole_texts(folder, model, tasks):
     evaluate(m, tasks, ["texts"])["results"]["texts"] for m in (backend, lm_eval_model.HarnessModel(model))
   )
   assert mine["bits_per_byte,none"] == pytest.approx(theirs["bits_per_byte,none"], rel=1e-5)
+
+
+def test_the_arguments_of_a_generation():
+  greedy, stop = lm_eval_model.sampling(
+    {"until": ["\n\n", ""], "max_gen_toks": 7, "do_sample": False, "temperature": 0.7}
+  )
+  assert (greedy.max_tokens, greedy.temperature, greedy.top_p, stop) == (7, 0.0, 1.0, ["\n\n"])
+  sampled, stop = lm_eval_model.sampling(
+    {"until": "x", "do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 0.9}
+  )
+  assert (sampled.max_tokens, sampled.temperature, sampled.top_k, sampled.top_p, stop) == (256, 0.7, 5, 0.9, ["x"])
+  with pytest.raises(ConfigError, match="generation_kwargs: num_beams is not known; known are until"):
+    lm_eval_model.sampling({"num_beams": 4})
+
+
+def test_generations_with_several_arguments_keep_their_order(model):
+  requests = [
+    Instance("generate_until", {}, (prompt, {"until": [], "max_gen_toks": count}), i)
+    for i, (prompt, count) in enumerate([("the words", 3), ("one", 5), ("the words", 5), ("a text", 3)])
+  ]
+  texts = lm_eval_model.HarnessModel(model).generate_until(requests)
+  for request, text in zip(requests, texts, strict=True):
+    prompt, arguments = request.args
+    assert model.generate([prompt], SampleConfig(max_tokens=arguments["max_gen_toks"], temperature=0.0, top_p=1.0)) == [
+      text
+    ]
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "message"),
+  [
+    ("choices.yaml", "", "no task 'other' in .*; there is choices"),
+    ("other.json", "[", "other.json is not JSON"),
+    ("other.json", "[]", "other.json should hold a JSON object"),
+    ("other.yaml", '{"task": "other"}', "--lm_eval_tasks=other: "),
+    ("other.json", '{"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "none.jsonl"}}, "test_split": "test"}',
+     "--lm_eval_tasks=other: .*none.jsonl"),
+  ],
+)  # fmt: skip
+def test_a_task_that_cannot_be_used_is_named(model, tmp_path, name, content, message):
+  (tmp_path / name).write_text(content or '{"task": "choices"}')
+  with pytest.raises(DataError, match=message):
+    lm_eval_model.evaluate_tasks(model, ["other"], str(tmp_path))
