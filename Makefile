@@ -2,7 +2,7 @@
 ## make test    build .venv with the test requirements, check style, run the tests that are not long
 ## make test-jax  the part of `make test` that depends on the version of jax, and whole runs: for a second interpreter
 ## make chaos   the long tests that kill training processes
-## make parity  the long tests against transformers, which run in an environment of their own, .venv-parity
+## make parity  the long tests against transformers and lm-evaluation-harness, in an environment of their own, .venv-parity
 ## make meshes  the long tests of every layout on 8 virtual devices
 ## make tpu     the long tests that compile for TPU topologies, in an environment of their own, .venv-tpu
 ## make scaling  the long tests of scaling-law experiments: coverage of intervals, sweeps that are killed

@@ -28,6 +28,7 @@ napoleon_use_ivar = True  # attributes in a docstring may be properties with doc
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
+autodoc_mock_imports = ["datasets", "lm_eval"]  # of the extra lm-eval, which these pages do without
 add_module_names = False
 toc_object_entries = False  # hundreds of functions in the sidebar of each page cost a third of the build
 python_use_unqualified_type_names = True

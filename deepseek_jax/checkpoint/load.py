@@ -45,6 +45,7 @@ class SavedModel:
     step: of the checkpoint; None for a Hugging Face folder.
     weights: what reads the arrays.
     fingerprint: of the tokenizer that the run trained with; None for weights that were trained elsewhere.
+    data_fingerprint: of the text that the run trained on; None as above.
   """
 
   source: str
@@ -52,6 +53,7 @@ class SavedModel:
   step: int | None
   weights: HuggingFaceWeights | WorkdirWeights
   fingerprint: str | None
+  data_fingerprint: str | None
 
   def load_tokenizer(self, name: str | None = None) -> Tokenizer:
     """The tokenizer of the config, or the one called `name`, as data.tokenizer.
@@ -115,7 +117,8 @@ def open_workdir(workdir: str | os.PathLike, step: int | None = None) -> SavedMo
     )
   meta = reader.meta(step)
   config = from_dict(Config, meta["config"])
-  return SavedModel(str(workdir), config, step, WorkdirWeights(workdir, step), meta["tokenizer_fingerprint"])
+  fingerprints = meta["tokenizer_fingerprint"], meta["data_fingerprint"]
+  return SavedModel(str(workdir), config, step, WorkdirWeights(workdir, step), *fingerprints)
 
 
 def open_hugging_face(directory: str | os.PathLike) -> SavedModel:
@@ -127,4 +130,4 @@ def open_hugging_face(directory: str | os.PathLike) -> SavedModel:
   tokenizer = str(path) if path.is_file() else TOKENIZERS.get(model.vocab, NO_TOKENIZER)
   seq = (DEFAULTS[raw["model_type"]] | raw)["max_position_embeddings"]
   config = Config(model=model, data=DataConfig(seq=seq, tokenizer=tokenizer))
-  return SavedModel(str(directory), config, None, weights, None)
+  return SavedModel(str(directory), config, None, weights, None, None)

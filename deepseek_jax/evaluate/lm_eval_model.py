@@ -136,6 +136,6 @@ def evaluate_tasks(
   except TASK_ERRORS as error:
     raise DataError(f"--lm_eval_tasks={','.join(names)}: {format_exception(error)}") from error
   return {
-    task: {metric.removesuffix(",none"): value for metric, value in metrics.items() if metric != "alias"}
+    task: {metric.removesuffix(",none"): value for metric, value in metrics.items() if metric not in ("alias", "name")}
     for task, metrics in output["results"].items()
   }

@@ -37,11 +37,16 @@ def evaluate_run_heldout(
     batch: windows in a pass, rounded up to a multiple of the shards of the batch.
     sequences: windows; None: those of the run's final evaluation (eval.final_sequences); 0: all.
 
-  The text is packed into the cache where it is not there. Raises DataError for text that is not where it was.
+  The text is packed into the cache where it is not there. A note says where it is not what the run trained on. Raises
+  DataError for text that is not where it was.
   """
   config, (mesh, params, buffers) = saved.config, weights
   data_config = config.data if tokenizer_name is None else dataclasses.replace(config.data, tokenizer=tokenizer_name)
   data = open_data(data_config, config.model.vocab, config.seed)
+  if data.fingerprint != saved.data_fingerprint:
+    current_console().print(
+      "note     the text of data.sources is not what the checkpoint saw: neither is its held-out split", err=True
+    )
   limit = config.eval.final_sequences if sequences is None else sequences or len(data.heldout)
   window_ids = evenly_spaced(len(data.heldout), limit)
   with jax.set_mesh(mesh):

@@ -46,7 +46,7 @@ def evaluate(run, devices=1, sequences=None, tokenizer=None):
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_the_total_is_the_final_evaluation_of_the_run(run, devices):
+def test_the_total_is_the_final_evaluation_of_the_run(run, devices, capsys):
   folder, before = run[0], files(run[0])
   results = evaluate(run, devices)
   total = TextResult.total(results.values()).as_dict("windows")
@@ -56,6 +56,7 @@ def test_the_total_is_the_final_evaluation_of_the_run(run, devices):
   assert total["loss"] == pytest.approx(final["loss"], rel=1e-6)
   assert total["bits_per_byte"] == pytest.approx(final["bits_per_byte"], rel=1e-6)
   assert files(folder) == before
+  assert "note" not in capsys.readouterr().err
 
 
 def test_sources_add_up(run):
@@ -68,6 +69,16 @@ def test_sources_add_up(run):
     assert results[name].bytes == data.heldout.target_bytes(windows).sum()
   assert sum(result.items for result in results.values()) == len(data.heldout) > FINAL
   assert len({round(result.loss_sum / result.tokens, 6) for result in results.values()}) == 2
+
+
+def test_text_that_has_changed_is_noted(run, capsys):
+  more = pathlib.Path(run[1].data.sources[0]) / "more.txt"
+  more.write_text("one more document of the training text")
+  try:
+    evaluate(run)
+  finally:
+    more.unlink()
+  assert "note     the text of data.sources is not what the checkpoint saw" in capsys.readouterr().err
 
 
 def test_text_that_is_gone_is_named(run):
