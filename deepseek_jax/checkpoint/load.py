@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import pathlib
-from typing import NamedTuple
 
 import jax
 
@@ -26,7 +25,8 @@ from deepseek_jax.sharding import with_concrete_shardings
 from deepseek_jax.typing import Params
 
 
-class LoadedWeights(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class LoadedWeights:
   """Arrays of a model on the devices of `mesh`, which is to be set (`jax.set_mesh`) where they are used."""
 
   mesh: jax.sharding.Mesh

@@ -21,7 +21,7 @@ class LogLikelihood(NamedTuple):
 
   log_prob: float
   is_greedy: bool
-  tokens: int
+  num_tokens: int
 
 
 class LanguageModel:
@@ -131,14 +131,14 @@ class LanguageModel:
     for i in sorted(range(len(ids)), key=lambda i: len(ids[i])):
       by_window.setdefault(padded_length(len(ids[i]) + sample.max_tokens, self.seq), []).append(i)
     texts: dict[int, str] = {}
-    mesh, params, buffers = self.weights
+    weights, mesh = self.weights, self.weights.mesh
     with current_console().count_progress(f"evaluate: {description}", len(ids)) as update, jax.set_mesh(mesh):
       for window, indices in by_window.items():
         batch = padded_batch(len(indices), self.batch, num_batch_shards(mesh))
         for start in range(0, len(indices), batch):
           chosen = indices[start : start + batch]
           generated = continue_batch(
-            self.scorer.graphdef, params, buffers, [ids[i] for i in chosen], [seeds[i] for i in chosen], batch=batch,
+            self.scorer.graphdef, weights.params, weights.buffers, [ids[i] for i in chosen], [seeds[i] for i in chosen], batch=batch,
             window=window, tokenizer=self.tokenizer, config=sample, mesh=mesh,
             has_ended=lambda ids: any(text in self.tokenizer.decode(ids) for text in stop),
           )  # fmt: skip

@@ -40,7 +40,7 @@ def evaluate_run_heldout(
   The text is packed into the cache where it is not there. A note says where it is not what the run trained on. Raises
   DataError for text that is not where it was.
   """
-  config, (mesh, params, buffers) = saved.config, weights
+  config = saved.config
   data_config = config.data if tokenizer_name is None else dataclasses.replace(config.data, tokenizer=tokenizer_name)
   data = open_data(data_config, config.model.vocab, config.seed)
   if data.fingerprint != saved.data_fingerprint:
@@ -49,13 +49,15 @@ def evaluate_run_heldout(
     )
   limit = config.eval.final_sequences if sequences is None else sequences or len(data.heldout)
   window_ids = evenly_spaced(len(data.heldout), limit)
-  with jax.set_mesh(mesh):
-    shards = num_batch_shards(mesh)
+  with jax.set_mesh(weights.mesh):
+    shards = num_batch_shards(weights.mesh)
     eval_step = functools.partial(
-      jit_eval_step(StepConfig.of(config, tokenizer.bos), graphdef(config.model), NO_REPLACEMENTS), params, buffers
+      jit_eval_step(StepConfig.of(config, tokenizer.bos), graphdef(config.model), NO_REPLACEMENTS),
+      weights.params,
+      weights.buffers,
     )
     load = functools.partial(
-      load_windows, data.heldout, width=config.data.seq + 1, sharding=NamedSharding(mesh, spec("batch", None))
+      load_windows, data.heldout, width=config.data.seq + 1, sharding=NamedSharding(weights.mesh, spec("batch", None))
     )
     with current_console().count_progress("evaluate: held-out windows", len(window_ids)) as update:
       losses, _ = window_losses(eval_step, load, window_ids, -(-batch // shards) * shards, update)

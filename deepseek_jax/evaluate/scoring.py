@@ -137,10 +137,10 @@ class Scorer:
       ends.append(len(tokens) - 1)
       ids[row, : ends[-1]] = tokens[:-1]
       targets[row, : ends[-1]] = tokens[1:]
-    mesh, params, buffers = self.weights
-    with jax.set_mesh(mesh):
-      arrays = jax.device_put((ids, targets), NamedSharding(mesh, spec("batch", None)))
-      log_probs, is_argmax = map(gather_to_host, score_batch(self.graphdef, params, buffers, *arrays))
+    weights = self.weights
+    with jax.set_mesh(weights.mesh):
+      arrays = jax.device_put((ids, targets), NamedSharding(weights.mesh, spec("batch", None)))
+      log_probs, is_argmax = map(gather_to_host, score_batch(self.graphdef, weights.params, weights.buffers, *arrays))
     scored = [slice(end - len(request.continuation), end) for end, request in zip(ends, requests, strict=True)]
     return [
       TokenScores(log_probs[row, part].astype(np.float64), is_argmax[row, part]) for row, part in enumerate(scored)

@@ -77,7 +77,7 @@ def _evaluate_source(
     for texts, bytes_read in _batches(files, text_field, skip_null):
       scores = model.document_log_likelihoods(texts, stride)
       result.loss_sum -= sum(score.log_prob for score in scores)
-      result.tokens += sum(score.tokens for score in scores)
+      result.tokens += sum(score.num_tokens for score in scores)
       result.bytes += sum(len(text.encode()) for text in texts)
       result.items += len(texts)
       update(bytes_read)

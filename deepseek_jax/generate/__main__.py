@@ -72,17 +72,17 @@ def sample_from_checkpoint(
   from deepseek_jax.generate.decoding import continue_prompt
   from deepseek_jax.model.transformer import graphdef
 
-  mesh, params, buffers = saved.load(devices)
-  with jax.set_mesh(mesh):
+  weights = saved.load(devices)
+  with jax.set_mesh(weights.mesh):
     return continue_prompt(
       graphdef(saved.config.model.for_sampling()),
-      params,
-      buffers,
+      weights.params,
+      weights.buffers,
       tokenizer,
       sample,
       saved.config.data.seq,
       seed,
-      mesh,
+      weights.mesh,
       saved.add_bos(tokenizer),
     )
 

@@ -58,7 +58,7 @@ def test_a_continuation_is_scored_after_its_context(model, plain):
   for (context, continuation), result in zip(pairs, results, strict=True):
     ids = [0, *model.tokenizer.encode(context + continuation)]
     count = len(ids) - 1 - len(model.tokenizer.encode(context.rstrip()))
-    assert result.tokens == count and not result.is_greedy
+    assert result.num_tokens == count and not result.is_greedy
     assert result.log_prob == pytest.approx(log_prob(plain, ids, count), abs=1e-4)
   assert results[0] == results[1]
 
@@ -83,7 +83,7 @@ def test_what_is_too_long_is_noted(model, plain, capsys):
   (score,) = model.log_likelihoods([(TEXT, " words")])
   assert f"note     1 of 1 are longer than the {SEQ} positions of the model: their beginning" in capsys.readouterr().err
   ids = model.encode(TEXT + " words")[-(SEQ + 1) :]
-  assert score.log_prob == pytest.approx(log_prob(plain, ids, score.tokens), abs=1e-4)
+  assert score.log_prob == pytest.approx(log_prob(plain, ids, score.num_tokens), abs=1e-4)
   model.log_likelihoods([("the", " words")])
   assert "note" not in capsys.readouterr().err
   with pytest.raises(DataError, match="a continuation has .* tokens, and the model scores 1 to 48"):
@@ -96,7 +96,7 @@ def test_every_token_of_a_document_is_scored_once(model, plain, stride):
   results = model.document_log_likelihoods(texts, stride)
   for text, result in zip(texts, results, strict=True):
     ids = model.tokenizer.encode(text)
-    assert result.tokens == len(ids)
+    assert result.num_tokens == len(ids)
     total, scored = 0.0, 0
     while scored < len(ids):  # the definition, with whole sequences
       end = min(len(ids), scored + ((stride or SEQ) if scored else SEQ))
