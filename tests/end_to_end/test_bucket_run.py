@@ -54,7 +54,7 @@ def test_a_run_in_a_bucket_leaves_its_files_there_and_ends_as_one_on_disk(bucket
   assert run(config, f"--workdir={scheme}://bucket-a/run") == 0
   assert f"report   {scheme}://bucket-a/run/report.html" in capsys.readouterr().out
   names = {name.removeprefix("run/") for name in buckets.objects["bucket-a"] if name.startswith("run/")}
-  assert {"config.json", "metrics.jsonl", "events.jsonl", "expert_loads.bin", "report.html"} <= names
+  assert {"config.json", "metrics.jsonl", "events.jsonl", "report.html"} <= names
   assert any(name.startswith("tensorboard/") for name in names)
   for step in (4, 6):
     files = {"manifest.json", "meta/metadata", "state/manifest.ocdbt", "state/_METADATA"}
@@ -76,8 +76,6 @@ def test_the_workdir_alone_resumes_bitwise(buckets, config, scheme):
   assert digests(buckets, "run")[-1] == digests(buckets, "whole")[-1]
   assert metric_steps(buckets, "run") == [1, 2, 3, 4, 5, 6]
   assert b"resume" in buckets.objects["bucket-a"]["run/events.jsonl"].content
-  loads = [buckets.objects["bucket-a"][f"{name}/expert_loads.bin"].content for name in ("run", "whole")]
-  assert loads[0] == loads[1]
 
 
 def test_generate_and_init_from_read_a_bucket(buckets, config, capsys):

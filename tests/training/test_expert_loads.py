@@ -1,13 +1,15 @@
 import errno
 import logging
+import pathlib
 
 import numpy as np
 import pytest
 
 from deepseek_jax.errors import DataError
+from deepseek_jax.storage import RunFolder
 from deepseek_jax.training import expert_loads
 from deepseek_jax.training.expert_loads import MAX_RECORDS, ExpertLoadWriter, decode, encode, read_expert_loads
-from deepseek_jax.training.metrics import EXPERT_LOADS, AppendFile
+from deepseek_jax.training.metrics import EXPERT_LOADS, RESUME_FILES, AppendFile
 
 LAYERS = {"layer_1": 8, "mtp_1": 4}
 
@@ -73,6 +75,16 @@ def test_a_run_that_resumes_records_what_it_would_have_without_the_stop(tmp_path
     file.write(b"torn")
   write(resumed, range(stop - 50, 701), resume_step=stop - 51)
   assert content(resumed) == content(whole) and not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_run_in_a_bucket_resumes_its_record(buckets, tmp_path):
+  for start, steps in ((0, range(1, 6)), (3, range(4, 8))):
+    folder = RunFolder("gs://bucket-a/run")
+    folder.download(RESUME_FILES)
+    write(pathlib.Path(folder.path), steps, start)
+    folder.upload()
+  write(tmp_path, range(1, 8))
+  assert buckets.objects["bucket-a"][f"run/{EXPERT_LOADS}"].content == content(tmp_path)
 
 
 def test_a_torn_record_is_ignored(tmp_path):
