@@ -29,7 +29,7 @@ def gradient_mean_squares(grads: Params, config: StepConfig) -> dict[str, dict[s
 
   def mean_square(leaves):
     squares = (jnp.square(g.astype(at_least_float32(g.dtype))).sum(tuple(range(1, g.ndim))) for g in leaves)
-    return sum(squares) / sum(math.prod(g.shape[1:]) for g in leaves)
+    return sum(squares) / float(sum(math.prod(g.shape[1:]) for g in leaves))  # an int may be beyond int32
 
   return {"gradients": {name: mean_square(leaves) for name, leaves in stacks.items() if leaves}}
 

@@ -61,3 +61,9 @@ def test_stacks_without_trained_parameters_have_none():
   grads = {"moe_layers": {"a": jnp.full((2, 3), 2.0), "b": jnp.zeros((2, 5))}, "embed": jnp.ones(3)}
   found = gradient_mean_squares(grads, StepConfig(MODEL, layer_rms=True))
   assert {stack: x.tolist() for stack, x in found["gradients"].items()} == {"moe_layers": [1.5, 1.5]}
+
+
+def test_a_layer_may_have_more_parameters_than_int32_counts():
+  grads = {"moe_layers": {"a": jax.ShapeDtypeStruct((58, 256, 7168, 6144), jnp.bfloat16)}}
+  found = jax.eval_shape(lambda grads: gradient_mean_squares(grads, StepConfig(MODEL, layer_rms=True)), grads)
+  assert (found["gradients"]["moe_layers"].shape, found["gradients"]["moe_layers"].dtype) == ((58,), jnp.float32)
