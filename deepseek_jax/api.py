@@ -118,7 +118,8 @@ class Model:
     self.config, self.source, self.step = config, saved.source, saved.step
     self._saved, self._dtypes = saved, dtypes
     self._hf_config = read_config_json(Path(saved.source)) if saved.step is None else {}
-    self._mesh, self._params, self.buffers = saved.load(model=config)
+    loaded = saved.load(model=config)
+    self._mesh, self._params, self.buffers = loaded.mesh, loaded.params, loaded.buffers
     with jax.set_mesh(self._mesh):
       self._graphdef = graphdef(config)
 

@@ -76,8 +76,8 @@ class SavedModel:
   def load(self, devices: int = 1, model: ModelConfig | None = None) -> LoadedWeights:
     """Reads the arrays, sharded over the first `devices` devices, in the parameter dtype of `model`.
 
-    model: the config's, perhaps in other dtypes; None: as it is. Raises ConfigError where there are fewer devices, or they do not divide the model; CheckpointError where the arrays
-    cannot be read.
+    model: the config's, perhaps in other dtypes; None: as it is. Raises ConfigError where there are fewer devices, or
+    they do not divide the model; CheckpointError where the arrays cannot be read.
     """
     model = model or self.config.model
     check_x64(model)
