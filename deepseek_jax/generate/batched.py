@@ -53,15 +53,16 @@ def continue_batch(
     in_text[i, list(row)] = True
   by_batch, of_batch = NamedSharding(mesh, spec("batch", None)), NamedSharding(mesh, spec("batch"))
   keys = jax.vmap(jax.random.key)(np.array([*seeds, *[seeds[-1]] * (batch - len(seeds))], np.uint32))
-  tokens_in_window, token_in_text = jax.device_put((tokens, in_text), by_batch)
-  prompt_lengths, keys = jax.device_put((lengths, keys), of_batch)
+  key_data = np.asarray(jax.random.key_data(keys))
+  tokens_in_window, token_in_text, key_data = jax.device_put((tokens, in_text, key_data), by_batch)
+  prompt_lengths = jax.device_put(lengths, of_batch)
   position, limit, more = int(lengths.min()), int(lengths.max()) + config.max_tokens, FIRST_TOKENS
   assert limit <= window
   done = False
   while not done:
     end = min(limit, max(position, int(lengths.max())) + more)
     tokens_in_window, token_in_text, reached, all_ended = generate_tokens(
-      graphdef, params, buffers, tokens_in_window, token_in_text, prompt_lengths, keys, position, end,
+      graphdef, params, buffers, tokens_in_window, token_in_text, prompt_lengths, key_data, position, end,
       vocab=tokenizer.vocab, eos=tokenizer.eos, config=config,
     )  # fmt: skip
     position, more, tokens = int(reached), 2 * more, gather_to_host(tokens_in_window)

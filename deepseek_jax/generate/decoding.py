@@ -25,7 +25,7 @@ def generate_tokens(
   tokens: jax.Array,
   token_in_text: jax.Array,
   prompt_lengths: jax.Array,
-  keys: jax.Array,
+  key_data: jax.Array,
   position: int | jax.Array,
   end: int | jax.Array,
   *,
@@ -41,11 +41,11 @@ def generate_tokens(
 
   param_specs, buffer_specs = (jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree) for tree in (params, buffers))
   by_batch, of_batch, replicated = spec("batch", None), spec("batch"), spec()
-  in_specs = param_specs, buffer_specs, by_batch, by_batch, of_batch, of_batch, replicated, replicated
+  in_specs = param_specs, buffer_specs, by_batch, by_batch, of_batch, by_batch, replicated, replicated
   out_specs = by_batch, by_batch, replicated, replicated
   with axis_rules(UNSHARDED_SEQUENCE):
     program = spmd(local, in_specs, out_specs, differentiable=False)
-    return program(params, buffers, tokens, token_in_text, prompt_lengths, keys, position, end)
+    return program(params, buffers, tokens, token_in_text, prompt_lengths, key_data, position, end)
 
 
 def generate_local_tokens(
@@ -53,7 +53,7 @@ def generate_local_tokens(
   tokens: jax.Array,
   token_in_text: jax.Array,
   prompt_lengths: jax.Array,
-  keys: jax.Array,
+  key_data: jax.Array,
   position: jax.Array,
   end: jax.Array,
   *,
@@ -71,7 +71,8 @@ def generate_local_tokens(
     tokens: [batch, window] int32, prompts, and what was generated after them up to `position`.
     token_in_text: [batch, padded vocab] bool, ids already in the text.
     prompt_lengths: [batch] int32.
-    keys: [batch] PRNG keys of the sampling.
+    key_data: [batch, words] uint32, of the PRNG keys of the sampling. As key data, since devices of other processes take
+      NumPy arrays only.
     position, end: [] int, with 0 < position < end <= window, and position at least the length of the shortest prompt.
     vocab: ids of the tokenizer; the padding of the vocabulary after them is never sampled.
 
@@ -102,7 +103,7 @@ def generate_local_tokens(
     hidden, cache = model.decode(token, cache, position)  # hidden [batch, 1, embed]
     return position + 1, tokens, token_in_text, hidden, cache, ended, done
 
-  index = jnp.arange(tokens.shape[1])
+  keys, index = jax.random.wrap_key_data(key_data), jnp.arange(tokens.shape[1])
   generated = (index >= prompt_lengths[:, None]) & (index < position)
   ended = jnp.any(generated & (tokens == eos), 1)
   hidden, cache = model.prefill(tokens)  # [batch, window, embed]
@@ -151,9 +152,10 @@ def continue_prompt(
     padded[:, : len(context)] = context
     end = min(window, len(context) + max_length - len(ids))
     key = jax.random.fold_in(jax.random.key(seed), len(ids))
-    lengths, keys = jax.device_put((np.full(batch, len(context), np.int32), jnp.stack([key] * batch)), of_batch)
+    lengths = jax.device_put(np.full(batch, len(context), np.int32), of_batch)
+    key_data = jax.device_put(np.tile(jax.random.key_data(key), (batch, 1)), by_batch)
     tokens, token_in_text, position, done = generate_tokens(
-      graphdef, params, buffers, jax.device_put(padded, by_batch), token_in_text, lengths, keys, len(context), end,
+      graphdef, params, buffers, jax.device_put(padded, by_batch), token_in_text, lengths, key_data, len(context), end,
       vocab=tokenizer.vocab, eos=tokenizer.eos, config=config,
     )  # fmt: skip
     ids += gather_to_host(tokens)[0, len(context) : int(position)].tolist()
