@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -35,6 +36,7 @@ from deepseek_jax.mesh import check_x64
 from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.storage import is_url
+from deepseek_jax.training.loss import token_losses
 from deepseek_jax.training.objective import Objective
 from deepseek_jax.training.step_config import StepConfig
 from deepseek_jax.typing import Params, PyTree
@@ -144,9 +146,21 @@ class Model:
     check_x64(self.config)
     self._params = validate_params(tree, self._params)
 
-  def logits(self, tokens: Any) -> jax.Array:
-    """Logits [batch, seq, vocab] of the token after each position, in float32, or float64 when loaded so."""
-    return self._run(self._logits, self._check_tokens(tokens))
+  def logits(self, tokens: Any, depth: int = 0) -> jax.Array:
+    """Logits [batch, seq - depth, vocab] of the token 1 + depth after each position, in float32, or float64 when loaded so.
+
+    depth: 0: of the main model. Above: of that depth of multi-token prediction (V3 eq. 21 to 23), which takes the hidden
+      state of the position and the `depth` tokens after it.
+
+    Raises ConfigError for a depth that the model does not have.
+    """
+    self._check_depth(depth)
+    return self._run(self._logits, self._check_tokens(tokens, min_seq=depth + 1), depth)
+
+  def token_losses(self, tokens: Any, depth: int = 0) -> jax.Array:
+    """Cross entropy in nats of each token of tokens[:, 1 + depth:]: [batch, seq - 1 - depth], by `logits` of that depth."""
+    self._check_depth(depth)
+    return self._run(self._token_losses, self._check_tokens(tokens, min_seq=depth + 2), depth)
 
   def loss_and_grads(self, tokens: Any, mtp_weight: float = 0.0) -> tuple[jax.Array, Params]:
     """Mean cross entropy [] of the next token in nats, and its gradients, a tree like the parameters.
@@ -170,9 +184,15 @@ class Model:
 
     Raises ConfigError for a model without experts.
     """
-    if not self.config.num_moe_layers:
-      raise ConfigError("routing() needs experts, and this model is dense: there is nothing to route")
-    return self._run(self._routing, self._check_tokens(tokens))
+    indices, weights = self._route("routing", tokens, ("indices", "weights"))
+    return indices, weights
+
+  def router_scores(self, tokens: Any) -> jax.Array:
+    """Scores of the experts [moe_layers, batch, seq, experts] by the routers (V3 eq. 15): positive, without router bias.
+
+    Raises ConfigError for a model without experts.
+    """
+    return self._route("router_scores", tokens, ("scores",))[0]
 
   def sample(self, prompt: str, seed: int = 0, **fields: Any) -> str:
     """Text that the model writes after `prompt`, up to `max_tokens` tokens or the end of the document.
@@ -259,6 +279,19 @@ class Model:
     with jax.set_mesh(self._mesh):
       return function(self.params, self.buffers, *arguments)
 
+  def _route(self, method: str, tokens: Any, fields: tuple[str, ...]) -> tuple[jax.Array, ...]:
+    """These fields of `Routing`, for `method`, each with a leading dimension of the MoE layers."""
+    if not self.config.num_moe_layers:
+      raise ConfigError(f"{method}() needs experts, and this model is dense: there is nothing to route")
+    return self._run(self._routing, self._check_tokens(tokens), fields)
+
+  def _check_depth(self, depth: int) -> None:
+    if not 0 <= depth <= self.config.num_mtp_layers:
+      raise ConfigError(
+        f"depth={depth}, but this model has {self.config.num_mtp_layers} of multi-token prediction: "
+        f"expected 0 (the main model) to {self.config.num_mtp_layers}"
+      )
+
   def _check_tokens(self, tokens: Any, min_seq: int = 1) -> np.ndarray:
     """`tokens` as int32 [batch, seq]. They are checked here, because JAX clamps an index that is out of range."""
     tokens, vocab = np.asarray(tokens), self.config.vocab
@@ -272,26 +305,40 @@ class Model:
       raise ConfigError(f"tokens from {tokens.min()} to {tokens.max()} are outside the vocabulary, 0 to {vocab - 1}")
     return tokens.astype(np.int32)
 
+  def _logits_of_depth(self, params: Params, buffers: Params, tokens: jax.Array, depth: int) -> jax.Array:
+    """What `logits` gives, for the functions that are compiled."""
+    model = nnx.merge(self._graphdef, params, buffers)
+    batch_context = model.batch_context(tokens)
+    hidden, _ = model(tokens, batch_context)
+    if depth:
+      padded = jnp.pad(tokens, ((0, 0), (0, depth)), constant_values=-1)  # as `Transformer.mtp` takes it
+      next_ids = [padded[:, k : k + tokens.shape[1]] for k in range(1, depth + 1)]
+      hidden = model.mtp(hidden, next_ids, batch_context)[-1][0][:, : tokens.shape[1] - depth]
+    return model.logits(hidden)
+
   @functools.cached_property
   def _logits(self) -> Callable:
-    def logits(params, buffers, tokens):
-      model = nnx.merge(self._graphdef, params, buffers)
-      hidden, _ = model(tokens)
-      return model.logits(hidden)
+    return jax.jit(self._logits_of_depth, static_argnums=3)
 
-    return jax.jit(logits)
+  @functools.cached_property
+  def _token_losses(self) -> Callable:
+    def losses(params, buffers, tokens, depth):
+      logits = self._logits_of_depth(params, buffers, tokens, depth)
+      return token_losses(logits[:, :-1], tokens[:, 1 + depth :], label_smoothing=0.0, z_loss=0.0)[0]
+
+    return jax.jit(losses, static_argnums=3)
 
   @functools.cached_property
   def _routing(self) -> Callable:
-    def chosen_experts(output):
-      routing = output.aux.get("routing")
-      return None if routing is None else (routing.indices, routing.weights)
+    def routing(params, buffers, tokens, fields):
+      def routing_fields(output):
+        routing = output.aux.get("routing")
+        return None if routing is None else tuple(getattr(routing, name) for name in fields)
 
-    def routing(params, buffers, tokens):
-      _, aux = nnx.merge(self._graphdef, params, buffers)(tokens, aux_fn=chosen_experts)
+      _, aux = nnx.merge(self._graphdef, params, buffers)(tokens, aux_fn=routing_fields)
       return aux["moe_layers"]
 
-    return jax.jit(routing)
+    return jax.jit(routing, static_argnums=3)
 
   @functools.cached_property
   def _loss_and_grads(self) -> Callable:

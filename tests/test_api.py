@@ -25,6 +25,7 @@ from deepseek_jax.checkpoint.hf_model import to_model_config
 from deepseek_jax.checkpoint.hf_names import hf_tensors
 from deepseek_jax.checkpoint.weights import open_weights
 from deepseek_jax.errors import CheckpointError, ConfigError
+from deepseek_jax.model.router import limit_to_groups
 
 pytestmark = pytest.mark.jax_version
 
@@ -137,6 +138,28 @@ def test_logits_and_loss_agree(v3, seq):
   np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
+def test_losses_of_tokens_add_up_to_the_loss(v3):
+  model = v3[2]
+  main, mtp = model.token_losses(TOKENS), model.token_losses(TOKENS, depth=1)
+  assert main.shape == (2, 6) and mtp.shape == (2, 5)
+  np.testing.assert_allclose(main.mean(), model.loss_and_grads(TOKENS)[0], rtol=1e-6)
+  # The trainer's own sum: its mean over the targets of the depth, then the weight.
+  total = model.loss_and_grads(TOKENS, mtp_weight=0.3)[0]
+  np.testing.assert_allclose(main.mean() + 0.3 * mtp.mean(), total, rtol=1e-5)
+
+
+def test_logits_of_a_depth_take_the_tokens_after_the_position(v3):
+  model, other = v3[2], TOKENS.copy()
+  logits = model.logits(TOKENS, depth=1)
+  assert logits.shape == (2, 6, 40)
+  logp = jax.nn.log_softmax(logits[:, :-1])
+  losses = -np.take_along_axis(np.asarray(logp), TOKENS[:, 2:, None], -1)[..., 0]
+  np.testing.assert_allclose(model.token_losses(TOKENS, depth=1), losses, rtol=1e-5)
+  other[:, 4] = (other[:, 4] + 1) % 40
+  changed = np.abs(np.asarray(model.logits(other, depth=1) - logits)).max((0, 2))
+  assert (changed[:3] == 0).all() and (changed[3:] > 1e-4).all()  # position 3 takes token 4 and predicts token 5
+
+
 def test_gradients_are_the_slope_of_the_loss(v3):
   model = v3[2]
   params, (loss, grads) = model.params, model.loss_and_grads(TOKENS, mtp_weight=0.3)
@@ -166,6 +189,16 @@ def test_routing(v3):
   assert set(np.unique(np.asarray(indices) // 2, axis=-1).ravel()) <= {0, 1}
   assert np.all(np.asarray(indices)[..., 0] // 2 == np.asarray(indices)[..., 1] // 2)  # one group of the two
   np.testing.assert_allclose(np.sum(weights, -1), 2.5, rtol=1e-6)
+
+
+def test_router_scores_are_those_that_experts_are_chosen_by(v3):
+  model = v3[2]
+  (indices, weights), scores, moe = model.routing(TOKENS), model.router_scores(TOKENS), model.config.moe
+  assert scores.shape == (1, 2, 7, 4) and scores.dtype == np.float32 and np.min(scores) > 0
+  chosen = np.take_along_axis(np.asarray(scores), np.asarray(indices), -1)
+  np.testing.assert_allclose(weights, moe.route_scale * chosen / chosen.sum(-1, keepdims=True), rtol=1e-6)
+  biased = limit_to_groups(scores + model.buffers["moe_layers"]["moe"]["router"]["bias"][:, None, None], moe)
+  np.testing.assert_array_equal(np.sort(jax.lax.top_k(biased, 2)[1], -1), np.sort(indices, -1))
 
 
 def test_works_inside_another_mesh(v3):
@@ -396,6 +429,13 @@ def test_refusals(v3, tmp_path):
     dense.loss_and_grads(TOKENS, mtp_weight=0.3)
   with pytest.raises(ConfigError, match="dense"):
     dense.routing(TOKENS)
+  with pytest.raises(ConfigError, match=r"router_scores\(\) needs experts"):
+    dense.router_scores(TOKENS)
+  for depth in (-1, 2):
+    with pytest.raises(ConfigError, match=f"depth={depth}, .* has 1 of .*: expected 0 .* to 1"):
+      model.logits(TOKENS, depth)
+  with pytest.raises(ConfigError, match="too few.*at least 3"):
+    model.token_losses(TOKENS[:, :2], depth=1)
   assert dense.buffers == {}
 
 
