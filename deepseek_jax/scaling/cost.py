@@ -88,8 +88,9 @@ def planned_rate(config: Config, topology: str, scale: float) -> float:
   return scale * plan.tokens_per_step / plan.calibrated.seconds
 
 
-def format_plan(plan: SweepPlan, cost: Cost) -> str:
-  """A plan for people: a row for each budget, what is left out, and the cost."""
+def format_plan(plan: SweepPlan, cost: Cost | None = None) -> str:
+  """A plan for people: a row for each budget, what is left out, and the cost; without one that in FLOPs alone."""
+  cost = cost or Cost(plan.flops)
   lines = [
     f"{'budget':>9} {'runs':>5} {'M, FLOPs/token':>21} {'tokens':>21} {'batch':>10} {'lr':>9} {'steps':>15} {'layers x width':>19}"
   ]

@@ -5,6 +5,7 @@ DeepSeek LLM section 3.2).
 """
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -123,11 +124,9 @@ def predict_losses(log_c: np.ndarray, losses: np.ndarray, at: float, floors: np.
 
 def akima_vertex(runs: BudgetRuns) -> Vertex:
   """The minimum of the Akima interpolation of log loss over log scale, between the smallest and the largest size."""
-  log_n, log_loss = np.log(runs.scales), np.log(runs.losses)
+  log_n = np.log(runs.scales)
   grid = np.linspace(log_n[0], log_n[-1], GRID)
-  with warnings.catch_warnings():
-    warnings.simplefilter("ignore", RuntimeWarning)  # equal neighbours
-    curve = Akima1DInterpolator(log_n, log_loss)(grid)
+  curve = _akima(runs, grid)
   i = int(curve.argmin())
   at, value = grid[i], curve[i]
   if 0 < i < GRID - 1:  # a parabola through three neighbours is finer than the grid
@@ -140,21 +139,47 @@ def akima_vertex(runs: BudgetRuns) -> Vertex:
   return Vertex(runs.flops, float(np.exp(at)), tokens, float(np.exp(value)), i in (0, GRID - 1))
 
 
-def parabola_vertex(runs: BudgetRuns) -> Vertex:
-  """The vertex of the least-squares parabola of loss over log scale, of sizes within PARABOLA_SPAN of the best one."""
-  log_n = np.log(runs.scales)
-  best = int(runs.losses.argmin())
-  near = np.abs(log_n - log_n[best]) <= np.log(PARABOLA_SPAN) + 1e-9
-  if near.sum() < 3:
-    near = np.ones(len(log_n), bool)
-  center = log_n[near].mean()
-  curvature, slope, intercept = np.polyfit(log_n[near] - center, runs.losses[near], 2)
+def parabola_vertex(runs: BudgetRuns, span: float = PARABOLA_SPAN) -> Vertex:
+  """The vertex of the least-squares parabola of loss over log scale, of sizes within a factor `span` of the best one."""
+  log_n, best = np.log(runs.scales), int(runs.losses.argmin())
+  (curvature, slope, intercept), center = _parabola(runs, span)
   at = center - 0.5 * slope / curvature if curvature > 0 else log_n[best]
   is_edge = bool(curvature <= 0 or not log_n[0] < at < log_n[-1])
   at = min(max(at, log_n[0]), log_n[-1])
   loss = intercept - 0.25 * slope**2 / curvature if curvature > 0 else runs.losses[best]
   tokens = float(np.exp(np.interp(at, log_n, np.log(runs.tokens))))
   return Vertex(runs.flops, float(np.exp(at)), tokens, float(loss), is_edge)
+
+
+def profile_curve(runs: BudgetRuns, interpolation: str, scales: np.ndarray, span: float = PARABOLA_SPAN) -> np.ndarray:
+  """The losses at `scales` by an interpolation of a profile: the curve whose vertex is the optimum of the budget.
+
+  Args:
+    interpolation: a key of INTERPOLATIONS.
+    scales: [n]. Akima interpolation gives NaN outside of the sizes of `runs`.
+    span: as in `parabola_vertex`.
+  """
+  if interpolation == "akima":
+    return np.exp(_akima(runs, np.log(scales)))
+  coefficients, center = _parabola(runs, span)
+  return np.polyval(coefficients, np.log(scales) - center)
+
+
+def _akima(runs: BudgetRuns, log_scales: np.ndarray) -> np.ndarray:
+  """Log loss at `log_scales`."""
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore", RuntimeWarning)  # equal neighbours
+    return Akima1DInterpolator(np.log(runs.scales), np.log(runs.losses))(log_scales)
+
+
+def _parabola(runs: BudgetRuns, span: float) -> tuple[np.ndarray, float]:
+  """(coefficients of loss over log scale less the center, center); of all sizes where fewer than 3 are within `span`."""
+  log_n = np.log(runs.scales)
+  near = np.abs(log_n - log_n[runs.losses.argmin()]) <= np.log(span) + 1e-9
+  if near.sum() < 3:
+    near = np.ones(len(log_n), bool)
+  center = log_n[near].mean()
+  return np.polyfit(log_n[near] - center, runs.losses[near], 2), center
 
 
 def smallest_loss(runs: BudgetRuns) -> Vertex:
@@ -193,7 +218,12 @@ INTERPOLATIONS: dict[str, Callable[[BudgetRuns], Vertex]] = {"akima": akima_vert
 
 
 def fit_isoflop(
-  table: RunTable, scale: str = "M", interpolation: str = "auto", bootstrap: int = 1000, seed: int = 0
+  table: RunTable,
+  scale: str = "M",
+  interpolation: str = "auto",
+  bootstrap: int = 1000,
+  seed: int = 0,
+  span: float = PARABOLA_SPAN,
 ) -> FrontierFit:
   """Approach 2: the vertex of each budget's profile, and power laws through them.
 
@@ -202,6 +232,7 @@ def fit_isoflop(
     interpolation: a key of INTERPOLATIONS, or auto: the one that tells left-out sizes better.
     bootstrap: number of samples. In each, every loss has noise: that between seeds, where the table has them, else that of
       the profiles around smooth curves. Without either there is no interval.
+    span: as in `parabola_vertex`.
 
   Raises DataError for fewer than two budgets with LEAST_SIZES sizes and an optimum inside.
   """
@@ -209,7 +240,7 @@ def fit_isoflop(
   check_budgets(table, [p.scales for p in profiles], 2)
   if interpolation == "auto":
     interpolation = better_interpolation(profiles)
-  find = INTERPOLATIONS[interpolation]
+  find = functools.partial(parabola_vertex, span=span) if interpolation == "parabola" else akima_vertex
   return _fit_frontier(table, profiles, find, None, interpolation, loss_noise(table, scale, profiles), bootstrap, seed)
 
 

@@ -1,6 +1,5 @@
-"""Tables for the tests of fits: the public ones in data/, and made ones."""
+"""Made tables for the tests of fits."""
 
-import csv
 import pathlib
 
 import numpy as np
@@ -12,16 +11,7 @@ DATA = pathlib.Path(__file__).parent / "data"
 S1 = str(DATA / "s1_surface_noisefree.csv")
 S3 = str(DATA / "s3_deepseek_isoflop.csv")
 S3_COLUMNS = "M=nonemb_flops_per_token,loss=bpb"
-PORIAN = str(DATA / "porian_isoflop.csv")
-PORIAN_COLUMNS = "params=n,tokens=t"
-SETTING = ("dataset", "hparams", "warmup", "decay", "param_count", "val")
 CHINCHILLA = Surface(1.69, 406.4, 410.7, 0.34, 0.28)
-
-
-def rows_of(name):
-  """The rows of a table in data/, as dicts."""
-  with open(DATA / name, newline="") as file:
-    return list(csv.DictReader(file))
 
 
 def write_table(path, columns):

@@ -7,6 +7,7 @@ import pytest
 
 from deepseek_jax.errors import ConfigError, DataError
 from deepseek_jax.scaling.fit_commands import fit, hparams, report
+from deepseek_jax.scaling.published import FOLDER, PUBLISHED_TABLES
 from tests.scaling import tables
 from tests.scaling.test_hparams import grid
 
@@ -24,8 +25,9 @@ def test_the_public_tables_through_the_command_line(capsys):
   assert abs(s1["holdout"]["error"]) < 1e-6 and s1["rows"] == 70 and s1["approach"] == 3
   s3 = fitted(capsys, f"--table={tables.S3}", f"--columns={tables.S3_COLUMNS}", "--approach=2", "--bootstrap=20")
   assert s3["a"] == pytest.approx(0.5243, abs=0.003) and s3["b"] == pytest.approx(0.4757, abs=0.003)
+  published = PUBLISHED_TABLES["porian2024"]
   porian = fitted(
-    capsys, f"--table={tables.PORIAN}", f"--columns={tables.PORIAN_COLUMNS}", "--approach=2", "--scale=N", "--bootstrap=0",
+    capsys, f"--table={FOLDER / published.file}", f"--columns={published.columns}", "--approach=2", "--scale=N", "--bootstrap=0",
     "--where=hparams=tuned,warmup=short,decay=const,param_count=standard",
   )  # fmt: skip
   assert porian["a"] == pytest.approx(0.4970, abs=0.005) and porian["interpolation"] == "akima" and porian["ci"] == {}

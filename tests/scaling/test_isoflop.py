@@ -2,19 +2,26 @@ import numpy as np
 import pytest
 
 from deepseek_jax.errors import DataError
-from deepseek_jax.scaling.isoflop import fit_envelope, fit_isoflop
+from deepseek_jax.scaling.budgets import BudgetRuns
+from deepseek_jax.scaling.isoflop import (
+  akima_vertex,
+  fit_envelope,
+  fit_isoflop,
+  parabola_vertex,
+  profile_curve,
+)
+from deepseek_jax.scaling.published import published_exponents, read_published
 from deepseek_jax.scaling.table import read_table
 from tests.scaling import tables
 
-PORIAN_FITS = tables.rows_of("porian_fits.csv")
+PORIAN = published_exponents("porian2024")
 
 
-@pytest.mark.parametrize("row", PORIAN_FITS, ids=lambda row: "-".join(row[name] for name in tables.SETTING))
-def test_the_exponents_of_porian_et_al(row):
-  where = ",".join(f"{name}={row[name]}" for name in tables.SETTING)
-  fit = fit_isoflop(read_table(tables.PORIAN, tables.PORIAN_COLUMNS, where), "N", bootstrap=0)
+@pytest.mark.parametrize("setting", PORIAN)
+def test_the_exponents_of_porian_et_al(setting):
+  fit = fit_isoflop(read_published("porian2024", setting), "N", bootstrap=0)
   assert fit.interpolation == "akima"
-  assert fit.a == pytest.approx(float(row["basic.n_exponent"]), abs=0.005)
+  assert fit.a == pytest.approx(PORIAN[setting], abs=0.005)
 
 
 def test_deepseek_s_exponents_from_parabolic_profiles():
@@ -107,3 +114,34 @@ def test_one_budget_and_no_optimum_inside_are_refused(tmp_path):
   falling["val_loss"] = np.tile(np.linspace(5, 4, 7), 2)
   with pytest.raises(DataError, match=r"fewer than two budgets have an optimum inside"):
     fit_isoflop(tables.made_table(tmp_path / "t.csv", falling), "M")
+
+
+def chinchilla_profile(flops=1e20, span=8.0):
+  optimum = tables.CHINCHILLA.optimal(flops, 6.0)
+  scales = optimum * np.geomspace(1 / span, span, 9)
+  tokens = flops / (6 * scales)
+  return optimum, BudgetRuns(flops, scales, tokens, tables.CHINCHILLA.loss(scales, tokens), 0)
+
+
+def test_the_curve_of_an_interpolation_has_its_vertex():
+  _, runs = chinchilla_profile()
+  fine = np.geomspace(runs.scales[0], runs.scales[-1], 20_001)
+  for name, vertex in (("akima", akima_vertex(runs)), ("parabola", parabola_vertex(runs))):
+    curve = profile_curve(runs, name, fine)
+    assert fine[curve.argmin()] == pytest.approx(vertex.scale, rel=1e-3)
+    assert curve.min() == pytest.approx(vertex.loss, rel=1e-6)
+  assert profile_curve(runs, "akima", runs.scales) == pytest.approx(runs.losses, rel=1e-12)
+  assert np.isnan(profile_curve(runs, "akima", np.array([runs.scales[-1] * 2]))).all()
+
+
+def test_a_wider_parabola_misses_the_optimum_of_a_surface_by_more(tmp_path):
+  optimum, runs = chinchilla_profile()
+  off = [abs(np.log(parabola_vertex(runs, span).scale / optimum)) for span in (2.0, 4.0, 8.0)]
+  assert off[0] < off[1] < off[2]
+  columns = tables.isoflop_runs(np.geomspace(1e17, 1e20, 4), sizes=9, span=8)
+  table = tables.made_table(tmp_path / "t.csv", columns)
+  wide, narrow = (fit_isoflop(table, "M", "parabola", bootstrap=0, span=span) for span in (8.0, 2.0))
+  truth = tables.CHINCHILLA.coefficient(1.0)
+  assert abs(np.log(narrow.vertices[0].scale / (truth * 1e17**tables.CHINCHILLA.a))) < abs(
+    np.log(wide.vertices[0].scale / (truth * 1e17**tables.CHINCHILLA.a))
+  )

@@ -6,10 +6,11 @@ import pytest
 
 from deepseek_jax.errors import DataError
 from deepseek_jax.scaling.parametric import NAMES, ParametricOptions, fit_parametric, fit_surface
+from deepseek_jax.scaling.published import read_published
 from deepseek_jax.scaling.table import read_table
 from tests.scaling import tables
 
-RPJ = [row for row in tables.rows_of("gadre2024.csv") if row["dataset"] == "rpj"]
+RPJ = read_published("gadre2024", "dataset=rpj").cells
 
 
 def gadre(rows):
