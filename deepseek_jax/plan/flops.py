@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractDevice
 
+from deepseek_jax.config import Config
 from deepseek_jax.config_sections import MeshConfig
+from deepseek_jax.errors import ConfigError
 from deepseek_jax.kernels.attention.api import count_visible_pairs
 from deepseek_jax.mesh import abstract_mesh
 from deepseek_jax.model.transformer import graphdef, init_params
@@ -122,3 +124,16 @@ def training_flops(config: ModelConfig, seq: int) -> TrainingFlops:
     attention_causal=6 * macs_per_pair * count_visible_pairs(seq, a.window) / seq,
     attention_full=6 * macs_per_pair * seq,
   )
+
+
+def steps_for_flops(config: Config, flops: float) -> int:
+  """Updates of the config's batch that spend `flops`, counted with causal attention: for comparisons at equal FLOPs.
+
+  Raises ConfigError where `flops` are fewer than those of one update.
+  """
+  step = training_flops(config.model, config.data.seq).causal * config.data.seq * config.train.global_batch
+  if not flops >= step:
+    raise ConfigError(
+      f"flops={flops:g} are fewer than those of one update, {step:.3g}: spend more, or take a smaller batch"
+    )
+  return round(flops / step)

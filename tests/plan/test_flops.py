@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from deepseek_jax.config_sections import MeshConfig
+from deepseek_jax.config import Config
+from deepseek_jax.config_sections import DataConfig, MeshConfig, TrainConfig
+from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import list_configs, load_config
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import graphdef, init_params
 from deepseek_jax.model_config import AttentionConfig, ModelConfig, MoEConfig
-from deepseek_jax.plan.flops import ParameterCounts, count_parameters, training_flops
+from deepseek_jax.plan.flops import ParameterCounts, count_parameters, steps_for_flops, training_flops
 from deepseek_jax.training.loss import cross_entropy
 from tests import configs
 
@@ -147,3 +149,23 @@ def test_causal_attention_counts_the_lower_triangle():
   assert flops.attention_causal * SEQ == per_pair * pairs
   assert flops.attention_full * SEQ == per_pair * SEQ**2
   assert flops.causal == flops.matmul + flops.attention_causal
+
+
+def test_steps_that_spend_equal_flops():
+  def config(**changes):
+    return Config(
+      model=dataclasses.replace(SMALL, **changes), data=DataConfig(seq=SEQ), train=TrainConfig(global_batch=BATCH)
+    )
+
+  def spent(config, steps):
+    return training_flops(config.model, SEQ).causal * SEQ * BATCH * steps
+
+  budget = spent(config(), 1000)
+  assert steps_for_flops(config(), budget) == 1000
+  with_mtp = config(num_mtp_layers=1)
+  steps = steps_for_flops(with_mtp, budget)
+  assert steps < 700 and spent(with_mtp, steps) == pytest.approx(budget, rel=1e-3)
+  with pytest.raises(ConfigError, match="fewer than those of one update"):
+    steps_for_flops(config(), spent(config(), 0.9))
+  with pytest.raises(ConfigError, match="flops=nan"):
+    steps_for_flops(config(), math.nan)
