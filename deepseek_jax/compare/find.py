@@ -52,7 +52,7 @@ def short_names(runs: Sequence[str]) -> list[str]:
 
 def natural_order(text: str) -> list[tuple[int, int | str]]:
   """Key that sorts run-2 before run-10."""
-  return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", text)]
+  return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", text)]
 
 
 def _below(folder: str) -> Iterator[str]:

@@ -15,12 +15,12 @@ def names(root, place):
 
 
 def test_folders_are_searched_at_any_depth_in_natural_order(tmp_path):
-  make(tmp_path, "run-10", "run-2", "deep/er/a", ".hidden/b")
+  make(tmp_path, "run-10", "run-2", "deep/er/a", ".hidden/b", "²")  # ² is a digit, and no number
   (tmp_path / "run-2" / "checkpoints").mkdir()
   (tmp_path / "run-2" / "checkpoints" / "config.json").write_text("{}")  # runs hold no runs
   (tmp_path / "stopped").mkdir()
   (tmp_path / "stopped" / "events.jsonl").write_text("")  # without a config: to be named when it is read
-  assert names(tmp_path, tmp_path) == (["deep/er/a", "run-2", "run-10", "stopped"], [])
+  assert names(tmp_path, tmp_path) == (["deep/er/a", "run-2", "run-10", "stopped", "²"], [])
   assert names(tmp_path, tmp_path / "run-2") == (["run-2"], [])
 
 
