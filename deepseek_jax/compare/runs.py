@@ -129,7 +129,11 @@ class ComparedRun:
     if x is None or not len(x):
       return _EMPTY
     finite = np.isfinite(values)
-    return Curve(np.interp(steps[finite], self.records.steps, x), values[finite])
+    if x_axis == "steps":
+      return Curve(steps[finite].astype(np.float64), values[finite])
+    # Evaluations may be before the first logged step: at step 0 all axes are 0.
+    logged, x = np.append(0, self.records.steps), np.append(0.0, x)
+    return Curve(np.interp(steps[finite], logged, x), values[finite])
 
   @functools.cached_property
   def _x(self) -> dict[str, np.ndarray]:

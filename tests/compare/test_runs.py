@@ -35,6 +35,16 @@ def test_curves_are_over_any_axis(tmp_path, axis, last):
   np.testing.assert_allclose(heldout.y, [4.5, 4.0])
 
 
+@pytest.mark.parametrize(("axis", "of_a_step"), [("steps", 1), ("tokens", TOKENS_PER_STEP), ("seconds", 0.75)])
+def test_evaluations_between_logged_steps_have_their_own_places(tmp_path, axis, of_a_step):
+  folder = write_run(tmp_path / "a", evals=(5, 15))
+  lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+  # Every tenth step is logged; its seconds are those of the ten before it.
+  every_tenth = [line.replace("0.5,", "5.0,").replace("0.25,", "2.5,") for line in lines[9::10]]
+  (folder / "metrics.jsonl").write_text("".join(every_tenth))
+  np.testing.assert_allclose(read(folder).heldout_curve("loss", axis).x, np.array([5, 15]) * of_a_step)
+
+
 def test_flops_are_those_of_the_plan(tmp_path):
   """A run's own FLOP/s are its tokens/s times the FLOPs per token of the plan: nothing has to be counted again."""
   from deepseek_jax.flags import load_config
