@@ -47,13 +47,14 @@ class Comparison:
 
   def to_json(self) -> dict[str, Any]:
     """All that the text has, for programs."""
+    curves = text.sparkline_values(self)
     return {
       "x": self.x_axis,
       "differences": [
         {"field": row.path, "values": {g.letter: v for g, v in zip(self.groups, row.values, strict=True)}}
         for row in self.differences
       ],
-      "groups": [_group_json(group, self) for group in self.groups],
+      "groups": [_group_json(group, self.metrics, curves[group.letter]) for group in self.groups],
       "verdict": self.verdict.to_json() if self.verdict else None,
       "passed_over": [{"path": path, "reason": reason} for path, reason in self.passed_over],
     }
@@ -180,19 +181,19 @@ def _check_metrics(runs: Sequence[ComparedRun], metrics: Sequence[str]) -> None:
       )
 
 
-def _group_json(group: Group, comparison: Comparison) -> dict[str, Any]:
+def _group_json(group: Group, metrics: Sequence[str], curve: dict[str, Any]) -> dict[str, Any]:
   finals = {name: group.final(name) for name in METRICS}
   return {
     "letter": group.letter,
     "label": group.label,
     "fields": dict(group.fields),
     "final": {name: dataclasses.asdict(value) if value else None for name, value in finals.items()},
-    "curve": text.sparkline_values(comparison)[group.letter],
+    "curve": curve,
     "not_counted": group.not_counted,
     "runs": [
       {
         "name": run.name, "path": run.place, "seed": run.seed, **dataclasses.asdict(run.numbers),
-        "last": {metric: run.last_value(metric) for metric in comparison.metrics},
+        "last": {metric: run.last_value(metric) for metric in metrics},
       }
       for run in group.runs
     ],

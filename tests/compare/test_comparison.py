@@ -127,10 +127,10 @@ def test_fifty_runs_take_less_than_two_seconds(tmp_path):
     folder.mkdir(exist_ok=True)
     for file in (tmp_path / "run-0").iterdir():
       (folder / file.name).write_bytes(file.read_bytes())
-    config = json.loads((folder / "config.json").read_text()) | {"seed": i % 5}
-    config["schedule"]["peak"] = 0.001 * (i // 5 + 1)
+    config = json.loads((folder / "config.json").read_text())
+    config["schedule"]["peak"] = 0.001 * (i + 1)  # a group each
     (folder / "config.json").write_text(json.dumps(config))
   start = time.process_time()
   comparison = compare_runs(tmp_path)
   assert comparison.text() and comparison.html() and comparison.to_json()
-  assert time.process_time() - start < 2 and len(comparison.groups) == 10
+  assert time.process_time() - start < 2 and len(comparison.groups) == 50
