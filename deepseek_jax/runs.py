@@ -28,7 +28,7 @@ from deepseek_jax.train import train
 from deepseek_jax.training import metrics
 from deepseek_jax.training.metrics import WriterFactory
 from deepseek_jax.training.report import write_report
-from deepseek_jax.training.run_records import CONFIG, RunRecords, read_run
+from deepseek_jax.training.run_records import CONFIG, RunRecords, is_number, read_run
 
 
 def run(
@@ -114,8 +114,8 @@ class Run:
     ends = [e for e in records.events if e["event"] in metrics.PROCESS_EVENTS][-1:]
     state = str(ends[0].get("reason")) if ends and ends[0]["event"] == "end" else "not ended"
     step = max([e["step"] for e in records.events] + records.steps[-1:].tolist(), default=0)
-    evaluations = records.events_by_step("eval")
-    bits = f", {evaluations[-1]['bits_per_byte']:.4f} held-out bits per byte" if evaluations else ""
+    heldout = [e.get("bits_per_byte") for e in records.events_by_step("eval")][-1:]
+    bits = f", {heldout[0]:.4f} held-out bits per byte" if heldout and is_number(heldout[0]) else ""
     return f"<Run {records.config.get('name')} in {self.workdir}: {state} at step {step:,}{bits}>"
 
   @property

@@ -13,6 +13,8 @@ from deepseek_jax.config import Config
 from deepseek_jax.config_sections import CheckpointConfig, DataConfig, EvalConfig, SampleConfig, TrainConfig
 from deepseek_jax.console import SilentConsole
 from deepseek_jax.errors import CheckpointError, ConfigError
+from deepseek_jax.runs import Run
+from tests.compare.records import write_run
 from tests.configs import DENSE, write_texts
 
 pytestmark = pytest.mark.jax_version
@@ -51,6 +53,14 @@ def test_a_run_gives_its_metrics_as_columns(trained):
     == f"<Run small in {trained.workdir}: finished at step 4, {trained.evaluations['bits_per_byte'][-1]:.4f} held-out bits per byte>"
   )
   assert trained.config.schedule.peak == 0.01
+
+
+def test_a_run_whose_last_evaluation_is_not_finite_has_a_repr(tmp_path):
+  run = Run(write_run(tmp_path / "a", evals=()))
+  with open(tmp_path / "a" / "events.jsonl", "a") as file:
+    file.write('{"event": "eval", "step": 40, "loss": null, "bits_per_byte": null, "sequences": 4}\n')
+  assert repr(run) == f"<Run tiny in {run.workdir}: finished at step 40>"
+  assert np.isnan(run.evaluations["loss"]).tolist() == [True]
 
 
 def test_a_run_has_a_report_that_notebooks_show(trained):
