@@ -172,7 +172,7 @@ class RunFolder:
   def __init__(self, workdir: str | os.PathLike):
     self.path = str(workdir)
     self._store: ObjectStore | None = None
-    self._uploaded: dict[pathlib.Path, tuple[int, int]] = {}  # (size, modification time in ns)
+    self._uploaded: dict[pathlib.Path, tuple[int, int]] = {}  # of `_version`: as in the bucket
     if is_url(workdir):
       self._store, self.path = ObjectStore(workdir), tempfile.mkdtemp(prefix="deepseek_jax-")
       weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
@@ -190,17 +190,25 @@ class RunFolder:
     for name in names:
       content = self._store.read(name)
       if content is not None:
-        pathlib.Path(self.path, name).write_bytes(content)
+        path = pathlib.Path(self.path, name)
+        path.write_bytes(content)
+        self._uploaded[path] = _version(path)  # as it was, it must not replace what another process wrote since
 
   def upload(self) -> None:
     """Uploads files that are new or have changed. Nothing for a local workdir."""
     if not self._store:
       return
     for path in sorted(pathlib.Path(self.path).rglob("*")):
-      status = path.stat()
-      if path.is_file() and self._uploaded.get(path) != (status.st_size, status.st_mtime_ns):
+      version = _version(path)
+      if path.is_file() and self._uploaded.get(path) != version:
         self._store.write(path.relative_to(self.path).as_posix(), path.read_bytes())
-        self._uploaded[path] = status.st_size, status.st_mtime_ns
+        self._uploaded[path] = version
+
+
+def _version(path: pathlib.Path) -> tuple[int, int]:
+  """(size, modification time in ns) of a file."""
+  status = path.stat()
+  return status.st_size, status.st_mtime_ns
 
 
 @contextlib.contextmanager

@@ -154,6 +154,19 @@ def test_a_run_folder_brings_what_it_appends_to_and_publishes_what_changed(bucke
   assert not folder.exists()
 
 
+@BOTH
+def test_a_run_folder_does_not_upload_what_it_only_read(buckets, scheme):
+  """A report is made beside a run that goes on and writes metrics meanwhile."""
+  url = f"{scheme}://bucket-a/run"
+  ObjectStore(url).write("metrics.jsonl", b"1\n")
+  files = RunFolder(url)
+  files.download(("metrics.jsonl",))
+  ObjectStore(url).write("metrics.jsonl", b"1\n2\n")
+  pathlib.Path(files.path, "report.html").write_bytes(b"x")
+  files.upload()
+  assert (ObjectStore(url).read("metrics.jsonl"), ObjectStore(url).read("report.html")) == (b"1\n2\n", b"x")
+
+
 def test_a_run_folder_of_a_path_is_that_path(tmp_path):
   files = RunFolder(tmp_path)
   files.download(("metrics.jsonl",))
