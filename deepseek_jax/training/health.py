@@ -178,6 +178,7 @@ def initialisation(run: Run) -> Iterator[Finding]:
 def activations_over_depth(run: Run) -> Iterator[Finding]:
   """Outputs that grow or vanish from one layer to the next."""
   last = {layer: _end(c) for layer, c in run.by_layer("rms", "activations").items() if layer.startswith("layer_")}
+  last = {layer: rms for layer, rms in last.items() if not np.isnan(rms)}
   jumps = {
     b: (last[a], last[b])
     for a, b in itertools.pairwise(last)
@@ -290,7 +291,7 @@ def throughput_drops(run: Run) -> Iterator[Finding]:
   parts = speed.stretches(40, least=10)[1:]  # the first has what is slow once
   if len(parts) < 4:
     return
-  usual = float(np.median(speed.values))
+  usual = float(np.nanmedian(speed.values))
   slow = [
     part
     for part in parts

@@ -113,6 +113,15 @@ def test_a_slow_minute_is_not_a_slow_second():
   assert find(make_records(values), None) == []
 
 
+def test_values_that_are_not_finite_hide_no_other_finding_and_make_none():
+  values = healthy()
+  plant("tokens_per_second", at=slice(1000, 1200), times=0.3)(values)
+  values["tokens_per_second"][5] = np.nan
+  plant("rms/layer_5/activations", to=np.nan)(values)
+  titles = [finding.title for finding in find(make_records(values), None)]
+  assert titles == ["Values that are not finite", "The initialisation is too large", "Throughput drops"]
+
+
 def test_overflow_is_told_from_gradients_that_are_not_finite():
   values = healthy()
   values["skipped"][300:], values["overflow"][300] = 1, 55
