@@ -16,6 +16,7 @@ from deepseek_jax.new.hardware import Hardware, find_hardware
 from deepseek_jax.storage import is_url
 
 NO_DATA = "none"
+MOST_TOKENS, MOST_HOURS = 1e16, 1e6  # a thousand times V3's tokens, and a century: the laws say nothing of more
 _SUFFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
 
@@ -74,8 +75,8 @@ def parse_model(text: str) -> str:
   return text.lower()
 
 
-def parse_amount(text: str, unit: str) -> float:
-  """A positive number: "2e9", "2_000", "1.5B" (k, M, B, T). Raises ConfigError."""
+def parse_amount(text: str, unit: str, most: float) -> float:
+  """A positive number up to `most`: "2e9", "2_000", "1.5B" (k, M, B, T). Raises ConfigError."""
   match = re.fullmatch(r"\s*([\d._]+(?:e[+-]?\d+)?)\s*([kmbt]?)\s*", text.lower())
   try:
     number = float(match[1]) * _SUFFIXES[match[2]] if match else math.nan
@@ -83,17 +84,19 @@ def parse_amount(text: str, unit: str) -> float:
     number = math.nan
   if not 0 < number < math.inf:
     raise ConfigError(f"expected a positive number of {unit}, as 2e9, 500M or 1.5, got {text!r:.60}")
+  if number > most:
+    raise ConfigError(f"expected at most {most:.0e} {unit}, got {text!r:.60}")
   return number
 
 
 def parse_tokens(text: str) -> Length:
   """A number of tokens. Raises ConfigError."""
-  return Length(tokens=parse_amount(text, "tokens"))
+  return Length(tokens=parse_amount(text, "tokens", MOST_TOKENS))
 
 
 def parse_hours(text: str) -> Length:
   """A number of hours. Raises ConfigError."""
-  return Length(hours=parse_amount(text, "hours"))
+  return Length(hours=parse_amount(text, "hours", MOST_HOURS))
 
 
 def parse_length(text: str) -> Length:
@@ -131,7 +134,7 @@ def parse_tokenizer(text: str) -> Tokenizer:
 
 def parse_seq(text: str) -> int:
   """Tokens of a sequence. Raises ConfigError."""
-  seq = parse_amount(text, "tokens")
+  seq = parse_amount(text, "tokens", MOST_TOKENS)
   if seq % 1 or not 2 <= seq <= 2**20:
     raise ConfigError(f"expected a whole number from 2 to {2**20:,}, got {text!r:.60}")
   return int(seq)

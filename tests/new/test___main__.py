@@ -97,6 +97,8 @@ def test_python_is_formatted_and_says_why(flags):
     ("--tokens=-5", "--tokens=-5: expected a positive number"),
     ("--tokens=0", "--tokens=0: expected a positive number"),
     ("--tokens=1e999", "expected a positive number"),
+    ("--tokens=1e300", "--tokens=1e300: expected at most 1e+16 tokens"),
+    ("--hours=1e300", "--hours=1e300: expected at most 1e+06 hours"),
     ("--tokens=3h", "--tokens=3h: expected a positive number of tokens"),
     ("--hours=soon", "--hours=soon: expected a positive number of hours"),
     ("--tokens=1e6 --hours=3", "exclude each other"),
