@@ -92,11 +92,17 @@ def command(advice: Advice) -> str:
   length = answers.length
   flags = {
     "model": answers.model, "topology": answers.topology.text,
-    **({"tokens": f"{length.tokens:g}"} if length.tokens else {"hours": f"{length.hours:g}"}),
+    **({"tokens": exact(length.tokens)} if length.tokens else {"hours": exact(length.hours)}),
     "data": ",".join(answers.data) or NO_DATA, "tokenizer": answers.tokenizer.name, "seq": str(answers.seq),
     "name": answers.name,
   }  # fmt: skip
   return "python -m deepseek_jax.new " + " ".join(shlex.quote(f"--{name}={value}") for name, value in flags.items())
+
+
+def exact(number: float) -> str:
+  """All digits, in the shortest form: 2e+09, 123456789.0."""
+  text = f"{number:g}"
+  return text if float(text) == number else repr(number)
 
 
 def short(number: float) -> str:
