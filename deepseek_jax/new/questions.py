@@ -257,6 +257,9 @@ class Interview:
         raise ConfigError(
           f"the input ended at the question for --{question.flag}: give that flag, or --yes for the defaults"
         ) from None
+      except UnicodeDecodeError as error:
+        console.print(f"  expected text in {error.encoding}, got bytes that are none")
+        continue
       try:
         answer = self._parse(question, text)
       except ConfigError as error:

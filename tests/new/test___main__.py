@@ -165,7 +165,7 @@ class Terminal:
       assert time.monotonic() < end, f"no {until!r} in {self.shown!r}"
       if select.select([self.file], [], [], 1)[0]:
         try:
-          self.shown += os.read(self.file, 4096).decode()
+          self.shown += os.read(self.file, 4096).decode(errors="replace")
         except OSError:  # the program has ended, or has not yet opened the terminal
           assert self.process.poll() is None, f"no {until!r} in {self.shown!r}"
           time.sleep(0.1)
@@ -210,6 +210,18 @@ def test_at_a_terminal_nonsense_is_asked_again(folder):
   config = load_config("good.py")
   assert (config.data.seq, config.data.tokenizer, config.model.moe.num_routed_experts) == (64, "byte", 0)
   assert pathlib.Path("taken.py").read_text() == "mine"
+
+
+def test_bytes_that_are_no_text_are_asked_again(folder, monkeypatch):
+  """As where the terminal of a UTF-8 locale sends Latin-1."""
+  monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
+  terminal = Terminal()
+  terminal.read("Which kind of model")
+  os.write(terminal.file, b"\xff\n")
+  terminal.read("expected text in utf-8")
+  terminal.read("Which kind of model")
+  terminal.send("\x03")
+  assert terminal.exit_code() == 130
 
 
 @pytest.mark.parametrize(
