@@ -41,7 +41,7 @@ class Record(NamedTuple):
 def read_records(path: str, flag: str) -> list[Record]:
   """The lines of the .jsonl file that --`flag` names, without empty ones.
 
-  Raises DataError where it cannot be read, a line is no JSON object, or there is no line.
+  Raises DataError where it cannot be read, a line is no JSON object of valid Unicode, or there is no line.
   """
   try:
     lines = pathlib.Path(path).expanduser().read_text(encoding="utf-8").split("\n")
@@ -56,6 +56,9 @@ def read_records(path: str, flag: str) -> list[Record]:
     location = f"{path}:{number}"
     try:
       fields = json.loads(line)
+      json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+      raise DataError(f"{location} has half of a surrogate pair, which is no text: take it out") from None
     except (ValueError, RecursionError) as error:
       raise DataError(f"{location} is not a JSON object: {error}; write one object on each line") from None
     if not isinstance(fields, dict):

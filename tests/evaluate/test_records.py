@@ -29,6 +29,7 @@ def test_lines_without_empty_ones(tmp_path):
     ('{"prompt": "a"\n', "file.jsonl:1 is not a JSON object: .*; write one object on each line"),
     ('\n["a"]\n', r"file.jsonl:2 is not a JSON object, but \['a'\]"),
     ("[" * 100_000, "file.jsonl:1 is not a JSON object"),
+    ('{"prompt": "a\\ud800", "reference": "b"}', "file.jsonl:1 has half of a surrogate pair"),
     ('{"reference": "a"}', "file.jsonl:1 has no field 'prompt'; its fields: reference"),
     ("{}", "has no field 'references' or 'reference'; its fields: none"),
     ('{"prompt": 3, "reference": "a"}', "the field 'prompt' should be text, got 3"),
