@@ -30,7 +30,7 @@ class TextResult:
     loss = self.loss_sum / self.tokens
     return {
       "loss": loss,
-      "perplexity": math.exp(loss) if loss < math.log(1e300) else math.inf,
+      "perplexity": math.inf if loss > math.log(1e300) else math.exp(loss),
       "bits_per_byte": self.loss_sum / math.log(2) / self.bytes,
       "tokens": self.tokens,
       "bytes": self.bytes,

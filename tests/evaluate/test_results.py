@@ -16,6 +16,7 @@ def test_metrics_follow_from_the_sums():
   assert (metrics["tokens"], metrics["bytes"], metrics["documents"]) == (10, 40, 2)
   assert TextResult.total([result, TextResult(10.0, 5, 8, 1)]) == TextResult(40.0, 15, 48, 3)
   assert TextResult(1e6, 1, 1, 1).as_dict("documents")["perplexity"] == math.inf
+  assert math.isnan(TextResult(math.nan, 1, 1, 1).as_dict("documents")["perplexity"])
 
 
 def test_the_error_of_a_mean():
