@@ -20,7 +20,7 @@ from absl import flags
 from deepseek_jax.config_sections import SampleConfig
 from deepseek_jax.console import log_to_console
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.evaluate.results import TextResult, format_table
+from deepseek_jax.evaluate.results import TOTAL, TextResult, format_table
 from deepseek_jax.flags import parse, run_program, write_output
 from deepseek_jax.json_output import show_result
 
@@ -205,9 +205,9 @@ def evaluate(values: flags.FlagValues, inputs: Inputs, model: "LanguageModel") -
 
 
 def with_total(results: dict[str, TextResult], items: str) -> dict[str, dict[str, Any]]:
-  """The metrics of each source, and of all together as "total"."""
+  """The metrics of each source, and of all together as TOTAL."""
   return {name: result.as_dict(items) for name, result in results.items()} | {
-    "total": TextResult.total(results.values()).as_dict(items)
+    TOTAL: TextResult.total(results.values()).as_dict(items)
   }
 
 

@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+TOTAL = "total"  # the name of all sources together
+
 
 @dataclasses.dataclass
 class TextResult:

@@ -11,7 +11,7 @@ from deepseek_jax.data.readers import read_documents, reader_suffix
 from deepseek_jax.data.sources import SourceFile, find_source
 from deepseek_jax.errors import DataError
 from deepseek_jax.evaluate.language_model import LanguageModel
-from deepseek_jax.evaluate.results import TextResult
+from deepseek_jax.evaluate.results import TOTAL, TextResult
 
 CHARACTERS = 1 << 20  # of the documents that are scored together
 
@@ -23,7 +23,7 @@ def text_sources(names: Sequence[str]) -> dict[str, list[SourceFile]]:
   """{source: its files} of the entries of --text, each a file, a folder, a glob or python-stdlib.
 
   A file and each file of a glob are a source of the name of the file without suffix, or its path where several have
-  that name. A folder and python-stdlib are one source. Raises DataError where there is none.
+  that name, or it is TOTAL. A folder and python-stdlib are one source. Raises DataError where there is none.
   """
   sources: dict[str, list[SourceFile]] = {}
   for name in names:
@@ -34,7 +34,7 @@ def text_sources(names: Sequence[str]) -> dict[str, list[SourceFile]]:
       continue
     for file in files:
       short = file.path.name.removesuffix(str(reader_suffix(file.path)))
-      sources[short if short not in sources else str(file.path)] = [file]
+      sources[str(file.path) if short in (TOTAL, *sources) else short] = [file]
   return sources
 
 

@@ -48,11 +48,12 @@ def test_sums_over_documents_and_files(model, tmp_path, monkeypatch):
 def test_names_of_sources(tmp_path):
   (tmp_path / "a").mkdir()
   (tmp_path / "b").mkdir()
-  for name in ("a/x.txt", "b/x.txt", "b/y.jsonl.gz"):
+  for name in ("a/x.txt", "b/x.txt", "b/y.jsonl.gz", "total.txt"):
     (tmp_path / name).write_text("x")
   sources = text_sources([str(tmp_path / "*" / "*"), str(tmp_path / "b")])
   assert list(sources) == ["x", str(tmp_path / "b/x.txt"), "y", str(tmp_path / "b")]
   assert len(sources[str(tmp_path / "b")]) == 2
+  assert list(text_sources([str(tmp_path / "total.txt")])) == [str(tmp_path / "total.txt")]  # "total" is all of them
 
 
 @pytest.mark.parametrize(
