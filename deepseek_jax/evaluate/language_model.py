@@ -91,7 +91,10 @@ class LanguageModel:
     """Of each of `texts`, a whole document after bos: every token is scored once, in windows that the model takes.
 
     stride: new tokens of each window after the first, see `rolling_windows`. update: as in `Scorer.score`, in windows.
+    Raises ConfigError for a stride that is longer than the model takes.
     """
+    if stride and stride > self.seq:
+      raise ConfigError(f"stride={stride} is longer than the {self.seq} positions of a window: lower it")
     encoded = self.tokenizer.encode_batch(texts)
     windows = [rolling_windows(ids.tolist(), self.tokenizer.bos, self.seq, stride or self.seq) for ids, _ in encoded]
     scores = iter(self.scorer.score([window for of_text in windows for window in of_text], update))

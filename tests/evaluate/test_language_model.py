@@ -106,6 +106,11 @@ def test_every_token_of_a_document_is_scored_once(model, plain, stride):
     assert result.log_prob == pytest.approx(total, abs=1e-3)
 
 
+def test_a_stride_is_at_most_a_window(model):
+  with pytest.raises(ConfigError, match=f"stride={SEQ + 1} is longer than the {SEQ} positions"):
+    model.document_log_likelihoods(["a"], SEQ + 1)
+
+
 def test_windows_are_those_of_the_definition():
   ids = list(range(10, 21))
   windows = rolling_windows(ids, bos=0, seq=4, stride=4)
