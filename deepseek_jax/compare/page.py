@@ -24,7 +24,7 @@ from deepseek_jax.compare.text import (
 from deepseek_jax.config import Config
 from deepseek_jax.console import printable
 from deepseek_jax.schema import leaf_paths
-from deepseek_jax.training import plot
+from deepseek_jax.training.page import document, section
 
 if TYPE_CHECKING:
   from deepseek_jax.compare.comparison import Comparison
@@ -34,26 +34,18 @@ TEXT_COLUMNS = {"group", "run", "end", "devices", "field"}  # the others hold nu
 
 def format_page(comparison: "Comparison") -> str:
   """The page."""
-  style = pathlib.Path(plot.__file__).with_name("report.css").read_text(encoding="utf-8")
-  style += pathlib.Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
   parts = [
     f"<header><h1>{_heading(comparison)}</h1><p>{escape(count_runs(comparison))}</p></header>",
     _verdict(comparison),
     _groups(comparison),
     _charts(comparison),
-    _section("Final held-out evaluation", _finals(comparison)),
-    _section("What differs", _differences(comparison)),
-    _section("Runs", _runs(comparison)),
-    _section("Left out", _left_out(comparison)),
+    section("Final held-out evaluation", _finals(comparison)),
+    section("What differs", _differences(comparison)),
+    section("Runs", _runs(comparison)),
+    section("Left out", _left_out(comparison)),
   ]
-  return (
-    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-    "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-    '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
-    f"<title>{escape(count_runs(comparison))}</title><style>{style}</style></head>\n<body>"
-    + "\n".join(filter(None, parts))
-    + "</body></html>\n"
-  )
+  style = pathlib.Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
+  return document(count_runs(comparison), parts, style)
 
 
 def escape(value: Any) -> str:
@@ -168,7 +160,3 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   head = "".join(cells("th", [escape(name) for name in header]))
   body = "".join(f"<tr>{''.join(cells('td', row))}</tr>" for row in rows)
   return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _section(title: str, body: str) -> str:
-  return f"<section><h2>{title}</h2>{body}</section>" if body else ""

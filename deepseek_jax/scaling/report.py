@@ -1,9 +1,8 @@
 """The report of a table of runs: index.html, which needs no network, and numbers.json with all that it shows."""
 
-import html
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,8 @@ from deepseek_jax.scaling.isoflop import FrontierFit
 from deepseek_jax.scaling.prediction import judge
 from deepseek_jax.scaling.sweep_plan import SweepPlan
 from deepseek_jax.scaling.table import RunTable
-from deepseek_jax.training import report as run_report
+from deepseek_jax.training.page import document, escape, section
+from deepseek_jax.training.page import table as html_table
 
 TITLES = {"1": "1, envelope", "2": "2, IsoFLOP", "3": "3, parametric"}
 SHOWN = ("run_id", "flops", "M", "params", "tokens", "n_layer", "d_model", "batch_tokens", "lr", "seed", "seconds")
@@ -89,56 +89,33 @@ def _page(
   table: RunTable, title: str, scale: str, fits: dict[str, ScalingFit], failures: dict[str, str],
   hparams: HyperparamFit | None, prediction: dict[str, Any] | None,
 ) -> str:  # fmt: skip
-  style = pathlib.Path(run_report.__file__).with_suffix(".css").read_text(encoding="utf-8")
-  style += pathlib.Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
   flops = table.flops()
   subtitle = (
     f"{len(table)} runs, {flops.sum():.3g} FLOPs, budgets {flops.min():.3g} to {flops.max():.3g}, scale {scale}, "
     f"{table.loss_name()} · {os.path.basename(table.path)}"
   )
   figures = "".join(
-    f"<figure><figcaption><b>{_escape(t)}</b> <span>{_escape(unit)}</span>{legend}</figcaption>{svg}</figure>"
+    f"<figure><figcaption><b>{escape(t)}</b> <span>{escape(unit)}</span>{legend}</figcaption>{svg}</figure>"
     for t, unit, legend, svg in report_charts.charts(table, scale, fits, hparams)
   )
   notes = [f"{TITLES[name]}: {line}" for name, fit in fits.items() if name in TITLES for line in fit.diagnostics]
   notes += [f"{name}: no fit: {reason}" for name, reason in failures.items()]
   parts = [
-    f"<header><h1>{_escape(title)}</h1><p>{_escape(subtitle)}</p></header>",
+    f"<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></header>",
     _tiles(fits, prediction),
     f'<section class="charts">{figures}</section><p class="note">Bands and intervals are 95% of bootstrap samples. Hover over '
     "a dot for its run. All numbers are in numbers.json beside this page.</p>",
-    _section("Compute-optimal allocation", _allocation_table(fits, scale)),
-    _section("Held-out prediction of the largest budget", _holdout_table(fits)),
-    _section("Preregistered prediction", _prediction_table(prediction)) if prediction else "",
-    _section("Loss as a function of scale and tokens", _parametric_table(fits)),
-    _section("Learning rate and batch size", _hparam_table(hparams)) if hparams else "",
-    _section("What to know of these fits", f'<ul class="notes">{"".join(f"<li>{_escape(n)}</li>" for n in notes)}</ul>')
+    section("Compute-optimal allocation", _allocation_table(fits, scale)),
+    section("Held-out prediction of the largest budget", _holdout_table(fits)),
+    section("Preregistered prediction", _prediction_table(prediction)) if prediction else "",
+    section("Loss as a function of scale and tokens", _parametric_table(fits)),
+    section("Learning rate and batch size", _hparam_table(hparams)) if hparams else "",
+    section("What to know of these fits", f'<ul class="notes">{"".join(f"<li>{escape(n)}</li>" for n in notes)}</ul>')
     if notes
     else "",
-    _section("Runs", _runs_table(table)),
+    section("Runs", _runs_table(table)),
   ]
-  return (
-    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-    "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-    '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
-    f"<title>{_escape(title)}</title><style>{style}</style></head>\n<body>"
-    + "\n".join(filter(None, parts))
-    + "</body></html>\n"
-  )
-
-
-def _escape(text: Any) -> str:
-  return html.escape(str(text))
-
-
-def _section(title: str, content: str) -> str:
-  return f"<section><h2>{_escape(title)}</h2>{content}</section>" if content else ""
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-  head = "".join(f"<th>{_escape(cell)}</th>" for cell in header)
-  body = "".join(f"<tr>{''.join(f'<td>{_escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-  return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+  return document(title, parts, pathlib.Path(__file__).with_suffix(".css").read_text(encoding="utf-8"))
 
 
 def _interval(interval: Any, spec: str = ".4g") -> str:
@@ -160,7 +137,7 @@ def _tiles(fits: dict[str, ScalingFit], prediction: dict[str, Any] | None) -> st
   if prediction and prediction["verdict"] and prediction["verdict"]["measured"]:
     tiles.append((f"{prediction['verdict']['error']:+.2%}", "preregistered", f"at {prediction['budget']:.3g} FLOPs"))
   cells = [
-    f"<div><b>{_escape(v)}</b><span>{_escape(k)}</span><small>{_escape(note)}</small></div>" for v, k, note in tiles
+    f"<div><b>{escape(v)}</b><span>{escape(k)}</span><small>{escape(note)}</small></div>" for v, k, note in tiles
   ]
   return f'<section class="tiles">{"".join(cells)}</section>'
 
@@ -177,7 +154,7 @@ def _allocation_table(fits: dict[str, ScalingFit], scale: str) -> str:
         f"{values['G']:.4g}", _interval(intervals.get("G")),
       ])  # fmt: skip
   header = ["approach", "optimum by", f"a of {scale}_opt = G C^a", "95%", "b of D_opt", "95%", "G", "95%"]
-  return _table(header, rows)
+  return html_table(header, rows)
 
 
 def _holdout_table(fits: dict[str, ScalingFit]) -> str:
@@ -189,7 +166,7 @@ def _holdout_table(fits: dict[str, ScalingFit]) -> str:
         f"{h.error:+.3%}", f"{h.mean_error:.3%} of {h.rows} runs" if h.rows > 1 else "–",
       ])  # fmt: skip
   header = ["approach", "FLOPs", "measured", "predicted", "95%", "error", "mean absolute error"]
-  return _table(header, rows) if rows else ""
+  return html_table(header, rows) if rows else ""
 
 
 def _prediction_table(prediction: dict[str, Any]) -> str:
@@ -206,7 +183,7 @@ def _prediction_table(prediction: dict[str, Any]) -> str:
     rows.append(["error", f"{verdict['error']:+.3%} (approach 3: {verdict['error_of_approach_3']:+.3%})"])
   else:
     rows.append(["measured", "this budget has not run yet"])
-  return _table(["", ""], rows)
+  return html_table(["", ""], rows)
 
 
 def _parametric_table(fits: dict[str, ScalingFit]) -> str:
@@ -215,7 +192,7 @@ def _parametric_table(fits: dict[str, ScalingFit]) -> str:
   fit = fits["3"]
   values, intervals = fit.values(), fit.intervals()
   names = ["E", "A", "B", "alpha", "beta"]
-  return _table(["", *names], [
+  return html_table(["", *names], [
     ["value", *(f"{values[n]:.5g}" for n in names)], ["95%", *(_interval(intervals.get(n)) for n in names)],
   ])  # fmt: skip
 
@@ -235,8 +212,8 @@ def _hparam_table(fit: HyperparamFit) -> str:
       f"{f} = {law.coefficient:.4g} C^{law.exponent:.4f} ({_interval(fit.interval(f, 1))})"
       for f, law in fit.laws.items()
     ]
-    laws = f'<p class="note">{_escape("; ".join(texts))}</p>'
-  return _table(header, rows) + laws
+    laws = f'<p class="note">{escape("; ".join(texts))}</p>'
+  return html_table(header, rows) + laws
 
 
 def _runs_table(table: RunTable) -> str:
@@ -248,7 +225,7 @@ def _runs_table(table: RunTable) -> str:
       for i in indices[np.argsort(table["M"][indices])] if "M" in table else indices:
         yield [_number(columns[name][i]) for name in names]
 
-  return _table(names, list(rows()))
+  return html_table(names, list(rows()))
 
 
 def _number(text: str) -> str:

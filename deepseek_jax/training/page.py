@@ -13,12 +13,14 @@ from deepseek_jax.training.run_records import is_number
 _CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
 
 
-def document(title: str, parts: Iterable[str], refresh_seconds: int = 0) -> str:
+def document(title: str, parts: Iterable[str], style: str = "", refresh_seconds: int = 0) -> str:
   """The page `title` of the HTML `parts`. Its content security policy forbids it to load or run anything.
 
-  refresh_seconds: after which a browser loads it again; 0: never.
+  Args:
+    style: CSS after that of a run's report.
+    refresh_seconds: after which a browser loads it again; 0: never.
   """
-  style = pathlib.Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+  style = pathlib.Path(__file__).with_name("report.css").read_text(encoding="utf-8") + style
   refresh = f'<meta http-equiv="refresh" content="{refresh_seconds}">' if refresh_seconds else ""
   policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
   return (

@@ -62,7 +62,7 @@ def make_page(workdir: str | os.PathLike[str], refresh_seconds: int = 0) -> byte
     section("Config", _config(run.config)),
     section("Environment", _environment(run.events)),
   ]
-  page = document(f"{name} · training report", parts, refresh_seconds)
+  page = document(f"{name} · training report", parts, refresh_seconds=refresh_seconds)
   return page.encode(errors="replace")  # lone surrogates become "?"
 
 

@@ -67,9 +67,8 @@ class ReportServer(http.server.ThreadingHTTPServer):
         self._page = make_page(self._workdir, REFRESH_SECONDS)
       except UserError as error:
         section = f"<section><h2>The run cannot be read</h2><p>{escape(error)}</p></section>"
-        return document("report", [section], REFRESH_SECONDS).encode(
-          errors="replace"
-        ), http.HTTPStatus.INTERNAL_SERVER_ERROR
+        page = document("report", [section], refresh_seconds=REFRESH_SECONDS)
+        return page.encode(errors="replace"), http.HTTPStatus.INTERNAL_SERVER_ERROR
       self._made_of, ended = made_of, time.monotonic()
       self._keep_until = ended + REST * (ended - started)
       return self._page, http.HTTPStatus.OK
