@@ -77,7 +77,9 @@ class Verdict:
         yield f"the interval holds 0, and also differences of {size}, the smallest that matters (--smallest)"
       else:
         yield "an interval needs two seeds that are in both groups, or two of each"
-      if needed:
+      if self.difference and (half := (self.difference.high - self.difference.low) / 2) <= self.smallest:
+        yield f"it is ± {half:.4f}, but not around 0: more seeds move and narrow it, how many cannot be said"
+      elif needed:
         yield f"with the spread seen, an interval of ± {self.smallest:.4f} takes about {needed:,} seeds of each"
       elif self.difference:
         yield f"with the spread seen, an interval of ± {self.smallest:.4f} is out of reach"

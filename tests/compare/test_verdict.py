@@ -49,6 +49,16 @@ def test_more_seeds_settle_what_few_could_not(tmp_path):
   assert more.outcome == NO_DIFFERENCE
 
 
+def test_no_fewer_seeds_are_asked_for_than_there_are(tmp_path):
+  """The interval is narrow enough to lie within the smallest difference, but lies to one side."""
+  differences = (0.003, 0.012, 0.008, 0.002, -0.004, 0.014)
+  write_seeds(tmp_path, "a", {seed: 4.0 + d for seed, d in enumerate(differences)})
+  write_seeds(tmp_path, "b", dict.fromkeys(range(6), 4.0), OTHER)
+  verdict = compare_runs([f"{tmp_path}/a-*", f"{tmp_path}/b-*"], verdict=True).verdict
+  text = " ".join(verdict.lines())
+  assert verdict.outcome == NOT_ENOUGH and "it is ± 0.0071, but not around 0" in text and "takes about" not in text
+
+
 def test_the_smallest_difference_that_matters_is_the_readers(tmp_path):
   a, b = {0: 4.0, 1: 4.1, 2: 4.2}, {0: 4.01, 1: 4.09, 2: 4.2}
   assert judge(tmp_path / "x", a, b, smallest=0.001).outcome == NOT_ENOUGH
