@@ -107,6 +107,8 @@ def check_flags(values: flags.FlagValues) -> None:
     raise ConfigError("--lm_eval_tasks=NAME,... and --lm_eval_path=DIR, the folder that the tasks are in, go together")
   if values.lm_eval_path and not os.path.isdir(values.lm_eval_path):
     raise ConfigError(f"--lm_eval_path={values.lm_eval_path} is not a folder: give the one with the tasks' .yaml files")
+  if "" in values.stop:
+    raise ConfigError("--stop= is empty, and would end every generation before its first token: leave it out")
   if values.generations and not values.generate:
     raise ConfigError("--generations writes what --generate=FILE makes: give that too")
 
