@@ -23,7 +23,7 @@ from deepseek_jax.errors import CheckpointError
 from deepseek_jax.flags import file_exists, load_config
 from deepseek_jax.notebook_console import NotebookConsole, in_notebook
 from deepseek_jax.schema import flatten_config
-from deepseek_jax.storage import RunFolder
+from deepseek_jax.storage import RunFolder, local_copy
 from deepseek_jax.train import train
 from deepseek_jax.training import metrics
 from deepseek_jax.training.metrics import WriterFactory
@@ -99,6 +99,8 @@ def load(workdir: str | os.PathLike[str]) -> "Run":
 class Run:
   """A run: what it has logged, its report, its newest checkpoint. What it wrote is read anew each time.
 
+  Only `report` writes to the workdir.
+
   Attributes:
     workdir: its folder or URL.
   """
@@ -121,14 +123,14 @@ class Run:
   @property
   def records(self) -> RunRecords:
     """All that the run has written. Raises DataError for a file that is damaged."""
-    self._folder.download((CONFIG, *metrics.RESUME_FILES))
-    return read_run(self._folder.path)
+    with local_copy(self.workdir, (CONFIG, metrics.METRICS, metrics.EVENTS)) as folder:
+      return read_run(folder)
 
   @property
   def config(self) -> Config:
     """The config that the run had last."""
-    self._folder.download((CONFIG,))
-    return load_config(os.path.join(self._folder.path, CONFIG), saved=True)
+    with local_copy(self.workdir, (CONFIG,)) as folder:
+      return load_config(os.path.join(folder, CONFIG), saved=True)
 
   @property
   def metrics(self) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ from deepseek_jax.config_sections import CheckpointConfig, DataConfig, EvalConfi
 from deepseek_jax.console import SilentConsole
 from deepseek_jax.errors import CheckpointError, ConfigError
 from deepseek_jax.runs import Run
+from deepseek_jax.storage import ObjectStore
 from tests.compare.records import write_run
 from tests.configs import DENSE, write_texts
 
@@ -61,6 +62,15 @@ def test_a_run_whose_last_evaluation_is_not_finite_has_a_repr(tmp_path):
     file.write('{"event": "eval", "step": 40, "loss": null, "bits_per_byte": null, "sequences": 4}\n')
   assert repr(run) == f"<Run tiny in {run.workdir}: finished at step 40>"
   assert np.isnan(run.evaluations["loss"]).tolist() == [True]
+
+
+def test_a_run_in_a_bucket_is_only_read(tmp_path, buckets):
+  for file in write_run(tmp_path / "a").iterdir():
+    ObjectStore("s3://bucket-a/a").write(file.name, file.read_bytes())
+  buckets.fail(403, "(PUT|POST)")
+  run = deepseek_jax.load("s3://bucket-a/a")
+  assert repr(run) == "<Run tiny in s3://bucket-a/a: finished at step 40, 4.0000 held-out bits per byte>"
+  assert run.metrics["step"][-1] == run.config.train.steps == 40
 
 
 def test_a_run_has_a_report_that_notebooks_show(trained):
