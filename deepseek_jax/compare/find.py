@@ -56,14 +56,18 @@ def natural_order(text: str) -> list[tuple[int, int | str]]:
 
 
 def _below(folder: str) -> Iterator[str]:
-  """The folders of runs at or below `folder`, in natural order. Runs hold no runs; hidden folders are passed by."""
+  """The folders of runs at or below `folder`, in natural order. Runs hold no runs.
+
+  Hidden folders are passed by, and links to a folder above, which would have no end.
+  """
   if any(os.path.isfile(os.path.join(folder, name)) for name in RUN_FILES):
     yield folder
     return
-  with os.scandir(folder) as entries:
-    names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-  for name in sorted(names, key=natural_order):
-    yield from _below(os.path.join(folder, name))
+  here = os.path.join(os.path.realpath(folder), "")
+  for name in sorted(os.listdir(folder), key=natural_order):
+    path = os.path.join(folder, name)
+    if os.path.isdir(path) and not name.startswith(".") and not here.startswith(f"{os.path.realpath(path)}/"):
+      yield from _below(path)
 
 
 def _in_bucket(url: str) -> list[str]:

@@ -24,6 +24,14 @@ def test_folders_are_searched_at_any_depth_in_natural_order(tmp_path):
   assert names(tmp_path, tmp_path / "run-2") == (["run-2"], [])
 
 
+def test_links_are_followed_unless_they_lead_back(tmp_path):
+  make(tmp_path, "runs/a", "elsewhere/b")
+  (tmp_path / "runs" / "b").symlink_to(tmp_path / "elsewhere" / "b")
+  (tmp_path / "runs" / "loop").symlink_to(tmp_path / "runs")
+  (tmp_path / "runs" / "self").symlink_to("self")
+  assert names(tmp_path, tmp_path / "runs") == (["runs/a", "runs/b"], [])
+
+
 def test_globs_match_runs_and_folders_of_runs(tmp_path):
   make(tmp_path, "a-1", "a-2", "b", "seeds/a/x")
   (tmp_path / "a-notes.txt").write_text("")
