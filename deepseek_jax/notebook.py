@@ -7,8 +7,9 @@ import shutil
 
 import jax
 
+from deepseek_jax.plan.topology import has_bfloat16_units
+
 SMOKE = "DEEPSEEK_JAX_SMOKE"  # the environment variable; "1": every cell of a notebook runs, on the smallest sizes
-BFLOAT16_CAPABILITY = 8.0  # CUDA compute capability of Ampere, the first with bfloat16 units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +44,7 @@ def find_device() -> Device:
   if platform == "tpu":
     dtype = "bfloat16"
   elif platform == "gpu":
-    capability = float(getattr(first, "compute_capability", 0))
-    if capability >= BFLOAT16_CAPABILITY:
+    if has_bfloat16_units(first):
       dtype = "bfloat16"
     else:
       note = f"{kind} has no bfloat16 units, so that models compute in float32"

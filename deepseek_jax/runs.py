@@ -65,9 +65,7 @@ def run(
   if console is None and in_notebook():
     console = NotebookConsole()
     writers = [*writers, console.metrics_writer]
-  code = train(
-    config, workdir, selftest, accept_data_change, console, writers, resume_from=resume_from
-  )  # fmt: skip
+  code = train(config, workdir, selftest, accept_data_change, console, writers, resume_from=resume_from)
   if code == 128 + signal.SIGINT:
     raise KeyboardInterrupt
   if code:

@@ -17,6 +17,7 @@ def device(**attributes):
     (device(platform="gpu", device_kind="Tesla T4", compute_capability="7.5"), "float32", "Tesla T4 has no bfloat16 units"),
     (device(platform="gpu", device_kind="NVIDIA H200", compute_capability="9.0"), "bfloat16", ""),
     (device(platform="gpu", device_kind="NVIDIA B200", compute_capability="10.0"), "bfloat16", ""),
+    (device(platform="gpu", device_kind="AMD Instinct MI250X", compute_capability="gfx90a"), "bfloat16", ""),
     (device(platform="tpu", device_kind="TPU v5 lite"), "bfloat16", ""),
   ],
 )  # fmt: skip

@@ -34,10 +34,11 @@ def find_runs(place: str) -> tuple[list[str], list[PassedOver]]:
   for path in paths:
     if not os.path.isdir(path):
       passed_over.append((path, "expected the folder of a run, got a file"))
-    elif found := list(_below(path)):
-      runs += found
-    else:
-      passed_over.append((path, "no run is in this folder"))
+      continue
+    unread: list[PassedOver] = []
+    found = list(_below(path, unread))
+    runs += found
+    passed_over += unread if found or unread else [(path, "no run is in this folder")]
   return runs, passed_over
 
 
@@ -55,19 +56,24 @@ def natural_order(text: str) -> list[tuple[int, int | str]]:
   return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", text)]
 
 
-def _below(folder: str) -> Iterator[str]:
-  """The folders of runs at or below `folder`, in natural order. Runs hold no runs.
+def _below(folder: str, unread: list[PassedOver]) -> Iterator[str]:
+  """The folders of runs at or below `folder`, in natural order. Runs hold no runs. Adds to `unread` what cannot be listed.
 
   Hidden folders are passed by, and links to a folder above, which would have no end.
   """
   if any(os.path.isfile(os.path.join(folder, name)) for name in RUN_FILES):
     yield folder
     return
+  try:
+    names = sorted(os.listdir(folder), key=natural_order)
+  except OSError as error:
+    unread.append((folder, f"cannot be listed: {error.strerror}"))
+    return
   here = os.path.join(os.path.realpath(folder), "")
-  for name in sorted(os.listdir(folder), key=natural_order):
+  for name in names:
     path = os.path.join(folder, name)
     if os.path.isdir(path) and not name.startswith(".") and not here.startswith(f"{os.path.realpath(path)}/"):
-      yield from _below(path)
+      yield from _below(path, unread)
 
 
 def _in_bucket(url: str) -> list[str]:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deepseek_jax.errors import DataError
+from deepseek_jax.errors import CheckpointError, DataError
 from deepseek_jax.evaluate.language_model import LanguageModel
 from deepseek_jax.evaluate.records import read_records
 from deepseek_jax.evaluate.results import mean_and_stderr
@@ -45,12 +45,18 @@ def evaluate_multiple_choice(
   - acc_norm: of log-likelihood over the characters of the choice. acc_bytes: over its UTF-8 bytes.
 
   delimiter: between prompt and choice (target_delimiter there). name: for the progress that is shown.
+
+  Raises CheckpointError for a model whose log-likelihoods are not numbers.
   """
   pairs = [(question.prompt, delimiter + choice) for question in questions for choice in question.choices]
   log_probs = iter([result.log_prob for result in model.log_likelihoods(pairs, name)])
   correct: dict[str, list[float]] = {"acc": [], "acc_norm": [], "acc_bytes": []}
   for question in questions:
     of_choices = np.array([next(log_probs) for _ in question.choices])
+    if np.isnan(of_choices).any():
+      raise CheckpointError(
+        f"the log-likelihoods of {question.prompt!r:.60} are not numbers: the weights are not finite"
+      )
     characters = np.array([len(choice) for choice in question.choices])
     size = np.array([len(choice.encode()) for choice in question.choices])
     scores = {"acc": of_choices, "acc_norm": of_choices / characters, "acc_bytes": of_choices / size}

@@ -77,6 +77,8 @@ def check_out(path: str, overwrite: bool) -> None:
   """Raises ConfigError where a config cannot be written to `path`."""
   if not path.endswith((".py", ".json")):
     raise ConfigError(f"--out={path} must end in .py or .json: a config file is Python or JSON")
+  if os.path.basename(path) == "config.schema.json":
+    raise ConfigError(f"--out={path} is the name of the schema that is written beside a JSON config: give another name")
   if os.path.exists(path) and not overwrite:
     raise ConfigError(f"--out={path} is there already: give --overwrite to replace it, or another name")
 

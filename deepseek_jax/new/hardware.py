@@ -6,7 +6,7 @@ import os
 import time
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.plan.topology import CHIPS, Topology, chip_name, parse_topology
+from deepseek_jax.plan.topology import CHIPS, Topology, chip_name, has_bfloat16_units, parse_topology
 
 HERE = "here"
 # Of a timed matrix product of 1024 x 1024 x 1024, what a training step reaches where there is no roofline: it grows
@@ -77,10 +77,8 @@ def this_machine() -> Hardware:
     topology = parse_topology(local_topology(name, len(devices)))
     return of_topology(HERE, topology, "this machine, ")
   memory = (first.memory_stats() or {}).get("bytes_limit", 0)
-  # NVIDIA GPUs before Ampere (8.0), as Colab's T4, have no units for bfloat16.
-  has_bfloat16 = float(getattr(first, "compute_capability", 8.0)) >= 8.0
   description = f"this machine ({len(devices)} x {first.device_kind})"
-  return Hardware(HERE, description, None, len(devices), memory, "bfloat16" if has_bfloat16 else "float32")
+  return Hardware(HERE, description, None, len(devices), memory, "bfloat16" if has_bfloat16_units(first) else "float32")
 
 
 def local_topology(name: str, devices: int) -> str:

@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import math
 import re
+from typing import Any
 
 from deepseek_jax.errors import ConfigError
 
@@ -164,6 +165,12 @@ def chip_name(device_kind: str) -> str | None:
   """The key of CHIPS of a device by jax's `device_kind`; None where it is not known (CPUs)."""
   kind = {"TPU v5": "TPU v5p", "TPU v5e": "TPU v5 lite", "TPU v6 lite": "TPU v6e"}.get(device_kind, device_kind)
   return next((name for name, chip in CHIPS.items() if chip.kind in kind), None)
+
+
+def has_bfloat16_units(device: Any) -> bool:
+  """Whether a GPU, a jax.Device, multiplies bfloat16: NVIDIA's do from Ampere (compute capability 8.0) on, so that a T4 does not."""
+  capability = str(getattr(device, "compute_capability", ""))
+  return not re.fullmatch(r"[1-7](\.\d+)?", capability)  # of other makers it is a name, as gfx90a
 
 
 def peak_flops(device_kind: str) -> float | None:

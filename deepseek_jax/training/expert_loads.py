@@ -81,7 +81,7 @@ def read_expert_loads(folder: str | os.PathLike[str]) -> ExpertLoads | None:
     return None
   except OSError as error:
     raise DataError(f"cannot read {path}: {error.strerror}; move it away: only the heat map is made of it") from None
-  except (ValueError, KeyError, TypeError, AttributeError):
+  except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
     raise DataError(
       f"{path}: expected a record of expert loads, got {header[:60]!r}; move it away: only the heat map is made of it"
     ) from None
@@ -95,9 +95,7 @@ class ExpertLoadWriter:
 
   Records past `resume_step` are cut on opening. As the stride counts steps from 0, a run that resumes records what it
   would have without the stop. What cannot be written, as on a full disk, is a warning, once, and ends the record: the
-  run can do without.
-
-  Raises DataError for another kind of file.
+  run can do without. A file that is damaged is renamed, with a warning.
   """
 
   def __init__(self, folder: str | os.PathLike[str], resume_step: int):
@@ -105,7 +103,12 @@ class ExpertLoadWriter:
     self._file: AppendFile | None = None
     self._stride, self._records, self._last_step, self._has_failed = 1, 0, -1, False
     self._experts: dict[str, int] = {}
-    loads = read_expert_loads(folder)
+    try:
+      loads = read_expert_loads(folder)
+    except DataError as error:
+      loads = None
+      os.replace(self._path, f"{self._path}.damaged")
+      logging.getLogger(__name__).warning("%s; it is %s.damaged now, and a new one begins", error, self._path)
     if loads:
       self._replace(loads.select(loads.steps <= resume_step, loads.stride))
 

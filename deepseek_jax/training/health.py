@@ -189,11 +189,12 @@ def activations_over_depth(run: Run) -> Iterator[Finding]:
       f"from {a:.3g} to {b:.3g} in {_layer(layer)}" for layer, (a, b) in itertools.islice(jumps.items(), NAMED)
     )
     grow = next(iter(jumps.values()))[1] > next(iter(jumps.values()))[0]
+    grown = f"Lower {run.field('model.init_std')} or {run.field('schedule.peak')}, or raise {run.field('optimizer.weight_decay')}"
+    vanished = f"Raise {run.field('model.init_std')}, or lower {run.field('optimizer.weight_decay')}"
     yield Finding(
       f"Activations {'grow' if grow else 'vanish'} over depth",
       f"At the end the RMS of the residual stream goes {named}.",
-      f"Lower {run.field('model.init_std')} or the learning rate, {run.field('schedule.peak')}; look at the initial scale "
-      "of that layer's output projections, and raise " + run.field("optimizer.weight_decay") + ".",
+      f"{grown if grow else vanished}; look at the initial scale of that layer's output projections.",
     )
 
 

@@ -2,6 +2,7 @@
 
 import http
 import http.server
+import ipaddress
 import os
 import socket
 import threading
@@ -32,7 +33,7 @@ class ReportServer(http.server.ThreadingHTTPServer):
   allow_reuse_address = os.name == "posix"  # elsewhere it would share a busy port
 
   def __init__(self, workdir: str | os.PathLike[str], host: str, port: int):
-    self._workdir, self._lock = os.fspath(workdir), threading.Lock()
+    self._workdir, self._host, self._lock = os.fspath(workdir), host, threading.Lock()
     self._made_of: Any = None  # what the files were when the page was made
     self._page, self._keep_until = b"", 0.0  # in time.monotonic()
     try:
@@ -53,6 +54,14 @@ class ReportServer(http.server.ThreadingHTTPServer):
   def url(self) -> str:
     """The address of the page."""
     return f"http://{self.server_name}:{self.server_port}/"
+
+  def is_for_us(self, host: str) -> bool:
+    """Whether the header Host names this machine, where only this machine can ask.
+
+    A page of another site, whose name its owner has pointed to 127.0.0.1, names that site.
+    """
+    address = ipaddress.ip_address(str(self.server_address[0]))
+    return not address.is_loopback or host.rpartition(":")[0] in ("localhost", self._host, str(address))
 
   def page(self) -> tuple[bytes, http.HTTPStatus]:
     """The page of the files as they are, and its status. An error of theirs is a page that says so, and refreshes too."""
@@ -79,6 +88,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   server_version, sys_version = "report", ""
 
   def do_GET(self) -> None:
+    if not self.server.is_for_us(self.headers.get("Host", "")):
+      self.send_error(http.HTTPStatus.FORBIDDEN, "The report is at the address that was printed")
+      return
     if self.path != "/":
       self.send_error(http.HTTPStatus.NOT_FOUND, "The report is at /")
       return

@@ -1,3 +1,6 @@
+import errno
+import os
+
 import pytest
 
 from deepseek_jax.compare.find import find_runs, short_names
@@ -49,6 +52,23 @@ def test_globs_match_runs_and_folders_of_runs(tmp_path):
 def test_what_is_no_run_is_named(tmp_path, place, reason):
   (tmp_path / "empty").mkdir()
   assert find_runs(str(tmp_path / place)) == ([], [(str(tmp_path / place), reason)])
+
+
+def test_a_folder_that_cannot_be_listed_is_named_and_the_others_are_found(tmp_path, monkeypatch):
+  for name in ("a", "locked/b", "c"):
+    (tmp_path / name).mkdir(parents=True)
+    (tmp_path / name / "config.json").write_text("{}")
+  listdir = os.listdir
+
+  def refuse(folder):
+    if folder.endswith("locked"):
+      raise PermissionError(errno.EACCES, "Permission denied")
+    return listdir(folder)
+
+  monkeypatch.setattr(os, "listdir", refuse)
+  runs, passed_over = find_runs(str(tmp_path))
+  assert runs == [str(tmp_path / "a"), str(tmp_path / "c")]
+  assert passed_over == [(str(tmp_path / "locked"), "cannot be listed: Permission denied")]
 
 
 def test_runs_in_a_bucket_are_found_by_url_folder_and_wildcard(buckets):

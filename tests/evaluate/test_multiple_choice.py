@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from deepseek_jax.errors import CheckpointError
 from deepseek_jax.evaluate.language_model import LogLikelihood
 from deepseek_jax.evaluate.multiple_choice import Question, evaluate_multiple_choice
 
@@ -39,3 +40,8 @@ def test_the_delimiter_and_ties():
   result = evaluate_multiple_choice(model, [Question("q", ["a", "b"], 0), Question("q", ["a", "b"], 1)], delimiter="\n")
   assert model.pairs[:2] == [("q", "\na"), ("q", "\nb")]
   assert result["acc"] == 0.5  # of equal ones the first, as in NumPy's argmax
+
+
+def test_a_broken_model_has_no_accuracy():
+  with pytest.raises(CheckpointError, match="log-likelihoods of 'q' are not numbers"):
+    evaluate_multiple_choice(Model({"a": float("nan"), "b": -1.0}), [Question("q", ["a", "b"], 0)])

@@ -103,13 +103,25 @@ def test_other_layers_start_a_new_record(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "bad", [b"", b"\0\0", b"[]\n", b"{}\n", b'{"stride": 0, "experts": {"a": 1}}\n', b'{"stride": 1, "experts": {}}\n']
+  "bad",
+  [
+    b"",
+    b"\0\0",
+    b"[]\n",
+    b"{}\n",
+    b'{"stride": 0, "experts": {"a": 1}}\n',
+    b'{"stride": 1, "experts": {}}\n',
+    b'{"stride": 1, "experts": {"a": 1e400}}\n',
+  ],
 )
-def test_another_kind_of_file_is_named(tmp_path, bad):
+def test_another_kind_of_file_is_named_and_a_run_does_without_it(tmp_path, bad, caplog):
   (tmp_path / EXPERT_LOADS).write_bytes(bad)
   with pytest.raises(DataError, match=r"expert_loads\.bin: expected a record of expert loads.*move it away"):
-    ExpertLoadWriter(tmp_path, 0)
-  assert content(tmp_path) == bad
+    read_expert_loads(tmp_path)
+  write(tmp_path, [1, 2])
+  assert "expert_loads.bin.damaged now, and a new one begins" in caplog.text
+  assert (tmp_path / f"{EXPERT_LOADS}.damaged").read_bytes() == bad
+  assert read_expert_loads(tmp_path).steps.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("at", [3, MAX_RECORDS + 1])

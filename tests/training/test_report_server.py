@@ -37,6 +37,13 @@ def test_the_page_is_served_and_refreshes_itself(server):
   assert server.url == f"http://127.0.0.1:{server.server_port}/"
 
 
+@pytest.mark.parametrize(("host", "status"), [("localhost:{}", 200), ("127.0.0.1:{}", 200), ("evil.example:{}", 403)])
+def test_on_this_machine_alone_it_is_no_page_of_another_site(server, host, status):
+  connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+  connection.request("GET", "/", headers={"Host": host.format(server.server_port)})
+  assert connection.getresponse().status == status
+
+
 def test_it_is_made_anew_when_the_files_have_changed_and_not_before(server, tmp_path, monkeypatch):
   made = []
   make = report_server.make_page
