@@ -34,7 +34,10 @@ def test_it_serves_until_ctrl_c(tmp_path):
   """A real process and a real request."""
   (tmp_path / "config.json").write_text('{"name": "early"}')
   command = [sys.executable, "-m", "deepseek_jax.report", f"--workdir={tmp_path}", "--serve", "--port=0"]
-  process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  process = subprocess.Popen(
+    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in the background
+  )  # fmt: skip
   try:
     url = re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())[0]
     with urllib.request.urlopen(url, timeout=60) as response:

@@ -6,6 +6,7 @@ import pathlib
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -154,6 +155,7 @@ class Terminal:
     self.process = subprocess.Popen(
       ["sh", "-c", shell, "sh", sys.executable, "-m", "deepseek_jax.new", *arguments],
       env=environment, start_new_session=True,
+      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in the background
     )  # fmt: skip
     os.close(program_end)
     self.shown = ""
