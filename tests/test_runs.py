@@ -138,6 +138,9 @@ def test_configs_are_names_files_or_objects(config, tmp_path):
   assert with_overrides(config, {"model.layers": "3"}).model.layers == 3
   with pytest.raises(ConfigError, match="did you mean 'model.layers'"):
     with_overrides(config, {"model.layres": 3})
+  # It would replace the section, with the defaults of its other fields.
+  with pytest.raises(ConfigError, match=r"^train is a section: set its fields by their paths, as train\.steps$"):
+    with_overrides("tiny", {"train": {"steps": 5}})
 
 
 def test_what_is_no_run_is_told_what_to_do(tmp_path):
