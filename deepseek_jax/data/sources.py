@@ -92,8 +92,10 @@ def find_source(name: str, object_cache: pathlib.Path | None = None) -> Source:
       root, paths = root.parent, [root]
     else:
       paths = [pathlib.Path(path) for path in glob.glob(str(root), recursive=True) if os.path.isfile(path)]
-      if not paths and not glob.has_magic(str(root)):
-        raise DataError(f"data.sources: expected python-stdlib, a file, a folder or a glob; there is no {name}")
+      if not paths:
+        problem = f"no file matches {name}" if glob.has_magic(str(root)) else f"there is no {name}"
+        where = "" if root.is_absolute() else f" (in {os.getcwd()})"
+        raise DataError(f"data.sources: expected python-stdlib, a file, a folder or a glob; {problem}{where}")
       root = os.path.commonpath([path.parent for path in paths]) if paths else root
   paths = [path for path in paths if readers.reader_suffix(path)]
   if not paths:

@@ -45,13 +45,21 @@ def test_a_file_and_a_glob(corpus):
     ("nowhere", "there is no .*nowhere"),
     ("empty", r"nothing at .*empty ends in \.txt \.md"),
     ("corpus/notes.doc", r"nothing at .*notes\.doc ends in"),
-    ("corpus/*.csv", r"nothing at .*\*\.csv ends in"),
+    ("corpus/*.doc", r"nothing at .*\*\.doc ends in"),
   ],
 )
 def test_nothing_to_read(corpus, name, message):
   (corpus.parent / "empty").mkdir()
   with pytest.raises(DataError, match=message):
     sources.find_source(str(corpus.parent / name))
+
+
+def test_where_a_glob_was_looked_for(corpus, monkeypatch):
+  with pytest.raises(DataError, match=r"; no file matches .*/\*\.none$"):
+    sources.find_source(str(corpus / "*.none"))
+  monkeypatch.chdir(corpus / "a")
+  with pytest.raises(DataError, match=r"; no file matches \*\.none \(in .*corpus/a\)$"):
+    sources.find_source("*.none")
 
 
 def test_the_standard_library_is_without_tests_and_packages():

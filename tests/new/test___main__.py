@@ -190,7 +190,7 @@ def test_at_a_terminal_nonsense_is_asked_again(folder):
     ("Which kind of model", [("7", "expected dense or moe, got '7'"), ("moe", "")]),
     ("On which hardware", [("v5p:9", "a v5p torus has 3 dimensions"), ("toaster", "expected KIND:SHAPE"), ("", "")]),
     ("How many tokens", [("lots", "expected a positive number"), ("-2e9", "expected a positive"), ("100", "")]),
-    ("Which text", [("nowhere/*.txt", "nothing at nowhere/*.txt"), ("", "")]),
+    ("Which text", [("nowhere/*.txt", "no file matches nowhere/*.txt"), ("", "")]),
     ("Which tokenizer", [("tokenizer.json", "cannot read tokenizer.json"), ("byte", "")]),
     ("experiment called", [("taken", "taken.py is there already"), ("../x", "inside runs/"), ("good", "")]),
     # 100 tokens are too few: all is asked again, and an empty line keeps an answer.
