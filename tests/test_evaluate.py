@@ -74,6 +74,7 @@ def test_a_hugging_face_folder_and_its_workdir_have_the_same_scores(folder, caps
     (["--from={0}/run", "--text={0}/a.txt"], "run is the workdir of a run: give it as --workdir="),
     (["--workdir={0}/hf", "--text={0}/a.txt"], "hf is a Hugging Face folder: give it as --from="),
     (["--from={0}/none", "--text={0}/a.txt"], "/none is not a folder"),
+    (["--workdir={0}/none"], "no checkpoint in .*none; train one"),
     (["--workdir={0}/run", "--step=7"], "no checkpoint 7 in .*: it holds .0."),
     (["--from={0}/hf", "--text={0}/a.txt", "--tokenizer=none.json"], "cannot read none.json"),
     (["--from={0}/hf", "--text={0}/a.txt", "--devices=9"], "--devices=9, but 4 are here"),

@@ -30,7 +30,6 @@ if TYPE_CHECKING:  # it imports jax
   from deepseek_jax.evaluate.language_model import LanguageModel
   from deepseek_jax.evaluate.multiple_choice import Question
 
-KINDS = {"workdir": "the workdir of a run", "from": "a Hugging Face folder"}
 Results = dict[str, dict[str, dict[str, Any]]]  # {evaluation: {source, file or task: {metric: value}}}
 
 
@@ -156,14 +155,18 @@ def import_harness() -> ModuleType:
 
 def open_model(values: flags.FlagValues) -> "LanguageModel":
   """The model that `values` name."""
-  from deepseek_jax.checkpoint.load import open_saved_model
-  from deepseek_jax.checkpoint.weights import is_hugging_face
+  from deepseek_jax.checkpoint.load import open_hugging_face, open_workdir
+  from deepseek_jax.checkpoint.weights import has_hf_config, is_hugging_face
   from deepseek_jax.evaluate.language_model import LanguageModel
 
-  source, other = (values["from"].value, "workdir") if values["from"].value else (values.workdir, "from")
-  if is_hugging_face(source) != (other == "workdir"):
-    raise ConfigError(f"{source} is {KINDS[other]}: give it as --{other}={source}")
-  saved = open_saved_model(source, values.step)
+  if source := values["from"].value:
+    if not is_hugging_face(source):
+      raise ConfigError(f"{source} is the workdir of a run: give it as --workdir={source}")
+    saved = open_hugging_face(source)
+  else:
+    if has_hf_config(values.workdir):
+      raise ConfigError(f"{values.workdir} is a Hugging Face folder: give it as --from={values.workdir}")
+    saved = open_workdir(values.workdir, values.step)
   if values.dtype:
     model = dataclasses.replace(saved.config.model, compute_dtype=values.dtype)
     saved = dataclasses.replace(saved, config=dataclasses.replace(saved.config, model=model))
