@@ -171,7 +171,9 @@ def load_config(path: str | None = "", overrides: Mapping[str, Any] | None = Non
     tree = with_current_names(tree)
   for dotted, value in (overrides or {}).items():
     if isinstance(value, Mapping):
-      raise ConfigError(f"{dotted} is a section: set its fields by their paths, as {dotted}.{next(iter(value), 'FIELD')}")
+      raise ConfigError(
+        f"{dotted} is a section: set its fields by their paths, as {dotted}.{next(iter(value), 'FIELD')}"
+      )
     *sections, leaf = dotted.split(".")
     section = tree
     for name in sections:

@@ -170,6 +170,11 @@ def open_model(values: flags.FlagValues) -> "LanguageModel":
   if values.dtype:
     model = dataclasses.replace(saved.config.model, compute_dtype=values.dtype)
     saved = dataclasses.replace(saved, config=dataclasses.replace(saved.config, model=model))
+  seq = values.seq or saved.config.data.seq
+  if values.stride and values.stride > seq:
+    raise ConfigError(
+      f"--stride={values.stride} is longer than the windows of {seq:,} tokens: give at most that, or raise --seq"
+    )
   tokenizer = saved.load_tokenizer(values.tokenizer)
   return LanguageModel(saved, tokenizer, values.devices, values.batch, values.seq, values.add_bos)
 
