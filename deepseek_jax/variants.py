@@ -31,9 +31,9 @@ def add_score(name: str, function: Callable[[jax.Array], jax.Array]) -> None:
     name: a new one, or one that was added before, which is replaced.
     function: logits [batch, seq, experts] in at least float32 -> affinities of the same shape, above 0.
 
-  Raises ConfigError for the name of a shipped one.
+  Raises ConfigError for the name of a shipped one, and for what cannot be called.
   """
-  _check_name("score", name)
+  _check("score", name, function)
   if name not in SCORES:
     MoEConfig.__dataclass_fields__["score"].metadata["choices"].append(name)
   _set_row(SCORES, name, function)
@@ -47,18 +47,22 @@ def add_attention(name: str, module: type, like: str = "gqa") -> None:
     module: made of (ModelConfig, nnx.Rngs or None); `model.attention.Attention` documents what a block calls.
     like: the shipped kind whose config fields it reads, and whose FLOPs and memory the plan takes for its own.
 
-  Raises ConfigError for the name of a shipped one, and for another `like`.
+  Raises ConfigError for the name of a shipped one, for what cannot be called, and for another `like`.
   """
-  _check_name("attention", name)
+  _check("attention", name, module)
   if like not in _shipped["attention"]:
     raise ConfigError(f"like={like!r} is not one of {', '.join(sorted(_shipped['attention']))}")
   ATTENTION_KINDS[name], ATTENTION_PLANS[name] = ATTENTION_KINDS[like], ATTENTION_PLANS[like]
   _set_row(ATTENTION, name, module)
 
 
-def _check_name(kind: str, name: str) -> None:
+def _check(kind: str, name: str, row: Any) -> None:
   if name in _shipped[kind]:
     raise ConfigError(f"{name!r} is a shipped {kind}: give yours another name")
+  if not callable(row):
+    raise ConfigError(
+      f"the {kind} {name!r} is of type {type(row).__name__}: expected a {'function' if kind == 'score' else 'class'}"
+    )
 
 
 def _set_row(table: MutableMapping[str, Any], name: str, row: Any) -> None:

@@ -84,11 +84,13 @@ def test_variants_are_trained_and_sampled_by_name(tmp_path):
   assert np.isfinite(run.metrics["loss"]).all() and len(run.metrics["loss"])
 
 
-def test_shipped_names_stay():
+def test_what_is_no_variant_is_refused():
   with pytest.raises(ConfigError, match="'mla' is a shipped attention: give yours another name"):
     variants.add_attention("mla", Scaled)
   with pytest.raises(ConfigError, match="'sigmoid' is a shipped score"):
     variants.add_score("sigmoid", jnp.exp)
+  with pytest.raises(ConfigError, match="the score 'other' is of type int: expected a function"):
+    variants.add_score("other", 3)
   with pytest.raises(ConfigError, match="like='mine' is not one of gqa, mla"):
     variants.add_attention("other", Scaled, like="mine")
   with pytest.raises(ConfigError, match="model.moe.score must be one of softmax, sigmoid"):
