@@ -75,7 +75,7 @@ def parse_model(text: str) -> str:
   return text.lower()
 
 
-def parse_amount(text: str, unit: str, most: float) -> float:
+def parse_amount(text: str, unit: str, most: float, examples: str = "2e9, 500M or 1.5B") -> float:
   """A positive number up to `most`: "2e9", "2_000", "1.5B" (k, M, B, T). Raises ConfigError."""
   match = re.fullmatch(r"\s*([\d._]+(?:e[+-]?\d+)?)\s*([kmbt]?)\s*", text.lower())
   try:
@@ -83,7 +83,7 @@ def parse_amount(text: str, unit: str, most: float) -> float:
   except ValueError:
     number = math.nan
   if not 0 < number < math.inf:
-    raise ConfigError(f"expected a positive number of {unit}, as 2e9, 500M or 1.5, got {text!r:.60}")
+    raise ConfigError(f"expected a positive number of {unit}, as {examples}, got {text!r:.60}")
   if number > most:
     raise ConfigError(f"expected at most {most:.0e} {unit}, got {text!r:.60}")
   return number
@@ -96,7 +96,7 @@ def parse_tokens(text: str) -> Length:
 
 def parse_hours(text: str) -> Length:
   """A number of hours. Raises ConfigError."""
-  return Length(hours=parse_amount(text, "hours", MOST_HOURS))
+  return Length(hours=parse_amount(text, "hours", MOST_HOURS, "12 or 0.5"))
 
 
 def parse_length(text: str) -> Length:
@@ -134,7 +134,7 @@ def parse_tokenizer(text: str) -> Tokenizer:
 
 def parse_seq(text: str) -> int:
   """Tokens of a sequence. Raises ConfigError."""
-  seq = parse_amount(text, "tokens", MOST_TOKENS)
+  seq = parse_amount(text, "tokens", MOST_TOKENS, "256 or 4096")
   if seq % 1 or not 2 <= seq <= 2**20:
     raise ConfigError(f"expected a whole number from 2 to {2**20:,}, got {text!r:.60}")
   return int(seq)

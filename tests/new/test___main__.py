@@ -101,7 +101,7 @@ def test_python_is_formatted_and_says_why(flags):
     ("--tokens=1e300", "--tokens=1e300: expected at most 1e+16 tokens"),
     ("--hours=1e300", "--hours=1e300: expected at most 1e+06 hours"),
     ("--tokens=3h", "--tokens=3h: expected a positive number of tokens"),
-    ("--hours=soon", "--hours=soon: expected a positive number of hours"),
+    ("--hours=soon", "--hours=soon: expected a positive number of hours, as 12 or 0.5"),
     ("--tokens=1e6 --hours=3", "exclude each other"),
     ("--model=mamba", "--model=mamba: expected dense or moe"),
     ("--topology=v9:4x4", "--topology=v9:4x4: expected KIND:SHAPE"),
