@@ -45,7 +45,7 @@ def _training(advice: Advice) -> dict[str, str]:
   if batch == devices > advice.law_batch / seq:
     rounded = f"at least one on each of {devices:,} devices"
   elif batch < 0.7 * advice.law_batch / seq:
-    rounded = f"fewer, so that there are {MIN_STEPS} steps"
+    rounded = f"fewer, for {MIN_STEPS} steps, or as many as the tokens give"
   else:
     rounded = "rounded so that devices and microbatches divide it"
   return {

@@ -40,7 +40,7 @@ def summary(advice: Advice) -> dict[str, str]:
   return {
     "size": f"{model.layers} layers of width {model.embed:,}: {counts.total:,} parameters{active}",
     "compute": f"{advice.flops:.3g} FLOPs, {advice.size.scale:.3g} per token; laws of DeepSeek LLM, {fitted}",
-    "run": f"{advice.steps:,} steps of {batch:,} sequences of {config.data.seq:,} tokens: {short(advice.tokens)} tokens; "
+    "run": f"{advice.steps:,} steps of {batch:,} sequence{'s' if batch > 1 else ''} of {config.data.seq:,} tokens: {short(advice.tokens)} tokens; "
     f"peak learning rate {config.schedule.peak:.3g}",
     "memory": f"{format_bytes(advice.layout.memory)} a device{of}, by the estimate",
     "time": f"{seconds:.3g} s a step, {advice.hours:.3g} hours in all, {how}",
@@ -62,7 +62,7 @@ def notes(advice: Advice) -> list[str]:
   if advice.answers.model == "moe":
     found.append("the law was fitted on dense models; here it counts the FLOPs of the experts that a token uses")
   if advice.steps < MIN_STEPS:
-    found.append(f"{advice.steps} steps are few: below {MIN_STEPS} the run is hardly more than its warm-up")
+    found.append(f"{advice.steps} steps are few: ask for more tokens; scaling sweeps have at least {MIN_STEPS}")
   if advice.hours > LONG_HOURS:
     found.append(
       f"{advice.hours:.3g} hours are {advice.hours / LONG_HOURS:,.1f} years: ask for fewer tokens, or name more devices"
@@ -107,7 +107,8 @@ def exact(number: float) -> str:
 
 def short(number: float) -> str:
   """A count in three digits: 1.23B."""
+  number = float(f"{number:.3g}")  # rounded first: 999.9M is 1B
   for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
     if number >= size:
-      return f"{number / size:.3g}{unit}"
+      return f"{number / size:.3g}{unit}" if number < 1000 * size else f"{number / size:,.0f}{unit}"
   return f"{number:.0f}"
