@@ -89,7 +89,7 @@ def test_dry_run_of_67b_needs_none_of_its_devices(capsys):
     "fields differ from the defaults",
     "2,000,003,530,752 in 105,964 steps",
     "\ndevices          512\n",
-    "GiB per device, of 512 (params ",
+    "GiB per device, of 512, as on TPUs (params ",
   ):
     assert words in out
 
@@ -112,7 +112,7 @@ def test_dry_run_prints_the_fields_that_differ(capsys, tmp_path, monkeypatch):
   assert "model.norm_eps" not in out and "mesh.data =" not in out
   assert "devices          1, the fewest that the mesh takes: --devices=N plans for N\n" in out
   [memory] = [line for line in out.splitlines() if line.startswith("memory estimate")]
-  assert " MiB per device, of 1 (params " in memory and " 0.0" not in memory
+  assert " MiB per device, of 1, as on TPUs (params " in memory and " 0.0" not in memory
   assert train.main([*arguments, "--print_config"]) == 0
   out = capsys.readouterr().out
   assert "  model.norm_eps = 1e-06\n" in out and "\nparameters " in out

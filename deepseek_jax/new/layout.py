@@ -10,8 +10,8 @@ from deepseek_jax.errors import ConfigError
 from deepseek_jax.mesh import resolve_mesh
 from deepseek_jax.new.hardware import Hardware, step_fraction
 from deepseek_jax.plan.flops import training_flops
-from deepseek_jax.plan.memory import estimate_memory
-from deepseek_jax.plan.plan import Plan, make_plan, with_xla_attention
+from deepseek_jax.plan.memory import estimate_memory, with_xla_attention
+from deepseek_jax.plan.plan import Plan, make_plan
 from deepseek_jax.plan.search import BUFFER_FACTORS, rank_key, search
 from deepseek_jax.training.step import abstract_step
 

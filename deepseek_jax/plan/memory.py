@@ -156,7 +156,7 @@ def _temporaries(config: Config, compute_bytes: int, chip: Chip | None) -> tuple
   # Keys of a query: the whole sequence, or with context parallelism one pair of chunks at a time.
   keys = config.data.seq if mesh.context == 1 else seq // 2
   scores = 0
-  if not uses_fused_attention(config, chip):
+  if not uses_fused_attention(config, chip.kind if chip else TRACE_DEVICE.device_kind):
     scores = sequences * m.attention.heads // tensor * min(seq, keys) * keys * softmax_bytes
   slots = _expert_slots(config, tokens)
   expert_rows = slots * m.embed * compute_bytes
@@ -235,14 +235,19 @@ def _expert_slots(config: Config, tokens: int) -> int:
   ).capacity
 
 
-def uses_fused_attention(config: Config, chip: Chip | None) -> bool:
-  """Whether attention is a kernel that keeps scores out of HBM, see kernels/attention/. `chip`: a v5p if None.
+def with_xla_attention(config: Config) -> Config:
+  """`config` with XLA's attention instead of a kernel."""
+  attention = dataclasses.replace(config.model.attention, implementation="xla")
+  return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
+
+
+def uses_fused_attention(config: Config, device_kind: str) -> bool:
+  """Whether attention is a kernel that keeps scores out of HBM, see kernels/attention/.
 
   On GPUs the kernel counts only where the config names it: it needs a library that may not be installed.
   """
   model, seq = config.model, config.data.seq
-  kind = chip.kind if chip else TRACE_DEVICE.device_kind
-  file, implementation = native_file(kind), model.attention.implementation
+  file, implementation = native_file(device_kind), model.attention.implementation
   if not file or implementation == "xla" or (file == "pallas_gpu" and implementation == "auto"):
     return False
   queries, (key_dim, value_dim) = (

@@ -21,7 +21,7 @@ from deepseek_jax.plan.count import Operation, RuntimeAssumptions, count_operati
 from deepseek_jax.plan.fitting import smallest_fitting_change
 from deepseek_jax.plan.flops import TRACE_DEVICE, training_flops
 from deepseek_jax.plan.hlo import HloProgram
-from deepseek_jax.plan.memory import estimate_memory, uses_fused_attention
+from deepseek_jax.plan.memory import estimate_memory, uses_fused_attention, with_xla_attention
 from deepseek_jax.plan.roofline import StepTime, calibrated_step_time, ideal_step_time
 from deepseek_jax.plan.subprocess_call import ADVICE, call_in_subprocess
 from deepseek_jax.plan.topology import GIB, Topology
@@ -103,7 +103,7 @@ def make_plan(config: Config, topology: Topology, make_step: MakeStep, compile: 
   mesh_sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
   check_slices(tuple(mesh_sizes.values()), topology.num_slices)
   assumptions = runtime_assumptions(config, topology.chip.kind)
-  is_fused = topology.is_tpu or uses_fused_attention(config, topology.chip)
+  is_fused = topology.is_tpu or uses_fused_attention(config, topology.chip.kind)
   operations = trace_operations(config if is_fused else with_xla_attention(config), make_step, mesh_sizes, assumptions)
   if not has_ragged_all_to_all(topology.chip.kind):
     operations = [dataclasses.replace(o, kind=o.kind.removeprefix("ragged-")) for o in operations]
@@ -156,12 +156,6 @@ def _collective_bytes(operations: list[Operation]) -> dict[str, dict[str, float]
     if o.collective_bytes:
       total[o.kind]["x".join(o.axes)] += o.count * o.collective_bytes
   return {kind: dict(by_axes) for kind, by_axes in total.items()}
-
-
-def with_xla_attention(config: Config) -> Config:
-  """`config` with XLA's attention instead of a kernel."""
-  attention = dataclasses.replace(config.model.attention, implementation="xla")
-  return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
 
 
 def trace_operations(

@@ -12,7 +12,7 @@ from deepseek_jax.mesh import min_devices
 from deepseek_jax.parallel.pipeline import layer_assignment
 from deepseek_jax.parallel.schedule import Schedule
 from deepseek_jax.plan.flops import count_parameters, training_flops
-from deepseek_jax.plan.memory import estimate_memory
+from deepseek_jax.plan.memory import estimate_memory, uses_fused_attention, with_xla_attention
 from deepseek_jax.schema import flatten_config
 
 
@@ -36,12 +36,17 @@ def format_planned_tokens(config: Config, step: int = 0, tokens_seen: int = 0) -
   return f"tokens planned   {planned:,} in {steps:,} steps{to_go} ({flops:.3g} FLOPs)"
 
 
-def config_summary(config: Config) -> str:
-  """Parameters, FLOPs, mesh and memory of `config`, whose mesh sizes are resolved, a line each."""
+def config_summary(config: Config, device_kind: str | None = None) -> str:
+  """Parameters, FLOPs, mesh and memory of `config`, whose mesh sizes are resolved, a line each.
+
+  device_kind: of the devices that train. None: not known, and memory is that of TPUs, whose attention is a kernel.
+  """
   counts, flops = count_parameters(config.model), training_flops(config.model, config.data.seq)
-  memory = estimate_memory(config)
+  is_fused = device_kind is None or uses_fused_attention(config, device_kind)
+  memory = estimate_memory(config if is_fused else with_xla_attention(config))
   memory_parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in vars(memory).items())
   devices = min_devices(config.mesh)
+  of_tpus = ", as on TPUs" if device_kind is None else ""
   mtp = f", and {counts.mtp:,} for multi-token prediction" if counts.mtp else ""
   mesh = " x ".join(f"{axis}={size}" for axis, size in vars(config.mesh).items())
   return "\n".join(
@@ -50,7 +55,7 @@ def config_summary(config: Config) -> str:
       f"FLOPs per token  {flops.causal:.4g} causal attention, {flops.full:.4g} full attention (forward and backward)",
       f"mesh             {mesh}",
       *_pipeline_lines(config),
-      f"memory estimate  {format_bytes(memory.total_bytes)} per device, of {devices:,} ({memory_parts})",
+      f"memory estimate  {format_bytes(memory.total_bytes)} per device, of {devices:,}{of_tpus} ({memory_parts})",
     )
   )
 

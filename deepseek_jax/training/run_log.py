@@ -81,7 +81,7 @@ class RunLog:
     warmup = f"{schedule.warmup_tokens:,} tokens" if schedule.warmup_tokens else f"{schedule.warmup_steps:,} steps"
     last = last_learning_rate(config)
     self.console.print(
-      f"{format_differences(config, base, base_name)}\n{config_summary(on_mesh)}\n"
+      f"{format_differences(config, base, base_name)}\n{config_summary(on_mesh, jax.devices()[0].device_kind)}\n"
       f"learning rate    {schedule.kind}: {schedule.peak:g} after {warmup} of warm-up, {last:.3g} at step {steps:,}"
     )
 

@@ -15,7 +15,8 @@ from deepseek_jax.model_config import AttentionConfig, MoEConfig
 from deepseek_jax.plan.count import RuntimeAssumptions, count_operations
 from deepseek_jax.plan.flops import training_flops
 from deepseek_jax.plan.hlo import HloProgram
-from deepseek_jax.plan.plan import runtime_assumptions, trace_operations, with_xla_attention
+from deepseek_jax.plan.memory import with_xla_attention
+from deepseek_jax.plan.plan import runtime_assumptions, trace_operations
 from deepseek_jax.plan.roofline import matmul_seconds
 from deepseek_jax.plan.topology import parse_topology
 from deepseek_jax.training.step import abstract_step

@@ -4,8 +4,11 @@ import dataclasses
 
 from deepseek_jax.config import Config
 from deepseek_jax.config_sections import DataConfig, TrainConfig
+from deepseek_jax.console import format_bytes
 from deepseek_jax.flags import load_config
-from deepseek_jax.plan.summary import format_differences, format_planned_tokens, planned_tokens
+from deepseek_jax.mesh import resolve_mesh
+from deepseek_jax.plan.memory import estimate_memory, with_xla_attention
+from deepseek_jax.plan.summary import config_summary, format_differences, format_planned_tokens, planned_tokens
 
 
 def test_planned_tokens_of_a_ramp():
@@ -36,3 +39,15 @@ def test_differences_are_three_lines_at_most():
   many = load_config("v3")
   lines = format_differences(many, base, "the defaults").splitlines()
   assert len(lines) == 3 and max(map(len, lines)) <= 120 and lines[-1].endswith(" ... (all: --print_config)")
+
+
+def test_memory_is_that_of_the_devices_kernels():
+  """Attention scores are in memory unless a kernel keeps them out: a TPU's, and a GPU's where the config names it."""
+  config = resolve_mesh(load_config("1b"), 1)
+
+  def memory(device_kind=None):
+    return next(line for line in config_summary(config, device_kind).splitlines() if line.startswith("memory estimate"))
+
+  assert memory("TPU v5p") == memory().replace(", as on TPUs", "") != memory()
+  assert memory("cpu") == memory("NVIDIA A100-SXM4-80GB") != memory("TPU v5p")
+  assert f"{format_bytes(estimate_memory(with_xla_attention(config)).total_bytes)} per device, of 1 (" in memory("cpu")
