@@ -194,11 +194,13 @@ class Model:
     """
     return self._route("router_scores", tokens, ("scores",))[0]
 
-  def sample(self, prompt: str, seed: int = 0, **fields: Any) -> str:
+  def sample(self, prompt: str, seed: int = 0, tokenizer: str | None = None, **fields: Any) -> str:
     """Text that the model writes after `prompt`, up to `max_tokens` tokens or the end of the document.
 
     Args:
       seed: of the sampling.
+      tokenizer: byte, deepseek-llm, deepseek-v3 or the path of a tokenizer.json. Default: that of the run, or of the
+        folder; a folder that was exported from bytes has none.
       fields: of the config's section `sample`, which has the defaults: max_tokens, temperature (0: greedy decoding),
         top_k, top_p, repetition_penalty.
 
@@ -211,11 +213,11 @@ class Model:
       raise ConfigError(f"sample() has no {', '.join(sorted(unknown))}; it takes {', '.join(vars(SampleConfig()))}")
     config = dataclasses.replace(self._saved.config.sample, prompt=prompt, **fields)
     check_x64(self.config)
-    tokenizer, seq = self._saved.load_tokenizer(), self._saved.config.data.seq
+    text_tokenizer, seq = self._saved.load_tokenizer(tokenizer), self._saved.config.data.seq
     with jax.set_mesh(self._mesh):
       return continue_prompt(
-        graphdef(self.config.for_sampling()), self.params, self.buffers, tokenizer, config, seq, seed, self._mesh,
-        self._saved.add_bos(tokenizer),
+        graphdef(self.config.for_sampling()), self.params, self.buffers, text_tokenizer, config, seq, seed,
+        self._mesh, self._saved.add_bos(text_tokenizer),
       )  # fmt: skip
 
   def save_pretrained(self, directory: str | Path, dtype: str | None = None) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import jax
+from flax import nnx
 
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.model.attention_kinds import ATTENTION
@@ -33,7 +34,9 @@ def add_score(name: str, function: Callable[[jax.Array], jax.Array]) -> None:
 
   Raises ConfigError for the name of a shipped one, and for what cannot be called.
   """
-  _check("score", name, function)
+  _check_name("score", name)
+  if not callable(function):
+    raise ConfigError(f"the score {name!r} is of type {type(function).__name__}: expected a function")
   if name not in SCORES:
     MoEConfig.__dataclass_fields__["score"].metadata["choices"].append(name)
   _set_row(SCORES, name, function)
@@ -47,22 +50,23 @@ def add_attention(name: str, module: type, like: str = "gqa") -> None:
     module: made of (ModelConfig, nnx.Rngs or None); `model.attention.Attention` documents what a block calls.
     like: the shipped kind whose config fields it reads, and whose FLOPs and memory the plan takes for its own.
 
-  Raises ConfigError for the name of a shipped one, for what cannot be called, and for another `like`.
+  Raises ConfigError for the name of a shipped one, for what is no attention, and for another `like`.
   """
-  _check("attention", name, module)
+  _check_name("attention", name)
+  if not (isinstance(module, type) and issubclass(module, nnx.Module) and hasattr(module, "decode")):
+    raise ConfigError(
+      f"{module!r:.60} is no attention: expected an nnx.Module with __call__ and decode, as a subclass of "
+      "model.attention.Attention or model.mla.MLA"
+    )
   if like not in _shipped["attention"]:
     raise ConfigError(f"like={like!r} is not one of {', '.join(sorted(_shipped['attention']))}")
   ATTENTION_KINDS[name], ATTENTION_PLANS[name] = ATTENTION_KINDS[like], ATTENTION_PLANS[like]
   _set_row(ATTENTION, name, module)
 
 
-def _check(kind: str, name: str, row: Any) -> None:
+def _check_name(kind: str, name: str) -> None:
   if name in _shipped[kind]:
     raise ConfigError(f"{name!r} is a shipped {kind}: give yours another name")
-  if not callable(row):
-    raise ConfigError(
-      f"the {kind} {name!r} is of type {type(row).__name__}: expected a {'function' if kind == 'score' else 'class'}"
-    )
 
 
 def _set_row(table: MutableMapping[str, Any], name: str, row: Any) -> None:

@@ -46,6 +46,8 @@ def test_arguments_are_checked(tmp_path):
     program.main(["compare", str(tmp_path), "--metrics=loss"])
   with pytest.raises(ConfigError, match="cannot be written"):
     program.main(["compare", str(tmp_path), f"--out={tmp_path}/none/page.html"])
+  with pytest.raises(ConfigError, match="--out=page.txt must end in .html"):
+    program.main(["compare", str(tmp_path), "--out=page.txt"])
 
 
 def test_neither_help_nor_a_comparison_imports_jax(tmp_path):

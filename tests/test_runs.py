@@ -12,7 +12,7 @@ from deepseek_jax.checkpoint.hf_files import HFReader
 from deepseek_jax.config import Config
 from deepseek_jax.config_sections import CheckpointConfig, DataConfig, EvalConfig, SampleConfig, TrainConfig
 from deepseek_jax.console import SilentConsole
-from deepseek_jax.errors import CheckpointError, ConfigError
+from deepseek_jax.errors import CheckpointError, ConfigError, DataError
 from deepseek_jax.runs import Run
 from deepseek_jax.storage import ObjectStore
 from tests.compare.records import write_run
@@ -94,6 +94,9 @@ def test_the_model_of_a_run_is_that_of_its_newest_checkpoint(trained, tmp_path):
   best = int(np.argmax(model.logits([[256, *b"def"]])[0, -1, :257]))
   assert text == (chr(best) if 32 <= best < 127 or best in b"\n\t" else "" if best == 256 else "\ufffd")
   assert trained.sample("def", max_tokens=1, temperature=0) == text
+  assert again.sample("def", tokenizer="byte", max_tokens=1, temperature=0) == text
+  with pytest.raises(DataError, match="came without a tokenizer"):
+    again.sample("def")
   with pytest.raises(ConfigError, match="sample.*has no temprature; it takes prompt, max_tokens"):
     model.sample("def", temprature=0)
 

@@ -91,6 +91,8 @@ def test_what_is_no_variant_is_refused():
     variants.add_score("sigmoid", jnp.exp)
   with pytest.raises(ConfigError, match="the score 'other' is of type int: expected a function"):
     variants.add_score("other", 3)
+  with pytest.raises(ConfigError, match="is no attention: expected an nnx.Module with __call__ and decode"):
+    variants.add_attention("other", object)
   with pytest.raises(ConfigError, match="like='mine' is not one of gqa, mla"):
     variants.add_attention("other", Scaled, like="mine")
   with pytest.raises(ConfigError, match="model.moe.score must be one of softmax, sigmoid"):

@@ -45,6 +45,10 @@ def main(argv: list[str]) -> int:
   _, runs = parse_positional(argv, values, __doc__)
   if not runs:
     raise ConfigError("name the folders of runs, as python -m deepseek_jax.compare runs/a runs/b (see --help)")
+  if values.out and not values.out.endswith(".html"):
+    raise ConfigError(
+      f"--out={values.out} must end in .html: the page is written there; --json=FILE writes the numbers"
+    )
 
   from deepseek_jax.compare import compare_runs
 

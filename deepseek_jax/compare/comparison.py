@@ -153,8 +153,9 @@ def _two_groups(
     groups = group_runs([run for runs in found for run in runs])
     if len(groups) != 2:
       raise ConfigError(
-        f"a verdict is on two groups, got runs of {len(groups)} settings: give two, each a run, a folder of seeds or a "
-        "quoted glob, as --verdict 'runs/a-*' 'runs/b-*'"
+        f"a verdict is on two groups of seeds, got runs of {len(groups)} setting{'s' if len(groups) != 1 else ''} at "
+        f"{len(places)} place{'s' if len(places) != 1 else ''}: give two places, each a run, a folder of seeds or a quoted "
+        "glob, as --verdict 'runs/a-*' 'runs/b-*'"
       )
     return groups
   for place, runs in zip(places, found, strict=True):

@@ -95,7 +95,7 @@ def test_a_verdict_on_other_than_two_groups_is_an_error(tmp_path):
     ConfigError, match=r"expected runs of one setting .* got 2 settings, which differ in schedule\.peak"
   ):
     compare_runs([tmp_path, tmp_path / "a-0"], verdict=True)
-  with pytest.raises(ConfigError, match="a verdict is on two groups, got runs of 1 settings"):
+  with pytest.raises(ConfigError, match="a verdict is on two groups of seeds, got runs of 1 setting at"):
     compare_runs([tmp_path / "a-0"], verdict=True)
   with pytest.raises(ConfigError, match="expected a run that the other side of the verdict has not, got none"):
     compare_runs([tmp_path / "a-0", tmp_path / "a-0"], verdict=True)
