@@ -107,6 +107,7 @@ class Run:
     self.workdir = os.fspath(workdir)
     self._folder = RunFolder(self.workdir)
     self._model: Model | None = None
+    self._model_steps: list[int] = []  # the checkpoints that were there when it was loaded
 
   def __repr__(self) -> str:
     """Name, workdir, state and held-out result, in one line."""
@@ -164,9 +165,9 @@ class Run:
 
     It is kept until there is a newer one, with what was assigned to its params.
     """
-    newest = open_reader(self.workdir).latest()
-    if self._model is None or self._model.step != newest:
-      self._model = load_workdir(self.workdir, newest)
+    steps = open_reader(self.workdir).steps()
+    if self._model is None or steps != self._model_steps:  # which of them verifies is known when all of it was read
+      self._model, self._model_steps = load_workdir(self.workdir), steps
     return self._model
 
 
