@@ -67,6 +67,8 @@ def test_a_hugging_face_folder_and_its_workdir_have_the_same_scores(folder, caps
     (["--from={0}/hf", "--lm_eval_tasks=a"], "--lm_eval_tasks=NAME,... and --lm_eval_path=DIR.*go together"),
     (["--from={0}/hf", "--lm_eval_tasks=a", "--lm_eval_path={0}/no"], "--lm_eval_path=.*/no is not a folder"),
     (["--from={0}/hf", "--text={0}/a.txt", "--generations=x"], "--generations writes what --generate=FILE makes"),
+    (["--from={0}/hf", "--text={0}/a.txt", "--json={0}/no/a.json"], "--json=.*/no/a.json cannot be written: there is no folder"),
+    (["--from={0}/hf", "--text={0}/a.txt", "--stop=x"], "--stop ends generations, which --generate=FILE asks for"),
     (["--from={0}/hf", "--generate={0}/p.jsonl", "--stop="], "--stop= is empty"),
     (["--from={0}/hf", "--text={0}/none.txt"], "--text: .* there is no .*none.txt"),
     (["--from={0}/hf", "--text={0}/b.jsonl"], "b.jsonl:1 has no field 'text' .*set --text_field"),

@@ -110,6 +110,12 @@ def check_flags(values: flags.FlagValues) -> None:
     raise ConfigError("--stop= is empty, and would end every generation before its first token: leave it out")
   if values.generations and not values.generate:
     raise ConfigError("--generations writes what --generate=FILE makes: give that too")
+  if values["stop"].present and not values.generate:
+    raise ConfigError("--stop ends generations, which --generate=FILE asks for: give that too")
+  for flag in ("json", "generations"):  # not after an hour
+    folder = os.path.dirname(values[flag].value or "")
+    if folder and not os.path.isdir(folder):
+      raise ConfigError(f"--{flag}={values[flag].value} cannot be written: there is no folder {folder}")
 
 
 def names_an_input(values: flags.FlagValues) -> bool:
