@@ -27,7 +27,15 @@ from deepseek_jax.console import discard_output
 from deepseek_jax.cpu_backend import size_thread_pool
 from deepseek_jax.errors import ConfigError, UserError, format_exception
 from deepseek_jax.renamed_fields import with_current_names
-from deepseek_jax.schema import MAX_TYPOS, edit_distance, flatten_config, from_dict, leaf_paths, unknown_key
+from deepseek_jax.schema import (
+  MAX_TYPOS,
+  edit_distance,
+  flatten_config,
+  from_dict,
+  leaf_paths,
+  unknown_key,
+  with_leaves,
+)
 from deepseek_jax.storage import is_url, read_object
 
 
@@ -174,13 +182,10 @@ def load_config(path: str | None = "", overrides: Mapping[str, Any] | None = Non
       raise ConfigError(
         f"{dotted} is a section: set its fields by their paths, as {dotted}.{next(iter(value), 'FIELD')}"
       )
-    *sections, leaf = dotted.split(".")
-    section = tree
-    for name in sections:
-      section = section.setdefault(name, {})
-      if not isinstance(section, dict):
-        raise ConfigError(f"{path}: {name} must be a section of fields, got {section!r}")
-    section[leaf] = value
+  try:
+    tree = with_leaves(tree, overrides or {})
+  except ConfigError as error:
+    raise ConfigError(f"{path}: {error}") from None
   return from_dict(Config, tree)
 
 

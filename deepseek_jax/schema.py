@@ -1,12 +1,13 @@
 """Frozen dataclasses as config sections: fields with docs and limits, checked construction, nested dicts in and out."""
 
 import ast
+import copy
 import dataclasses
 import difflib
 import math
 import pathlib
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from deepseek_jax.errors import ConfigError
@@ -221,6 +222,29 @@ def edit_distance(a: str, b: str) -> int:
         row[-1] = min(row[-1], before[j - 2] + 1)
     before, last = last, row
   return last[-1]
+
+
+def config_leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+  """(dotted path, value) of each leaf of nested dicts, as a config.json has them."""
+  for name, value in tree.items():
+    if isinstance(value, Mapping) and value:
+      yield from config_leaves(value, f"{prefix}{name}.")
+    else:
+      yield prefix + name, value
+
+
+def with_leaves(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+  """A copy of the nested dicts `tree` with `values` {dotted path: value}. Raises ConfigError for a path below a leaf."""
+  changed = copy.deepcopy(dict(tree))
+  for path, value in values.items():
+    *sections, leaf = path.split(".")
+    section = changed
+    for name in sections:
+      section = section.setdefault(name, {})
+      if not isinstance(section, dict):
+        raise ConfigError(f"{name} must be a section of fields, got {section!r}")
+    section[leaf] = value
+  return changed
 
 
 def flatten_config(config: Section) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deepseek_jax.checkpoint.tree import TreePath, flatten_tree, list_first
@@ -12,7 +12,7 @@ from deepseek_jax.errors import CheckpointError
 from deepseek_jax.model_config import ATTENTION_SHAPE_FIELDS, ModelConfig
 from deepseek_jax.optimizers.trainable import split_trainable
 from deepseek_jax.plan.flops import abstract_params
-from deepseek_jax.schema import flatten_config
+from deepseek_jax.schema import config_leaves, flatten_config
 
 Difference = tuple[str, Any, Any]  # (dotted path of the field, value in the checkpoint, value now)
 
@@ -78,7 +78,7 @@ def check_compatible(
 
 def saved_value(saved_config: Mapping[str, Any], path: str) -> Any:
   """The value of the field at the dotted `path` in a checkpoint's config; its default where the checkpoint lacks it."""
-  saved = dict(_config_leaves(saved_config))
+  saved = _as_json(dict(config_leaves(saved_config)))
   return saved[path] if path in saved else flatten_config(Config())[path]
 
 
@@ -137,7 +137,7 @@ def _format(differences: Sequence[Difference]) -> str:
 
 
 def _differences(saved_config: Mapping[str, Any], config: Config) -> list[Difference]:
-  saved = dict(_config_leaves(saved_config))
+  saved = _as_json(dict(config_leaves(saved_config)))
   now, default = _as_json(flatten_config(config)), _as_json(flatten_config(Config()))
   differences: list[Difference] = []
   for path, value in now.items():
@@ -150,12 +150,3 @@ def _differences(saved_config: Mapping[str, Any], config: Config) -> list[Differ
 def _as_json(flat: Mapping[str, Any]) -> dict[str, Any]:
   """Tuples become lists, as JSON gives them back."""
   return {path: list(value) if isinstance(value, tuple) else value for path, value in flat.items()}
-
-
-def _config_leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-  """(dotted path, value) of every leaf of nested dicts."""
-  for key, value in _as_json(tree).items():
-    if isinstance(value, dict):
-      yield from _config_leaves(value, f"{prefix}{key}.")
-    else:
-      yield f"{prefix}{key}", value

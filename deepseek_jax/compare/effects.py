@@ -4,14 +4,14 @@ EFFECTS is the table: a row for every field, with the condition on which it has 
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from deepseek_jax.config import Config
 from deepseek_jax.errors import DataError
 from deepseek_jax.model_config import ATTENTION_KINDS
 from deepseek_jax.renamed_fields import with_current_names
-from deepseek_jax.schema import flatten_config
+from deepseek_jax.schema import config_leaves, flatten_config
 
 Fields = Mapping[str, Any]  # {dotted path: value}
 Condition = Callable[[Fields], bool]
@@ -198,20 +198,11 @@ def effective_fields(saved: Mapping[str, Any]) -> dict[str, Any]:
 
   Raises DataError for values that no config has.
   """
-  fields = _defaults() | dict(flatten(with_current_names(dict(saved))))
+  fields = _defaults() | {path: _hashable(value) for path, value in config_leaves(with_current_names(dict(saved)))}
   try:
     return {path: value for path, value in fields.items() if EFFECTS.get(path, _always)(fields)}
   except TypeError as error:
     raise DataError(f"config.json: expected the config of a run, got values of other types ({error})") from None
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-  """Yields (dotted path, value) of each leaf of nested dicts, with lists as tuples."""
-  for name, value in tree.items():
-    if isinstance(value, Mapping) and value:
-      yield from flatten(value, f"{prefix}{name}.")
-    else:
-      yield prefix + name, _hashable(value)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from typing import Any
 from deepseek_jax.config import Config
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.json_schema import config_schema
-from deepseek_jax.schema import flatten_config
+from deepseek_jax.schema import flatten_config, with_leaves
 
 WIDTH, SHORT = 120, 80  # of a line, and of a section that is written in one
 SCHEMA_FILE = "config.schema.json"  # beside a JSON config, which names it
@@ -24,21 +24,9 @@ def changed_fields(config: Config) -> dict[str, Any]:
   return {path: value for path, value in flatten_config(config).items() if value != defaults[path] or path in ALWAYS}
 
 
-def nest(fields: Mapping[str, Any]) -> dict[str, Any]:
-  """{dotted path: value} as nested dicts."""
-  tree: dict[str, Any] = {}
-  for path, value in fields.items():
-    *sections, leaf = path.split(".")
-    section = tree
-    for name in sections:
-      section = section.setdefault(name, {})
-    section[leaf] = value
-  return tree
-
-
 def format_json(config: Config) -> str:
   """The fields that differ from the defaults, as JSON that names its schema."""
-  tree = {"$schema": f"./{SCHEMA_FILE}", **nest(changed_fields(config))}
+  tree = {"$schema": f"./{SCHEMA_FILE}", **with_leaves({}, changed_fields(config))}
   return json.dumps(tree, indent=2) + "\n"
 
 
@@ -59,7 +47,7 @@ def format_python(config: Config, title: str, header: Sequence[str], reasons: Ma
   if has_steps:
     lines += [*_commented(f"STEPS = {format_value(config.train.steps)}", reasons["train.steps"], ""), ""]
   lines += ["", "def get_config():", "  return ConfigDict(", "    dict("]
-  lines += _section(nest(fields), "", reasons, has_steps)
+  lines += _section(with_leaves({}, fields), "", reasons, has_steps)
   return "\n".join([*lines, "    )", "  )", ""])
 
 

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from deepseek_jax.config import Config
@@ -13,7 +12,7 @@ from deepseek_jax.errors import ConfigError
 from deepseek_jax.scaling.counting import count_params, nonembedding_flops_per_token
 from deepseek_jax.scaling.laws import DEEPSEEK_ALLOCATION, AllocationLaw, HyperparamLaw, TrainingRun
 from deepseek_jax.scaling.shapes import MoEVariant, find_shape
-from deepseek_jax.schema import flatten_config, from_dict
+from deepseek_jax.schema import flatten_config, from_dict, with_leaves
 
 VERSION = 1
 PLAN_FILE = "plan.json"  # in the folder of a sweep
@@ -81,7 +80,7 @@ class SweepPlan:
 
   def config(self, run: PlannedRun) -> Config:
     """The config of a run. Raises ConfigError where it is none."""
-    return from_dict(Config, _with_overrides(self.base, run.overrides))
+    return from_dict(Config, with_leaves(self.base, run.overrides))
 
   def to_json(self) -> dict[str, Any]:
     """The content of a plan's file."""
@@ -121,17 +120,6 @@ def load_plan(path: str | os.PathLike[str]) -> SweepPlan:
   if wrong is not None:
     raise ConfigError(f"--plan={path}: run_id {wrong!r} is there twice, or is no name of a folder; rename it")
   return plan
-
-
-def _with_overrides(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-  tree: dict[str, Any] = json.loads(json.dumps(base))
-  for path, value in overrides.items():
-    *sections, leaf = path.split(".")
-    section = tree
-    for name in sections:
-      section = section.setdefault(name, {})
-    section[leaf] = value
-  return tree
 
 
 @dataclasses.dataclass(frozen=True)

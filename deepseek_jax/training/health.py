@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from deepseek_jax.schema import config_leaves
 from deepseek_jax.training.expert_loads import DEAD, ExpertLoads
-from deepseek_jax.training.run_records import Column, RunRecords, config_fields
+from deepseek_jax.training.run_records import Column, RunRecords
 from deepseek_jax.training.running import BLOCK, spikes
 
 LOSS_SPIKE = dict(sigmas=8.0, factor=1.1)  # above the running median
@@ -63,7 +64,7 @@ class Run:
 
 def find(records: RunRecords, loads: ExpertLoads | None) -> list[Finding]:
   """The findings of all rules, worst first. loads: of `read_expert_loads`."""
-  run = Run(records, dict(config_fields(records.config)), loads)
+  run = Run(records, dict(config_leaves(records.config)), loads)
   return [finding for rule in HEALTH_RULES for finding in rule(run)]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.config import Config
-from deepseek_jax.schema import flatten_config, leaf_paths
+from deepseek_jax.schema import config_leaves, flatten_config, leaf_paths
 from deepseek_jax.training import metrics
 from deepseek_jax.training.expert_heatmap import heatmaps
 from deepseek_jax.training.expert_loads import read_expert_loads
@@ -29,7 +29,7 @@ from deepseek_jax.training.page import (
 )
 from deepseek_jax.training.plot import format_compact
 from deepseek_jax.training.report_charts import TIMES, charts
-from deepseek_jax.training.run_records import Event, RunRecords, config_fields, is_number, read_run
+from deepseek_jax.training.run_records import Event, RunRecords, is_number, read_run
 
 
 def write_report(workdir: str | os.PathLike[str]) -> str:
@@ -85,7 +85,7 @@ def _header(name: str, events: Sequence[Event]) -> str:
 
 def _tiles(run: RunRecords) -> str:
   heldout = (run.events_by_step("eval") or [{}])[-1]
-  planned_steps = dict(config_fields(run.config)).get("train.steps")
+  planned_steps = dict(config_leaves(run.config)).get("train.steps")
   last_step = int(run.steps[-1]) if len(run.steps) else 0
   tokens, skipped, speeds = _last(run, "tokens"), _last(run, "skipped"), _finite(run, "tokens_per_second")
   tiles = [
@@ -163,7 +163,7 @@ def _config(config: dict[str, Any]) -> str:
   defaults = json.loads(json.dumps(flatten_config(Config())))  # tuples as the lists that JSON makes of them
   fields = leaf_paths(Config)
   groups: dict[str, list[str]] = {}
-  for path, value in config_fields(config):
+  for path, value in config_leaves(config):
     is_known = path in defaults
     changed = is_known and defaults[path] != value
     doc = fields[path].metadata["doc"] if is_known else "no such field in this version"

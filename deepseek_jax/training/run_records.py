@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -143,15 +143,6 @@ def read_config(path: str) -> dict[str, Any]:
       f"{path}: expected the config of a run, got that of a Hugging Face folder; name the folder of a run"
     )
   return tree
-
-
-def config_fields(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-  """(path, value) of each field of a config.json, as model.layers."""
-  for key, value in config.items():
-    if isinstance(value, dict):
-      yield from config_fields(value, f"{prefix}{key}.")
-    else:
-      yield prefix + key, value
 
 
 def is_number(value: Any) -> bool:
