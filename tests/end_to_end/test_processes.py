@@ -49,10 +49,10 @@ if fault and process == "1":
     if fault == "data":
       raise ConfigError("only this process cannot read its data")
     raise KeyError("a mistake in the code")
-  def save_on_a_full_disk(self, *arguments):
+  def save_on_a_full_disk(self, *arguments, **options):
     if len(self.steps()) == 1:
       resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-    return save(self, *arguments)
+    return save(self, *arguments, **options)
   if fault == "data":
     loop.open_data = raising
   elif fault == "code":
