@@ -22,6 +22,7 @@ from absl import flags
 from deepseek_jax.console import SilentConsole, current_console, log_to_console, set_console
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import parse, run_program
+from deepseek_jax.new.config_file import SCHEMA_FILE, format_json, format_python, write_file, write_schema
 
 FLAGS = {
   "model": "dense, as DeepSeek LLM, or moe, as DeepSeek-V3: MLA, experts with router biases, MTP",
@@ -77,7 +78,7 @@ def check_out(path: str, overwrite: bool) -> None:
   """Raises ConfigError where a config cannot be written to `path`."""
   if not path.endswith((".py", ".json")):
     raise ConfigError(f"--out={path} must end in .py or .json: a config file is Python or JSON")
-  if os.path.basename(path) == "config.schema.json":
+  if os.path.basename(path) == SCHEMA_FILE:
     raise ConfigError(f"--out={path} is the name of the schema that is written beside a JSON config: give another name")
   if os.path.exists(path) and not overwrite:
     raise ConfigError(f"--out={path} is there already: give --overwrite to replace it, or another name")
@@ -113,7 +114,6 @@ def ask_and_advise(interview: Any, defaults: dict[str, str]) -> Any:
 
 def write(advice: Any, path: str, overwrite: bool) -> None:
   """Writes the config, and beside JSON its schema. Raises ConfigError where it cannot."""
-  from deepseek_jax.new.config_file import format_json, format_python, write_file, write_schema
   from deepseek_jax.new.reasons import reasons
   from deepseek_jax.new.summary import header, title
 

@@ -45,14 +45,12 @@ class RunRecords:
   """The records of a run.
 
   Attributes:
-    folder: where they are.
     config: config.json, nested dicts.
     steps: int64 [rows], the logged steps.
     columns: each metric by its name.
     events: of events.jsonl, in order.
   """
 
-  folder: str
   config: dict[str, Any]
   steps: np.ndarray
   columns: Mapping[str, Column]
@@ -72,7 +70,7 @@ def read_run(folder: str | os.PathLike[str]) -> RunRecords:
   folder = os.fspath(folder)
   config = read_config(os.path.join(folder, CONFIG))
   steps, columns = read_columns(os.path.join(folder, metrics.METRICS))
-  return RunRecords(folder, config, steps, columns, metrics.read_jsonl(os.path.join(folder, metrics.EVENTS)))
+  return RunRecords(config, steps, columns, metrics.read_jsonl(os.path.join(folder, metrics.EVENTS)))
 
 
 def read_columns(path: str | os.PathLike[str]) -> tuple[np.ndarray, dict[str, Column]]:

@@ -96,6 +96,7 @@ def test_python_is_formatted_and_says_why(flags):
   [
     ("--tokens=many", "--tokens=many: expected a positive number of tokens"),
     ("--tokens=-5", "--tokens=-5: expected a positive number"),
+    ("--out=a/config.schema.json", "is the name of the schema that is written beside a JSON config"),
     ("--tokens=0", "--tokens=0: expected a positive number"),
     ("--tokens=1e999", "expected a positive number"),
     ("--tokens=1e300", "--tokens=1e300: expected at most 1e+16 tokens"),

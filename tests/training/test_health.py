@@ -52,7 +52,7 @@ def make_records(values, events=()):
     "balance": balance, "optimizer": {"clip": 1.0}, "schedule": {"peak": 0.02},
   }  # fmt: skip
   columns = {name: Column(STEPS, np.asarray(v, np.float64)) for name, v in values.items()}
-  return RunRecords("", config, STEPS, columns, list(events))
+  return RunRecords(config, STEPS, columns, list(events))
 
 
 def plant(name, *, at=slice(None), to=None, times=1.0):
@@ -74,7 +74,7 @@ def test_a_short_run_is_judged_without_a_false_alarm(rows):
 
 
 def test_a_run_without_any_metric_has_nothing_to_note():
-  assert find(RunRecords("", {}, np.zeros(0, np.int64), {}, []), None) == []
+  assert find(RunRecords({}, np.zeros(0, np.int64), {}, []), None) == []
 
 
 # (change of the values, title, words of the evidence, field of the advice)
