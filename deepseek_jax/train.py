@@ -160,8 +160,9 @@ def train(
   from deepseek_jax.evaluate.heldout import evaluate
   from deepseek_jax.generate.decoding import continue_prompt
   from deepseek_jax.selftest.run import select_kernels
-  from deepseek_jax.training.loop import Diverged, run
+  from deepseek_jax.training.loop import run
   from deepseek_jax.training.schedule_check import check_warmup
+  from deepseek_jax.training.skipped import Diverged
 
   check_warmup(config)
 

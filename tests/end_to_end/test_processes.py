@@ -44,7 +44,7 @@ FAULTS = """
 fault, process = os.environ.get("FAULT"), os.environ.get("JAX_PROCESS_ID")
 if fault and process == "1":
   from deepseek_jax.errors import ConfigError
-  from deepseek_jax.training import loop
+  from deepseek_jax.training import loop, trainer
   def raising(*_):
     if fault == "data":
       raise ConfigError("only this process cannot read its data")
@@ -56,7 +56,7 @@ if fault and process == "1":
   if fault == "data":
     loop.open_data = raising
   elif fault == "code":
-    loop.Run.restore_or_init = raising
+    trainer.Trainer.load_state = raising
   elif fault == "evaluation":
     import signal
     from deepseek_jax.evaluate import heldout

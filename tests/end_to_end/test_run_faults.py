@@ -15,7 +15,7 @@ from deepseek_jax.checkpoint.manager import Checkpointer
 from deepseek_jax.errors import CheckpointError
 from deepseek_jax.evaluate import heldout
 from deepseek_jax.generate import decoding
-from deepseek_jax.training import loop
+from deepseek_jax.training import loop, trainer
 from deepseek_jax.training.metrics import AppendFile
 from deepseek_jax.training.run_log import RunLog
 from tests.configs import RUN, write_texts
@@ -158,7 +158,7 @@ def test_an_error_of_a_writer_or_of_the_code_is_raised_after_a_save(folder, dige
 
 
 @pytest.mark.parametrize(
-  ("owner", "name"), [(loop, "load_model_tokenizer"), (loop, "open_data"), (loop.Run, "restore_or_init")]
+  ("owner", "name"), [(loop, "load_model_tokenizer"), (loop, "open_data"), (trainer.Trainer, "load_state")]
 )
 def test_a_signal_before_the_loop_ends_the_run_at_once(folder, digest, owner, name):
   with pytest.MonkeyPatch.context() as patch:
@@ -184,7 +184,7 @@ def test_a_signal_in_the_final_evaluation_or_sample_ends_a_saved_run(folder, dig
 
 def break_weights_after(step, monkeypatch):
   """The update of `step` makes weights that give no finite gradients."""
-  start_step = loop.Run.start_step
+  start_step = trainer.Trainer.start_step
 
   def start(self, *arguments):
     step_metrics = start_step(self, *arguments)
@@ -193,7 +193,7 @@ def break_weights_after(step, monkeypatch):
       self.state = type(self.state)(**{**vars(self.state), "params": params})
     return step_metrics
 
-  monkeypatch.setattr(loop.Run, "start_step", start)
+  monkeypatch.setattr(trainer.Trainer, "start_step", start)
 
 
 def test_skipped_updates_rotate_no_checkpoint_and_a_run_that_diverged_goes_back_before_them(folder, digest):
