@@ -6,6 +6,7 @@ each module gets only its own section. Nothing here touches a device.
 
 import dataclasses
 import math
+from typing import Any
 
 from deepseek_jax.config_sections import (
   TOKENIZER_SIZES,
@@ -20,15 +21,23 @@ from deepseek_jax.config_sections import (
   ParallelConfig,
   SampleConfig,
   ScheduleConfig,
+  StageConfig,
   TrainConfig,
 )
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.logical_axes import RULES
-from deepseek_jax.model_config import ATTENTION_KINDS, ModelConfig
-from deepseek_jax.schema import Section, field, table_argument
+from deepseek_jax.model_config import ATTENTION_KINDS, SHAPE_FIELDS, ModelConfig
+from deepseek_jax.schema import Section, field, from_dict, table_argument, with_leaves
 
 # {balance.bias_rule: the routers whose biases it moves}
 BIAS_RULE_ROUTERS = table_argument("training.router_bias", "BIAS_RULES", "routers")
+
+# Fields that no stage of training may change: those that arrays depend on, and those that tell the splits of the text apart.
+FIXED_IN_STAGES = {f"model.{name}" for name in (*SHAPE_FIELDS, "param_dtype")} | {
+  "data.tokenizer", "data.heldout_fraction", "data.text_field", "data.skip_null", "data.cache", "train.steps",
+}  # fmt: skip
+# Fields that the optimizer state depends on.
+OPTIMIZER_STATE_FIELDS = {"optimizer.kind", "optimizer.moments_dtype", "optimizer.trainable"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +62,60 @@ class Config(Section):
   eval: EvalConfig = EvalConfig()
   log: LogConfig = LogConfig()
   sample: SampleConfig = SampleConfig()
+  stages: tuple[StageConfig, ...] = field(
+    (),
+    "stages of training, one after another: of each its name, until_tokens and the fields that differ; empty: one stage",
+  )
+  first_stage: str = field(
+    "",
+    "name of the stage with which a run starts that has its weights from init_from; empty: the first. --stage sets it",
+  )
+
+  def at_stage(self, index: int, **values: Any) -> "Config":
+    """The config of the stage `index`: without stages, and with `values` {dotted path with __ for each dot: value}."""
+    stage = self.stages[index]
+    tree = dataclasses.asdict(dataclasses.replace(self, stages=(), first_stage="", train=TrainConfig()))
+    tree["train"] = dataclasses.asdict(self.train) | {"steps": self.train.steps or 1}
+    values = {path.replace("__", "."): value for path, value in values.items()}
+    try:
+      return from_dict(Config, with_leaves(tree, stage.overrides() | values))
+    except ConfigError as error:
+      raise ConfigError(f"stages[{index}] ({stage.name}): {error}") from None
+
+  def check_training_stages(self) -> None:
+    """Raises ConfigError unless the stages fit each other, and each makes a config."""
+    names = [stage.name for stage in self.stages]
+    if not self.stages and not self.train.steps:
+      raise ConfigError("train.steps must be at least 1, got 0, which is for a config with stages")
+    if len(set(names)) < len(names):
+      raise ConfigError(f"stages must have different names, got {', '.join(names)}")
+    if self.first_stage and self.first_stage not in names:
+      raise ConfigError(f"there is no stage {self.first_stage!r}: stages has {', '.join(names) or 'none'}")
+    if self.first_stage and not self.init_from:
+      raise ConfigError(
+        f"a run that starts with the stage {self.first_stage} needs the weights of the stage before: give --config.init_from"
+      )
+    ends = [stage.until_tokens for stage in self.stages]
+    if ends != sorted(set(ends)):
+      raise ConfigError(f"stages: until_tokens counts from the start of the run, so it must rise, got {ends}")
+    state_fields: dict[str, Any] = {
+      path: getattr(self.optimizer, path.partition(".")[2]) for path in OPTIMIZER_STATE_FIELDS
+    }
+    for index, stage in enumerate(self.stages):
+      if fixed := FIXED_IN_STAGES & stage.overrides().keys():
+        raise ConfigError(f"stages[{index}] ({stage.name}): no stage can change {', '.join(sorted(fixed))}")
+      optimizer = self.at_stage(index).optimizer
+      fields = {path: getattr(optimizer, path.partition(".")[2]) for path in OPTIMIZER_STATE_FIELDS}
+      changed = sorted(path for path in fields if fields[path] != state_fields[path])
+      if changed and index and not stage.reset_optimizer:
+        raise ConfigError(
+          f"stages[{index}] ({stage.name}) changes {', '.join(changed)}, and the optimizer state of the stage before does not "
+          "fit: set its reset_optimizer=True"
+        )
+      state_fields = fields
 
   def check(self) -> None:
+    self.check_training_stages()
     if (self.model.param_dtype == "float64") != (self.optimizer.moments_dtype == "float64"):
       raise ConfigError(
         f"optimizer.moments_dtype={self.optimizer.moments_dtype} with model.param_dtype={self.model.param_dtype}: "

@@ -1,9 +1,10 @@
 """The sections of a `Config` but the model's, each with its defaults, limits and the checks of its own fields."""
 
 import dataclasses
+from typing import Any
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.schema import Section, field, table_keys
+from deepseek_jax.schema import Section, config_leaves, field, table_keys
 
 # Number of ids that a tokenizer may emit, known without installing it. byte: 256 bytes and the separator.
 TOKENIZER_SIZES = {"byte": 257, "deepseek-llm": 100_015, "deepseek-v3": 128_815}
@@ -27,6 +28,11 @@ class DataConfig(Section, path="data"):
   mask_documents: bool = field(False, "attend within documents only; off in the DeepSeek recipes up to V3")
   text_field: str = field("text", "key of the text in .jsonl and .parquet records")
   skip_null: bool = field(False, "skip records whose text is null, and count them; off: such a record is an error")
+  order: str = field(
+    "shuffled",
+    "order of the samples of each source: shuffled, or by_length: those with the shortest documents first",
+    choices=("shuffled", "by_length"),
+  )
   cache: str = field("", "folder of packed data; empty: the user's cache folder")
   verify: bool = field(True, "check the checksums of packed data at start")
 
@@ -76,6 +82,10 @@ class ScheduleConfig(Section, path="schedule"):
   warmup_tokens: int = field(0, "linear warm-up from zero, in tokens; replaces warmup_steps when above 0", at_least=0)
   steps: int = field(1000, "length in steps; milestones are fractions of it", at_least=1)
   tokens: int = field(0, "length in tokens; replaces steps when above 0", at_least=0)
+  start_step: int = field(0, "step of the run at which the schedule starts; its steps count from there", at_least=0)
+  start_tokens: int = field(
+    0, "tokens of the run at which the schedule starts; its tokens count from there", at_least=0
+  )
   milestones: tuple[float, ...] = field(
     (),
     "fractions of the length: drops of multi_step; start and end of wsd's cosine, then its drops",
@@ -160,7 +170,9 @@ class ParallelConfig(Section, path="parallel"):
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Section, path="train"):
-  steps: int = field(1000, "updates after which the run is finished", at_least=1)
+  steps: int = field(
+    1000, "updates after which the run is finished; 0: as many as `stages` take, which need it", at_least=0
+  )
   global_batch: int = field(16, "sequences per update", at_least=1)
   microbatch: int = field(
     0, "sequences per forward and backward pass, over all devices; 0: the whole batch", at_least=0
@@ -267,3 +279,37 @@ class SampleConfig(Section, path="sample"):
   repetition_penalty: float = field(
     1.0, "divides positive and multiplies negative logits of tokens that the text already has", above=0
   )
+
+
+def section_fields(of: str) -> Any:
+  """A dataclass field of a stage: nested dicts of the fields of a section that differ in it."""
+  doc = f"what differs in the stage of {of}"
+  return dataclasses.field(default_factory=dict, hash=False, metadata={"doc": doc})
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig(Section, path="stages"):
+  """A stage of training: its end, and the fields of the config that differ in it, in nested dicts as in a config file."""
+
+  name: str = field("", "name of the stage, for --stage, messages and events")
+  until_tokens: int = field(0, "tokens of the whole run at which the stage ends", above=0)
+  reset_optimizer: bool = field(False, "start with a new optimizer state")
+  model: dict = section_fields("model, but those that arrays depend on: YaRN, RoPE, dropout, how it is computed")
+  data: dict = section_fields("data, but the tokenizer: length, sources, their weights, order")
+  optimizer: dict = section_fields("optimizer; with another kind or another `trainable` the state has to be reset")
+  schedule: dict = section_fields("schedule, which then starts with the stage")
+  mesh: dict = section_fields("mesh")
+  parallel: dict = section_fields("parallel")
+  train: dict = section_fields("train, but `steps`: batch and its ramp, loss")
+  balance: dict = section_fields("balance")
+  mtp: dict = section_fields("mtp")
+  eval: dict = section_fields("eval")
+
+  def check(self) -> None:
+    if not self.name.isprintable() or not self.name or set(self.name) & set(" ./=,"):
+      raise ConfigError(f"stages.name must be a word without . / = and commas, got {self.name!r}")
+
+  def overrides(self) -> dict[str, Any]:
+    """The fields that differ: {dotted path: value}."""
+    sections = {name: value for name, value in vars(self).items() if isinstance(value, dict) and value}
+    return dict(config_leaves(sections))

@@ -23,12 +23,14 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from deepseek_jax.config import Config
+from deepseek_jax.config_sections import StageConfig
 from deepseek_jax.console import discard_output
 from deepseek_jax.cpu_backend import size_thread_pool
 from deepseek_jax.errors import ConfigError, UserError, format_exception
 from deepseek_jax.renamed_fields import with_current_names
 from deepseek_jax.schema import (
   MAX_TYPOS,
+  coerce,
   edit_distance,
   flatten_config,
   from_dict,
@@ -54,13 +56,42 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
       rest.append(argument)
       continue
     path = name.removeprefix("config.")
-    if path not in leaves:
+    field = leaves.get(path) or _stage_field(path)
+    if field is None:
       raise ConfigError(unknown_key(Config, path))
-    value = text if equals else "true" if leaves[path].type is bool else next(arguments, None)
+    value = text if equals else "true" if field.type is bool else next(arguments, None)
     if value is None:
       raise ConfigError(f"--config.{path} needs a value: --config.{path}=VALUE")
     overrides[path] = value
   return rest, overrides
+
+
+def _stage_field(path: str) -> dataclasses.Field[Any] | None:
+  """The field that stages.NAME.FIELD sets in the stage NAME: one of a stage, or one of the config; None for another path."""
+  section, _, rest = path.partition(".")
+  name = rest.partition(".")[2]
+  leaves = {p.removeprefix("stages."): f for p, f in leaf_paths(StageConfig).items() if f.type is not dict}
+  sections = {f.name for f in dataclasses.fields(StageConfig) if f.type is dict}
+  in_section = {p: f for p, f in leaf_paths(Config).items() if p.partition(".")[0] in sections}
+  return (leaves | in_section).get(name) if section == "stages" else None
+
+
+def _set_stage_fields(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+  """`tree`, a config, with `overrides` {stages.NAME.FIELD: value or text}. Raises ConfigError for a stage that there is not."""
+  stages = [dict(stage) for stage in tree.get("stages", ())]
+  for path, value in overrides.items():
+    name, _, leaf = path.removeprefix("stages.").partition(".")
+    names, field = [str(stage.get("name")) for stage in stages], _stage_field(path)
+    if name not in names or field is None:
+      raise ConfigError(
+        f"--config.{path}: expected stages.NAME.FIELD, of a stage of the config, which has {', '.join(names) or 'none'}"
+      )
+    index = names.index(name)
+    try:
+      stages[index] = with_leaves(stages[index], {leaf: coerce(value, field.type)})
+    except (TypeError, ValueError, SyntaxError, OverflowError):
+      raise ConfigError(f"--config.{path} cannot be {value!r:.80}") from None
+  return {**tree, "stages": stages}
 
 
 def file_exists(path: str) -> bool:
@@ -177,16 +208,18 @@ def load_config(path: str | None = "", overrides: Mapping[str, Any] | None = Non
   tree = read_config_file(find_config(path)) if path else {}
   if saved:
     tree = with_current_names(tree)
-  for dotted, value in (overrides or {}).items():
+  of_stages = {path: value for path, value in (overrides or {}).items() if path.startswith("stages.")}
+  overrides = {path: value for path, value in (overrides or {}).items() if path not in of_stages}
+  for dotted, value in overrides.items():
     if isinstance(value, Mapping):
       raise ConfigError(
         f"{dotted} is a section: set its fields by their paths, as {dotted}.{next(iter(value), 'FIELD')}"
       )
   try:
-    tree = with_leaves(tree, overrides or {})
+    tree = with_leaves(tree, overrides)
   except ConfigError as error:
     raise ConfigError(f"{path}: {error}") from None
-  return from_dict(Config, tree)
+  return from_dict(Config, _set_stage_fields(tree, of_stages) if of_stages else tree)
 
 
 def write_config(config: Config, folder: str | os.PathLike[str]) -> None:

@@ -5,6 +5,7 @@ import typing
 from typing import Any
 
 from deepseek_jax.config import Config
+from deepseek_jax.config_sections import StageConfig
 from deepseek_jax.schema import Section
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -40,6 +41,11 @@ def section_schema(cls: type[Section]) -> dict[str, Any]:
 
 def field_schema(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
   """The schema of a field of type `kind`. Limits are those of its items where it is a tuple."""
+  description = {"description": field.metadata["doc"]}
+  if kind is dict:  # what differs in a stage from the section of that name
+    return description | section_schema(typing.get_type_hints(Config)[field.name])
+  if kind == tuple[StageConfig, ...]:
+    return description | {"type": "array", "items": section_schema(StageConfig), "default": []}
   is_tuple = typing.get_origin(kind) is tuple
   item: dict[str, Any] = {"type": _TYPES[typing.get_args(kind)[0] if is_tuple else kind]}
   for name, limit in field.metadata.items():
@@ -51,7 +57,7 @@ def field_schema(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
     item["pattern"] = _PATH_PATTERN
   default: Any = field.default
   return {
-    "description": field.metadata["doc"],
+    **description,
     **({"type": "array", "items": item} if is_tuple else item),
     "default": list(default) if is_tuple else default,
   }

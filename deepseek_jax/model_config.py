@@ -311,3 +311,11 @@ class ModelConfig(Section, path="model"):
   def num_moe_layers(self) -> int:
     """Number of blocks with a mixture of experts, not counting those of multi-token prediction."""
     return self.layers - self.num_dense_layers
+
+
+# Fields of the model that decide which arrays there are, and their shapes.
+SHAPE_FIELDS = {
+  "vocab", "embed", "layers", "first_dense_layers", "num_mtp_layers", "mlp", "tied_embeddings", "moe.num_routed_experts",
+  "moe.num_shared_experts", "moe.mlp", "moe.router_bias", "attention.kind",
+  *(f"attention.{name}" for name in ATTENTION_SHAPE_FIELDS),
+}  # fmt: skip

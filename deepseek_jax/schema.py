@@ -8,7 +8,7 @@ import math
 import pathlib
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.renamed_fields import RENAMED_FIELDS
@@ -76,6 +76,7 @@ _KINDS = {
   tuple[str, ...]: "a list of texts, as a,b",
   tuple[int, ...]: "a list of integers, as 1,2",
   tuple[float, ...]: "a list of numbers, as 0.5,1",
+  dict: "a section of fields",
 }
 
 
@@ -88,8 +89,13 @@ def _stays_inside(path: str) -> bool:
 def coerce(value: Any, kind: Any) -> Any:
   """`value` as the type `kind`. Text is parsed as on the command line: `1e3` is an integer, `a,b` a tuple.
 
-  Raises TypeError, ValueError, SyntaxError or OverflowError for a value that is not of that type.
+  Raises TypeError, ValueError, SyntaxError or OverflowError for a value that is not of that type, and ConfigError for a
+  section of other fields.
   """
+  if _is_section(kind) and isinstance(value, Mapping):
+    return from_dict(kind, value)
+  if kind is dict and isinstance(value, Mapping):
+    return copy.deepcopy(dict(value))
   if typing.get_origin(kind) is tuple:
     if isinstance(value, str):
       text = value.strip()
@@ -97,7 +103,7 @@ def coerce(value: Any, kind: Any) -> Any:
       value = ast.literal_eval(text) if literal else [v.strip() for v in text.split(",") if v.strip()]
     if not isinstance(value, (tuple, list)):
       value = (value,)
-    return tuple(coerce(v, typing.get_args(kind)[0]) for v in value)
+    return tuple(coerce(v, get_args(kind)[0]) for v in value)
   if kind is bool and isinstance(value, str) and value.lower() in ("true", "false", "1", "0"):
     return value.lower() in ("true", "1")
   if kind in (int, float) and isinstance(value, str):
@@ -133,7 +139,8 @@ class Section:
       try:
         value = coerce(value, kind)
       except (TypeError, ValueError, SyntaxError, OverflowError):
-        raise ConfigError(f"{path} must be {_KINDS[kind]}, got {value!r:.80}") from None
+        expected = _KINDS.get(kind) or f"a list of objects with the fields {', '.join(leaf_paths(get_args(kind)[0]))}"
+        raise ConfigError(f"{path} must be {expected}, got {value!r:.80}") from None
       for item in value if isinstance(value, tuple) else (value,):
         if isinstance(item, float) and not math.isfinite(item):
           raise ConfigError(f"{path} must be finite, got {item}")

@@ -12,7 +12,7 @@ Exit codes: 0 finished, 2 config, data or checkpoint, 130 / 143 saved after Ctrl
 import json
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -23,6 +23,9 @@ from deepseek_jax.flags import define_config_flags, file_exists, load_config, pa
 from deepseek_jax.json_schema import config_schema
 from deepseek_jax.processes import define_process_flags, find_initialize_args
 from deepseek_jax.training.metrics import WriterFactory
+
+if TYPE_CHECKING:
+  from deepseek_jax.stages import Stage
 
 
 def program_flags() -> flags.FlagValues:
@@ -50,6 +53,12 @@ def program_flags() -> flags.FlagValues:
     None,
     "devices that --dry_run and --print_config plan for (default: as few as the mesh allows)",
     lower_bound=1,
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    "stage",
+    None,
+    "start a new run with this stage of the config's `stages`, from the weights of --config.init_from",
     flag_values=values,
   )
   flags.DEFINE_boolean(
@@ -92,25 +101,21 @@ def main(argv: list[str]) -> int:
     raise ConfigError(
       f"--devices={values.devices} is for --dry_run and --print_config; a run takes the devices that are here"
     )
+  if values.stage:
+    overrides["first_stage"] = values.stage
   config = load_config(values.config or saved, overrides, saved=not values.config)
 
   # Imported late: --help and config errors need no jax.
   from deepseek_jax.distributed import print_error
-  from deepseek_jax.mesh import min_devices, resolve_mesh
-  from deepseek_jax.plan.summary import config_summary, format_changed_fields, format_config, format_planned_tokens
-  from deepseek_jax.training.schedule_check import check_warmup, schedule_warnings
+  from deepseek_jax.stages import resolve_stages
+  from deepseek_jax.training.schedule_check import check_warmup
   from deepseek_jax.training.skipped import Diverged
 
-  check_warmup(config)
+  stages = resolve_stages(config)
+  for stage in stages:
+    check_warmup(stage.config)
   if plan_only:
-    on_mesh = resolve_mesh(config, values.devices or min_devices(config.mesh))
-    print(format_config(on_mesh) if values.print_config else format_changed_fields(config))
-    if values.dry_run:
-      fewest = "" if values.devices else ", the fewest that the mesh takes: --devices=N plans for N"
-      print(f"devices          {min_devices(on_mesh.mesh):,}{fewest}")
-      print(f"{config_summary(on_mesh)}\n{format_planned_tokens(on_mesh)}")
-      for warning in schedule_warnings(on_mesh):
-        print(f"warning          {warning}")
+    print(describe(config, stages, values.devices, values.print_config, values.dry_run))
     return 0
 
   initialize_args = find_initialize_args(values.coordinator, values.processes, values.process)
@@ -123,6 +128,28 @@ def main(argv: list[str]) -> int:
   except Diverged as error:
     print_error(f"error: {error}", current_console())
     return 1
+
+
+def describe(config: Config, stages: Sequence["Stage"], devices: int | None, every_field: bool, plan: bool) -> str:
+  """What --print_config (every_field) and --dry_run (plan) print of `config`, whose `stages` are resolved.
+
+  devices: to plan for. None: as few as each mesh allows. Raises ConfigError where they do not fit a mesh.
+  """
+  from deepseek_jax.mesh import min_devices, resolve_mesh
+  from deepseek_jax.plan import summary
+  from deepseek_jax.training.schedule_check import schedule_warnings
+
+  on_meshes = [resolve_mesh(stage.config, devices or min_devices(stage.config.mesh)) for stage in stages]
+  resolved = resolve_mesh(config, min_devices(on_meshes[0].mesh)) if stages[0].name else on_meshes[0]
+  lines = [summary.format_config(resolved) if every_field else summary.format_changed_fields(config)]
+  for stage, on_mesh in zip(stages, on_meshes, strict=True) if plan else ():
+    start = stage.first_step, stage.first.tokens
+    fewest = "" if devices else ", the fewest that the mesh takes: --devices=N plans for N"
+    lines += [summary.format_stage(config, stage)] if stage.name else []
+    lines.append(f"devices          {min_devices(on_mesh.mesh):,}{fewest}")
+    lines += [summary.config_summary(on_mesh), summary.format_planned_tokens(on_mesh, *start)]
+    lines += [f"warning          {line}" for line in schedule_warnings(on_mesh, *start) if stage.is_last]
+  return "\n".join(lines)
 
 
 def train(

@@ -20,7 +20,7 @@ LAYERS = (
   {"model_config", "config_sections"},
   {"config"},
   {"mesh", "sharding", "data", "flags", "json_schema"},
-  {"kernels", "compilation_cache", "json_output"},
+  {"kernels", "compilation_cache", "json_output", "stages"},
   {"model"},
   {"parallel"},
   {"optimizers"},
@@ -44,8 +44,8 @@ ONLY = {
 
 MESH_FILES = {"config.py", "logical_axes.py", "mesh.py", "sharding.py"}
 PARTITION_SPECS = ("jax.P", "jax.sharding.PartitionSpec", "jax.interpreters.pxla.PartitionSpec")
-# `data` is also a word; as the name of an axis it stands in a call or a look-up of these.
-AXIS_WORDS, AXIS_NAMES = {"data"}, {"fsdp", "expert", "tensor", "stage", "context", "data"}
+# `data` and `stage` are also words; as the name of an axis they stand in a call or a look-up of these.
+AXIS_WORDS, AXIS_NAMES = {"data", "stage"}, {"fsdp", "expert", "tensor", "stage", "context", "data"}
 AXIS_CALLS = {
   "psum", "pmean", "pmax", "pmin", "psum_scatter", "all_gather", "all_to_all", "ragged_all_to_all", "ppermute", "pshuffle",
   "pcast", "axis_index", "axis_size", "shard_map", "make_mesh", "Mesh", "AbstractMesh", "NamedSharding", "spec", "P",

@@ -67,7 +67,6 @@ def test_shipped_configs_are_valid(name):
     ("train.steps", 3, True),
     ("train.steps", 3.0, True),
     ("train.steps", 3.5, False),
-    ("train.steps", 0, False),
     ("train.steps", True, False),
     ("train.steps", "many", False),
     ("train.steps", None, False),

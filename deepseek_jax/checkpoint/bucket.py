@@ -15,7 +15,7 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -52,9 +52,11 @@ def open_reader(workdir: str | os.PathLike) -> CheckpointReader:
   return BucketReader(workdir) if is_url(workdir) else CheckpointReader(workdir)
 
 
-def open_checkpointer(workdir: str | os.PathLike, config: CheckpointConfig) -> "Checkpointer | BucketCheckpointer":
-  """A Checkpointer of `workdir`, a folder or a URL."""
-  return BucketCheckpointer(workdir, config) if is_url(workdir) else Checkpointer(workdir, config)
+def open_checkpointer(
+  workdir: str | os.PathLike, config: CheckpointConfig, kept: Collection[int] = ()
+) -> "Checkpointer | BucketCheckpointer":
+  """A Checkpointer of `workdir`, a folder or a URL. kept: steps that are never deleted."""
+  return BucketCheckpointer(workdir, config, kept) if is_url(workdir) else Checkpointer(workdir, config, kept)
 
 
 class BucketReader(CheckpointReader):
@@ -139,9 +141,9 @@ class BucketCheckpointer(BucketReader):
   """As Checkpointer, of a URL: a thread writes while training goes on. No lock keeps two runs apart, but a step that
   another run has saved is never replaced."""
 
-  def __init__(self, workdir: str | os.PathLike, config: CheckpointConfig):
+  def __init__(self, workdir: str | os.PathLike, config: CheckpointConfig, kept: Collection[int] = ()):
     super().__init__(workdir)
-    self._config = config
+    self._config, self._kept = config, kept
     self._saving_step: int | None = None
     self._pending: concurrent.futures.Future[None] | None = None
     self._thread = concurrent.futures.ThreadPoolExecutor(1)
@@ -275,10 +277,10 @@ class BucketCheckpointer(BucketReader):
     transaction.commit_async().result()
 
   def _delete_old(self) -> None:
-    """Deletes the steps that the config does not keep."""
+    """Deletes the steps that are not to be kept."""
     every = self._config.keep_every
     for step in self.steps()[: -self._config.keep]:
-      if not every or step % every:
+      if (not every or step % every) and step not in self._kept:
         self._store.delete(f"{step}/{manifest.NAME}")
         self._store.delete_prefix(f"{step}/")
 

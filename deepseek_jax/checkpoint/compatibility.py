@@ -9,7 +9,7 @@ from deepseek_jax.checkpoint.tree import TreePath, flatten_tree, list_first
 from deepseek_jax.config import Config
 from deepseek_jax.config_sections import MeshConfig
 from deepseek_jax.errors import CheckpointError
-from deepseek_jax.model_config import ATTENTION_SHAPE_FIELDS, ModelConfig
+from deepseek_jax.model_config import SHAPE_FIELDS, ModelConfig
 from deepseek_jax.optimizers.trainable import split_trainable
 from deepseek_jax.plan.flops import abstract_params
 from deepseek_jax.schema import config_leaves, flatten_config
@@ -26,12 +26,6 @@ _MAY_CHANGE_AT_START = {
   "model.init_std", "model.param_dtype", "model.compute_dtype", "model.moe.dispatch", "model.moe.capacity_factor",
   "model.moe.no_drop_fraction", "model.precision", "model.fp8.forward", "model.fp8.dgrad", "model.fp8.wgrad", "model.fp8.pow2_scales",
   "model.fp8.block",
-}  # fmt: skip
-# Fields of the model that decide which arrays there are, and their shapes.
-_SHAPE_FIELDS = {
-  "vocab", "embed", "layers", "first_dense_layers", "num_mtp_layers", "mlp", "tied_embeddings", "moe.num_routed_experts",
-  "moe.num_shared_experts", "moe.mlp", "moe.router_bias", "attention.kind",
-  *(f"attention.{name}" for name in ATTENTION_SHAPE_FIELDS),
 }  # fmt: skip
 _UNORDERED = {"optimizer.trainable"}  # lists of which neither the order nor duplicates matter
 # Fields of `data` that the compared fingerprints do not depend on: they do not change which tokens a sample has, but for
@@ -96,12 +90,12 @@ def check_weights_fit(directory: str | os.PathLike, model: ModelConfig, config: 
   """
   differences = [d for d in _differences({"model": dataclasses.asdict(model)}, config) if d[0].startswith("model.")]
   if array_shapes(model) != array_shapes(config.model):
-    shapes = [d for d in differences if d[0].removeprefix("model.") in _SHAPE_FIELDS]
+    shapes = [d for d in differences if d[0].removeprefix("model.") in SHAPE_FIELDS]
     raise CheckpointError(
       f"the weights in {directory} do not fit this config: {_format(shapes or differences)}; take these values from the checkpoint"
     )
   ignored = _MAY_CHANGE | _MAY_CHANGE_AT_START
-  return [d for d in differences if d[0] not in ignored and d[0].removeprefix("model.") not in _SHAPE_FIELDS]
+  return [d for d in differences if d[0] not in ignored and d[0].removeprefix("model.") not in SHAPE_FIELDS]
 
 
 def _must_be_equal(path: str) -> bool:

@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -175,8 +175,8 @@ class CheckpointReader:
 class Checkpointer(CheckpointReader):
   """Saves checkpoints as well. A context manager: leaving it waits for the pending save and raises its error."""
 
-  def __init__(self, workdir: str | os.PathLike, config: CheckpointConfig):
-    """Raises CheckpointError where `workdir` cannot be written, or another run trains there."""
+  def __init__(self, workdir: str | os.PathLike, config: CheckpointConfig, kept: Collection[int] = ()):
+    """kept: steps that are never deleted. Raises CheckpointError where `workdir` cannot be written, or another run trains there."""
     super().__init__(workdir)
     try:
       self._directory.mkdir(parents=True, exist_ok=True)
@@ -187,7 +187,7 @@ class Checkpointer(CheckpointReader):
     except OSError as error:
       raise CheckpointError(f"cannot write to {self._directory}: {error.strerror}; use another --workdir") from None
     self._saving_step: int | None = None
-    self._rotation = _Rotation(config)
+    self._rotation = _Rotation(config, kept)
     self._manager = ocp.CheckpointManager(
       self._directory, handler_registry=_handler_registry(), options=_options(self._rotation, self._write_manifest)
     )
@@ -327,11 +327,11 @@ def close_after(kind: type[BaseException] | None) -> Iterator[None]:
 
 
 class _Rotation:
-  """Which steps Orbax keeps: those of the config, or all while `paused`."""
+  """Which steps Orbax keeps: those of the config and `kept`, or all while `paused`."""
 
-  def __init__(self, config: CheckpointConfig):
+  def __init__(self, config: CheckpointConfig, kept: Collection[int]):
     policies = ocp.checkpoint_managers
-    preserved = [policies.LatestN(config.keep)]
+    preserved = [policies.LatestN(config.keep), policies.CustomSteps(list(kept))]
     if config.keep_every:
       preserved.append(policies.EveryNSteps(config.keep_every))
     self.paused, self._policy = False, policies.AnyPreservationPolicy(preserved)

@@ -19,16 +19,18 @@ from deepseek_jax.errors import DataError
 FORMAT = 1  # raised when files of an older version must not be read
 SPLITS = ("train", "heldout")
 DTYPE = np.dtype("<u4")
+CHUNK_TOKENS = 1 << 24  # of a stream that are searched at once
 
 
 class PackedSplit:
   """The windows of one split of one source, memory-mapped: reading copies only the windows that are asked for."""
 
   def __init__(self, folder: pathlib.Path, split: str, seq: int):
-    self._num_targets = max(0, os.path.getsize(folder / f"{split}.tokens") // DTYPE.itemsize - 1)
-    self._num_windows = self.num_windows(seq)
+    self.num_targets = max(0, os.path.getsize(folder / f"{split}.tokens") // DTYPE.itemsize - 1)
+    self._num_windows, self._seq = self.num_windows(seq), seq
     if self._num_windows:  # an empty file cannot be mapped
       stream = np.asarray(np.memmap(folder / f"{split}.tokens", DTYPE, "r"))
+      self._stream = stream
       self._tokens = np.lib.stride_tricks.sliding_window_view(stream, seq + 1)[::seq]
       self._target_bytes = np.asarray(np.memmap(folder / f"{split}.bytes", DTYPE, "r"))
 
@@ -37,7 +39,7 @@ class PackedSplit:
 
   def num_windows(self, seq: int) -> int:
     """How many windows of `seq` targets the stream has; it does not depend on the length that it was packed for."""
-    return self._num_targets // seq
+    return self.num_targets // seq
 
   def tokens(self, window_ids: np.ndarray) -> np.ndarray:
     """uint32 [n, seq + 1] of the windows `window_ids` [n]."""
@@ -46,6 +48,19 @@ class PackedSplit:
   def target_bytes(self, window_ids: np.ndarray) -> np.ndarray:
     """int64 [n]: UTF-8 bytes of the targets of the windows `window_ids` [n]."""
     return self._target_bytes[window_ids].astype(np.int64)
+
+  def longest_documents(self, bos: int) -> np.ndarray:
+    """int64 [windows]: tokens of the longest document that each window has a part of; `bos` starts each document."""
+    chunks = range(0, len(self._stream), CHUNK_TOKENS)
+    starts = np.concatenate(
+      [start + np.flatnonzero(self._stream[start : start + CHUNK_TOKENS] == bos) for start in chunks]
+    )
+    lengths = np.diff(starts, append=len(self._stream))
+    edges = np.arange(len(self) + 1) * self._seq
+    first, last = np.searchsorted(starts, edges[:-1], "right") - 1, np.searchsorted(starts, edges[1:], "left")
+    # reduceat takes pairs: the documents first to last of each window, and what is between two pairs, which is left out.
+    pairs = np.stack([first, last], -1).reshape(-1)
+    return np.maximum.reduceat(np.append(lengths, 0), pairs)[::2]
 
 
 class PackedSplitWriter:

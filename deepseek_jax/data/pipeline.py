@@ -1,7 +1,7 @@
 """From config to batches: packed sources, the order of samples, and global batches read ahead.
 
-The only state is the samples and tokens consumed. Which window sample i is, is a pure function of (seed, seq, i). So a
-run resumes exactly, on any number of hosts, and each host reads only its rows. A run that goes on with another `data.seq`
+The only state is the samples and tokens consumed. Which window sample i is, is a pure function of (seed, seq, i), and in a
+stage of training of what the stages before it take (`regions`). So a run resumes exactly, on any number of hosts, and each host reads only its rows. A run that goes on with another `data.seq`
 goes on with the sample of the same index, in the order of the new windows.
 """
 
@@ -9,7 +9,8 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -19,6 +20,7 @@ from deepseek_jax.config_sections import TOKENIZER_SIZES, DataConfig, TrainConfi
 from deepseek_jax.console import current_console, format_bytes
 from deepseek_jax.data import cache, packed_dataset, packing, readers, sources
 from deepseek_jax.data.packed_dataset import PackedSplit
+from deepseek_jax.data.regions import ConcatRanges, Region, region_windows, take_region
 from deepseek_jax.data.tokenizer import Tokenizer, load_model_tokenizer
 from deepseek_jax.errors import DataError
 
@@ -28,6 +30,18 @@ class Consumed(NamedTuple):
 
   samples: int = 0  # sequences
   tokens: int = 0  # targets in these sequences
+
+
+class Share(NamedTuple):
+  """What a stage of training takes of its sources.
+
+  first_sample, samples: of the run, when the stage starts; and how many it takes.
+  taken: {content hash of a source: targets of it that earlier stages took}.
+  """
+
+  first_sample: int
+  samples: int
+  taken: Mapping[str, int]
 
 
 class ConcatSplit:
@@ -75,6 +89,10 @@ class Data:
   heldout_windows: of each source in order, its name and the window ids of `heldout` that are its own.
   fingerprint_at: seq -> hex hash of everything that decides which tokens sample i of that length has.
   shuffled_ids: maps a sample index to a window id of `train`; it has no end.
+  first_sample: the sample of the run that has index 0 there.
+  regions: what a stage takes of each source; empty for a run without stages.
+  taken: as in Share, once a stage has taken its own.
+  repeated_targets: of the regions, how many earlier stages or epochs have consumed.
   """
 
   tokenizer: Tokenizer
@@ -84,6 +102,10 @@ class Data:
   heldout_windows: tuple[tuple[str, range], ...]
   fingerprint_at: Callable[[int], str]
   shuffled_ids: grain.MapDataset
+  first_sample: int = 0
+  regions: tuple[Region, ...] = ()
+  taken: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  repeated_targets: int = 0
 
   @functools.cached_property
   def fingerprint(self) -> str:
@@ -92,14 +114,30 @@ class Data:
 
   def window_ids(self, first_sample: int, count: int) -> np.ndarray:
     """int64 [count]: the windows of `train` that samples first_sample, first_sample + 1, ... are."""
-    return np.array([self.shuffled_ids[i] for i in range(first_sample, first_sample + count)], np.int64)
+    first = first_sample - self.first_sample
+    return np.array([self.shuffled_ids[i] for i in range(first, first + count)], np.int64)
 
 
-def open_data(config: DataConfig, vocab: int, seed: int) -> Data:
+@dataclasses.dataclass(frozen=True)
+class OpenSource:
+  """A packed source: its index, and its splits by name."""
+
+  source: sources.Source
+  packed: packing.PackedSource
+  index: dict[str, Any]
+  splits: dict[str, PackedSplit]
+
+
+def open_data(config: DataConfig, vocab: int, seed: int, share: Share | None = None) -> Data:
   """The Data for `config`, packed first where the cache does not have it.
 
-  Args: `vocab` of the model; `seed` of the order. Raises ConfigError when ids do not fit `vocab`, and DataError for
-  anything wrong with sources, tokenizer or packed files, and for a split without a window.
+  Args:
+    vocab: of the model.
+    seed: of the order.
+    share: of a stage of training; None: all windows, without end.
+
+  Raises ConfigError when ids do not fit `vocab`, and DataError for anything wrong with sources, tokenizer or packed files,
+  for a split without a window, and in a stage for text whose documents would be cut into pieces, other ones at each length.
   """
   tokenizer = load_model_tokenizer(config.tokenizer, vocab)
   if not tokenizer.add_bos_token and tokenizer.bos != tokenizer.eos and config.tokenizer not in TOKENIZER_SIZES:
@@ -125,21 +163,60 @@ def open_data(config: DataConfig, vocab: int, seed: int) -> Data:
       packing.source_fingerprint(source.packed.content_hash, tokenizer, at_seq, source.packed.in_pieces)
       for source in opened
     ]
-    order = json.dumps([fingerprints, list(config.weights or sizes(seq)), seed])
-    return hashlib.sha256(order.encode()).hexdigest()
+    order = [
+      fingerprints,
+      list(config.weights or sizes(seq)),
+      seed,
+      *([config.order] if config.order != "shuffled" else []),
+    ]
+    return hashlib.sha256(json.dumps(order).encode()).hexdigest()
 
-  order = shuffle_and_mix(sizes(config.seq), config.weights or sizes(config.seq), seed)
-  return Data(tokenizer, config.seq, train, heldout, heldout_windows, fingerprint_at, order)
+  weights = config.weights or tuple(sizes(config.seq))
+  data = Data(tokenizer, config.seq, train, heldout, heldout_windows, fingerprint_at, grain.MapDataset.range(0))
+  if share:
+    data = _take_share(data, opened, weights, share)
+  return dataclasses.replace(data, shuffled_ids=_order_samples(data, opened, config, weights, seed))
 
 
-@dataclasses.dataclass(frozen=True)
-class OpenSource:
-  """A packed source: its index, and its splits by name."""
+def _take_share(data: Data, opened: Sequence[OpenSource], weights: Sequence[float], share: Share) -> Data:
+  """`data` with the regions that `share` takes of the `opened` sources, which are mixed in proportion to `weights`."""
+  if in_pieces := [source.source.name for source in opened if source.packed.in_pieces]:
+    raise DataError(
+      f"data.sources: {', '.join(in_pieces)}: too few documents to hold some out at data.seq={data.seq}, and stages of training "
+      "take whole ones: add text, lower data.seq, or raise data.heldout_fraction"
+    )
+  taken, regions, repeated = dict(share.taken), [], 0
+  for source, weight in zip(opened, weights, strict=True):
+    num_targets, content = source.splits["train"].num_targets, source.packed.content_hash
+    windows = math.ceil(share.samples * weight / sum(weights)) + 1  # the mixture deviates by less than one
+    region = take_region(taken.get(content, 0), windows, num_targets, data.seq)
+    taken[content], repeated = region.end, repeated + region.repeated(num_targets)
+    regions.append(region)
+  return dataclasses.replace(
+    data, first_sample=share.first_sample, regions=tuple(regions), taken=taken, repeated_targets=repeated
+  )
 
-  source: sources.Source
-  packed: packing.PackedSource
-  index: dict[str, Any]
-  splits: dict[str, PackedSplit]
+
+def _order_samples(
+  data: Data, opened: Sequence[OpenSource], config: DataConfig, weights: Sequence[float], seed: int
+) -> grain.MapDataset:
+  """The windows of each source in the order of the config, mixed in proportion to `weights`; see `shuffle_and_mix`."""
+  splits = [source.splits["train"] for source in opened]
+  if not data.regions and config.order == "shuffled":
+    return shuffle_and_mix([len(split) for split in splits], weights, seed)
+  regions = data.regions or [Region(0, split.num_targets) for split in splits]
+  sizes, ranges, first = [], [], 0
+  for split, region in zip(splits, regions, strict=True):
+    ids = region_windows(region, split.num_targets, config.seq)
+    if config.order == "by_length" and ids:
+      by_id = np.concatenate(ids)
+      lengths = split.longest_documents(data.tokenizer.bos)[by_id]
+      ids = [range(i, i + 1) for i in by_id[np.argsort(lengths, kind="stable")].tolist()]
+    sizes.append(sum(map(len, ids)))
+    ranges += [range(first + i.start, first + i.stop) for i in ids]
+    first += len(split)
+  order = shuffle_and_mix(sizes, weights, seed, shuffle=config.order == "shuffled")
+  return order.map(ConcatRanges(ranges).__getitem__)
 
 
 def _open_sources(config: DataConfig, tokenizer: Tokenizer) -> list[OpenSource]:
@@ -173,17 +250,19 @@ def _open_sources(config: DataConfig, tokenizer: Tokenizer) -> list[OpenSource]:
   return opened
 
 
-def shuffle_and_mix(sizes: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
+def shuffle_and_mix(
+  sizes: Sequence[int], weights: Sequence[float], seed: int, shuffle: bool = True
+) -> grain.MapDataset:
   """An endless MapDataset from sample index to window id, with random access.
 
-  Each source of `sizes` windows is shuffled again in every epoch of its own. Sources are mixed in proportion to
-  `weights`.
+  Each source of `sizes` windows is shuffled again in every epoch of its own, unless `shuffle` is false. Sources are mixed
+  in proportion to `weights`.
   """
   ends = np.cumsum(sizes).tolist()
   seeds = [int(np.random.SeedSequence([seed, i]).generate_state(1)[0]) for i in range(len(sizes))]
+  ranges = [grain.MapDataset.range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
   datasets = [
-    grain.MapDataset.range(end - size, end).seed(s).shuffle().repeat()
-    for end, size, s in zip(ends, sizes, seeds, strict=True)
+    (dataset.seed(s).shuffle() if shuffle else dataset).repeat() for dataset, s in zip(ranges, seeds, strict=True)
   ]
   return grain.MapDataset.mix(datasets, weights) if len(datasets) > 1 else datasets[0]
 

@@ -26,8 +26,6 @@ def draw_timeline(config: Config) -> str:
     raise ConfigError(
       f"--timeline draws a pipeline, and mesh.stage={stages}: set the number of stages, for example --config.mesh.stage=4"
     )
-  os.environ["JAX_PLATFORMS"] = "cpu"
-  # Imported here, since --help and flag errors need no jax, and after the environment is set.
   from deepseek_jax.parallel.schedule import Schedule
   from deepseek_jax.parallel.timeline import MAX_WIDTH, format_timeline
 
@@ -59,19 +57,24 @@ def main(argv: list[str]) -> int:
     "as wide as the terminal, or COLUMNS in the environment",
     flag_values=values,
   )  # fmt: skip
+  flags.DEFINE_string("stage", None, "stage of training to plan, of a config that has `stages`", flag_values=values)
   overrides = parse(argv, values, __doc__)
   examples = {"config": "v3"} if values.timeline else {"config": "v3", "topology": "v5p:8x8x16"}
   for name, example in examples.items():
     if not values[name].value:
       raise ConfigError(f"--{name} is required, for example --{name}={example} (see --help)")
-  if values.timeline:
-    print(draw_timeline(load_config(values.config, overrides)))
-    return 0
-  topology, config = parse_topology(values.topology), load_config(values.config, overrides)
-  compile = topology.is_tpu and can_compile() and not values.analytic
+  topology = None if values.timeline else parse_topology(values.topology)
+  compile = bool(topology and topology.is_tpu and can_compile() and not values.analytic)
   os.environ.update({"JAX_PLATFORMS": "cpu"} | (COMPILER_ENVIRONMENT if compile else {}))
 
   # Imported here, since --help and flag errors need no jax, and after the environment is set.
+  from deepseek_jax.stages import find_stage, resolve_stages
+
+  config = find_stage(resolve_stages(load_config(values.config, overrides)), values.stage or "").config
+  if topology is None:
+    print(draw_timeline(config))
+    return 0
+
   from deepseek_jax.plan.plan import format_plan, make_plan
   from deepseek_jax.plan.search import format_ranking, search
   from deepseek_jax.training.step import abstract_step

@@ -14,6 +14,7 @@ from deepseek_jax.parallel.schedule import Schedule
 from deepseek_jax.plan.flops import count_parameters, training_flops
 from deepseek_jax.plan.memory import estimate_memory, uses_fused_attention, with_xla_attention
 from deepseek_jax.schema import flatten_config
+from deepseek_jax.stages import Stage
 
 
 def planned_tokens(config: Config, step: int = 0, tokens_seen: int = 0) -> int:
@@ -34,6 +35,19 @@ def format_planned_tokens(config: Config, step: int = 0, tokens_seen: int = 0) -
   flops = tokens_to_go * training_flops(config.model, config.data.seq).causal
   to_go = f"; to go: {tokens_to_go:,} in {steps - step:,} steps" if step else ""
   return f"tokens planned   {planned:,} in {steps:,} steps{to_go} ({flops:.3g} FLOPs)"
+
+
+def format_stage(config: Config, stage: Stage) -> str:
+  """The line of a stage of a run of `config`: its place, its steps and tokens, and the fields that differ in it."""
+  names = [of_config.name for of_config in config.stages]
+  overrides = config.stages[names.index(stage.name)].overrides()
+  fields = ", ".join(f"{path}={value!r}" for path, value in overrides.items())
+  text = (
+    f"{stage.name}, {names.index(stage.name) + 1} of {len(names)}: steps {stage.first_step:,} to {stage.config.train.steps:,}, tokens "
+    f"{stage.first.tokens:,} to {stage.last.tokens:,}{f', {fields}' if fields else ''}"
+  )
+  lines = textwrap.wrap(text, 103, break_on_hyphens=False)
+  return "stage            " + f"\n{'':17}".join(lines)
 
 
 def config_summary(config: Config, device_kind: str | None = None) -> str:

@@ -3,9 +3,11 @@
 What it shows and writes is in `run_log.py`.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import jax
+from jax.sharding import Mesh
 
 from deepseek_jax.checkpoint.bucket import open_checkpointer
 from deepseek_jax.checkpoint.weights import open_first_weights, refuse_hf_workdir
@@ -13,17 +15,17 @@ from deepseek_jax.compilation_cache import use_compilation_cache
 from deepseek_jax.config import Config
 from deepseek_jax.console import SilentConsole, current_console, set_console
 from deepseek_jax.cpu_backend import keep_freed_memory
-from deepseek_jax.data.pipeline import open_data
 from deepseek_jax.data.tokenizer import load_model_tokenizer
 from deepseek_jax.distributed import barrier, broadcast_from_process0, process_count, process_index
-from deepseek_jax.errors import Stopped
+from deepseek_jax.errors import ConfigError, Stopped
 from deepseek_jax.kernels.implementations import Replacements, replace_kernels
 from deepseek_jax.mesh import check_x64, make_mesh, resolve_mesh
+from deepseek_jax.stages import Stage, open_stage_data, resolve_stages
 from deepseek_jax.storage import RunFolder
 from deepseek_jax.training import metrics
 from deepseek_jax.training.run_log import RunLog, end_before_training
 from deepseek_jax.training.signals import stop_requests
-from deepseek_jax.training.start import find_start
+from deepseek_jax.training.start import find_start, next_start
 from deepseek_jax.training.trainer import Trainer
 
 
@@ -37,7 +39,7 @@ def run(
   writers: Sequence[metrics.WriterFactory] = (),
   resume_from: int | None = None,
 ) -> int:
-  """Trains until `train.steps`, or a stop signal, and returns the exit code: 0, or 130 / 143 after SIGINT / SIGTERM.
+  """Trains the stages of `config`, or until a stop signal, and returns the exit code: 0, or 130 / 143 after SIGINT / SIGTERM.
 
   Process 0 shows on the current console what the run does.
 
@@ -68,28 +70,55 @@ def run(
       # These raise errors of the tokenizer and the bucket before any device is opened.
       tokenizer = load_model_tokenizer(config.data.tokenizer, config.model.vocab)
       broadcast_from_process0(lambda: run_folder.download(metrics.RESUME_FILES))
-      weights = open_first_weights(config, workdir, tokenizer)
-      functions, calls = broadcast_from_process0(lambda: select_kernels(config, run_folder.path))
-      replacements = Replacements(frozenset(functions), frozenset(calls))
-      on_mesh = resolve_mesh(config, len(jax.devices()))
-      use_compilation_cache()
-      if jax.default_backend() == "cpu":
-        keep_freed_memory()
-      mesh = make_mesh(on_mesh.mesh)
-      log = RunLog(config, workdir, run_folder, mesh, console, writers)
-      log.show_run()
-      with replace_kernels(replacements), open_checkpointer(workdir, config.checkpoint) as checkpointer:
-        data = open_data(config.data, config.model.vocab, config.seed)
+      stages = resolve_stages(config)
+      weights = open_first_weights(stages[0].config, workdir, tokenizer)
+      replacements = select_stage_kernels(stages, select_kernels, run_folder.path)
+      meshes = make_meshes(stages)
+      arguments = workdir, run_folder, console, writers
+      logs = [RunLog(config, stage, mesh, *arguments) for stage, mesh in zip(stages, meshes, strict=True)]
+      logs[0].show_run()
+      kept = [stage.first_step for stage in stages[1:]]
+      with replace_kernels(replacements), open_checkpointer(workdir, config.checkpoint, kept) as checkpointer:
+        data = open_stage_data(config, stages)
         # The other processes may wait while one packs the data, but not in a step: a collective would time out.
         barrier("data")
-        log.show_config(on_mesh)
-        with jax.set_mesh(mesh):
-          start = find_start(config, workdir, data, checkpointer, weights, accept_data_change, resume_from)
-          log.show_changes(start.changes, start.step, start.consumed)
-          trainer = Trainer(config, workdir, mesh, data, checkpointer, evaluate, sample, replacements, start, log)
-          return trainer.main(request)
+        with jax.set_mesh(meshes[0]):
+          first, start = find_start(stages, data, workdir, checkpointer, weights, accept_data_change, resume_from)
+        callables = evaluate, sample, replacements
+        for index, stage in enumerate(stages[first:], first):
+          logs[index].show_config()  # counts parameters, which no mesh may be set for
+          with jax.set_mesh(mesh := meshes[index]):
+            trainer = Trainer(stage, workdir, mesh, data[index], checkpointer, *callables, start, logs[index])
+            if (code := trainer.main(request)) or stage.is_last:
+              break
+          del trainer  # and its state, before the next stage reads its own
+          start = next_start(stages[index + 1])
+        return code
     except Stopped as stop:  # nothing was trained yet
       end_before_training(workdir, run_folder, stop)
       if process_count() > 1:
         raise  # the other processes wait for this one
       return 128 + stop.signal
+
+
+def select_stage_kernels(
+  stages: Sequence[Stage], select_kernels: Callable[[Config, str], tuple[Sequence[str], Sequence[str]]], folder: str
+) -> Replacements:
+  """The kernels that any of the stages replaces; process 0 selects, as `run` is told."""
+  choices = broadcast_from_process0(lambda: [select_kernels(stage.config, folder) for stage in stages])
+  functions, calls = (frozenset(itertools.chain(*names)) for names in zip(*choices, strict=True))
+  return Replacements(functions, calls)
+
+
+def make_meshes(stages: Sequence[Stage]) -> list[Mesh]:
+  """The mesh of each stage, over all devices. Raises ConfigError where one does not fit them."""
+  on_meshes = []
+  for stage in stages:
+    try:
+      on_meshes.append(resolve_mesh(stage.config, len(jax.devices())))
+    except ConfigError as error:
+      raise ConfigError(f"stage {stage.name}: {error}" if stage.name else str(error)) from None
+  use_compilation_cache()
+  if jax.default_backend() == "cpu":
+    keep_freed_memory()
+  return [make_mesh(config.mesh) for config in on_meshes]

@@ -21,7 +21,9 @@ def next_commands(config: Config, workdir: str, step: int, tokens: int, processe
 
   tokens: what the run has seen. processes: of the run; how several were started is not known.
   """
-  lines = [f"  train on\n    {train_on_command(config, workdir, step, tokens, processes)}"]
+  lines = []
+  if not config.stages:
+    lines.append(f"  train on\n    {train_on_command(config, workdir, step, tokens, processes)}")
   prompt = shlex.quote(f"--prompt={config.sample.prompt}")
   lines.append(f"  sample\n    {_python()} -m deepseek_jax.generate {_workdir(workdir)} {prompt}")
   name = BIGGER[config.model.num_moe_layers > 0]

@@ -21,8 +21,10 @@ from deepseek_jax.data.pipeline import Consumed
 from deepseek_jax.distributed import broadcast_from_process0, process_index
 from deepseek_jax.errors import ConfigError, Stopped, UserError
 from deepseek_jax.flags import load_config, shipped_configs, write_config
+from deepseek_jax.mesh import resolve_mesh
 from deepseek_jax.plan.flops import training_flops
-from deepseek_jax.plan.summary import config_summary, format_differences, format_planned_tokens
+from deepseek_jax.plan.summary import config_summary, format_differences, format_planned_tokens, format_stage
+from deepseek_jax.stages import Stage
 from deepseek_jax.storage import RunFolder, is_url
 from deepseek_jax.training import report
 from deepseek_jax.training.batch import Batch
@@ -40,24 +42,27 @@ class RunLog:
   """The output of a run. All processes have one; only process 0 writes files, and its console alone shows lines.
 
   Args:
-    config: its mesh sizes may be unresolved.
+    run_config: of the whole run; its mesh sizes may be unresolved.
+    stage: of the run.
+    mesh: of the stage.
     workdir: a folder or a URL.
     run_folder: the local folder of small files.
-    mesh: of the run.
     console: for what people read.
     writers: opened in addition to those that the report is made of, and to tensorboard with `log.tensorboard`.
   """
 
   def __init__(
     self,
-    config: Config,
+    run_config: Config,
+    stage: Stage,
+    mesh: Mesh,
     workdir: str,
     run_folder: RunFolder,
-    mesh: Mesh,
     console: Console,
     writers: Sequence[WriterFactory] = (),
   ):
-    self.config, self.workdir, self.mesh, self.console = config, workdir, mesh, console
+    self.run_config, self.stage, self.config = run_config, stage, stage.config
+    self.workdir, self.mesh, self.console, config = workdir, mesh, console, stage.config
     self._run_folder, self.folder = run_folder, run_folder.path
     names = [name for name in WRITERS if name != "tensorboard" or config.log.tensorboard]
     self._factories = [*(WRITERS[name] for name in names), *writers] if jax.process_index() == 0 else []
@@ -73,15 +78,17 @@ class RunLog:
     self.console.print(f"run      {self.config.name} in {_absolute(self.workdir)}")
     self.console.print(f"devices  {self._devices()} ({jax.default_backend()}), jax {jax.__version__}{processes}")
 
-  def show_config(self, on_mesh: Config) -> None:
-    """Shows what is trained and how; `on_mesh` is the config with its mesh sizes resolved."""
+  def show_config(self) -> None:
+    """Shows what is trained and how."""
     config, schedule, steps = self.config, self.config.schedule, self.config.train.steps
     is_shipped = config.name in shipped_configs()
     base, base_name = (load_config(config.name), config.name) if is_shipped else (Config(), "the defaults")
+    if self.stage.name:
+      self.console.print(format_stage(self.run_config, self.stage))
     warmup = f"{schedule.warmup_tokens:,} tokens" if schedule.warmup_tokens else f"{schedule.warmup_steps:,} steps"
     last = last_learning_rate(config)
     self.console.print(
-      f"{format_differences(config, base, base_name)}\n{config_summary(on_mesh, jax.devices()[0].device_kind)}\n"
+      f"{format_differences(self.run_config, base, base_name)}\n{config_summary(resolve_mesh(config, self.mesh.size), jax.devices()[0].device_kind)}\n"
       f"learning rate    {schedule.kind}: {schedule.peak:g} after {warmup} of warm-up, {last:.3g} at step {steps:,}"
     )
 
@@ -95,15 +102,24 @@ class RunLog:
   def show_start(self, step: int, consumed: Consumed, weights: str | os.PathLike | None) -> None:
     """Shows what the run starts from: given `weights`, or the checkpoint of `step`, or nothing; and the tokens planned."""
     if weights:
-      self.console.print(f"start    from the weights in {weights}: at step 0, with a new optimizer state")
+      self.console.print(f"start    from the weights in {weights}: at step {step}, with a new optimizer state")
     elif step:
       seen = f"{consumed.samples:,} sequences, {consumed.tokens:,} tokens seen"
       self.console.print(f"resume   from the checkpoint of step {step} ({seen})")
     else:
       self.console.print("start    no checkpoint here: from scratch")
     self.console.print(format_planned_tokens(self.config, step, consumed.tokens))
-    for warning in schedule_warnings(self.config, step, consumed.tokens):
+    # The schedule of a stage may go on in the next one.
+    for warning in schedule_warnings(self.config, step, consumed.tokens) if self.stage.is_last else ():
       self.console.print(f"warning  {warning}")
+
+  def show_repeats(self, repeated: int) -> None:
+    """Shows how many of the stage's tokens earlier stages or epochs have consumed, if any."""
+    if repeated:
+      tokens = self.stage.last.tokens - self.stage.first.tokens
+      self.console.print(
+        f"data     {repeated:,} of the stage's {tokens:,} tokens are repeats: the sources have no more"
+      )
 
   def last_end(self) -> tuple[int, str] | None:
     """(step, reason) of the newest end that the run's events have. All processes have to call this."""
@@ -118,7 +134,8 @@ class RunLog:
     steps = self.config.train.steps
     beyond = f", and train.steps={steps} asks for no more" if step > steps else ""
     command = train_on_command(self.config, self.workdir, step, consumed.tokens, jax.process_count())
-    self.console.print(f"finished already, at step {step}{beyond}. To train on:\n  {command}")
+    how = " append a stage to its config" if self.stage.name else f"\n  {command}"
+    self.console.print(f"finished already, at step {step}{beyond}. To train on:{how}")
 
   @contextlib.contextmanager
   def open(self, step: int) -> Iterator[None]:
@@ -135,7 +152,7 @@ class RunLog:
         writers.append(writer)
       if jax.process_index() == 0:
         with self._user_errors():
-          write_config(self.config, self.folder)
+          write_config(self.run_config, self.folder)
       if writers:
         self._writers = WriterThread(writers)
         stack.callback(self._writers.close)
@@ -160,11 +177,13 @@ class RunLog:
     if self._writers:
       self._writers.drain()
 
-  def start(self, step: int, **details: Any) -> None:
-    """Writes the event of a start, or of a resume if `step` is not 0, with `details` and the machine's."""
+  def start(self, name: str, step: int, **details: Any) -> None:
+    """Writes the event `name` of a start, a resume or a stage, with `details` and the machine's."""
+    stage = {"stage": self.stage.name} if self.stage.name else {}
     self.event(
-      "resume" if step else "start",
+      name,
       step,
+      **stage,
       devices=self._devices(),
       jax=jax.__version__,
       mesh=dict(self.mesh.shape),
@@ -232,7 +251,7 @@ class RunLog:
     """Shows and writes the `text` that follows the prompt in a finished run, and shows what to do next."""
     prompt = self.config.sample.prompt
     self.event("sample", step, prompt=prompt, text=text)
-    commands = next_commands(self.config, self.workdir, step, consumed.tokens, jax.process_count())
+    commands = next_commands(self.run_config, self.workdir, step, consumed.tokens, jax.process_count())
     self.console.print(f"sample\n{prompt}{text}\n\nwrote    {_absolute(self.workdir)}\nnext\n{commands}")
 
   def end_failed(self, step: int, reason: str, **details: str) -> None:

@@ -61,6 +61,7 @@ SCHEDULE: dict[str, Callable[[ScheduleConfig, float, float], float]] = {
 
 def learning_rate(config: ScheduleConfig, step: int, tokens: int | float, batch_tokens: int | float) -> float:
   """Learning rate of the update that follows `step` updates on `tokens` tokens, with a batch of `batch_tokens`."""
+  step, tokens = max(step - config.start_step, 0), max(tokens - config.start_tokens, 0)
   if config.warmup_tokens:
     warmup = min(1.0, (tokens + batch_tokens) / config.warmup_tokens)
   else:

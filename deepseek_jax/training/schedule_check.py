@@ -22,8 +22,8 @@ def check_warmup(config: Config) -> None:
     return
   warmup, length = schedule.warmup_steps, schedule.steps
   if schedule.warmup_tokens or schedule.tokens:
-    warmup = schedule.warmup_tokens or tokens_after(config, schedule.warmup_steps)
-    length = schedule.tokens or tokens_after(config, schedule.steps)
+    warmup = schedule.warmup_tokens or tokens_of_schedule(config, schedule.warmup_steps)
+    length = schedule.tokens or tokens_of_schedule(config, schedule.steps)
   if warmup >= length:
     warmup_field = "warmup_tokens" if schedule.warmup_tokens else "warmup_steps"
     length_field = "tokens" if schedule.tokens else "steps"
@@ -46,12 +46,14 @@ def schedule_warnings(config: Config, step: int = 0, tokens: int = 0) -> list[st
 
   step, tokens: completed updates and their tokens, from which the run goes on.
   """
-  schedule, steps = config.schedule, config.train.steps
-  end_tokens = planned_tokens(config, step, tokens)
+  schedule = config.schedule
+  steps = config.train.steps - schedule.start_step
+  run_tokens = planned_tokens(config, step, tokens)
+  end_tokens = run_tokens - schedule.start_tokens
   end_rate = last_learning_rate(config, step, tokens)
   if schedule.warmup_tokens > end_tokens or (not schedule.warmup_tokens and schedule.warmup_steps > steps):
     return [
-      f"train.steps={steps} ends within the warm-up, at a learning rate of {end_rate:.3g} on the way to {schedule.peak:.3g}; "
+      f"train.steps={config.train.steps} ends within the warm-up, at a learning rate of {end_rate:.3g} on the way to {schedule.peak:.3g}; "
       "raise train.steps, or shorten the warm-up of the schedule"
     ]
   if schedule.kind == "constant":
@@ -62,12 +64,12 @@ def schedule_warnings(config: Config, step: int = 0, tokens: int = 0) -> list[st
   if end > length + tolerance:
     return [
       f"schedule.{unit}={length} ends before the run, at {end} {unit}: from there on every step has the last learning "
-      f"rate, {last_rate:.3g}; {_fit(config, end_tokens)}"
+      f"rate, {last_rate:.3g}; {_fit(config, run_tokens)}"
     ]
   if end < length - tolerance and end_rate > last_rate + SHORT * (schedule.peak - last_rate):
     return [
       f"the run ends at {end / length:.0%} of schedule.{unit}={length}, at a learning rate of {end_rate:.3g}, where the "
-      f"schedule ends at {last_rate:.3g}; {_fit(config, end_tokens)}"
+      f"schedule ends at {last_rate:.3g}; {_fit(config, run_tokens)}"
     ]
   return []
 
@@ -92,17 +94,22 @@ def changed_rate_warning(config: Config, changes: Sequence[Difference], step: in
 
 
 def fitted_fields(config: Config, end_tokens: int) -> dict[str, int]:
-  """The fields of the schedule with which it ends with the run, at `end_tokens`. None for a constant schedule."""
-  if config.schedule.kind == "constant":
+  """The fields of the schedule with which it ends with the run, at `end_tokens` of it. None for a constant schedule."""
+  schedule = config.schedule
+  if schedule.kind == "constant":
     return {}
-  return {"schedule.tokens": end_tokens} if config.schedule.tokens else {"schedule.steps": config.train.steps}
+  if schedule.tokens:
+    return {"schedule.tokens": end_tokens - schedule.start_tokens}
+  return {"schedule.steps": config.train.steps - schedule.start_step}
 
 
-def tokens_after(config: Config, steps: int) -> int:
-  """Tokens of the first `steps` updates."""
+def tokens_of_schedule(config: Config, steps: int) -> int:
+  """Tokens of the first `steps` updates of the schedule."""
+  start_step, start_tokens = config.schedule.start_step, config.schedule.start_tokens
   if not steps:
     return 0
-  return planned_tokens(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps)))
+  to_there = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=start_step + steps))
+  return planned_tokens(to_there, start_step, start_tokens) - start_tokens
 
 
 def _fit(config: Config, end_tokens: int) -> str:

@@ -14,13 +14,13 @@ from jax.sharding import Mesh, NamedSharding
 
 from deepseek_jax.checkpoint.bucket import BucketCheckpointer
 from deepseek_jax.checkpoint.manager import FORMAT_VERSION, Checkpointer
-from deepseek_jax.config import Config
 from deepseek_jax.data.pipeline import Consumed, Data, iterate_batches
 from deepseek_jax.errors import CheckpointError, Stopped, UserError, format_exception
 from deepseek_jax.kernels.implementations import Replacements, import_libraries
 from deepseek_jax.mesh import make_process_max
 from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.sharding import spec
+from deepseek_jax.stages import Stage
 from deepseek_jax.training.batch import Batch, load_batch, load_windows
 from deepseek_jax.training.rescue import rescue
 from deepseek_jax.training.run_log import RunLog
@@ -35,10 +35,10 @@ from deepseek_jax.training.timing import MetricsReader, TimedMetrics
 
 
 class Trainer:
-  """Trains from a start to the last step: the state, its counters and pending saves.
+  """Trains a stage from a start to its last step: the state, its counters and pending saves.
 
   Args:
-    config: its mesh sizes may be unresolved.
+    stage: the mesh sizes of its config may be unresolved.
     workdir: a folder or a URL.
     mesh: the one that is set.
     data, checkpointer: as `open_data` and `open_checkpointer` give them.
@@ -50,7 +50,7 @@ class Trainer:
 
   def __init__(
     self,
-    config: Config,
+    stage: Stage,
     workdir: str,
     mesh: Mesh,
     data: Data,
@@ -61,7 +61,9 @@ class Trainer:
     start: Start,
     log: RunLog,
   ):
-    self.config, self.workdir, self.mesh, self.data, self.log = config, workdir, mesh, data, log
+    self.stage, self.config = stage, stage.config
+    self.workdir, self.mesh, self.data, self.log = workdir, mesh, data, log
+    config = self.config
     self.checkpointer, self.evaluate_fn, self.sample_fn = checkpointer, evaluate, sample
     self.replacements, self.start = replacements, start
     self.step, self.consumed = start.step, start.consumed
@@ -82,7 +84,8 @@ class Trainer:
     self.checkpoint_is_overdue = False
 
   def main(self, request: StopRequest) -> int:
-    """Trains and ends the run, unless it has ended before. Returns the exit code."""
+    """Trains the stage, and ends the run if it is the last, unless it has ended before. Returns the exit code."""
+    self.log.show_changes(self.start.changes, self.step, self.consumed)
     last_end = self.log.last_end()
     if self.step >= self.config.train.steps and last_end == (self.step, "finished"):
       self.log.show_finished_already(self.step, self.consumed)
@@ -92,13 +95,17 @@ class Trainer:
       request.at_once = False
       try:
         self.log.start(
+          self.start.event,
           self.step,
           kernels_replaced=sorted(self.replacements.functions | self.replacements.calls),
           parameters=sum(array.size for array in jax.tree.leaves(self.state.params)),
           data_fingerprint=self.data.fingerprint,
           unique_tokens=len(self.data.train) * self.data.seq,
+          repeated_tokens=self.data.repeated_targets,
         )
         self.train(request)
+        if not self.stage.is_last:
+          self.evaluate_at_end(request)
         self.save()
         self.checkpointer.wait()
         return self.finish(request)
@@ -115,19 +122,29 @@ class Trainer:
     """Shows what the run starts from, and returns its state."""
     weights = self.start.weights
     self.log.show_start(self.step, self.consumed, weights.directory if weights else None)
+    self.log.show_repeats(self.data.repeated_targets)
     return load_state(self.start, self.step_config, self.config.seed, self.mesh, self.checkpointer)
 
+  def evaluate_at_end(self, request: StopRequest, sample: bool = False) -> None:
+    """The evaluation that ends a stage, and a sample, unless the run was stopped. A signal ends both at once."""
+    if request.stop_signal is not None:
+      return
+    try:
+      # Several processes stop where all see that one has got a signal.
+      with request.stop_at_once(self.process_max is None):
+        self.evaluate(self.config.eval.final_sequences, request)
+        if sample:
+          self.log.sample(self.step, self.consumed, self.sample())
+    except Stopped as stop:
+      request.stop_signal = signal.Signals(stop.signal)
+
   def finish(self, request: StopRequest) -> int:
-    """Evaluates and samples, unless the run was stopped, and ends the log. Returns the exit code."""
-    if request.stop_signal is None:
-      try:
-        # All is saved. Several processes stop where all see that one has got a signal.
-        with request.stop_at_once(self.process_max is None):
-          self.evaluate(self.config.eval.final_sequences, request)
-          if self.config.sample.max_tokens:
-            self.log.sample(self.step, self.consumed, self.sample())
-      except Stopped as stop:
-        request.stop_signal = signal.Signals(stop.signal)
+    """Ends the log, unless another stage follows; after an evaluation and a sample if all is saved. Returns the exit code."""
+    if self.stage.is_last:
+      self.evaluate_at_end(request, sample=self.config.sample.max_tokens > 0)
+    elif request.stop_signal is None:
+      self.log.publish()
+      return 0
     reason = "finished" if request.stop_signal is None else request.stop_signal.name
     self.log.end(self.step, reason, state_sha256(self.state))
     return 0 if request.stop_signal is None else 128 + request.stop_signal
@@ -138,7 +155,7 @@ class Trainer:
     # The other processes are in a step or a save, and end with this one.
     if jax.process_count() == 1 and self.step and self.step not in self.saved_steps():
       folder = self.log.folder
-      advice = rescue(self.save_again, self.config, folder, self.step, self.state, self.checkpoint_meta())
+      advice = rescue(self.save_again, self.log.run_config, folder, self.step, self.state, self.checkpoint_meta())
     self.log.end_failed(self.step, "failed", error=format_exception(error))
     if isinstance(error, UserError):
       return type(error)(f"{error}; {advice}") if advice else error
@@ -267,6 +284,8 @@ class Trainer:
     """What a checkpoint holds beside the state: the config, what was consumed, and what the data was."""
     meta = {"format_version": FORMAT_VERSION, "config": dataclasses.asdict(self.config)}
     meta |= {**self.consumed._asdict(), "data_fingerprint": self.data.fingerprint}
+    if self.stage.name:
+      meta |= {"stage": self.stage.name, "data_regions": self.data.regions}
     return meta | {"tokenizer_fingerprint": self.data.tokenizer.fingerprint}
 
   def saved_steps(self) -> list[int]:
