@@ -49,6 +49,14 @@ class Config(Section):
   init_from: str = field(
     "", "initial weights of a new run: the folder of a Hugging Face checkpoint, or the workdir of another run"
   )
+  stages: tuple[StageConfig, ...] = field(
+    (),
+    "stages of training, one after another: of each its name, until_tokens and the fields that differ; empty: one stage",
+  )
+  first_stage: str = field(
+    "",
+    "name of the stage with which a run starts that has its weights from init_from; empty: the first. --stage sets it",
+  )
   model: ModelConfig = ModelConfig()
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
@@ -62,14 +70,6 @@ class Config(Section):
   eval: EvalConfig = EvalConfig()
   log: LogConfig = LogConfig()
   sample: SampleConfig = SampleConfig()
-  stages: tuple[StageConfig, ...] = field(
-    (),
-    "stages of training, one after another: of each its name, until_tokens and the fields that differ; empty: one stage",
-  )
-  first_stage: str = field(
-    "",
-    "name of the stage with which a run starts that has its weights from init_from; empty: the first. --stage sets it",
-  )
 
   def at_stage(self, index: int, **values: Any) -> "Config":
     """The config of the stage `index`: without stages, and with `values` {dotted path with __ for each dot: value}."""

@@ -42,6 +42,8 @@ def region_windows(region: Region, num_targets: int, seq: int) -> list[range]:
   """Ids of the windows of `seq` targets inside of `region`, each once: at most two ranges a segment, ascending."""
   if region.end - region.start >= num_targets:
     return [range(num_targets // seq)]
+  if region.start == region.end:
+    return []
   first, last = region.start % num_targets, region.end % num_targets
   parts = [(first, last)] if first < last else [(0, last), (first, num_targets)]
   segments = max(1, min(MAX_SEGMENTS, num_targets // SEGMENT_TARGETS))

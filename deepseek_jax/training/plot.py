@@ -8,7 +8,7 @@ import dataclasses
 import html
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -63,13 +63,13 @@ class Axis:
 
 
 def line_chart(
-  series: Sequence[Series], marks: Sequence[int] = (), scale: str = "linear", x_names: Sequence[str] = (),
+  series: Sequence[Series], marks: Mapping[int, str] | None = None, scale: str = "linear", x_names: Sequence[str] = (),
   x_unit: str = "step",
 ) -> str:  # fmt: skip
   """An SVG element of `series` over steps. Steps whose value was not finite are ticks on the lower edge.
 
   Args:
-    marks: steps that get a dashed vertical line.
+    marks: {step: title} of dashed vertical lines.
     scale: one of SCALES. A log scale becomes linear where a value is not positive.
     x_names: the chart is not over steps but over layers, of which these are the names.
     x_unit: what else the chart is over, as "tokens".
@@ -90,10 +90,10 @@ def line_chart(
     parts += [f'<path class="nonfinite" d="M{px} {y.start}v-6"/>' for px in nonfinite]
   hovered = [(s.name, points) for s, points in zip(series, arrays, strict=True) if s.hover]
   parts += _hover_bands(hovered, x, lambda at: _place(at, x_names, x_unit))
-  for step in marks:
+  for step, title in (marks or {}).items():
     if x.low <= step <= x.high:
       path = f"M{x.pixel(step):.1f} {TOP}V{y.start}"
-      parts.append(f'<path class="mark" d="{path}"><title>resumed from step {step:,}</title></path>')
+      parts.append(f'<path class="mark" d="{path}"><title>{html.escape(title)}</title></path>')
   return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
 
 

@@ -58,7 +58,7 @@ def make_page(workdir: str | os.PathLike[str], refresh_seconds: int = 0) -> byte
     section("Where the time goes", _times(run)),
     section("Sample", _sample(run.events)),
     section("Held-out evaluation", _evaluations(run)),
-    section("Starts, resumes, ends", _history(run.events)),
+    section("Starts, resumes, stages, ends", _history(run.events)),
     section("Config", _config(run.config)),
     section("Environment", _environment(run.events)),
   ]
@@ -95,7 +95,7 @@ def _tiles(run: RunRecords) -> str:
     ),
     ("held-out loss", format_fixed(heldout.get("loss")), "nats per token"),
     ("train loss", format_fixed(_last(run, "loss")), f"at step {last_step:,}" if last_step else "no step was logged"),
-    ("steps", f"{last_step:,}", f"of {planned_steps:,}" if is_number(planned_steps) else ""),
+    ("steps", f"{last_step:,}", f"of {planned_steps:,}" if is_number(planned_steps) and planned_steps else ""),
     ("tokens", "–" if tokens is None else format_compact(tokens), "trained on"),
     ("tokens per second", format_compact(float(np.median(speeds))) if len(speeds) else "–", "median"),
     ("time", format_duration(sum(_total_seconds(run).values())), "logged"),
@@ -143,11 +143,11 @@ def _evaluations(run: RunRecords) -> str:
 
 
 def _history(events: Sequence[Event]) -> str:
-  """A row for every start, resume and end. A resume shows the details that differ from the process before it."""
+  """A row for every start, resume, stage and end. A resume or stage shows the details that differ from what was before."""
   rows = []
   previous: dict[str, Any] = {}
   for e in events:
-    if e["event"] not in metrics.PROCESS_EVENTS:
+    if e["event"] not in (*metrics.PROCESS_EVENTS, "stage"):
       continue
     details = _details(e)
     if e["event"] != "end":

@@ -49,7 +49,10 @@ LAYER_CHARTS = {
 
 def charts(run: RunRecords) -> str:
   """The section of all charts; nothing for a run without a step."""
-  marks = sorted({e["step"] for e in run.events if e["event"] == "resume"})
+  marks = {e["step"]: f"resumed from step {e['step']:,}" for e in run.events if e["event"] == "resume"}
+  marks |= {
+    e["step"]: f"stage {e.get('stage')} from step {e['step']:,} on" for e in run.events if e["event"] == "stage"
+  }
   figures = []
   for title, unit, key, eval_key, scale in (*CHARTS, *_other_charts(run)):
     series = _series(run, key, title)
@@ -65,7 +68,7 @@ def charts(run: RunRecords) -> str:
   figures += _layer_charts(run)
   note = (
     f"Over completed updates. Long runs are downsampled to the minimum and maximum of each of {BINS} bins. Dashed "
-    "lines are resume points; red ticks on the lower edge are values that were not finite; rings mark spikes of the loss. Hover for numbers."
+    "lines are resume points and stages; red ticks on the lower edge are values that were not finite; rings mark spikes of the loss. Hover for numbers."
   )
   return f'<section class="charts">{"".join(figures)}</section><p class="note">{note}</p>' if figures else ""
 

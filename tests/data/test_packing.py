@@ -14,7 +14,7 @@ import pytest
 
 import deepseek_jax
 from deepseek_jax.config_sections import DataConfig
-from deepseek_jax.data import cache, packing, pipeline, sources, tokenizer
+from deepseek_jax.data import cache, packed_dataset, packing, pipeline, sources, tokenizer
 from deepseek_jax.errors import ConfigError, DataError
 
 ROOT = pathlib.Path(deepseek_jax.__file__).parents[1]
@@ -348,3 +348,24 @@ def test_null_records_are_an_error_or_skipped_and_counted(config, corpus, capsys
   assert "3 records skipped as null" in capsys.readouterr().err
   with pytest.raises(DataError, match="is null"):  # not the packed data of the other setting
     open_data(config())
+
+
+def test_windows_by_length_go_from_those_of_short_documents_to_those_of_long_ones(config):
+  shuffled, by_length = open_data(config()), open_data(config(order="by_length"))
+  assert shuffled.fingerprint != by_length.fingerprint
+  split, windows = by_length.train._splits[0], len(by_length.train)
+  ids = by_length.window_ids(0, 2 * windows)
+  assert sorted(ids[:windows]) == list(range(windows)) and (ids[:windows] == ids[windows:]).all()  # epochs are alike
+  bos = by_length.tokenizer.bos
+  starts = [*np.flatnonzero(split._stream == bos), len(split._stream)]
+  lengths = np.repeat(np.diff(starts), np.diff(starts))  # of the document of each token
+  longest = [lengths[i * 32 : i * 32 + 32].max() for i in range(windows)]
+  assert split.longest_documents(bos).tolist() == longest
+  assert (np.diff(np.array(longest)[ids[:windows]]) >= 0).all() and len(set(longest)) > 3
+
+
+def test_the_longest_documents_are_the_same_in_chunks(config, monkeypatch):
+  data = open_data(config())
+  whole = data.train._splits[0].longest_documents(data.tokenizer.bos)
+  monkeypatch.setattr(packed_dataset, "CHUNK_TOKENS", 7)
+  assert (data.train._splits[0].longest_documents(data.tokenizer.bos) == whole).all()

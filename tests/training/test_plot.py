@@ -98,8 +98,10 @@ def test_a_lone_point_is_visible():
 
 
 def test_resume_points_within_the_run_are_marked():
-  svg = line_chart([Series("train", [(step, 1.0 / step) for step in range(1, 50)])], marks=(10, 20, 900))
-  assert [e[0].text for e in _of_class(svg, "mark")] == ["resumed from step 10", "resumed from step 20"]
+  svg = line_chart(
+    [Series("train", [(step, 1.0 / step) for step in range(1, 50)])], marks={10: "ten", 20: "<twenty>", 900: "far"}
+  )
+  assert [e[0].text for e in _of_class(svg, "mark")] == ["ten", "<twenty>"]
 
 
 def test_hover_titles_give_the_values_of_every_series():
