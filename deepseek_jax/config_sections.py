@@ -287,7 +287,7 @@ def section_fields(of: str) -> Any:
   return dataclasses.field(default_factory=dict, hash=False, metadata={"doc": doc})
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class StageConfig(Section, path="stages"):
   """A stage of training: its end, and the fields of the config that differ in it, in nested dicts as in a config file."""
 
@@ -308,6 +308,10 @@ class StageConfig(Section, path="stages"):
   def check(self) -> None:
     if not self.name.isprintable() or not self.name or set(self.name) & set(" ./=,"):
       raise ConfigError(f"stages.name must be a word without . / = and commas, got {self.name!r}")
+
+  def __repr__(self) -> str:
+    given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name)}
+    return f"StageConfig({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
   def overrides(self) -> dict[str, Any]:
     """The fields that differ: {dotted path: value}."""
