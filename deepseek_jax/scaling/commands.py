@@ -109,6 +109,10 @@ def plan(argv: list[str]) -> int:
   if values.seq:
     overrides["data.seq"] = str(values.seq)
   base = load_config(values.config, overrides)
+  if base.stages:
+    raise ConfigError(
+      f"--config={values.config} has stages of training, and the runs of a sweep have one: give a config without"
+    )
 
   from deepseek_jax.scaling.cost import Cost, advise, format_plan, sweep_cost
   from deepseek_jax.scaling.hparams import load_law

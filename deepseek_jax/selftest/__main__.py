@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
   flags.DEFINE_string(
     "json", None, "also write the report to this file; - for stdout, and nothing else", flag_values=values
   )
+  flags.DEFINE_string("stage", None, "stage of training to test, of a config that has `stages`", flag_values=values)
   overrides = parse(argv, values, __doc__)
   config = load_config(values.config, overrides)
 
@@ -48,7 +49,9 @@ def main(argv: Sequence[str]) -> int:
   from deepseek_jax.selftest.machine import accelerators, describe_device
   from deepseek_jax.selftest.run import results_folder
   from deepseek_jax.selftest.supervise import ChildFailed, Report, run_selftest
+  from deepseek_jax.stages import find_stage, resolve_stages
 
+  config = find_stage(resolve_stages(config), values.stage or "").config
   quiet = values.json == "-"
   header_printed = False
 

@@ -66,6 +66,7 @@ def test_the_size_and_the_cost_in_hours_of_a_topology(capsys):
     (["--hours=3"], "needs --topology"),
     (["--tokens=-5"], "--tokens=-5.0: expected a positive number"),
     (["--hours=nan", "--topology=v5p:2x2x1"], "expected a positive number"),
+    (["--budgets=1e18", "--config.stages=[{'name': 'a', 'until_tokens': 9}]"], "has stages of training"),
     (["--budgets=1e18", "--experts=2.5"], "--experts=2.5: expected whole numbers"),
     (["--budgets=1e18", "--experts=8"], "need a base config"),
     (["--budgets=1e18", "--per_budgets=3"], "did you mean --per_budget"),
