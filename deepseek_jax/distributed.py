@@ -100,7 +100,7 @@ def _exit_unconnected(console: Console, initialize_args: dict[str, Any]) -> None
     "start all of them, with one coordinator that all can reach and whose port is free",
     audible(console),
   )
-  os._exit(2)
+  os._exit(1)  # not 2: a host may only be late, and a restart finds it
 
 
 def _client() -> Any:

@@ -6,7 +6,8 @@ the config, --dry_run what the config amounts to; both stop before anything is t
 a .json config, from which editors complete it.
 Running the same command again resumes from the newest checkpoint; --workdir alone takes the config saved there.
 Several processes train as one by --coordinator, --processes and --process, or as their scheduler says.
-Exit codes: 0 finished, 2 config, data or checkpoint, 130 / 143 saved after Ctrl-C / SIGTERM, 1 anything else.
+Exit codes: 0 finished, 2 config, data, checkpoint or divergence, 42 a hang, 130 / 143 saved after Ctrl-C / SIGTERM, 1
+anything else. launch/supervise.py starts a run again after 1, 42, 143 and the end by a signal, but not after 2.
 """
 
 import json
@@ -85,7 +86,7 @@ def program_flags() -> flags.FlagValues:
 def main(argv: list[str]) -> int:
   """Returns the exit code of a training run, --dry_run, --print_config or --schema.
 
-  Raises UserError for an error of the user's. A run that diverges is an error on stderr and exit code 1.
+  Raises UserError for an error of the user's. A run that diverges is an error on stderr and exit code 2: it would diverge again.
   """
   values = program_flags()
   overrides = parse(argv, values, __doc__)
@@ -127,7 +128,7 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
   except Diverged as error:
     print_error(f"error: {error}", current_console())
-    return 1
+    return 2
 
 
 def describe(config: Config, stages: Sequence["Stage"], devices: int | None, every_field: bool, plan: bool) -> str:

@@ -5,25 +5,23 @@
 JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID tell each process which one it is. Each has --devices
 devices: virtual ones on a CPU, GPUs of its own on a machine with GPUs. Lines that process N > 0 prints start with [N].
 An error that several of them report is shown once. When a process fails, the others get SIGTERM, and SIGKILL 5 s later;
-its exit code is the launcher's, and its last lines are shown again where many lines of others follow them. Ctrl-C and SIGTERM are passed on, so that a training run can save.
+its exit code is the launcher's, and its last lines are shown again where many lines of others follow them.
+SIGINT (Ctrl-C), SIGTERM and SIGUSR1 are passed on, so that a training run can save.
+With --max_restarts all are started again after a failure that a restart may mend: launch/supervise.py says which.
 """
 
 import argparse
 import collections
-import contextlib
-import ctypes
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
-import types
 from collections.abc import Sequence
 
-KILL_AFTER_SECONDS = 5  # after a failure, from SIGTERM to SIGKILL
+from supervise import ProcessGroup, StopSignals, add_restart_flags, make_restarts, supervise
+
 LAST_LINES = 20
 
 
@@ -32,24 +30,53 @@ def main(argv: Sequence[str]) -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--processes", type=int, required=True, help="how many")
   parser.add_argument("--devices", type=int, default=1, help="devices of each process (default 1)")
-  parser.add_argument("--grace", type=float, default=60, help="seconds to save after Ctrl-C or SIGTERM (default 60)")
+  add_restart_flags(parser, max_restarts=0)
   parser.add_argument("command", nargs="+", help="after --: what each process runs")
   options = parser.parse_args(argv)
   if min(options.processes, options.devices) < 1:
     parser.error(f"--processes and --devices are 1 or more, got {options.processes} and {options.devices}")
-  group = ProcessGroup(options.grace)
+  restarts = make_restarts(parser, options)
+  with StopSignals() as signals:
+    try:
+      return supervise(lambda: run_once(options, signals), restarts, signals)
+    except OSError as error:
+      print(f"launch: cannot run {options.command[0]}: {error.strerror}", file=sys.stderr)
+      return 2
+
+
+def run_once(options: argparse.Namespace, signals: StopSignals) -> int:
+  """Starts all processes, waits until all have ended, and returns the exit code. `options` are the flags."""
+  group, transcript = ProcessGroup(options.grace, signals), Transcript()
   coordinator = f"127.0.0.1:{free_port()}"
-  for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, group.stop)
   try:
     for index in range(options.processes):
-      group.start(options.command, environment(coordinator, options.processes, index, options.devices))
-    return group.wait()
-  except OSError as error:
-    print(f"launch: cannot run {options.command[0]}: {error.strerror}", file=sys.stderr)
-    return 2
+      # None: a progress bar of process 0 finds its terminal.
+      stdout, stderr = (subprocess.PIPE, subprocess.STDOUT) if index else (None, subprocess.PIPE)
+      env = environment(coordinator, options.processes, index, options.devices)
+      group.start(options.command, env, stdout, stderr)
+    readers = [OutputReader(process, index, transcript) for index, process in enumerate(group.processes)]
+    failed = group.wait()
+    for reader in readers:
+      reader.join(1)  # a grandchild may hold the pipe open
   finally:
     group.kill()
+  if failed is None:
+    return 0
+  index, code = failed
+  if not signals.received:
+    show_failure(readers[index], code, transcript)
+  return code
+
+
+def show_failure(reader: "OutputReader", code: int, transcript: "Transcript") -> None:
+  """Says which process failed, with its last lines where they are far above."""
+  far_above = transcript.lines - reader.last_shown > LAST_LINES
+  last_lines = b"".join(reader.last_lines).decode(errors="replace") if far_above else ""
+  print(
+    f"launch: process {reader.index} failed with exit code {code}{'; its last lines:' if last_lines else ''}",
+    file=sys.stderr,
+  )
+  sys.stderr.write(last_lines)
 
 
 def environment(coordinator: str, processes: int, index: int, devices: int) -> dict[str, str]:
@@ -69,82 +96,6 @@ def free_port() -> int:
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
     return s.getsockname()[1]
-
-
-class ProcessGroup:
-  """Processes that end together. Each has its own session, so that signals reach it only through this class.
-
-  grace: seconds that the processes have to save after a signal.
-  """
-
-  def __init__(self, grace: float):
-    self._grace = grace
-    self._deadline = float("inf")  # of time.monotonic(), when all that still run are killed
-    self._stopped = False
-    self._processes: list[subprocess.Popen] = []
-
-  def start(self, command: Sequence[str], environment: dict[str, str]) -> None:
-    """Adds a process that runs `command`."""
-    first = not self._processes
-    process = subprocess.Popen(
-      command,
-      env=environment,
-      start_new_session=True,
-      preexec_fn=die_with_launcher,
-      stdin=subprocess.DEVNULL,
-      stdout=None if first else subprocess.PIPE,  # None: a progress bar finds its terminal
-      stderr=subprocess.PIPE if first else subprocess.STDOUT,
-    )
-    self._processes.append(process)
-
-  def wait(self) -> int:
-    """Waits for all and returns the exit code. One that fails, or a stop that takes too long, ends all."""
-    transcript = Transcript()
-    readers = [OutputReader(process, index, transcript) for index, process in enumerate(self._processes)]
-    failed = None
-    while True:
-      running = [process for process in self._processes if process.poll() is None]
-      if failed is None:
-        failed = next((index for index, process in enumerate(self._processes) if process.returncode), None)
-        if failed is not None:
-          self._signal(signal.SIGTERM)
-          self._deadline = min(self._deadline, time.monotonic() + KILL_AFTER_SECONDS)
-      if not running:
-        break
-      if time.monotonic() > self._deadline:
-        self.kill()
-      time.sleep(0.02)
-    for reader in readers:
-      reader.join(1)  # a grandchild may hold the pipe open
-    if failed is None:
-      return 0
-    code = self._processes[failed].returncode
-    code = 128 - code if code < 0 else code
-    if not self._stopped:
-      far_above = transcript.lines - readers[failed].last_shown > LAST_LINES
-      last_lines = b"".join(readers[failed].last_lines).decode(errors="replace") if far_above else ""
-      print(
-        f"launch: process {failed} failed with exit code {code}{'; its last lines:' if last_lines else ''}",
-        file=sys.stderr,
-      )
-      sys.stderr.write(last_lines)
-    return code
-
-  def stop(self, number: int, frame: types.FrameType | None) -> None:
-    """Signal handler: passes the signal on and sets the deadline. A second signal kills all at once."""
-    self._deadline = float("-inf") if self._stopped else time.monotonic() + self._grace
-    self._stopped = True
-    self._signal(number)
-
-  def kill(self) -> None:
-    """Kills the processes that are left, and the children of all."""
-    self._signal(signal.SIGKILL, also_ended=True)
-
-  def _signal(self, number: int, also_ended: bool = False) -> None:
-    for process in self._processes:
-      if also_ended or process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-          os.killpg(process.pid, number)
 
 
 class Transcript:
@@ -181,6 +132,7 @@ class OutputReader(threading.Thread):
 
   def __init__(self, process: subprocess.Popen, index: int, transcript: Transcript):
     super().__init__(daemon=True)
+    self.index = index
     self.last_shown = 0
     self._transcript = transcript
     self.last_lines: collections.deque[bytes] = collections.deque(maxlen=LAST_LINES)
@@ -193,15 +145,6 @@ class OutputReader(threading.Thread):
       self.last_lines.append(line)
       self._transcript.show(line, self._prefix)
       self.last_shown = self._transcript.lines
-
-
-_libc = ctypes.CDLL(None)  # before the fork
-
-
-def die_with_launcher() -> None:
-  """Runs in a new process: on Linux it is killed when the thread that started it ends."""
-  if sys.platform == "linux":
-    _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: even kill -9 of the launcher leaves nobody behind
 
 
 if __name__ == "__main__":

@@ -482,7 +482,7 @@ def test_other_data_is_refused_unless_accepted(folder, six_steps):
 
 
 def test_non_finite_losses_stop_the_run(folder):
-  out = run(folder, "diverged", "--config.schedule.peak=1e30", "--config.train.max_skipped=2", code=1)
+  out = run(folder, "diverged", "--config.schedule.peak=1e30", "--config.train.max_skipped=2", code=2)
   assert "2 updates in a row" in out and "Traceback" not in out
   assert lines(folder, "diverged", "events.jsonl")[-1]["reason"] == "diverged"
   assert (folder / "diverged" / "report.html").exists()

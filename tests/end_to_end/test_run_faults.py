@@ -199,7 +199,7 @@ def break_weights_after(step, monkeypatch):
 def test_skipped_updates_rotate_no_checkpoint_and_a_run_that_diverged_goes_back_before_them(folder, digest):
   with pytest.MonkeyPatch.context() as patch:
     break_weights_after(6, patch)
-    out = run(folder, "bad", "--config.train.max_skipped=4", code=1)
+    out = run(folder, "bad", "--config.train.max_skipped=4", code=2)
   assert "step 8: the checkpoint waits until an update is applied again" in out
   assert "the first was step 7" in out and out.splitlines()[-1].endswith("--resume_from=4") and "schedule.peak" in out
   assert checkpoints(folder, "bad") == [4, 6]  # 6 has the broken weights
