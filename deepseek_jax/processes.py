@@ -91,4 +91,9 @@ def _find_scheduler_args() -> dict[str, Any] | None:
       "Open MPI started several processes, and this version of jax cannot read where: give --coordinator=HOST:PORT "
       "--processes=$OMPI_COMM_WORLD_SIZE --process=$OMPI_COMM_WORLD_RANK"
     )
+  if (index := os.environ.get("JOB_COMPLETION_INDEX", "0")) != "0":
+    raise ConfigError(
+      f"this is pod {index} of an indexed Kubernetes job, and jax cannot ask Kubernetes for the others: give "
+      f"{', '.join(FLAGS)}, or install jax[k8s]"
+    )
   return None

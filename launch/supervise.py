@@ -164,10 +164,14 @@ def supervise(
     delay = restarts.delay(seconds)
     if delay is None:
       if restarts.limit:
-        say(f"exit code {code}, and none of {restarts.limit} restarts in a row is left: read the log, or give --max_restarts=N")
+        say(
+          f"exit code {code}, and none of {restarts.limit} restarts in a row is left: read the log, or give --max_restarts=N"
+        )
       return code
     if requeue:
-      say(f"exit code {code} after {seconds:.0f} s, restart {restarts.count} of {restarts.limit}: {shlex.join(requeue)}")
+      say(
+        f"exit code {code} after {seconds:.0f} s, restart {restarts.count} of {restarts.limit}: {shlex.join(requeue)}"
+      )
       if failed := subprocess.run(requeue).returncode:
         say(f"{shlex.join(requeue)} failed with exit code {failed}: submit the job again, it resumes")
       return code
@@ -196,7 +200,11 @@ class ProcessGroup:
     signals.group = self
 
   def start(
-    self, command: Sequence[str], env: Mapping[str, str] | None = None, stdout: int | None = None, stderr: int | None = None
+    self,
+    command: Sequence[str],
+    env: Mapping[str, str] | None = None,
+    stdout: int | None = None,
+    stderr: int | None = None,
   ) -> None:
     """Adds a process that runs `command`. stdout and stderr are as subprocess.Popen takes them."""
     self.processes.append(

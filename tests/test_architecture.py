@@ -79,6 +79,7 @@ UNMIRRORED = {
   "end_to_end": "whole runs in processes, through the command line",
   "parity": "the public API against transformers",
   "tpu": "whole programs compiled for TPUs without the hardware",
+  "launch/test_scripts.py": "every script of launch/, and the commands of docs/launch.md",
   "kernels/test_attention_gpu.py": "kernels/attention/pallas_gpu.py",
   "kernels/test_compiled_gpu.py": "machine code of all kernels for Hopper",
   "kernels/test_compiled_tpu.py": "machine code of all kernels for TPUs",
@@ -356,6 +357,7 @@ def test_each_test_file_is_named_after_the_module_that_it_tests():
     base = ROOT if folder != PACKAGE else ROOT / PACKAGE
     paths = [path.relative_to(base) for path in (ROOT / folder).rglob("*.py")]
     modules |= {path.as_posix() for path in paths} | {path.parent.as_posix() for path in paths if path.parent.parts}
+  modules |= {f"launch/{path.stem}" for path in (ROOT / "launch").iterdir()}  # shell scripts and manifests too
   lost = list(without_module(sorted(tests), modules, UNMIRRORED))
   assert not lost, f"no module has the name of {', '.join(lost)}"
   needless = [name for name in UNMIRRORED if name not in tests and not (ROOT / "tests" / name).is_dir()]

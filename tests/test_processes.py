@@ -23,7 +23,8 @@ ONE_OF_TWO = {
 @pytest.fixture
 def environment(monkeypatch):
   """Sets variables, in a process that no scheduler started."""
-  for name in (*ENV_VARS, *SLURM, *OPEN_MPI, "KUBERNETES_SERVICE_HOST", "TPU_WORKER_HOSTNAMES"):
+  pod = ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES")
+  for name in (*ENV_VARS, *SLURM, *OPEN_MPI, *pod):
     monkeypatch.delenv(name, raising=False)
 
   def set_all(**variables):
@@ -59,15 +60,82 @@ def test_open_mpi_is_found_or_asks_for_flags(environment, monkeypatch):
     find_initialize_args()
 
 
-def test_a_slice_of_a_tpu_pod_is_found_by_its_host_names(environment, monkeypatch):
+# As jax.distributed.initialize comes to them: (coordinator, number of processes, this process).
+def place(arguments):
+  from jax._src.clusters import ClusterEnv
+
+  return ClusterEnv.auto_detect_unset_distributed_params(
+    None, None, None, None, arguments["cluster_detection_method"], 1
+  )[:3]
+
+
+@pytest.mark.parametrize(
+  ("nodes", "first"),
+  [
+    ("node07", "node07"),
+    ("node07,other9", "node07"),
+    ("node[07-12]", "node07"),
+    ("node[007,009-012],other[1-2]", "node007"),
+  ],
+)
+def test_slurm_says_where_process_0_is(environment, nodes, first):
+  environment(**SLURM | {"SLURM_STEP_NODELIST": nodes})
+  assert place(find_initialize_args()) == (f"{first}:{61440 + 77}", 4, 2)
+
+
+@pytest.fixture
+def tpu_pod(environment, monkeypatch):
+  """Sets variables of a pod of a GKE JobSet on TPUs; none of its names has to be known here."""
   from jax._src.clusters import cloud_tpu_cluster
 
   monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
-  environment(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_ID="1", TPU_WORKER_HOSTNAMES="a,b")
-  environment(MEGASCALE_NUM_SLICES="2", MEGASCALE_SLICE_ID="0")
+  monkeypatch.setattr(cloud_tpu_cluster.socket, "gethostbyname", lambda name: "10.0.0.1")
+  for name in ("MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID", "MEGASCALE_COORDINATOR_ADDRESS", "TPU_PROCESS_ADDRESSES"):
+    monkeypatch.delenv(name, raising=False)
+  environment(
+    # With TPU_SKIP_MDS_QUERY jax asks no metadata server. JobSet and Kubernetes set the others.
+    TPU_SKIP_MDS_QUERY="1", KUBERNETES_SERVICE_HOST="10.0.0.1", JOB_COMPLETION_INDEX="1",
+    JOBSET_NAME="deepseek-67b", JOBSET_RESTART_ATTEMPT="2",
+  )  # fmt: skip
+
+  def set_all(**variables):
+    # What these do not say jax looks up on the metadata server.
+    environment(
+      **{"MEGASCALE_NUM_SLICES": "", "MEGASCALE_SLICE_ID": "", "MEGASCALE_COORDINATOR_ADDRESS": ""} | variables
+    )
+
+  return set_all
+
+
+HOSTS = "deepseek-67b-slice-0-0.deepseek-67b,deepseek-67b-slice-0-1.deepseek-67b"
+
+
+def test_a_jobset_of_one_slice_is_found_by_its_host_names(tpu_pod, monkeypatch):
+  tpu_pod(TPU_WORKER_ID="1", TPU_WORKER_HOSTNAMES=HOSTS)
   assert find_initialize_args() == {"cluster_detection_method": "gketpu"}
-  environment(MEGASCALE_NUM_SLICES="1", TPU_WORKER_HOSTNAMES="localhost")
+  assert place(find_initialize_args()) == ("deepseek-67b-slice-0-0.deepseek-67b:8482", 2, 1)
+
+
+def test_a_jobset_of_several_slices_is_found_by_the_variables_of_megascale(tpu_pod):
+  """Worker 1 of slice 1 of 2."""
+  tpu_pod(
+    TPU_WORKER_ID="1", TPU_WORKER_HOSTNAMES=HOSTS.replace("slice-0", "slice-1"), MEGASCALE_NUM_SLICES="2",
+    MEGASCALE_SLICE_ID="1", MEGASCALE_COORDINATOR_ADDRESS="deepseek-67b-slice-0-0.deepseek-67b:8080",
+  )  # fmt: skip
+  assert place(find_initialize_args()) == ("deepseek-67b-slice-0-0.deepseek-67b:8482", 4, 3)
+
+
+def test_a_slice_of_one_host_is_alone(tpu_pod):
+  tpu_pod(TPU_WORKER_ID="0", TPU_WORKER_HOSTNAMES="localhost", MEGASCALE_NUM_SLICES="1")
   assert find_initialize_args() is None
+
+
+@pytest.mark.filterwarnings("ignore:Kubernetes environment detected")
+def test_a_pod_of_an_indexed_job_that_cannot_find_the_others_does_not_train_alone(environment):
+  """Without TPUs jax asks Kubernetes by a package that is not installed here."""
+  environment(KUBERNETES_SERVICE_HOST="10.0.0.1", JOB_COMPLETION_INDEX="1")
+  with pytest.raises(ConfigError, match=r"pod 1 of an indexed Kubernetes job.*--coordinator.*jax\[k8s\]"):
+    find_initialize_args()
 
 
 @pytest.mark.filterwarnings("error")  # that jax looks for the kubernetes package

@@ -183,6 +183,38 @@ def test_a_launcher_that_is_killed_leaves_nobody_behind(notes):
   assert all(map(ended, pids))
 
 
+def test_all_start_again_with_a_coordinator_of_their_own(notes):
+  program = """
+first = not os.path.exists(os.environ["NOTES"] + f"/first.{index}")
+open(os.environ["NOTES"] + "/coordinators", "a").write(os.environ["JAX_COORDINATOR_ADDRESS"] + " ")
+note("first" if first else "second")
+if index == 1 and first:
+  while not os.path.exists(os.environ["NOTES"] + "/first.0"): time.sleep(0.01)
+  sys.exit(42)
+if first: time.sleep(100)
+"""
+  _, err = finish(launch(program, "--processes=2", "--max_restarts=1", "--backoff=0.1"), 0)
+  assert "process 1 failed with exit code 42" in err and "restart 1 of 1 in 0 s" in err
+  assert ended(notes("first.0")) and notes("first.0") != notes("second.0")
+  first, same, second, last = (pathlib.Path(os.environ["NOTES"]) / "coordinators").read_text().split()
+  assert first == same != second == last
+
+
+@pytest.mark.parametrize(("code", "options"), [(2, ["--max_restarts=3"]), (42, [])])
+def test_exit_code_2_and_a_launcher_without_a_budget_end_at_the_first_failure(notes, code, options):
+  program = f"note(len(os.listdir(os.environ['NOTES']))); sys.exit({code})"
+  finish(launch(program, "--processes=1", "--backoff=0", *options), code)
+  assert os.listdir(os.environ["NOTES"]) == ["0.0"]
+
+
+def test_a_signal_to_the_launcher_is_the_end_despite_a_budget(notes):
+  process = launch(WAITS, "--processes=2", "--max_restarts=3")
+  notes("ready.0"), notes("ready.1")
+  process.terminate()
+  _, err = finish(process, 143)
+  assert "restart" not in err
+
+
 def test_a_command_that_is_not_there_and_numbers_that_are_none():
   command = [sys.executable, LAUNCHER, "--processes=2", "--", "no-such-program"]
   done = subprocess.run(command, capture_output=True, text=True, timeout=60)
