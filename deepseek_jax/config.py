@@ -23,6 +23,7 @@ from deepseek_jax.config_sections import (
   ScheduleConfig,
   StageConfig,
   TrainConfig,
+  WatchdogConfig,
 )
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.logical_axes import RULES
@@ -69,6 +70,7 @@ class Config(Section):
   checkpoint: CheckpointConfig = CheckpointConfig()
   eval: EvalConfig = EvalConfig()
   log: LogConfig = LogConfig()
+  watchdog: WatchdogConfig = WatchdogConfig()
   sample: SampleConfig = SampleConfig()
 
   def at_stage(self, index: int, **values: Any) -> "Config":

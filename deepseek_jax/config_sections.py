@@ -265,6 +265,19 @@ class LogConfig(Section, path="log"):
 
 
 @dataclasses.dataclass(frozen=True)
+class WatchdogConfig(Section, path="watchdog"):
+  step_seconds: float = field(
+    120.0, "a hang: no step has finished for so long, and for 10 times the median step; 0: no watchdog", at_least=0
+  )
+  start_seconds: float = field(3600.0, "so long for devices, the self-test, and all else around steps", above=0)
+  data_seconds: float = field(86_400.0, "so long to open the data, which may be packed first", above=0)
+  compile_seconds: float = field(3600.0, "so long to compile the step, and for each of the first steps", above=0)
+  restore_seconds: float = field(3600.0, "so long to restore a checkpoint or given weights", above=0)
+  eval_seconds: float = field(1800.0, "so long for a batch of an evaluation, or for the sample", above=0)
+  checkpoint_seconds: float = field(1800.0, "so long for the blocking part of a save, or for its end", above=0)
+
+
+@dataclasses.dataclass(frozen=True)
 class SampleConfig(Section, path="sample"):
   prompt: str = field("def ", "prompt of the sample at the end of a run")
   max_tokens: int = field(200, "tokens to generate; 0: a run ends without a sample", at_least=0)

@@ -1,4 +1,4 @@
-"""Several processes as one run: connect, broadcast from process 0, barrier, and a joint exit.
+"""Several processes as one run: connect, broadcast from process 0, share values, barrier, and a joint exit.
 
 In a run of one process all of this does nothing.
 """
@@ -31,6 +31,9 @@ _FAILURE_KEY = "deepseek_jax/failed"
 _broadcast_ids = itertools.count()  # all processes broadcast in the same order, so that their counts agree
 _DAY_MS = 86_400_000
 _PROPAGATION_SECONDS = 1  # until every process has read a failure from the key-value store
+HANG_EXIT_CODE = 42
+# Called with the exit code in a process that another one's failure ends.
+_before_exit: list[Callable[[int], None]] = []
 
 
 @contextlib.contextmanager
@@ -116,7 +119,26 @@ def _watch_for_failures(console: Console) -> None:
     return  # the run is over
   if failed != _jax_distributed.global_state.process_id:
     print_error(f"error: process {failed} failed ({reason}): all end", audible(console))
-    _exit(code)
+    for callback in _before_exit:
+      callback(code)
+    exit_process(code)
+
+
+@contextlib.contextmanager
+def before_exit(callback: Callable[[int], None]) -> Iterator[None]:
+  """Calls `callback` with the exit code, in the watching thread, if another process's failure ends this one in the block."""
+  _before_exit.append(callback)
+  try:
+    yield
+  finally:
+    _before_exit.remove(callback)
+
+
+def tell_failure(code: int, reason: str) -> None:
+  """Tells the other processes that this one has failed: they end with the same exit code."""
+  client, process_id = _client(), _jax_distributed.global_state.process_id
+  if client:
+    client.key_value_set(_FAILURE_KEY, json.dumps([process_id, code, reason]), allow_overwrite=True)
 
 
 def _abort_all(error: BaseException) -> None:
@@ -132,12 +154,10 @@ def _abort_all(error: BaseException) -> None:
     # The cause may be another process's end. Then the watcher reads it from the store and reports it.
     time.sleep(_PROPAGATION_SECONDS)
   print_error(text, audible(current_console()))
-  client, process_id = _client(), _jax_distributed.global_state.process_id
   try:
-    if client:
-      client.key_value_set(_FAILURE_KEY, json.dumps([process_id, code, reason]), allow_overwrite=True)
+    tell_failure(code, reason)
   finally:
-    _exit(code)
+    exit_process(code)
 
 
 def audible(console: Console) -> Console:
@@ -152,7 +172,8 @@ def print_error(text: str, console: Console) -> None:
   console.print("\n".join(prefix + line for line in text.splitlines()), err=True)
 
 
-def _exit(code: int) -> None:
+def exit_process(code: int) -> None:
+  """Ends this process at once, whatever its other threads do, after what it wrote to stdout and stderr is out."""
   sys.stdout.flush()
   sys.stderr.flush()
   if _jax_distributed.global_state.process_id == 0:
@@ -198,6 +219,19 @@ def broadcast_from_process0(compute: Callable[[], Any]) -> Any:
     raise
   store.key_value_set(key, json.dumps([None, result]))
   return result
+
+
+def share(name: str, value: Any) -> None:
+  """Shows `value`, of JSON, to the other processes as this one's newest `name`. It takes a request, and no device."""
+  if client := _client():
+    client.key_value_set(f"deepseek_jax/{name}/{process_index()}", json.dumps(value), allow_overwrite=True)
+
+
+def shared(name: str) -> dict[int, Any]:
+  """{process: its newest value of `name`} of those that have called `share`; {} in a single process."""
+  client = _client()
+  pairs = client.key_value_dir_get(f"deepseek_jax/{name}/") if client else []
+  return {int(key.rpartition("/")[2]): json.loads(value) for key, value in pairs}
 
 
 def gather_to_host(array: jax.typing.ArrayLike) -> np.ndarray:

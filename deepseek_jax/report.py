@@ -12,7 +12,7 @@ from absl import flags
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import parse, run_program
 from deepseek_jax.storage import RunFolder, is_url
-from deepseek_jax.training.metrics import EVENTS, EXPERT_LOADS, METRICS
+from deepseek_jax.training.metrics import EVENTS, EXPERT_LOADS, GOODPUT, METRICS
 from deepseek_jax.training.report import write_report
 from deepseek_jax.training.run_records import CONFIG, read_config
 
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
   if values.serve:
     return _serve(values.workdir, values.host, values.port)
   folder = RunFolder(values.workdir)
-  folder.download((CONFIG, METRICS, EVENTS, EXPERT_LOADS))
+  folder.download((CONFIG, METRICS, EVENTS, EXPERT_LOADS, GOODPUT))
   write_report(folder.path)
   folder.upload()
   print(os.path.join(values.workdir, "report.html"))

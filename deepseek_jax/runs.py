@@ -26,6 +26,7 @@ from deepseek_jax.schema import flatten_config
 from deepseek_jax.storage import RunFolder, local_copy
 from deepseek_jax.train import train
 from deepseek_jax.training import metrics
+from deepseek_jax.training.goodput import Goodput, read_goodput
 from deepseek_jax.training.metrics import WriterFactory
 from deepseek_jax.training.report import write_report
 from deepseek_jax.training.run_records import CONFIG, RunRecords, is_number, read_run
@@ -147,6 +148,12 @@ class Run:
     events = self.records.events_by_step("eval")
     names = [name for name in (events[0] if events else {}) if name not in ("event", "time")]
     return {name: np.asarray([np.nan if e.get(name) is None else e[name] for e in events]) for name in names}
+
+  @property
+  def goodput(self) -> Goodput:
+    """Where the wall time went, over all restarts: `seconds` by category, `fraction`, and a line as its text."""
+    with local_copy(self.workdir, (metrics.GOODPUT,)) as folder:
+      return read_goodput(folder)
 
   def report(self) -> "ReportPage":
     """Writes report.html anew; a notebook shows the page."""

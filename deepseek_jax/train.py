@@ -109,6 +109,7 @@ def main(argv: list[str]) -> int:
   # Imported late: --help and config errors need no jax.
   from deepseek_jax.distributed import print_error
   from deepseek_jax.stages import resolve_stages
+  from deepseek_jax.training.clock import process_start
   from deepseek_jax.training.schedule_check import check_warmup
   from deepseek_jax.training.skipped import Diverged
 
@@ -124,7 +125,7 @@ def main(argv: list[str]) -> int:
   try:
     return train(
       config, workdir, values.selftest == "on", values.accept_data_change, initialize_args=initialize_args,
-      resume_from=values.resume_from,
+      resume_from=values.resume_from, started=process_start(),
     )  # fmt: skip
   except Diverged as error:
     print_error(f"error: {error}", current_console())
@@ -162,6 +163,7 @@ def train(
   writers: Sequence[WriterFactory] = (),
   initialize_args: dict[str, Any] | None = None,
   resume_from: int | None = None,
+  started: float | None = None,
 ) -> int:
   """Trains `config` in `workdir`, or resumes there, as this program does; for programs that call the trainer.
 
@@ -173,6 +175,7 @@ def train(
       and the step that it starts from.
     resume_from: as the flag.
     initialize_args: of a run of several processes, as `find_initialize_args` gives them.
+    started: when the run began, in time.monotonic(), from where its wall time counts. None: now.
 
   Returns:
     The exit code.
@@ -199,7 +202,7 @@ def train(
 
   with set_console(console or current_console()), log_to_console(), distributed_session(initialize_args):
     try:
-      return run(config, workdir, evaluate, continue_prompt, select, accept_data_change, writers, resume_from)
+      return run(config, workdir, evaluate, continue_prompt, select, accept_data_change, writers, resume_from, started)
     except Diverged as error:  # all processes see it at the same step, so that none has to end the others
       diverged = error
   raise diverged

@@ -73,7 +73,7 @@ def test_an_error_that_ends_the_process_reaches_stderr_although_the_console_is_s
 
   codes = []
   monkeypatch.setattr(distributed, "_connect", connect)
-  monkeypatch.setattr(distributed, "_exit", codes.append)
+  monkeypatch.setattr(distributed, "exit_process", codes.append)
   monkeypatch.setattr(distributed, "_PROPAGATION_SECONDS", 0)
   with set_console(SilentConsole()), contextlib.suppress(RuntimeError), distributed_session({}):
     pass

@@ -177,6 +177,11 @@ _ROWS: tuple[tuple[Condition, str, str], ...] = (
   (_never, "eval", "every"),
   (_always, "eval", "sequences final_sequences"),
   (_never, "log", "every tensorboard layer_rms"),
+  (
+    _never,
+    "watchdog",
+    "step_seconds start_seconds data_seconds compile_seconds restore_seconds eval_seconds checkpoint_seconds",
+  ),
   (_never, "sample", "prompt max_tokens temperature top_k top_p repetition_penalty"),
 )
 EFFECTS: dict[str, Condition] = {

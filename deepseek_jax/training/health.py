@@ -311,9 +311,27 @@ def throughput_drops(run: Run) -> Iterator[Finding]:
     )
 
 
+def stragglers(run: Run) -> Iterator[Finding]:
+  """Processes that held the others up in several lines in a row, as `stragglers.py` names them."""
+  slow, largest, usual = (run.column(name) for name in ("straggler", "host_seconds_max", "host_seconds_median"))
+  processes, lines = np.unique(slow.values, return_counts=True)
+  if not len(processes):
+    return
+  worst = int(processes[np.argmax(lines)])
+  steps = slow.steps[slow.values == worst]
+  seconds, median = (float(np.median(c.values[np.isin(c.steps, steps)])) for c in (largest, usual))
+  yield Finding(
+    "A process holds the others up",
+    f"Process {worst}, logged {_at_steps(steps)}: {seconds:.3g} s of its own in a step, {median:.3g} s in the median of all"
+    f"{f'; {len(processes) - 1} other processes at other steps' if len(processes) > 1 else ''}.",
+    f"Look at what else runs on its host, and at its disk ({run.field('data.cache')}) and network.",
+  )
+
+
 HEALTH_RULES: tuple[Callable[[Run], Iterator[Finding]], ...] = (
   diverged, not_finite, initialisation, skipped_updates, large_spikes, activations_over_depth, gradients_over_depth,
   changes_over_time, dead_experts, imbalance, throughput_drops,
+  stragglers,
 )  # fmt: skip
 
 

@@ -3,8 +3,9 @@
 What it shows and writes is in `run_log.py`.
 """
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -13,8 +14,9 @@ from deepseek_jax.checkpoint.bucket import open_checkpointer
 from deepseek_jax.checkpoint.weights import open_first_weights, refuse_hf_workdir
 from deepseek_jax.compilation_cache import use_compilation_cache
 from deepseek_jax.config import Config
-from deepseek_jax.console import SilentConsole, current_console, set_console
+from deepseek_jax.console import Console, SilentConsole, current_console, set_console
 from deepseek_jax.cpu_backend import keep_freed_memory
+from deepseek_jax.data.pipeline import Data
 from deepseek_jax.data.tokenizer import load_model_tokenizer
 from deepseek_jax.distributed import barrier, broadcast_from_process0, process_count, process_index
 from deepseek_jax.errors import ConfigError, Stopped
@@ -23,10 +25,13 @@ from deepseek_jax.mesh import check_x64, make_mesh, resolve_mesh
 from deepseek_jax.stages import Stage, open_stage_data, resolve_stages
 from deepseek_jax.storage import RunFolder
 from deepseek_jax.training import metrics
+from deepseek_jax.training.clock import PhaseClock
+from deepseek_jax.training.goodput import GoodputWriter
 from deepseek_jax.training.run_log import RunLog, end_before_training
-from deepseek_jax.training.signals import stop_requests
-from deepseek_jax.training.start import find_start, next_start
+from deepseek_jax.training.signals import StopRequest, stop_requests
+from deepseek_jax.training.start import Start, find_start, next_start
 from deepseek_jax.training.trainer import Trainer
+from deepseek_jax.training.watchdog import Watchdog
 
 
 def run(
@@ -38,6 +43,7 @@ def run(
   accept_data_change: bool = False,
   writers: Sequence[metrics.WriterFactory] = (),
   resume_from: int | None = None,
+  started: float | None = None,
 ) -> int:
   """Trains the stages of `config`, or until a stop signal, and returns the exit code: 0, or 130 / 143 after SIGINT / SIGTERM.
 
@@ -52,6 +58,7 @@ def run(
     accept_data_change: resume although the data differs from the checkpoint's.
     writers: of metrics and events, on process 0, in addition to the files of the run; see `metrics.MetricsWriter`.
     resume_from: the step of the checkpoint to continue from, instead of the newest one; newer ones are set aside.
+    started: when the run began, in time.monotonic(), from where its wall time counts. None: now.
 
   Raises:
     UserError: the config, the data or a checkpoint cannot be used, or a file cannot be written any more.
@@ -62,9 +69,11 @@ def run(
   with (
     set_console(current_console() if process_index() == 0 else SilentConsole()) as console,
     stop_requests() as request,
+    contextlib.ExitStack() as stack,
   ):
     refuse_hf_workdir(workdir)
     run_folder = RunFolder(workdir)
+    goodput, watchdog = stack.enter_context(watch(config, run_folder, console, started))
     try:
       check_x64(config.model)
       # These raise errors of the tokenizer and the bucket before any device is opened.
@@ -74,31 +83,72 @@ def run(
       weights = open_first_weights(stages[0].config, workdir, tokenizer)
       replacements = select_stage_kernels(stages, select_kernels, run_folder.path)
       meshes = make_meshes(stages)
-      arguments = workdir, run_folder, console, writers
+      arguments = workdir, run_folder, console, goodput, writers
       logs = [RunLog(config, stage, mesh, *arguments) for stage, mesh in zip(stages, meshes, strict=True)]
       logs[0].show_run()
       kept = [stage.first_step for stage in stages[1:]]
       with replace_kernels(replacements), open_checkpointer(workdir, config.checkpoint, kept) as checkpointer:
-        data = open_stage_data(config, stages)
-        # The other processes may wait while one packs the data, but not in a step: a collective would time out.
-        barrier("data")
-        with jax.set_mesh(meshes[0]):
+        data = open_all_data(config, stages, goodput.clock)
+        with jax.set_mesh(meshes[0]), goodput.clock.measure("restore"):
           first, start = find_start(stages, data, workdir, checkpointer, weights, accept_data_change, resume_from)
         callables = evaluate, sample, replacements
-        for index, stage in enumerate(stages[first:], first):
-          logs[index].show_config()  # counts parameters, which no mesh may be set for
-          with jax.set_mesh(mesh := meshes[index]):
-            trainer = Trainer(stage, workdir, mesh, data[index], checkpointer, *callables, start, logs[index])
-            if (code := trainer.main(request)) or stage.is_last:
-              break
-          del trainer  # and its state, before the next stage reads its own
-          start = next_start(stages[index + 1])
-        return code
+
+        def make_trainer(index, start):
+          watchdog.publish = logs[index].end_hung
+          to_train = stages[index], workdir, meshes[index], data[index], checkpointer
+          return Trainer(*to_train, *callables, start, logs[index])
+
+        return train_stages(stages, first, start, logs, make_trainer, request)
     except Stopped as stop:  # nothing was trained yet
       end_before_training(workdir, run_folder, stop)
       if process_count() > 1:
         raise  # the other processes wait for this one
       return 128 + stop.signal
+
+
+@contextlib.contextmanager
+def watch(
+  config: Config, run_folder: RunFolder, console: Console, started: float | None
+) -> Iterator[tuple[GoodputWriter, Watchdog]]:
+  """Yields the run's goodput, with its clock, and a watchdog that watches that during the block. started: as `run`."""
+  with contextlib.closing(GoodputWriter(PhaseClock(started))) as goodput:
+    watchdog = Watchdog(config.watchdog, goodput.clock, run_folder, console)
+    with watchdog.watch():
+      yield goodput, watchdog
+
+
+def open_all_data(config: Config, stages: Sequence[Stage], clock: PhaseClock) -> list[Data]:
+  """As `open_stage_data`, once all processes have opened theirs.
+
+  They may wait while one packs the data, but not in a step: a collective would time out.
+  """
+  with clock.measure("open_data"):
+    data = open_stage_data(config, stages)
+    barrier("data")
+  return data
+
+
+def train_stages(
+  stages: Sequence[Stage],
+  first: int,
+  start: Start,
+  logs: Sequence[RunLog],
+  make_trainer: Callable[[int, Start], Trainer],
+  request: StopRequest,
+) -> int:
+  """Trains the stages from number `first` on, which starts at `start`, and returns the exit code.
+
+  make_trainer: (number of a stage, its start) -> its Trainer, made while the stage's mesh is set.
+  """
+  for index, stage in enumerate(stages[first:], first):
+    logs[index].show_config()  # counts parameters, which no mesh may be set for
+    with jax.set_mesh(logs[index].mesh):
+      trainer = make_trainer(index, start)
+      if (code := trainer.main(request)) or stage.is_last:
+        break
+    del trainer  # and its state, before the next stage reads its own
+    start = next_start(stages[index + 1])
+  return code
 
 
 def select_stage_kernels(

@@ -22,7 +22,8 @@ import orjson
 from deepseek_jax.errors import DataError, WriteError
 
 METRICS, EVENTS, EXPERT_LOADS, SELFTEST = "metrics.jsonl", "events.jsonl", "expert_loads.bin", "selftest.json"
-RESUME_FILES = METRICS, EVENTS, EXPERT_LOADS, SELFTEST  # what a resume reads or appends to
+GOODPUT = "goodput.jsonl"
+RESUME_FILES = METRICS, EVENTS, EXPERT_LOADS, SELFTEST, GOODPUT  # what a resume reads or appends to
 
 # These stay when a run is restored to an earlier step. Other events past that step are measured again.
 PROCESS_EVENTS = ("start", "resume", "end")
@@ -73,8 +74,8 @@ class JsonlWriter:
   def __init__(self, folder: str | os.PathLike[str], resume_step: int):
     os.makedirs(folder, exist_ok=True)
     metrics, events = os.path.join(folder, METRICS), os.path.join(folder, EVENTS)
-    _keep_lines(metrics, lambda line: line["step"] <= resume_step)
-    _keep_lines(events, lambda line: line["event"] in PROCESS_EVENTS or line["step"] <= resume_step)
+    keep_lines(metrics, lambda line: line["step"] <= resume_step)
+    keep_lines(events, lambda line: line["event"] in PROCESS_EVENTS or line["step"] <= resume_step)
     self._metrics, self._events = AppendFile(metrics), AppendFile(events)
 
   def write(self, step: int, values: Mapping[str, Any], histograms: Histograms) -> None:
@@ -207,7 +208,7 @@ WriterFactory = Callable[[str, int], MetricsWriter]
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-  """The objects of metrics.jsonl or events.jsonl, in order, without an incomplete last line. [] where there is no file.
+  """The objects of metrics.jsonl, events.jsonl or goodput.jsonl, in order, without an incomplete last line. [] where there is no file.
 
   Raises DataError for a file that cannot be read, and, with the line's number, for any other line that is not an object
   with an integer `step`.
@@ -252,7 +253,7 @@ def _open_to_read(path: str | os.PathLike[str]) -> BinaryIO:
     raise DataError(f"cannot read {path}: {error.strerror}; move it away, or use another --workdir") from None
 
 
-def _keep_lines(path: str, keep: Callable[[dict[str, Any]], bool]) -> None:
+def keep_lines(path: str, keep: Callable[[dict[str, Any]], bool]) -> None:
   """Rewrites `path` atomically with the complete lines for which `keep` is true. Untouched if those are all."""
   if not os.path.exists(path):
     return

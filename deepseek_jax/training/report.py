@@ -1,6 +1,6 @@
 """`report.html`: one page about a run that needs no network, made from the files in the run's folder.
 
-Inputs are `config.json`, `metrics.jsonl`, `events.jsonl` and, of a model with experts, `expert_loads.bin`. A run that was stopped, killed or never made a step has a
+Inputs are `config.json`, `metrics.jsonl`, `events.jsonl`, `goodput.jsonl` and, of a model with experts, `expert_loads.bin`. A run that was stopped, killed or never made a step has a
 report too. Every text is escaped, and the page's content security policy forbids it to load or run anything.
 """
 
@@ -16,6 +16,7 @@ from deepseek_jax.schema import config_leaves, flatten_config, leaf_paths
 from deepseek_jax.training import metrics
 from deepseek_jax.training.expert_heatmap import heatmaps
 from deepseek_jax.training.expert_loads import read_expert_loads
+from deepseek_jax.training.goodput import CATEGORIES, Goodput, read_goodput
 from deepseek_jax.training.health import Finding, find
 from deepseek_jax.training.page import (
   document,
@@ -47,7 +48,7 @@ def make_page(workdir: str | os.PathLike[str], refresh_seconds: int = 0) -> byte
 
   refresh_seconds: as in `page.document`.
   """
-  run, loads = read_run(workdir), read_expert_loads(workdir)
+  run, loads, goodput = read_run(workdir), read_expert_loads(workdir), read_goodput(workdir)
   name = str(run.config.get("name", "run"))
   parts = [
     _header(name, run.events),
@@ -56,6 +57,7 @@ def make_page(workdir: str | os.PathLike[str], refresh_seconds: int = 0) -> byte
     charts(run),
     section("Expert loads", heatmaps(loads) if loads else ""),
     section("Where the time goes", _times(run)),
+    section("Goodput", _goodput(goodput)),
     section("Sample", _sample(run.events)),
     section("Held-out evaluation", _evaluations(run)),
     section("Starts, resumes, stages, ends", _history(run.events)),
@@ -125,6 +127,19 @@ def _times(run: RunRecords) -> str:
     bar.append(f'<i class="{color}" style="width:{fraction:.3%}" title="{label}"></i>')
     legend.append(f'<li><i class="{color}"></i><b>{fraction:.1%}</b> {label}</li>')
   return f'<div class="bar">{"".join(bar)}</div><ul class="legend">{"".join(legend)}</ul>' if total else ""
+
+
+def _goodput(goodput: Goodput) -> str:
+  """A table of the wall time over all restarts; nothing for a run without records."""
+  if not goodput.total:
+    return ""
+  shares = sorted(goodput.seconds.items(), key=lambda item: -item[1])
+  rows = [(CATEGORIES[name], format_duration(s), f"{s / goodput.total:.1%}") for name, s in shares if s > 0]
+  starts = f"{goodput.starts} start{'s' if goodput.starts > 1 else ''}"
+  note = (
+    f"{goodput.fraction:.1%} of {format_duration(goodput.total)} of wall time went into steps that count, in {starts}."
+  )
+  return f'<p class="note">{escape(note)}</p>{table(("", "time", "share"), rows)}'
 
 
 def _sample(events: Sequence[Event]) -> str:

@@ -32,11 +32,21 @@ CHARTS = (
   ("Throughput", "tokens per second", "tokens_per_second", None, "from zero"),
   ("Model FLOP/s", "", "model_flops_per_second", None, "from zero"),
   ("MFU", "fraction of the chip's peak FLOP/s", "mfu", None, "from zero"),
+  ("Host time of a step", "seconds; largest and median of the processes", "host_seconds_*", None, "from zero"),
   ("Device memory", "bytes", "memory_bytes", None, "from zero"),
 )
 COUNTS = ("overflow", "skipped")
 # Not drawn, or in other charts: what the tiles and the section of times have, and inputs of the step beside the rate.
-OTHER_KEYS = ("tokens", "samples", "total_loss", "mtp_weight", "bias_update_rate", *TIMES)
+OTHER_KEYS = (
+  "tokens",
+  "samples",
+  "total_loss",
+  "mtp_weight",
+  "bias_update_rate",
+  "slowest_process",
+  "straggler",
+  *TIMES,
+)
 # Title, unit and scale of NAME in the metrics GROUP/LAYER/NAME of each layer; others have their name as the title.
 LAYER_CHARTS = {
   "max_vio": ("Max violation by layer", "largest load of an expert / mean - 1", "from zero"),
@@ -98,7 +108,8 @@ def _series(run: RunRecords, key: str, title: str) -> list[Series]:
     return [Series(title.lower(), _points(run, key))]
   prefix = key[:-1]
   found = sorted(k for k in run.columns if k.startswith(prefix))
-  return [Series(f"depth {k.removeprefix(prefix)}", _points(run, k)) for k in found]
+  names = {k: k.removeprefix(prefix) for k in found}
+  return [Series(f"depth {name}" if name.isdigit() else name, _points(run, k)) for k, name in names.items()]
 
 
 def _total_loss(run: RunRecords) -> list[Series]:

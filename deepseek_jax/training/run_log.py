@@ -28,11 +28,13 @@ from deepseek_jax.stages import Stage
 from deepseek_jax.storage import RunFolder, is_url
 from deepseek_jax.training import report
 from deepseek_jax.training.batch import Batch
+from deepseek_jax.training.goodput import GoodputWriter, read_goodput
 from deepseek_jax.training.layer_aux import logged_metrics
 from deepseek_jax.training.metrics import EVENTS, MetricsWriter, WriterFactory, end_unopened, read_jsonl
 from deepseek_jax.training.next_commands import next_commands, train_on_command
 from deepseek_jax.training.schedule_check import changed_rate_warning, last_learning_rate, schedule_warnings
 from deepseek_jax.training.skipped import heldout_nan_hint
+from deepseek_jax.training.stragglers import Stragglers
 from deepseek_jax.training.timing import IntervalTimer, device_metrics
 from deepseek_jax.training.writer_thread import WriterThread
 from deepseek_jax.training.writers import WRITERS
@@ -48,6 +50,7 @@ class RunLog:
     workdir: a folder or a URL.
     run_folder: the local folder of small files.
     console: for what people read.
+    goodput: of the run, with its clock.
     writers: opened in addition to those that the report is made of, and to tensorboard with `log.tensorboard`.
   """
 
@@ -59,6 +62,7 @@ class RunLog:
     workdir: str,
     run_folder: RunFolder,
     console: Console,
+    goodput: GoodputWriter,
     writers: Sequence[WriterFactory] = (),
   ):
     self.run_config, self.stage, self.config = run_config, stage, stage.config
@@ -68,7 +72,9 @@ class RunLog:
     self._factories = [*(WRITERS[name] for name in names), *writers] if jax.process_index() == 0 else []
     self._writers: WriterThread | None = None  # while the log is open, on process 0
     self._flops_per_token = training_flops(config.model, config.data.seq).causal
-    self.timer = IntervalTimer()  # intervals between lines of metrics
+    self.goodput, self.clock, self._stragglers = goodput, goodput.clock, Stragglers(goodput.clock, console)
+    self._timer: IntervalTimer  # intervals between lines of metrics, while steps are trained
+    self._has_hung = False
     self._has_warned = False  # that the report cannot be written
     self._update_progress: Callable[[int, str], None] = lambda step, text: None
 
@@ -139,7 +145,9 @@ class RunLog:
 
   @contextlib.contextmanager
   def open(self, step: int) -> Iterator[None]:
-    """Writes config.json and opens the writers for a run from `step` on, on process 0; closes them after the block.
+    """Opens the log of a run from `step` on for the block.
+
+    Process 0 writes config.json and opens the writers.
 
     Raises ConfigError where the folder cannot be written, and what a writer that a program passed raises.
     """
@@ -150,9 +158,12 @@ class RunLog:
           writer = factory(self.folder, step)
         stack.callback(writer.close)
         writers.append(writer)
+      stack.callback(self._stragglers.close)
+      self.clock.step = step
       if jax.process_index() == 0:
         with self._user_errors():
           write_config(self.run_config, self.folder)
+          self.goodput.open(self.folder)
       if writers:
         self._writers = WriterThread(writers)
         stack.callback(self._writers.close)
@@ -195,14 +206,17 @@ class RunLog:
   @contextlib.contextmanager
   def progress(self, step: int) -> Iterator[None]:
     """Shows progress from `step` on, as `step` of this class updates it, during the block."""
-    with self.console.step_progress(step, self.config.train.steps) as self._update_progress:
-      self.timer.start_interval(time.monotonic())
+    steps = self.config.train.steps
+    with self.clock.measure("step"), self.console.step_progress(step, steps) as self._update_progress:
+      self._stragglers.start_interval()
+      self._timer = IntervalTimer(self.clock)
       yield
 
   def compiled(self, seconds: float) -> None:
     """Shows how long the program of a step took to compile, which does not count in the throughput."""
     self.console.print(f"compiled in {seconds:.1f} s")
-    self.timer.start_interval(time.monotonic())
+    self._stragglers.start_interval()
+    self._timer.start_interval(time.monotonic())
 
   def step(self, step: int, consumed: Consumed, batch: Batch, values: dict[str, Any], arrived: float) -> None:
     """Shows the metrics of an update, and writes them every `log.every` steps and after the last one.
@@ -215,16 +229,19 @@ class RunLog:
 
     Raises what a writer raised since the last call.
     """
-    self.timer.tokens += batch.target_tokens
+    self.clock.finish_step(step)
+    self.goodput.record(at_once=False)
+    self._timer.tokens += batch.target_tokens
     loss = float(values["loss"])
     bits_per_byte = loss * batch.target_tokens / math.log(2) / max(batch.target_bytes, 1)
-    throughput = self.timer.throughput(arrived)
+    throughput = self._timer.throughput(arrived)
     tokens_per_second = throughput["tokens_per_second"]
     speed = f"{tokens_per_second:,.0f} tok/s"
     self._update_progress(step, f"loss {loss:.4f}  {bits_per_byte:.3f} bits/byte  {speed}")
     if step % self.config.log.every and step != self.config.train.steps:
       return
-    self.timer.start_interval(arrived)
+    self._timer.start_interval(arrived)
+    host_times = self._stragglers.share()
     if not self._writers:
       return
     counts: dict[str, float] = {"tokens": consumed.tokens, "samples": consumed.samples}
@@ -232,7 +249,7 @@ class RunLog:
 
     def make_line():  # in the thread of the writers
       scalars, histograms = logged_metrics(self.config.model, {**values, "bits_per_byte": bits_per_byte})
-      return scalars | counts, histograms
+      return scalars | counts | (self._stragglers.metrics(*host_times) if host_times else {}), histograms
 
     self._writers.write(step, make_line)
 
@@ -257,16 +274,25 @@ class RunLog:
   def end_failed(self, step: int, reason: str, **details: str) -> None:
     """Writes the event of an end by an error and the report, as far as they can be written; the error is to be raised.
 
-    reason: "diverged", or "failed" with the `error` in `details`.
+    reason: "diverged", or "failed" or "hung" with the `error` in `details`.
     """
+    if self._has_hung and reason != "hung":
+      return  # what the loop raises when the other processes end is no news
     for attempt in (
       self.drain,  # what a writer raised before is known
       lambda: self.event("end", step, reason=reason, **details),
+      lambda: self.goodput.end(reason),
       self.drain,
       self._write_report,
     ):
       with contextlib.suppress(Exception):
         attempt()
+
+  def end_hung(self, step: int, what: str) -> None:
+    """As `end_failed`, of a hang that the watchdog describes; every process uploads the files that it has written."""
+    self._has_hung = True
+    self.end_failed(step, "hung", error=what)
+    self._run_folder.upload()
 
   def end(self, step: int, reason: str, digest: str) -> None:
     """Writes the event of the end and the report, and shows them.
@@ -274,7 +300,10 @@ class RunLog:
     reason: "finished", or the name of a signal. digest: the state's hash.
     """
     self.event("end", step, reason=reason, state_sha256=digest)
+    self.goodput.end(reason)
     self._write_report()
+    if jax.process_index() == 0:
+      self.console.print(str(read_goodput(self.folder)))
     self.console.print(f"state_sha256 {digest}\nreport   {os.path.join(self.workdir, 'report.html')}")
     if reason != "finished":
       self.console.print(f"stopped by {reason} at step {step}, saved; the same command continues from there")
@@ -285,6 +314,7 @@ class RunLog:
     Raises what a writer raised.
     """
     self.drain()
+    self.goodput.record()
     if jax.process_index() == 0:
       self._run_folder.upload()
 

@@ -1,18 +1,17 @@
 """Throughput: where the time between two lines of metrics goes, and how many tokens were trained on in it."""
 
 import concurrent.futures
-import contextlib
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from deepseek_jax.plan.topology import peak_flops
+from deepseek_jax.training.clock import PhaseClock
 
 TimedMetrics = tuple[dict[str, Any], float]  # (metrics on the host, time.monotonic() when they were there)
-NON_STEP_TIMES = ("data", "eval", "checkpoint")  # what a run does between steps
+NON_STEP_TIMES = ("data", "eval", "checkpoint")  # phases between steps
 
 
 class MetricsReader:
@@ -42,11 +41,15 @@ def _read(metrics: dict[str, Any]) -> TimedMetrics:
 class IntervalTimer:
   """Tokens and seconds of intervals that follow one another without a gap: what they have adds up to the wall time.
 
+  Args:
+    clock: of the run, whose phases it takes, until another timer does.
+
   tokens: targets of the steps of this interval; the caller adds them.
   """
 
-  def __init__(self) -> None:
+  def __init__(self, clock: PhaseClock) -> None:
     self._spans: list[tuple[str, float, float]] = []  # (one of NON_STEP_TIMES, start, end) since the interval began
+    clock.listener = self._add_span
     self.start_interval(time.monotonic())
 
   def start_interval(self, start: float) -> None:
@@ -55,14 +58,9 @@ class IntervalTimer:
     self._start = start
     self._spans = [span for span in self._spans if span[2] > start]
 
-  @contextlib.contextmanager
-  def measure(self, name: str) -> Iterator[None]:
-    """Counts the time of the block as `name`, one of NON_STEP_TIMES."""
-    start = time.monotonic()
-    try:
-      yield
-    finally:
-      self._spans.append((name, start, time.monotonic()))
+  def _add_span(self, phase: str, start: float, end: float) -> None:
+    if phase in NON_STEP_TIMES:
+      self._spans.append((phase, start, end))
 
   def throughput(self, end: float) -> dict[str, float]:
     """tokens_per_second, step_seconds, data_seconds, eval_seconds and checkpoint_seconds of the interval up to `end`.

@@ -106,8 +106,9 @@ class Trainer:
         self.train(request)
         if not self.stage.is_last:
           self.evaluate_at_end(request)
-        self.save()
-        self.checkpointer.wait()
+        with self.log.clock.measure("checkpoint"):
+          self.save()
+          self.checkpointer.wait()
         return self.finish(request)
       except Diverged:
         self.log.end_failed(self.step, "diverged")
@@ -123,7 +124,8 @@ class Trainer:
     weights = self.start.weights
     self.log.show_start(self.step, self.consumed, weights.directory if weights else None)
     self.log.show_repeats(self.data.repeated_targets)
-    return load_state(self.start, self.step_config, self.config.seed, self.mesh, self.checkpointer)
+    with self.log.clock.measure("restore"):
+      return load_state(self.start, self.step_config, self.config.seed, self.mesh, self.checkpointer)
 
   def evaluate_at_end(self, request: StopRequest, sample: bool = False) -> None:
     """The evaluation that ends a stage, and a sample, unless the run was stopped. A signal ends both at once."""
@@ -134,7 +136,8 @@ class Trainer:
       with request.stop_at_once(self.process_max is None):
         self.evaluate(self.config.eval.final_sequences, request)
         if sample:
-          self.log.sample(self.step, self.consumed, self.sample())
+          with self.log.clock.measure("sample"):
+            self.log.sample(self.step, self.consumed, self.sample())
     except Stopped as stop:
       request.stop_signal = signal.Signals(stop.signal)
 
@@ -175,11 +178,11 @@ class Trainer:
     self.is_compiled = False
     with self.log.progress(self.step), contextlib.closing(MetricsReader()) as reader:
       while self.step < train.steps and request.stop_signal is None:
-        with self.log.timer.measure("data"):
+        with self.log.clock.measure("data"):
           batch, consumed = next(data_iterator)
         step_metrics = self.start_step(batch, consumed)
         if self.block_each_step:
-          jax.block_until_ready(self.state)
+          self.wait_for_device()
         if self.process_max:
           step_metrics["stop_signal"] = self.process_max(request.received or 0)
         if pending:
@@ -188,7 +191,7 @@ class Trainer:
         eval_is_due = self.step % self.config.eval.every == 0
         checkpoint_is_due = self.step % self.config.checkpoint.every == 0 or self.checkpoint_is_overdue
         if self.block_each_step or eval_is_due or checkpoint_is_due or self.step == train.steps:
-          jax.block_until_ready(self.state)
+          self.wait_for_device()
           self.log_step(request, *pending)
           pending = None
         if eval_is_due and self.step < train.steps:
@@ -204,15 +207,21 @@ class Trainer:
     model = self.config.model
     inputs = StepInputs.at(self.config, self.step, self.consumed.tokens, batch.target_tokens)
     start = time.monotonic()
-    self.state, step_metrics = self.train_step(
-      self.state, batch.tokens, batch.microbatches, inputs.as_arrays(model.param_dtype)
-    )
+    with self.log.clock.measure("step" if self.is_compiled else "compile"):
+      self.state, step_metrics = self.train_step(
+        self.state, batch.tokens, batch.microbatches, inputs.as_arrays(model.param_dtype)
+      )
     # Together with the state: whatever is raised from here on, the three can be saved.
     self.step, self.consumed = self.step + 1, consumed
     if not self.is_compiled:
       self.is_compiled = True
       self.log.compiled(time.monotonic() - start)
     return {**step_metrics, **inputs.logged(model)}
+
+  def wait_for_device(self) -> None:
+    """Waits until the device has done all steps that were started."""
+    with self.log.clock.measure("device"):
+      jax.block_until_ready(self.state)
 
   def log_step(
     self, request: StopRequest, step: int, consumed: Consumed, batch: Batch, step_metrics: Future[TimedMetrics]
@@ -224,7 +233,8 @@ class Trainer:
     step, consumed: completed updates, and what they consumed, after the step. step_metrics: of `start_step`, as
     `MetricsReader.read` gives them.
     """
-    values, arrived = step_metrics.result()
+    with self.log.clock.measure("device"):
+      values, arrived = step_metrics.result()
     if stop_signal := int(values.pop("stop_signal", 0)):
       request.stop_signal = signal.Signals(stop_signal)
     self.skipped_in_a_row = check_skipped(self.config, step, values, self.saved_steps, self.log.console.print)
@@ -238,11 +248,12 @@ class Trainer:
     sharding = NamedSharding(self.mesh, spec("batch", None))
 
     def load(ids):
+      self.log.clock.tick()
       if request and self.process_max and (received := int(self.process_max(request.received or 0))):
         raise Stopped(received)
       return load_windows(self.data.heldout, ids, self.data.seq + 1, sharding)
 
-    with self.log.timer.measure("eval"):
+    with self.log.clock.measure("eval"):
       result = self.evaluate_fn(
         lambda tokens: self.eval_step(self.state.params, self.state.buffers, tokens),
         load,
@@ -270,7 +281,7 @@ class Trainer:
     """
     if self.step == self.saved_step:
       return
-    with self.log.timer.measure("checkpoint"):
+    with self.log.clock.measure("checkpoint"):
       self.log.publish()  # before the checkpoint, which needs the metrics of the steps before it
       self.checkpointer.save(self.step, self.state, self.checkpoint_meta(), rotate=not self.skipped_in_a_row)
     self.saved_step = self.step
@@ -290,7 +301,7 @@ class Trainer:
 
   def saved_steps(self) -> list[int]:
     """Steps that have a checkpoint, once the pending save is complete or has failed."""
-    with contextlib.suppress(CheckpointError):
+    with self.log.clock.measure("checkpoint"), contextlib.suppress(CheckpointError):
       self.checkpointer.wait()
     return self.checkpointer.steps()
 

@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from deepseek_jax.training.goodput import read_goodput
 from tests.configs import RUN, write_texts
 from tests.end_to_end.test_run import environment, finish, flags_of, lines, wait_for_step
 
@@ -53,8 +54,38 @@ if fault and process == "1":
     if len(self.steps()) == 1:
       resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     return save(self, *arguments, **options)
+  def hang():
+    import time
+    time.sleep(1000)
+  def slow(load, hang_at=10**9):
+    calls = []
+    def slow_load(*arguments, **options):
+      import time
+      calls.append(0)
+      time.sleep(1000 if len(calls) == hang_at else 0.5 * (fault == "slow data"))
+      return load(*arguments, **options)
+    return slow_load
   if fault == "data":
     loop.open_data = raising
+  elif fault == "slow data":
+    trainer.load_batch = slow(trainer.load_batch)
+  elif fault == "hang in data":
+    trainer.load_batch = slow(trainer.load_batch, hang_at=8)
+  elif fault == "hang in a step":
+    start_step = trainer.Trainer.start_step
+    def start_step_late(self, *arguments):
+      if self.step == 7:
+        hang()
+      return start_step(self, *arguments)
+    trainer.Trainer.start_step = start_step_late
+  elif fault == "hang in a save":
+    from deepseek_jax.checkpoint.manager import Checkpointer
+    save = Checkpointer.save
+    def save_late(self, step, *arguments, **options):
+      if step == 6:
+        hang()
+      return save(self, step, *arguments, **options)
+    Checkpointer.save = save_late
   elif fault == "code":
     trainer.Trainer.load_state = raising
   elif fault == "evaluation":
@@ -147,6 +178,18 @@ def test_a_signal_to_one_process_stops_all_at_one_step(folder, alone, stopped):
   assert any("ocdbt.process_1/" in name for name in manifest["files"])
 
 
+@pytest.mark.chaos
+def test_the_process_that_is_slow_is_named(folder):
+  workdir = "slow"
+  rarely = [f"--config.{section}.every=100" for section in ("eval", "checkpoint")]
+  out = finish(train(folder, workdir, *FSDP, *rarely, processes=2, FAULT="slow data"))
+  assert out.count("process 1 holds the others up: 0.") == 1 and "process 0 holds" not in out
+  named = [line for line in lines(folder, workdir) if "straggler" in line]
+  assert named and all(line["straggler"] == line["slowest_process"] == 1 for line in named)
+  assert all(line["host_seconds_max"] > 1.2 * line["host_seconds_median"] for line in named)
+  assert "A process holds the others up" in (folder / workdir / "report.html").read_text()
+
+
 def test_two_processes_resume_and_end_bitwise_as_one_with_their_mesh(folder, alone, stopped):
   workdir = shutil.copytree(folder / stopped[0], folder / "resumed").name
   out = finish(train(folder, workdir, *FSDP, processes=2))
@@ -168,7 +211,7 @@ def test_two_processes_in_a_bucket_end_as_on_disk_and_the_first_alone_fetches(fo
   options = [*FSDP, "--workdir=gs://bucket-a/run", "--config.data.sources=gs://bucket-a/text/*.txt"]
   for says, fetched in (
     ("from scratch", texts),
-    ("finished already", {"run/metrics.jsonl": 1, "run/events.jsonl": 1}),
+    ("finished already", {f"run/{name}.jsonl": 1 for name in ("metrics", "events", "goodput")}),
   ):
     buckets.log.clear()
     buckets.sent.clear()
@@ -218,6 +261,35 @@ def test_a_signal_to_one_process_in_the_final_evaluation_ends_both_saved(folder,
     last_event(folder, alone)["state_sha256"],
   )
   assert f"stopped by SIGTERM at step {STEPS}, saved" in out and "Traceback" not in out
+  assert "holds the others up" not in out
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize(
+  ("fault", "does"),
+  [
+    ("hang in data", "process 1 waits for its next batch; process 0 waits for the device"),
+    ("hang in a step", "process 1 prepares or logs a step; process 0 waits for the device"),
+    ("hang in a save", "saves a checkpoint"),
+  ],
+)
+def test_a_process_that_hangs_ends_both_with_their_stacks_and_the_same_command_resumes(folder, alone, fault, does):
+  workdir = fault.replace(" ", "_")
+  limits = [f"--config.watchdog.{name}_seconds=6" for name in ("step", "checkpoint")]
+  process = train(folder, workdir, *FSDP, *limits, processes=2, FAULT=fault)
+  wait_for_step(folder, workdir, 6, process)
+  started = time.monotonic()
+  out = finish(process, 42)
+  assert time.monotonic() - started < 60
+  assert "error: hang: no progress for " in out and does in out.partition("\nhang: ")[2] and "exit code 42" in out
+  stacks = [path.read_text() for path in sorted((folder / workdir / "hangs").glob("*.process_*.txt"))]
+  assert len(stacks) == 2 and sum("time.sleep(1000)" in text or "slow_load" in text for text in stacks) == 1
+  end = last_event(folder, workdir)
+  assert (end["event"], end["reason"]) == ("end", "hung") and end["error"].startswith("hang")
+  out = finish(train(folder, workdir, *FSDP, *limits, processes=2))
+  assert "resume   from the checkpoint" in out or fault == "hang in a save"
+  assert column(folder, workdir, "loss") == column(folder, alone, "loss")
+  assert last_event(folder, workdir)["state_sha256"] == last_event(folder, alone)["state_sha256"]
 
 
 @pytest.mark.chaos
@@ -231,7 +303,7 @@ def test_a_save_that_fails_in_one_process_ends_both_and_older_ones_stay(folder, 
 
 @pytest.mark.chaos
 def test_kill_9_of_either_process_resumes_bitwise(folder, alone):
-  rng, killed = random.Random(0), 0
+  rng, killed, first = random.Random(0), 0, time.time()
   for _ in range(6):
     process = train(folder, "killed", *FSDP, processes=2)
     path = folder / "killed" / "metrics.jsonl"
@@ -246,6 +318,8 @@ def test_kill_9_of_either_process_resumes_bitwise(folder, alone):
     assert time.monotonic() - started < 20 or process.returncode == 0
   finish(train(folder, "killed", *FSDP, processes=2))
   assert killed >= 3
+  path = folder / "killed" / "goodput.jsonl"
+  assert read_goodput(path.parent).total == pytest.approx(path.stat().st_mtime - first, rel=0.01)
   assert column(folder, "killed", "loss") == column(folder, alone, "loss")
   assert last_event(folder, "killed")["state_sha256"] == last_event(folder, alone)["state_sha256"]
 

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -25,8 +26,9 @@ from deepseek_jax.checkpoint.manager import CheckpointReader
 from deepseek_jax.console import Console, SilentConsole
 from deepseek_jax.flags import load_config, run_program
 from deepseek_jax.generate.__main__ import main as generate_main
-from deepseek_jax.training import layer_aux
+from deepseek_jax.training import clock, layer_aux
 from deepseek_jax.training.expert_loads import read_expert_loads
+from deepseek_jax.training.goodput import read_goodput
 from deepseek_jax.training.layer_aux import LayerAux, Observation
 from deepseek_jax.training.run_log import RunLog
 from deepseek_jax.training.skipped import Diverged
@@ -81,6 +83,7 @@ def call(main, *arguments, code=0):
   out = io.StringIO()
   with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
     patch.setattr(sys, "argv", ["program", *arguments])
+    patch.setattr(clock, "process_start", time.monotonic)  # this process began long before the run
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
       run_program(main)
   assert end.value.code == code, out.getvalue()
@@ -147,7 +150,7 @@ def test_a_run_shows_and_leaves_what_it_should(folder, uninterrupted):
   workdir = folder / "reference"
   for words in (
     "parameters ", "FLOPs per token", "tokens planned", "memory estimate", "devices  4 x cpu", str(workdir), "from scratch",
-    "model.embed=32", "learning rate    ", f"step {STEPS}/{STEPS}", "held-out loss", "sample\ndef ", "report.html", "--config.train.steps=24",
+    "model.embed=32", "learning rate    ", "goodput ", f"step {STEPS}/{STEPS}", "held-out loss", "sample\ndef ", "report.html", "--config.train.steps=24",
     "--config=small",
   ):  # fmt: skip
     assert words in out, words
@@ -238,6 +241,40 @@ def test_one_text_file_trains(folder):
   assert lines(folder, "single", "events.jsonl")[-1]["reason"] == "finished"
 
 
+def test_a_run_that_hangs_ends_with_its_stacks_and_the_same_command_resumes_bitwise(folder, uninterrupted):
+  fault = """
+import time
+from deepseek_jax.training import trainer
+loads, load_batch = [], trainer.load_batch
+def load(*arguments, **options):
+  loads.append(0)
+  if len(loads) == 9:
+    time.sleep(1000)
+  return load_batch(*arguments, **options)
+trainer.load_batch = load
+"""
+  (folder / "hanging.py").write_text(fault + (folder / "config.py").read_text())
+  process = start(folder, "hung", f"--config={folder}/hanging.py", "--config.watchdog.step_seconds=3")
+  out = finish(process, 42)
+  assert re.search(
+    r"error: hang: no progress for .+ s, limit .+ s, after step 8: waits for its next batch; the stacks", out
+  )
+  (stacks,) = (folder / "hung" / "hangs").iterdir()
+  assert "time.sleep(1000)" in stacks.read_text() and "next(data_iterator)" in stacks.read_text()
+  end = lines(folder, "hung", "events.jsonl")[-1]
+  assert (end["event"], end["reason"], end["step"]) == ("end", "hung", 8) and end["error"].startswith(
+    "hang: no progress"
+  )
+  assert "hung" in (folder / "hung" / "report.html").read_text()
+  out = run(folder, "hung", "--config.watchdog.step_seconds=3")
+  assert (
+    "resume   from the checkpoint of step 6" in out
+    and "goodput " in out
+    and "steps that a restart trained again" in out
+  )
+  assert lines(folder, "hung", "events.jsonl")[-1]["state_sha256"] == uninterrupted[1]
+
+
 @pytest.mark.parametrize(("kills", "steps"), [(2, STEPS), pytest.param(20, 80, marks=pytest.mark.chaos)])
 def test_kill_9_resumes_bitwise(folder, uninterrupted, kills, steps):
   """Kills at random moments; then the same parameters, batches and losses as if nothing had happened."""
@@ -245,7 +282,7 @@ def test_kill_9_resumes_bitwise(folder, uninterrupted, kills, steps):
   if steps != STEPS:
     reference = "long-reference"
     run(folder, reference, length)
-  seed = random.randrange(10**6)
+  seed, first = random.randrange(10**6), time.time()
   rng = random.Random(seed)
   print("seed of the kills:", seed)
   killed = 0
@@ -261,6 +298,9 @@ def test_kill_9_resumes_bitwise(folder, uninterrupted, kills, steps):
     killed += process.returncode == -signal.SIGKILL
   run(folder, workdir, length)
   events = lines(folder, workdir, "events.jsonl")
+  goodput, last = read_goodput(folder / workdir), (folder / workdir / "goodput.jsonl").stat().st_mtime
+  assert goodput.total == pytest.approx(last - first, rel=0.01) and goodput.starts > 1
+  assert goodput.seconds["down"] > 0
   assert killed >= kills // 2 and "resume" in {e["event"] for e in events}
   assert events[-1]["state_sha256"] == lines(folder, reference, "events.jsonl")[-1]["state_sha256"]
   for key in ("step", "loss", "grad_norm", "samples"):

@@ -122,6 +122,19 @@ def test_values_that_are_not_finite_hide_no_other_finding_and_make_none():
   assert titles == ["Values that are not finite", "The initialisation is too large", "Throughput drops"]
 
 
+def test_the_process_that_held_the_others_up_is_named():
+  values = healthy() | {"host_seconds_max": np.full(N, 0.4), "host_seconds_median": np.full(N, 0.02)}
+  records = make_records(values | {"slowest_process": np.full(N, 5.0)})
+  assert find(records, None) == []
+  slow = Column(STEPS[100:104], np.array([5.0, 5.0, 7.0, 5.0]))
+  (finding,) = find(dataclasses.replace(records, columns={**records.columns, "straggler": slow}), None)
+  assert finding.title == "A process holds the others up" and "data.cache" in finding.advice
+  assert finding.evidence == (
+    "Process 5, logged at steps 101, 102, 104: 0.4 s of its own in a step, 0.02 s in the median of all; 1 other processes "
+    "at other steps."
+  )
+
+
 def test_overflow_is_told_from_gradients_that_are_not_finite():
   values = healthy()
   values["skipped"][300:], values["overflow"][300] = 1, 55

@@ -92,6 +92,23 @@ def test_a_finished_run_is_told_in_full(tmp_path):
   assert [s for s in ("60.0%", "20.0%", "10.0%") if s in page.text] == ["60.0%", "20.0%", "10.0%"]
 
 
+def test_the_goodput_of_all_starts_is_a_table(tmp_path):
+  make_run(tmp_path)
+  assert "Goodput" not in make_page(tmp_path).text
+  records = [
+    {"event": "start", "time": 100.0, "step": 0},
+    {"event": "spent", "time": 160.0, "step": 5, "seconds": {"step": 20.0, "device": 30.0, "data": 10.0}},
+    {"event": "start", "time": 200.0, "step": 5},
+    {"event": "spent", "time": 300.0, "step": 9, "seconds": {"device": 25.0, "compile": 75.0}},
+  ]
+  (tmp_path / "goodput.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+  text = " ".join(make_page(tmp_path).text.split())
+  assert "37.5% of 3 min 20 s of wall time went into steps that count, in 2 starts." in text
+  for row in ("compilation 1 min 15 s 37.5%", "down 40 s 20.0%", "data wait 10 s 5.0%"):
+    assert row in text, row
+  assert "sample 0" not in text
+
+
 def test_the_page_needs_nothing_from_elsewhere(tmp_path):
   make_run(tmp_path)
   page = make_page(tmp_path)

@@ -6,44 +6,52 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from deepseek_jax.training.clock import PhaseClock
 from deepseek_jax.training.timing import IntervalTimer, MetricsReader
 
 
 @pytest.fixture
-def clock(monkeypatch):
+def now(monkeypatch):
   now = [100.0]
   monkeypatch.setattr(time, "monotonic", lambda: now[0])
   return now
 
 
-def spend(timer, clock, name, seconds):
-  with timer.measure(name):
-    clock[0] += seconds
+@pytest.fixture
+def spend(now):
+  """(a function that is in a phase for some seconds, a timer of that)."""
+  clock = PhaseClock()
+
+  def spend(name, seconds):
+    with clock.measure(name):
+      now[0] += seconds
+
+  return spend, IntervalTimer(clock)
 
 
-def test_time_beside_steps_is_not_that_of_steps(clock):
-  timer = IntervalTimer()
+def test_time_beside_steps_is_not_that_of_steps(now, spend):
+  spend, timer = spend
   for name, seconds in (("data", 1.0), ("eval", 5.0), ("checkpoint", 2.0), ("data", 1.0)):
-    spend(timer, clock, name, seconds)
-  clock[0] += 3.0
+    spend(name, seconds)
+  now[0] += 3.0
   timer.tokens += 50
-  assert timer.throughput(clock[0]) == {
+  assert timer.throughput(now[0]) == {
     "tokens_per_second": pytest.approx(50 / (3 + 2)), "step_seconds": pytest.approx(3.0),
     "data_seconds": 2.0, "eval_seconds": 5.0, "checkpoint_seconds": 2.0,
   }  # fmt: skip
-  timer.start_interval(clock[0])
-  assert timer.tokens == 0 and timer.throughput(clock[0] + 1)["eval_seconds"] == 0
+  timer.start_interval(now[0])
+  assert timer.tokens == 0 and timer.throughput(now[0] + 1)["eval_seconds"] == 0
 
 
-def test_intervals_add_up_to_the_wall_time_although_steps_arrive_while_the_loop_does_other_things(clock):
+def test_intervals_add_up_to_the_wall_time_although_steps_arrive_while_the_loop_does_other_things(now, spend):
   """A loop that waits 4 s for data, while the step before takes 1 s; lines are read up to a second late."""
-  timer = IntervalTimer()
+  spend, timer = spend
   intervals = []
   for arrived in (105.0, 109.0, 113.0):
     timer.tokens += 8
-    while clock[0] < arrived:
-      spend(timer, clock, "data", 4.0)
-    clock[0] += 0.5
+    while now[0] < arrived:
+      spend("data", 4.0)
+    now[0] += 0.5
     intervals.append(timer.throughput(arrived))
     timer.start_interval(arrived)
   seconds = [sum(value for name, value in each.items() if name.endswith("_seconds")) for each in intervals]
