@@ -119,9 +119,11 @@ def _watch_for_failures(console: Console) -> None:
     return  # the run is over
   if failed != _jax_distributed.global_state.process_id:
     print_error(f"error: process {failed} failed ({reason}): all end", audible(console))
-    for callback in _before_exit:
-      callback(code)
-    exit_process(code)
+    try:
+      for callback in _before_exit:
+        callback(code)
+    finally:
+      exit_process(code)
 
 
 @contextlib.contextmanager

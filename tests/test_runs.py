@@ -54,6 +54,7 @@ def test_a_run_gives_its_metrics_as_columns(trained):
     == f"<Run small in {trained.workdir}: finished at step 4, {trained.evaluations['bits_per_byte'][-1]:.4f} held-out bits per byte>"
   )
   assert trained.config.schedule.peak == 0.01
+  assert 0 < trained.goodput.fraction < 1 and trained.goodput.seconds["compile"] > 0 and trained.goodput.starts == 1
 
 
 def test_a_run_whose_last_evaluation_is_not_finite_has_a_repr(tmp_path):

@@ -45,18 +45,18 @@ STACKS_SECONDS, PUBLISH_SECONDS, OTHERS_SECONDS, EXIT_SECONDS = 5.0, 15.0, 20.0,
 # Without any Python thread running for so long, as where a native function hangs and holds the interpreter's lock, the
 # interpreter's own timer shows the stacks and ends the process, with exit code 1.
 FROZEN_SECONDS = 1200.0
-# What a process that waits for nobody may do in a hang, for the line that says who hangs.
+# {phase: what a process does in it}, for the line that says who hangs.
 WORDS = {
-  "init": "starts up",
-  "open_data": "opens the data",
-  "compile": "compiles the step",
-  "restore": "restores a checkpoint, or makes the first state",
-  "data": "waits for its next batch",
-  "step": "prepares or logs a step",
-  "device": "waits for the device, or there for another process",
-  "eval": "evaluates",
-  "checkpoint": "saves a checkpoint",
-  "sample": "samples",
+  "init": "starting or ending",
+  "open_data": "opening the data",
+  "compile": "compiling the step",
+  "restore": "restoring a checkpoint, or making the first state",
+  "data": "waiting for the next batch",
+  "step": "preparing or logging a step",
+  "device": "waiting for the device, or there for another process",
+  "eval": "evaluating",
+  "checkpoint": "saving a checkpoint",
+  "sample": "sampling",
 }
 
 
@@ -165,7 +165,7 @@ class Watchdog:
     while len(phases := shared("hang")) < process_count() and time.monotonic() < deadline:
       time.sleep(0.1)
     if process_index() == 0:
-      self._show(f"hang: {describe_processes(phases, process_count())}; the same command resumes")
+      self._show(f"hang: {describe_processes(phases, process_count())}. The same command resumes")
 
   def _show(self, text: str) -> None:
     print_error(text, audible(self._console))
@@ -244,14 +244,14 @@ def describe_processes(phases: dict[int, Any], count: int) -> str:
   for process, phase in sorted(phases.items()):
     by_phase.setdefault(phase, []).append(process)
   texts = [
-    f"{_name_processes(by_phase[phase])} {WORDS[phase]}"
+    f"{_name_processes(by_phase[phase])}: {WORDS[phase]}"
     for phase in sorted(by_phase, key=lambda phase: (phase == "device", phase))
   ]
   if silent := [process for process in range(count) if process not in phases]:
-    texts.append(f"{_name_processes(silent)} did not answer")
+    texts.append(f"{_name_processes(silent)}: no answer")
   return "; ".join(texts)
 
 
 def _name_processes(processes: list[int]) -> str:
-  listed = ", ".join(map(str, processes[:8])) + (", ..." if len(processes) > 8 else "")
-  return f"process {listed}" if len(processes) == 1 else f"{len(processes)} processes ({listed})"
+  listed = ", ".join(map(str, processes[:8])) + (f" and {len(processes) - 8} more" if len(processes) > 8 else "")
+  return f"process{'es' if len(processes) > 1 else ''} {listed}"

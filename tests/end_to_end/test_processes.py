@@ -268,9 +268,9 @@ def test_a_signal_to_one_process_in_the_final_evaluation_ends_both_saved(folder,
 @pytest.mark.parametrize(
   ("fault", "does"),
   [
-    ("hang in data", "process 1 waits for its next batch; process 0 waits for the device"),
-    ("hang in a step", "process 1 prepares or logs a step; process 0 waits for the device"),
-    ("hang in a save", "saves a checkpoint"),
+    ("hang in data", "process 1: waiting for the next batch; process 0: waiting for the device"),
+    ("hang in a step", "process 1: preparing or logging a step; process 0: waiting for the device"),
+    ("hang in a save", "saving a checkpoint"),
   ],
 )
 def test_a_process_that_hangs_ends_both_with_their_stacks_and_the_same_command_resumes(folder, alone, fault, does):

@@ -257,7 +257,7 @@ trainer.load_batch = load
   process = start(folder, "hung", f"--config={folder}/hanging.py", "--config.watchdog.step_seconds=3")
   out = finish(process, 42)
   assert re.search(
-    r"error: hang: no progress for .+ s, limit .+ s, after step 8: waits for its next batch; the stacks", out
+    r"error: hang: no progress for .+ s, limit .+ s, after step 8: waiting for the next batch; the stacks", out
   )
   (stacks,) = (folder / "hung" / "hangs").iterdir()
   assert "time.sleep(1000)" in stacks.read_text() and "next(data_iterator)" in stacks.read_text()
