@@ -76,8 +76,9 @@ class Config(Section):
   def at_stage(self, index: int, **values: Any) -> "Config":
     """The config of the stage `index`: without stages, and with `values` {dotted path with __ for each dot: value}."""
     stage = self.stages[index]
-    tree = dataclasses.asdict(dataclasses.replace(self, stages=(), first_stage="", train=TrainConfig()))
-    tree["train"] = dataclasses.asdict(self.train) | {"steps": self.train.steps or 1}
+    tree = dataclasses.asdict(self)
+    del tree["stages"], tree["first_stage"]
+    tree["train"]["steps"] = self.train.steps or 1  # a config with stages may leave it at 0
     values = {path.replace("__", "."): value for path, value in values.items()}
     try:
       return from_dict(Config, with_leaves(tree, stage.overrides() | values))
