@@ -14,7 +14,7 @@ TOKENIZER_SIZES = {"byte": 257, "deepseek-llm": 100_015, "deepseek-v3": 128_815}
 class DataConfig(Section, path="data"):
   sources: tuple[str, ...] = field(
     ("python-stdlib",),
-    "what to train on: python-stdlib, or files, folders and globs, also at gs:// or s3://, of .txt .py .md .jsonl[.gz|.zst] .parquet",
+    "what to train on: python-stdlib, key-value-retrieval, or files, folders and globs, also at gs:// or s3://, of .txt .py .md .jsonl[.gz|.zst] .parquet",
   )
   weights: tuple[float, ...] = field(
     (), "fraction of samples from each source; empty: in proportion to their size", above=0

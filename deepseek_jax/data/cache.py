@@ -56,6 +56,15 @@ def temporary_folder(target: pathlib.Path, remove_stale: bool) -> Iterator[pathl
     shutil.rmtree(folder, ignore_errors=True)  # not there any more if it was renamed
 
 
+def rename_unless_exists(temporary: pathlib.Path, folder: pathlib.Path) -> None:
+  """Renames `temporary` to `folder`. Where another process was first, nothing happens: its folder has the same content."""
+  try:
+    temporary.rename(folder)
+  except OSError:
+    if not folder.is_dir():
+      raise
+
+
 def write_atomically(path: pathlib.Path, text: str) -> None:
   """Replaces the file at `path` by one that holds `text`, in one step."""
   partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")

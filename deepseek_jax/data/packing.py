@@ -58,7 +58,7 @@ def pack_source(source: Source, tokenizer: Tokenizer, config: DataConfig, in_pie
         return PackedSource(folder, content_hash, True, in_pieces)
       with cache.temporary_folder(folder, remove_stale=locked) as temporary:
         _write_packed(temporary, fingerprint, source, tokenizer, config, in_pieces)
-        _rename_unless_exists(temporary, folder)
+        cache.rename_unless_exists(temporary, folder)
   except OSError as error:
     raise DataError(
       f"cannot write packed data under {root}: {error.strerror or error}. Make room, or set data.cache to another folder"
@@ -164,11 +164,3 @@ def _prefetch_one(batches: Iterator[tuple[list[str], int, int]]) -> Iterator[tup
     while (batch := pending.result()) is not None:
       pending = reader.submit(next, batches, None)
       yield batch
-
-
-def _rename_unless_exists(temporary: pathlib.Path, folder: pathlib.Path) -> None:
-  try:
-    temporary.rename(folder)
-  except OSError:
-    if not folder.is_dir():  # else another process was first, and its folder has the same content
-      raise

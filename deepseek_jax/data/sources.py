@@ -9,9 +9,9 @@ import os
 import pathlib
 import sysconfig
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
-from deepseek_jax.data import cache, readers, remote
+from deepseek_jax.data import cache, key_value_retrieval, readers, remote
 from deepseek_jax.errors import DataError
 from deepseek_jax.storage import is_url
 
@@ -72,15 +72,20 @@ class Source:
 
 
 def find_source(name: str, object_cache: pathlib.Path | None = None) -> Source:
-  """The Source for `name`: python-stdlib, a file, a folder (with its subfolders) or a glob.
+  """The Source for `name`: python-stdlib, key-value-retrieval, a file, a folder (with its subfolders) or a glob.
 
-  The last three may be in a bucket (gs://, s3://). Their objects are downloaded below the folder `object_cache`.
+  The last three may be in a bucket (gs://, s3://). Their objects are downloaded below the folder `object_cache`, where the
+  documents of key-value-retrieval are written too.
   Raises DataError when there is no such path, or nothing under it has a known suffix.
   """
   root: pathlib.Path | str
   if name == "python-stdlib":
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     paths = [path for path in _list_files(root, STDLIB_EXCLUDED) if path.suffix == ".py"]
+  elif name == key_value_retrieval.NAME:
+    assert object_cache is not None, "a source that is made needs a folder for its documents"
+    paths = key_value_retrieval.write_documents(read_stdlib(), object_cache)
+    root = paths[0].parent
   elif is_url(name):
     assert object_cache is not None, "a source in a bucket needs a folder for its objects"
     root, paths = remote.download_source(name, object_cache)
@@ -95,13 +100,22 @@ def find_source(name: str, object_cache: pathlib.Path | None = None) -> Source:
       if not paths:
         problem = f"no file matches {name}" if glob.has_magic(str(root)) else f"there is no {name}"
         where = "" if root.is_absolute() else f" (in {os.getcwd()})"
-        raise DataError(f"data.sources: expected python-stdlib, a file, a folder or a glob; {problem}{where}")
+        raise DataError(
+          f"data.sources: expected python-stdlib, key-value-retrieval, a file, a folder or a glob; {problem}{where}"
+        )
       root = os.path.commonpath([path.parent for path in paths]) if paths else root
   paths = [path for path in paths if readers.reader_suffix(path)]
   if not paths:
     raise DataError(f"data.sources: nothing at {name} ends in {' '.join(readers.READERS)}: name a file that does")
   files = (stat_file(path.relative_to(root).as_posix(), path) for path in paths)
   return Source(name, tuple(sorted(files, key=lambda file: file.name)))
+
+
+def read_stdlib() -> Iterator[str]:
+  """Yields the documents of python-stdlib."""
+  for file in find_source("python-stdlib").files:
+    for document in readers.read_documents(file.path, text_field=""):
+      yield str(document.text)
 
 
 def stat_file(name: str, path: pathlib.Path) -> SourceFile:

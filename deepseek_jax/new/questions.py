@@ -9,6 +9,7 @@ from typing import Any
 from deepseek_jax.config import Config
 from deepseek_jax.config_sections import TOKENIZER_SIZES
 from deepseek_jax.console import current_console
+from deepseek_jax.data import key_value_retrieval
 from deepseek_jax.data.sources import find_source
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import ConfigError, DataError
@@ -112,7 +113,7 @@ def parse_data(text: str) -> tuple[str, ...]:
   if not sources or not text.isprintable():
     raise ConfigError(f"expected files, folders or globs with commas between, or {NO_DATA}, got {text!r:.60}")
   for source in sources:
-    if not is_url(source):
+    if not is_url(source) and source != key_value_retrieval.NAME:  # which is made when a run starts
       try:
         find_source(source)
       except (DataError, OSError) as error:
