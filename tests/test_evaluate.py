@@ -56,13 +56,26 @@ def test_a_hugging_face_folder_and_its_workdir_have_the_same_scores(folder, caps
       assert of_run[evaluation][name] == pytest.approx(metrics, rel=1e-5)
 
 
+def test_retrieval_of_a_folder(folder, capsys):
+  run(f"--from={folder}/hf", "--retrieval=3", "--seq=256", "--json=-")
+  of_folder = json.loads(capsys.readouterr().out)
+  run(f"--workdir={folder}/run", "--retrieval=3", "--seq=256", "--dtype=float32", "--batch=2")
+  out = capsys.readouterr().out
+  rows = of_folder["retrieval"]
+  assert sum(row["queries"] for row in rows.values()) > 3
+  assert all(row["accuracy"] < 0.5 and row["loss"] > 4 for row in rows.values())  # an untrained model knows no digits
+  assert [line.split()[:3] for line in out.splitlines() if " to " in line] == [name.split() for name in rows]
+
+
 @pytest.mark.parametrize(
   ("flags", "message"),
   [
     ([], "give one model: --workdir=DIR.*or --from=DIR"),
     (["--workdir={0}/run", "--from={0}/hf"], "give one model"),
-    (["--from={0}/hf"], "say what to evaluate: --text, --multiple_choice, --generate or --lm_eval_tasks"),
+    (["--from={0}/hf"], "say what to evaluate: --text, --retrieval, --multiple_choice, --generate or --lm_eval_tasks"),
     (["--from={0}/hf", "--heldout"], "--heldout is of a run, and --from=.* is none"),
+    (["--from={0}/hf", "--by_position"], "--by_position is of a run, and --from=.* is none"),
+    (["--from={0}/hf", "--retrieval=0"], "--retrieval=0"),
     (["--from={0}/hf", "--text={0}/a.txt", "--step=3"], "--step=3 is a checkpoint of a --workdir"),
     (["--from={0}/hf", "--lm_eval_tasks=a"], "--lm_eval_tasks=NAME,... and --lm_eval_path=DIR.*go together"),
     (["--from={0}/hf", "--lm_eval_tasks=a", "--lm_eval_path={0}/no"], "--lm_eval_path=.*/no is not a folder"),

@@ -2,16 +2,20 @@
 
 Of a run without other flags: loss and bits per byte of its held-out split by source, as at its end. --from=DIR evaluates a
 Hugging Face folder instead. What else can be evaluated, several at once:
+  --by_position                    loss of the held-out split by position, also at a --seq that is not the run's
+  --retrieval=N                    accuracy of key-value retrieval by distance, in N windows of --seq
   --text=FILE,...                  bits per byte and perplexity of documents: .txt, .jsonl, .parquet, as training reads them
   --multiple_choice=FILE,...       accuracy by log-likelihood; lines {"prompt", "choices": [..], "answer": index}
   --generate=FILE,...              BLEU and ROUGE of generations; lines {"prompt", "references": [..] or "reference"}
   --lm_eval_tasks=NAME,...         tasks of lm-evaluation-harness in the folder --lm_eval_path
-Nothing in the workdir is changed.
+Nothing in the workdir is changed. --config.model.FIELD=VALUE evaluates with another value of a field that changes no shape, as
+--config.model.attention.yarn.factor=4.
 """
 
 import dataclasses
 import importlib
 import os
+from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +25,12 @@ from deepseek_jax.config_sections import SampleConfig
 from deepseek_jax.console import log_to_console
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.evaluate.results import TOTAL, TextResult, format_table
-from deepseek_jax.flags import parse, run_program, write_output
+from deepseek_jax.flags import load_config, parse, run_program, split_overrides, write_output
 from deepseek_jax.json_output import show_result
+from deepseek_jax.schema import flatten_config
 
 if TYPE_CHECKING:  # it imports jax
+  from deepseek_jax.checkpoint.load import SavedModel
   from deepseek_jax.data.sources import SourceFile
   from deepseek_jax.evaluate.generations import Prompt
   from deepseek_jax.evaluate.language_model import LanguageModel
@@ -69,7 +75,16 @@ def program_flags() -> flags.FlagValues:
     "evaluate the held-out split of the workdir; default: where nothing else is named",
     flag_values=values,
   )
-  integer("sequences", "windows of the held-out split; 0: all; default: eval.final_sequences of the run", None, 0)
+  integer(
+    "sequences", "windows of --heldout and --by_position; 0: all; default: eval.final_sequences of the run", None, 0
+  )
+  flags.DEFINE_boolean(
+    "by_position",
+    False,
+    "loss by position, of windows of --seq of the held-out split of the workdir",
+    flag_values=values,
+  )
+  integer("retrieval", "windows of --seq of key-value retrieval, whose accuracy is given by distance", None, 1)
   several("text", "files, folders or globs of documents")
   string("text_field", "field of .jsonl and .parquet files that holds the text", "text")
   flags.DEFINE_boolean("skip_null", False, "skip records without text", flag_values=values)
@@ -80,7 +95,7 @@ def program_flags() -> flags.FlagValues:
   integer("max_tokens", "longest generation", 128, 1)
   flags.DEFINE_float("temperature", 0.0, "of --generate; 0: greedy", lower_bound=0, flag_values=values)
   flags.DEFINE_multi_string("stop", [], "text that ends a generation; may be given several times", flag_values=values)
-  integer("seed", "of sampling, and of few-shot examples", 0, 0)
+  integer("seed", "of sampling, of few-shot examples, and of --retrieval", 0, 0)
   string("generations", "file that the generations are written to, as .jsonl")
   several("lm_eval_tasks", "tasks of lm-evaluation-harness")
   string("lm_eval_path", "folder of these tasks: NAME.yaml or NAME.json")
@@ -96,10 +111,13 @@ def check_flags(values: flags.FlagValues) -> None:
     raise ConfigError(
       "give one model: --workdir=DIR, a run, e.g. --workdir=runs/tiny, or --from=DIR, a Hugging Face folder"
     )
-  if source and values.heldout:
-    raise ConfigError(f"--heldout is of a run, and --from={source} is none: give text with --text")
+  for flag in ("heldout", "by_position"):
+    if source and values[flag].value:
+      raise ConfigError(f"--{flag} is of a run, and --from={source} is none: give text with --text")
   if source and not names_an_input(values):
-    raise ConfigError("say what to evaluate: --text, --multiple_choice, --generate or --lm_eval_tasks (see --help)")
+    raise ConfigError(
+      "say what to evaluate: --text, --retrieval, --multiple_choice, --generate or --lm_eval_tasks (see --help)"
+    )
   if source and values.step is not None:
     raise ConfigError(f"--step={values.step} is a checkpoint of a --workdir, and --from has none: leave it out")
   if bool(values.lm_eval_tasks) != bool(values.lm_eval_path):
@@ -120,7 +138,11 @@ def check_flags(values: flags.FlagValues) -> None:
 
 def names_an_input(values: flags.FlagValues) -> bool:
   """Whether something else than the held-out split of a run is to be evaluated."""
-  return any((values.text, values.multiple_choice, values.generate, values.lm_eval_tasks))
+  return any(
+    (
+      values.by_position, values.retrieval, values.text, values.multiple_choice, values.generate, values.lm_eval_tasks,
+    )
+  )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,8 +181,8 @@ def import_harness() -> ModuleType:
     raise ConfigError(f"--lm_eval_tasks needs the package lm-eval ({error}): pip install 'lm-eval'") from None
 
 
-def open_model(values: flags.FlagValues) -> "LanguageModel":
-  """The model that `values` name."""
+def open_model(values: flags.FlagValues, overrides: Mapping[str, str]) -> "LanguageModel":
+  """The model that `values` name, with `overrides` of fields of its config."""
   from deepseek_jax.checkpoint.load import open_hugging_face, open_workdir
   from deepseek_jax.checkpoint.weights import has_hf_config, is_hugging_face
   from deepseek_jax.evaluate.language_model import LanguageModel
@@ -174,8 +196,8 @@ def open_model(values: flags.FlagValues) -> "LanguageModel":
       raise ConfigError(f"{values.workdir} is a Hugging Face folder: give it as --from={values.workdir}")
     saved = open_workdir(values.workdir, values.step)
   if values.dtype:
-    model = dataclasses.replace(saved.config.model, compute_dtype=values.dtype)
-    saved = dataclasses.replace(saved, config=dataclasses.replace(saved.config, model=model))
+    overrides = {**overrides, "model.compute_dtype": values.dtype}
+  saved = with_model_fields(saved, overrides)
   seq = values.seq or saved.config.data.seq
   if values.stride and values.stride > seq:
     raise ConfigError(
@@ -185,10 +207,25 @@ def open_model(values: flags.FlagValues) -> "LanguageModel":
   return LanguageModel(saved, tokenizer, values.devices, values.batch, values.seq, values.add_bos)
 
 
+def with_model_fields(saved: "SavedModel", overrides: Mapping[str, Any]) -> "SavedModel":
+  """`saved` with other values {path: value or text} of fields of its model. Raises ConfigError for one that changes a shape."""
+  from deepseek_jax.checkpoint.compatibility import array_shapes
+
+  config = load_config(None, flatten_config(saved.config) | dict(overrides))
+  if array_shapes(config.model) != array_shapes(saved.config.model):
+    raise ConfigError(
+      f"--config.{' --config.'.join(overrides)}: the model in {saved.source} has arrays of other shapes; only fields that change "
+      "none can be set"
+    )
+  return dataclasses.replace(saved, config=config)
+
+
 def evaluate(values: flags.FlagValues, inputs: Inputs, model: "LanguageModel") -> tuple[Results, str]:
   """(the results of all that `values` and `inputs` name, the generations as text of a .jsonl file)."""
+  from deepseek_jax.evaluate.by_position import evaluate_by_position
   from deepseek_jax.evaluate.generations import evaluate_generations, to_jsonl
   from deepseek_jax.evaluate.multiple_choice import evaluate_multiple_choice
+  from deepseek_jax.evaluate.retrieval import evaluate_retrieval
   from deepseek_jax.evaluate.run_heldout import evaluate_run_heldout
   from deepseek_jax.evaluate.text import evaluate_texts
 
@@ -198,6 +235,10 @@ def evaluate(values: flags.FlagValues, inputs: Inputs, model: "LanguageModel") -
       model.saved, model.weights, model.tokenizer, values.tokenizer, values.batch, values.sequences
     )
     results["heldout"] = with_total(of_sources, "windows")
+  if values.by_position:
+    results["by_position"] = evaluate_by_position(model, values.tokenizer, values.sequences)
+  if values.retrieval:
+    results["retrieval"] = evaluate_retrieval(model, values.retrieval, values.seed)
   if inputs.texts:
     of_texts = evaluate_texts(model, inputs.texts, values.text_field, values.skip_null, values.stride)
     results["text"] = with_total(of_texts, "documents")
@@ -246,11 +287,16 @@ def tables(results: Results) -> str:
 def main(argv: list[str]) -> int:
   """Prints tables of results. Raises UserError for an error of the user's."""
   values = program_flags()
-  parse(argv, values, __doc__)
+  arguments, overrides = split_overrides(argv)
+  if refused := [path for path in overrides if not path.startswith("model.")]:
+    raise ConfigError(
+      f"this program takes no --config.{refused[0]}, only fields of the model; its flags are {', '.join(values)}"
+    )
+  parse(arguments, values, __doc__)
   check_flags(values)
   inputs = read_inputs(values)
   with log_to_console():
-    model = open_model(values)
+    model = open_model(values, overrides)
     results, generations = evaluate(values, inputs, model)
   if values.generations:
     write_output(generations, values.generations, "generations")
