@@ -1,6 +1,7 @@
 """The shipped configs: every value of theirs, where each comes from, and how programs find them."""
 
 import ast
+import dataclasses
 import io
 import json
 import pathlib
@@ -16,6 +17,7 @@ from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import find_config, load_config, shipped_configs
 from deepseek_jax.plan.flops import count_parameters
 from deepseek_jax.schema import flatten_config
+from deepseek_jax.stages import resolve_stages
 from tests.golden_configs import golden_dumps
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -128,6 +130,26 @@ def test_1b_follows_the_scaling_laws():
   assert 20 < tokens / count_parameters(model).total < 21
 
 
+@pytest.mark.parametrize(
+  ("base", "lengths", "batches", "peak", "mscale"),
+  [("v2", [32_768], [576], 2.4e-5, 0.707), ("v3", [32_768, 131_072], [1920, 480], 7.3e-6, 1.0)],
+)
+def test_long_configs_extend_what_the_base_config_trains(base, lengths, batches, peak, mscale):
+  """arXiv:2405.04434, section 3.1.4, and arXiv:2412.19437, section 4.3: 1,000 steps at each length, s = 40 from the first on."""
+  first, *extensions = resolve_stages(load_config(f"{base}_long"))
+  of_base = load_config(base)
+  same = {"name": f"{base}_long", "train.steps": first.config.train.steps}
+  assert first.config == load_config(base, same) and first.last.tokens >= of_base.schedule.tokens
+  assert first.last.tokens - of_base.schedule.tokens < of_base.train.global_batch * of_base.data.seq
+  assert [s.config.data.seq for s in extensions] == lengths
+  assert [s.config.train.global_batch for s in extensions] == batches
+  assert [s.config.train.steps - s.first_step for s in extensions] == [1000] * len(lengths)
+  for stage in extensions:
+    assert dataclasses.astuple(stage.config.model.attention.yarn) == (40, 4096, 32, 1, mscale, mscale)
+    assert stage.config.schedule.kind == "constant" and stage.config.schedule.peak == pytest.approx(peak)
+    assert stage.config.schedule.warmup_steps == 0 and not stage.reset_optimizer
+
+
 def test_names_and_paths_from_any_folder(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   assert list(shipped_configs()) == [path.stem for path in CONFIGS]
@@ -145,7 +167,7 @@ def test_names_and_paths_from_any_folder(tmp_path, monkeypatch):
   [
     ("tinny", ["no config file 'tinny'", "1b, 67b, 7b", "did you mean --config=tiny?"]),
     ("configs/67.py", ["no config file 'configs/67.py'", "did you mean --config=67b?"]),
-    ("qqqq", ["no config file 'qqqq'", "tiny_dense, v2"]),
+    ("qqqq", ["no config file 'qqqq'", "tiny_dense, tiny_long, v2"]),
     ("notes", ["config file 'notes' must be Python (.py", "or JSON (.json"]),
   ],
 )
