@@ -244,8 +244,18 @@ class MTPConfig(Section, path="mtp"):
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig(Section, path="checkpoint"):
   every: int = field(1000, "steps between checkpoints", at_least=1)
+  minutes: float = field(
+    0.0,
+    "minutes after the last checkpoint, or the start, at which one is saved between those of `every`; 0: none",
+    at_least=0,
+  )
   keep: int = field(2, "number of newest checkpoints that are kept", at_least=1)
   keep_every: int = field(0, "checkpoints at multiples of this step are never deleted; 0: none", at_least=0)
+  cloud_notices: str = field(
+    "auto",
+    "save and end when Google Cloud's metadata server announces preemption or host maintenance; auto: on a machine of Google Cloud",
+    choices=("auto", "on", "off"),
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,8 +41,8 @@ def distributed_session(initialize_args: dict[str, Any] | None) -> Iterator[None
   """Connects to the other processes of the run while the block lasts. Only process 0 writes to stdout.
 
   An exception is shown on the current console, or on stderr where that is a SilentConsole. It ends this process, and
-  within seconds all others, with one exit code: 2 for a UserError, 130 for Ctrl-C, 143 for SIGTERM, else 1. jax by itself
-  would wait at its exit for the others, while they wait for this one in a step.
+  within seconds all others, with one exit code: 2 for a UserError, 130 for Ctrl-C, 143 for SIGTERM and other
+  notices of preemption, else 1. jax by itself would wait at its exit for the others, while they wait for this one in a step.
 
   Args:
     initialize_args: arguments of `jax.distributed.initialize`, from `processes.find_initialize_args`. None: a single
@@ -149,8 +149,8 @@ def _abort_all(error: BaseException) -> None:
   if isinstance(error, UserError):
     code, text = 2, f"error: {error}"
   elif isinstance(error, KeyboardInterrupt):
-    code = 128 + error.signal if isinstance(error, Stopped) else 130
-    text = reason = "interrupted"
+    code, text = (error.exit_code, str(error)) if isinstance(error, Stopped) else (130, "interrupted")
+    reason = text
   else:
     code, text = 1, "".join(traceback.format_exception(error))
     # The cause may be another process's end. Then the watcher reads it from the store and reports it.

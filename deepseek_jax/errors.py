@@ -26,11 +26,14 @@ class StorageError(UserError):
 
 
 class Stopped(KeyboardInterrupt):
-  """SIGINT or SIGTERM at a moment at which a run has nothing to save. `signal`: its number."""
+  """A notice to stop, such as SIGTERM, at a moment at which a run has nothing to save.
 
-  def __init__(self, signal: int):
-    super().__init__(f"stopped by signal {signal}")
-    self.signal = signal
+  notice: its name. exit_code: that of the program.
+  """
+
+  def __init__(self, notice: str, exit_code: int):
+    super().__init__(f"stopped by {notice}")
+    self.notice, self.exit_code = notice, exit_code
 
 
 def format_exception(error: BaseException) -> str:

@@ -77,17 +77,17 @@ def abstract_mesh(config: MeshConfig, device: AbstractDevice | None = None) -> A
   return AbstractMesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), abstract_device=device)
 
 
-def make_process_max(mesh: Mesh) -> Callable[[int], jax.Array]:
-  """A function that all processes call with an int32: it gives the maximum over processes, a replicated array [].
+def make_process_max(mesh: Mesh, length: int) -> Callable[[Sequence[int]], jax.Array]:
+  """A function that all processes call with `length` integers: it gives their maxima over processes.
 
-  It does not block: only reading the array waits for the other processes.
+  They are int32 [length], replicated. It does not block: only reading the array waits for the other processes.
   """
   sharded, replicated = NamedSharding(mesh, jax.P(AXES)), NamedSharding(mesh, jax.P())
-  maximum = jax.jit(lambda values: values.max(), out_shardings=replicated)
+  maximum = jax.jit(lambda rows: rows.max(0), out_shardings=replicated)
 
-  def process_max(value: int) -> jax.Array:
-    values = jax.make_array_from_callback((mesh.size,), sharded, lambda index: np.full(1, value, np.int32))
-    return maximum(values)
+  def process_max(values: Sequence[int]) -> jax.Array:
+    row = np.array([values], np.int32)
+    return maximum(jax.make_array_from_callback((mesh.size, length), sharded, lambda index: row))
 
   return process_max
 

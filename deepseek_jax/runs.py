@@ -59,7 +59,7 @@ def run(
     UserError: the config, the data or a checkpoint cannot be used, or a file cannot be written any more.
     Diverged: `train.max_skipped` updates in a row were skipped.
     KeyboardInterrupt: the run was interrupted, and is saved.
-    SystemExit: with code 143, after SIGTERM; the run is saved.
+    SystemExit: with code 143, after SIGTERM or another notice to stop; the run is saved.
   """
   config = with_overrides(config, overrides or {})
   workdir = os.fspath(workdir) if workdir is not None else os.path.join("runs", config.name)

@@ -6,8 +6,8 @@ the config, --dry_run what the config amounts to; both stop before anything is t
 a .json config, from which editors complete it.
 Running the same command again resumes from the newest checkpoint; --workdir alone takes the config saved there.
 Several processes train as one by --coordinator, --processes and --process, or as their scheduler says.
-Exit codes: 0 finished, 2 config, data, checkpoint or divergence, 42 a hang, 130 / 143 saved after Ctrl-C / SIGTERM, 1
-anything else. launch/supervise.py starts a run again after 1, 42, 143 and the end by a signal, but not after 2.
+Exit codes: 0 finished, 2 config, data, checkpoint or divergence, 42 a hang, 130 / 143 saved after Ctrl-C / SIGTERM or
+another notice, 1 anything else. launch/supervise.py starts a run again after 1, 42, 143 and the end by a signal, but not after 2.
 """
 
 import json

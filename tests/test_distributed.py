@@ -61,7 +61,7 @@ def both(coordinator, body):
   [
     (KeyError("a mistake"), 1, "Traceback"),
     (DataError("no such file"), 2, "error: no such file"),
-    (Stopped(15), 143, "interrupted"),
+    (Stopped("SIGTERM", 143), 143, "stopped by SIGTERM"),
     (KeyboardInterrupt(), 130, "interrupted"),
   ],
 )

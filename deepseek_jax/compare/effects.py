@@ -173,7 +173,7 @@ _ROWS: tuple[tuple[Condition, str, str], ...] = (
   (_router_bias, "balance", "bias_update_rate"),
   (_moving_bias, "balance", "bias_rule bias_update_tokens"),
   (_mtp, "mtp", "weights tokens"),
-  (_never, "checkpoint", "every keep keep_every"),
+  (_never, "checkpoint", "every minutes keep keep_every cloud_notices"),
   (_never, "eval", "every"),
   (_always, "eval", "sequences final_sequences"),
   (_never, "log", "every tensorboard layer_rms"),

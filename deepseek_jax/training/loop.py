@@ -27,8 +27,9 @@ from deepseek_jax.storage import RunFolder
 from deepseek_jax.training import metrics
 from deepseek_jax.training.clock import PhaseClock
 from deepseek_jax.training.goodput import GoodputWriter
+from deepseek_jax.training.preemption import stop_notices
 from deepseek_jax.training.run_log import RunLog, end_before_training
-from deepseek_jax.training.signals import StopRequest, stop_requests
+from deepseek_jax.training.signals import StopRequest
 from deepseek_jax.training.start import Start, find_start, next_start
 from deepseek_jax.training.trainer import Trainer
 from deepseek_jax.training.watchdog import Watchdog
@@ -45,7 +46,7 @@ def run(
   resume_from: int | None = None,
   started: float | None = None,
 ) -> int:
-  """Trains the stages of `config`, or until a stop signal, and returns the exit code: 0, or 130 / 143 after SIGINT / SIGTERM.
+  """Trains the stages of `config`, or until a notice to stop, and returns the exit code: 0, or `Notice.exit_code`.
 
   Process 0 shows on the current console what the run does.
 
@@ -63,12 +64,12 @@ def run(
   Raises:
     UserError: the config, the data or a checkpoint cannot be used, or a file cannot be written any more.
     Diverged: `train.max_skipped` updates in a row were skipped.
-    Stopped: a signal before the first step, in a run of several processes, which it ends.
+    Stopped: a notice before the first step, in a run of several processes, which it ends.
   """
   # What process 0 shows is true of all.
   with (
     set_console(current_console() if process_index() == 0 else SilentConsole()) as console,
-    stop_requests() as request,
+    stop_notices(config.checkpoint.cloud_notices) as request,
     contextlib.ExitStack() as stack,
   ):
     refuse_hf_workdir(workdir)
@@ -103,7 +104,7 @@ def run(
       end_before_training(workdir, run_folder, stop)
       if process_count() > 1:
         raise  # the other processes wait for this one
-      return 128 + stop.signal
+      return stop.exit_code
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ import contextlib
 import math
 import os
 import pathlib
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +32,7 @@ from deepseek_jax.training.layer_aux import logged_metrics
 from deepseek_jax.training.metrics import EVENTS, MetricsWriter, WriterFactory, end_unopened, read_jsonl
 from deepseek_jax.training.next_commands import next_commands, train_on_command
 from deepseek_jax.training.schedule_check import changed_rate_warning, last_learning_rate, schedule_warnings
+from deepseek_jax.training.signals import StopRequest
 from deepseek_jax.training.skipped import heldout_nan_hint
 from deepseek_jax.training.stragglers import Stragglers
 from deepseek_jax.training.timing import IntervalTimer, device_metrics
@@ -288,25 +288,28 @@ class RunLog:
       with contextlib.suppress(Exception):
         attempt()
 
+  def show_stop(self, step: int, request: StopRequest) -> None:
+    """Shows what the run stops for, if it does, before it saves."""
+    if request.stop:
+      self.console.print(f"stopping at step {step} for {request.cause()}")
+
   def end_hung(self, step: int, what: str) -> None:
     """As `end_failed`, of a hang that the watchdog describes; every process uploads the files that it has written."""
     self._has_hung = True
     self.end_failed(step, "hung", error=what)
     self._run_folder.upload()
 
-  def end(self, step: int, reason: str, digest: str) -> None:
-    """Writes the event of the end and the report, and shows them.
-
-    reason: "finished", or the name of a signal. digest: the state's hash.
-    """
+  def end(self, step: int, request: StopRequest, digest: str) -> None:
+    """Writes the event of the end and the report, and shows them. digest: the state's hash."""
+    reason = request.stop.name if request.stop else "finished"
     self.event("end", step, reason=reason, state_sha256=digest)
     self.goodput.end(reason)
     self._write_report()
     if jax.process_index() == 0:
       self.console.print(str(read_goodput(self.folder)))
     self.console.print(f"state_sha256 {digest}\nreport   {os.path.join(self.workdir, 'report.html')}")
-    if reason != "finished":
-      self.console.print(f"stopped by {reason} at step {step}, saved; the same command continues from there")
+    if request.stop:
+      self.console.print(f"stopped by {request.cause()} at step {step}, saved; the same command continues from there")
 
   def publish(self) -> None:
     """Writes what is not yet written, and uploads the small files of the run to its bucket, if it has one; process 0 does.
@@ -339,8 +342,7 @@ class RunLog:
 
 def end_before_training(workdir: str, run_folder: RunFolder, stop: Stopped) -> None:
   """Shows that a run was stopped before its first step; process 0 writes the event, unless another run has `workdir`."""
-  reason = signal.Signals(stop.signal).name
-  current_console().print(f"stopped by {reason} before the first step; the same command starts again")
+  current_console().print(f"{stop} before the first step; the same command starts again")
   if process_index() != 0:
     return
   with contextlib.ExitStack() as stack, contextlib.suppress(OSError, UserError):
@@ -348,7 +350,7 @@ def end_before_training(workdir: str, run_folder: RunFolder, stop: Stopped) -> N
       checkpoints = pathlib.Path(os.path.abspath(workdir), "checkpoints")
       checkpoints.mkdir(parents=True, exist_ok=True)
       stack.enter_context(lock_workdir(checkpoints))
-    end_unopened(run_folder.path, reason)
+    end_unopened(run_folder.path, stop.notice)
     run_folder.upload()
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -17,11 +16,11 @@ from deepseek_jax.checkpoint.manager import FORMAT_VERSION, Checkpointer
 from deepseek_jax.data.pipeline import Consumed, Data, iterate_batches
 from deepseek_jax.errors import CheckpointError, Stopped, UserError, format_exception
 from deepseek_jax.kernels.implementations import Replacements, import_libraries
-from deepseek_jax.mesh import make_process_max
 from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.sharding import spec
 from deepseek_jax.stages import Stage
 from deepseek_jax.training.batch import Batch, load_batch, load_windows
+from deepseek_jax.training.decisions import StepDecisions
 from deepseek_jax.training.rescue import rescue
 from deepseek_jax.training.run_log import RunLog
 from deepseek_jax.training.schedule import StepInputs
@@ -77,7 +76,6 @@ class Trainer:
     program = self.step_config, graphdef(config.model), replacements
     self.train_step = jit_train_step(*program, static_microbatches=not train.batch_ramp_from)
     self.eval_step = jit_eval_step(*program)
-    self.process_max = make_process_max(mesh) if jax.process_count() > 1 else None
     # Several programs in flight on virtual CPU devices can starve a collective until it times out.
     self.block_each_step = jax.default_backend() == "cpu" and mesh.size > 1
     self.skipped_in_a_row = 0  # the last updates, as far as their metrics are read
@@ -91,6 +89,7 @@ class Trainer:
       self.log.show_finished_already(self.step, self.consumed)
       return 0
     self.state = self.load_state()
+    self.decisions = StepDecisions(self.mesh, request, self.config.checkpoint.minutes)
     with self.log.open(self.step):
       request.at_once = False
       try:
@@ -106,6 +105,7 @@ class Trainer:
         self.train(request)
         if not self.stage.is_last:
           self.evaluate_at_end(request)
+        self.log.show_stop(self.step, request)
         with self.log.clock.measure("checkpoint"):
           self.save()
           self.checkpointer.wait()
@@ -128,29 +128,26 @@ class Trainer:
       return load_state(self.start, self.step_config, self.config.seed, self.mesh, self.checkpointer)
 
   def evaluate_at_end(self, request: StopRequest, sample: bool = False) -> None:
-    """The evaluation that ends a stage, and a sample, unless the run was stopped. A signal ends both at once."""
-    if request.stop_signal is not None:
-      return
-    try:
-      # Several processes stop where all see that one has got a signal.
-      with request.stop_at_once(self.process_max is None):
-        self.evaluate(self.config.eval.final_sequences, request)
+    """The evaluation that ends a stage, and a sample, unless the run was stopped. A notice ends both at once."""
+    if not request.stop:
+      # Several processes stop where all see that one has received a notice.
+      with contextlib.suppress(Stopped), request.stop_at_once(jax.process_count() == 1):
+        self.evaluate(self.config.eval.final_sequences)
         if sample:
           with self.log.clock.measure("sample"):
             self.log.sample(self.step, self.consumed, self.sample())
-    except Stopped as stop:
-      request.stop_signal = signal.Signals(stop.signal)
 
   def finish(self, request: StopRequest) -> int:
     """Ends the log, unless another stage follows; after an evaluation and a sample if all is saved. Returns the exit code."""
     if self.stage.is_last:
       self.evaluate_at_end(request, sample=self.config.sample.max_tokens > 0)
-    elif request.stop_signal is None:
-      self.log.publish()
-      return 0
-    reason = "finished" if request.stop_signal is None else request.stop_signal.name
-    self.log.end(self.step, reason, state_sha256(self.state))
-    return 0 if request.stop_signal is None else 128 + request.stop_signal
+    else:
+      self.decisions.agree()  # of a notice during the save: to compile the next stage may take longer than is left
+      if not request.stop:
+        self.log.publish()
+        return 0
+    self.log.end(self.step, request, state_sha256(self.state))
+    return request.stop.exit_code if request.stop else 0
 
   def end_failed(self, error: Exception) -> Exception:
     """Saves the updates that have no checkpoint, as far as possible, and ends the log. Returns what is to be raised."""
@@ -177,30 +174,31 @@ class Trainer:
     pending = None
     self.is_compiled = False
     with self.log.progress(self.step), contextlib.closing(MetricsReader()) as reader:
-      while self.step < train.steps and request.stop_signal is None:
+      while self.step < train.steps and not request.stop:
         with self.log.clock.measure("data"):
           batch, consumed = next(data_iterator)
         step_metrics = self.start_step(batch, consumed)
         if self.block_each_step:
           self.wait_for_device()
-        if self.process_max:
-          step_metrics["stop_signal"] = self.process_max(request.received or 0)
+        step_metrics["decision"] = self.decisions.propose()
         if pending:
-          self.log_step(request, *pending)
+          self.log_step(*pending)
         pending = (self.step, consumed, batch, reader.read(step_metrics))
         eval_is_due = self.step % self.config.eval.every == 0
-        checkpoint_is_due = self.step % self.config.checkpoint.every == 0 or self.checkpoint_is_overdue
+        checkpoint_is_due = self.step % self.config.checkpoint.every == 0 or self.decisions.save_is_due
+        checkpoint_is_due |= self.checkpoint_is_overdue
         if self.block_each_step or eval_is_due or checkpoint_is_due or self.step == train.steps:
           self.wait_for_device()
-          self.log_step(request, *pending)
+          self.log_step(*pending)
           pending = None
         if eval_is_due and self.step < train.steps:
-          self.evaluate(self.config.eval.sequences)
+          with contextlib.suppress(Stopped):  # the request has the notice: this step is saved, and the run ends
+            self.evaluate(self.config.eval.sequences)
         if checkpoint_is_due:
           self.save_when_due()
         self.checkpointer.check()
       if pending:
-        self.log_step(request, *pending)
+        self.log_step(*pending)
 
   def start_step(self, batch: Batch, consumed: Consumed) -> dict[str, Any]:
     """Starts one step and returns its metrics, on the device, and its logged inputs. consumed: after the step."""
@@ -223,34 +221,28 @@ class Trainer:
     with self.log.clock.measure("device"):
       jax.block_until_ready(self.state)
 
-  def log_step(
-    self, request: StopRequest, step: int, consumed: Consumed, batch: Batch, step_metrics: Future[TimedMetrics]
-  ) -> None:
-    """Waits for the metrics of a step and logs them.
-
-    Sets `request.stop_signal` where a process of the run received a signal. Raises Diverged as `check_skipped`.
+  def log_step(self, step: int, consumed: Consumed, batch: Batch, step_metrics: Future[TimedMetrics]) -> None:
+    """Waits for the metrics of a step, applies its decision and logs them. Raises Diverged as `check_skipped`.
 
     step, consumed: completed updates, and what they consumed, after the step. step_metrics: of `start_step`, as
     `MetricsReader.read` gives them.
     """
     with self.log.clock.measure("device"):
       values, arrived = step_metrics.result()
-    if stop_signal := int(values.pop("stop_signal", 0)):
-      request.stop_signal = signal.Signals(stop_signal)
+    self.decisions.apply(values.pop("decision"))
     self.skipped_in_a_row = check_skipped(self.config, step, values, self.saved_steps, self.log.console.print)
     self.log.step(step, consumed, batch, values, arrived)
 
-  def evaluate(self, sequences: int, request: StopRequest | None = None) -> None:
+  def evaluate(self, sequences: int) -> None:
     """Logs the loss and the bits per byte of `sequences` windows of the held-out split.
 
-    Raises Stopped, on all processes at one batch, once one of them has received a signal that `request` notes.
+    Raises Stopped, on all processes at one batch, once one of them has received a notice.
     """
     sharding = NamedSharding(self.mesh, spec("batch", None))
 
     def load(ids):
       self.log.clock.tick()
-      if request and self.process_max and (received := int(self.process_max(request.received or 0))):
-        raise Stopped(received)
+      self.decisions.raise_stopped()
       return load_windows(self.data.heldout, ids, self.data.seq + 1, sharding)
 
     with self.log.clock.measure("eval"):
@@ -285,6 +277,7 @@ class Trainer:
       self.log.publish()  # before the checkpoint, which needs the metrics of the steps before it
       self.checkpointer.save(self.step, self.state, self.checkpoint_meta(), rotate=not self.skipped_in_a_row)
     self.saved_step = self.step
+    self.decisions.saved()
 
   def save_again(self) -> None:
     """Saves a checkpoint of the current step after something has failed, and waits for it. Raises CheckpointError."""

@@ -15,6 +15,7 @@ import pytest
 from deepseek_jax.training.goodput import read_goodput
 from tests.configs import RUN, write_texts
 from tests.end_to_end.test_run import environment, finish, flags_of, lines, wait_for_step
+from tests.metadata_server import MetadataServer
 
 LAUNCHER = pathlib.Path(__file__).parents[2] / "launch" / "local.py"
 STEPS = 12
@@ -40,9 +41,23 @@ LARGE_ARRAYS = """
 from deepseek_jax.training import state
 state.MAX_GATHERED_BYTES = 20_000
 """
-# Faults of one process, named by the variable FAULT.
-FAULTS = """
+# A clock of checkpoint.minutes that moves a second whenever process 0 looks at it. That of process 1 is years ahead.
+CLOCKS = """
+import itertools, types
 fault, process = os.environ.get("FAULT"), os.environ.get("JAX_PROCESS_ID")
+if fault == "clocks":
+  from deepseek_jax.training import decisions
+  seconds = itertools.count(10**8 * int(process), 1 + 10**8 * int(process))
+  decisions.time = types.SimpleNamespace(monotonic=lambda: next(seconds))
+"""
+# The machine of process 1 is one of Google Cloud, with the metadata server METADATA.
+METADATA = """
+if process == "1" and "METADATA" in os.environ:
+  from deepseek_jax.training import preemption
+  os.environ["GCE_METADATA_HOST"], preemption.POLL_SECONDS = os.environ["METADATA"], 0.01
+"""
+# Faults of process 1, named by the variable FAULT.
+FAULTS = """
 if fault and process == "1":
   from deepseek_jax.errors import ConfigError
   from deepseek_jax.training import loop, trainer
@@ -88,16 +103,16 @@ if fault and process == "1":
     Checkpointer.save = save_late
   elif fault == "code":
     trainer.Trainer.load_state = raising
-  elif fault == "evaluation":
+  elif fault in ("8", "20"):  # sequences of the evaluation that is stopped
     import signal
     from deepseek_jax.evaluate import heldout
     evaluate = heldout.evaluate
     def evaluate_stopped(*arguments):
-      if arguments[-1] == 20:  # sequences of the final evaluation
+      if arguments[-1] == int(fault):
         signal.raise_signal(signal.SIGTERM)
       return evaluate(*arguments)
     heldout.evaluate = evaluate_stopped
-  else:
+  elif fault == "disk":
     import resource
     from deepseek_jax.checkpoint.manager import Checkpointer
     save = Checkpointer.save
@@ -116,7 +131,7 @@ def folder(tmp_path_factory):
     .replace("num_mtp_layers=1", "num_mtp_layers=0")
     .replace("log=dict(", "log=dict(tensorboard=False, ")
   )
-  (folder / "config.py").write_text(ONE_KEY + LARGE_ARRAYS + FAULTS + config)
+  (folder / "config.py").write_text(ONE_KEY + LARGE_ARRAYS + CLOCKS + METADATA + FAULTS + config)
   return folder
 
 
@@ -170,7 +185,7 @@ def member(launcher, index):
 def test_a_signal_to_one_process_stops_all_at_one_step(folder, alone, stopped):
   workdir, out = stopped
   end = last_event(folder, workdir)
-  assert end["reason"] == "SIGTERM" and f"stopped by SIGTERM at step {end['step']}, saved" in out
+  assert end["reason"] == "SIGTERM" and f"stopped by SIGTERM to process 1 at step {end['step']}, saved" in out
   assert 4 <= end["step"] < STEPS
   assert out.count("stopped by") == 1 and "devices  2 x cpu (cpu)" in out and "2 processes" in out
   assert str(end["step"]) in os.listdir(folder / workdir / "checkpoints")
@@ -251,16 +266,45 @@ def test_an_error_of_one_process_ends_both_at_once(folder, fault, code, says):
   assert ("Traceback" in out) == (fault == "code")
 
 
+def test_the_clock_of_process_0_decides_when_both_save_and_a_notice_to_one_machine_ends_both(folder, alone):
+  # 3 s; an evaluation would look at the clock as well.
+  arguments = (
+    *FSDP, "--config.checkpoint.every=100", "--config.checkpoint.minutes=0.05", "--config.eval.every=100",
+  )  # fmt: skip
+  with MetadataServer() as server:
+    process = train(folder, "clocks", *arguments, processes=2, FAULT="clocks", METADATA=server.host)
+    wait_for_step(folder, "clocks", 9, process)
+    server.values["preempted"] = "TRUE"
+    out = finish(process, 143)
+  end = last_event(folder, "clocks")
+  assert end["reason"] == "PREEMPTED" and 9 <= end["step"] < STEPS
+  assert f"stopping at step {end['step']} for Google Cloud's notice of preemption to process 1\n" in out
+  saved = {int(path.name) for path in (folder / "clocks" / "checkpoints").iterdir() if path.name.isdigit()}
+  # Due after step 3, at which process 0 has looked for the third time: the next step is saved.
+  assert saved == {4, 8, end["step"]}
+  finish(train(folder, "clocks", *arguments, processes=2))
+  assert last_event(folder, "clocks")["state_sha256"] == last_event(folder, alone)["state_sha256"]
+
+
+@pytest.mark.chaos
+def test_a_signal_to_one_process_in_an_evaluation_ends_both_saved_at_its_step(folder, alone):
+  out = finish(train(folder, "between", *FSDP, processes=2, FAULT="8"), 143)
+  assert last_event(folder, "between")["step"] == 5 and "stopping at step 5 for SIGTERM to process 1\n" in out
+  assert "held-out loss" not in out
+  finish(train(folder, "between", *FSDP, processes=2))
+  assert last_event(folder, "between")["state_sha256"] == last_event(folder, alone)["state_sha256"]
+
+
 @pytest.mark.chaos
 def test_a_signal_to_one_process_in_the_final_evaluation_ends_both_saved(folder, alone):
-  out = finish(train(folder, "evaluated", *FSDP, processes=2, FAULT="evaluation"), 143)
+  out = finish(train(folder, "evaluated", *FSDP, processes=2, FAULT="20"), 143)
   end = last_event(folder, "evaluated")
   assert (end["reason"], end["step"], end["state_sha256"]) == (
     "SIGTERM",
     STEPS,
     last_event(folder, alone)["state_sha256"],
   )
-  assert f"stopped by SIGTERM at step {STEPS}, saved" in out and "Traceback" not in out
+  assert f"stopped by SIGTERM to process 1 at step {STEPS}, saved" in out and "Traceback" not in out
   assert "holds the others up" not in out
 
 

@@ -5,6 +5,9 @@ import os
 import re
 import shlex
 import signal
+import threading
+import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +18,12 @@ from deepseek_jax.checkpoint.manager import Checkpointer
 from deepseek_jax.errors import CheckpointError
 from deepseek_jax.evaluate import heldout
 from deepseek_jax.generate import decoding
-from deepseek_jax.training import loop, trainer
+from deepseek_jax.training import decisions, loop, preemption, signals, trainer
 from deepseek_jax.training.metrics import AppendFile
 from deepseek_jax.training.run_log import RunLog
 from tests.configs import RUN, write_texts
 from tests.end_to_end.test_run import call, lines, run, run_until
+from tests.metadata_server import MetadataServer
 
 STEPS = 12
 
@@ -180,6 +184,95 @@ def test_a_signal_in_the_final_evaluation_or_sample_ends_a_saved_run(folder, dig
   assert checkpoints(folder, name)[-1] == STEPS
   if module is heldout:
     assert "next\n" in run(folder, name) and last_event(folder, name)["reason"] == "finished"
+
+
+def stop_moment(moment, monkeypatch):
+  """Raises SIGUSR1 at a moment of the run at which it has something to save, or is about to."""
+  owner, name, when = {
+    "compile": (trainer.Trainer, "start_step", lambda self, *_: self.step == 0),
+    "evaluation": (heldout, "evenly_spaced", lambda windows, sequences: sequences == 8),
+    "save": (Checkpointer, "_write_manifest", lambda checkpointer: checkpointer._saving_step == 4),
+  }[moment]
+
+  def interrupt():
+    if threading.current_thread() is threading.main_thread():
+      signal.raise_signal(signal.SIGUSR1)
+    else:  # of a save in the background, which lasts until the main thread has got it
+      os.kill(os.getpid(), signal.SIGUSR1)
+
+  monkeypatch.setattr(owner, name, raising(getattr(owner, name), interrupt, when))
+
+
+@pytest.mark.parametrize(("moment", "steps"), [("compile", {1}), ("evaluation", {3}), ("save", {4, 5, 6})])
+def test_a_notice_while_a_run_compiles_evaluates_or_saves_ends_it_saved(folder, digest, moment, steps):
+  workdir = f"in-{moment}"
+  with pytest.MonkeyPatch.context() as patch:
+    stop_moment(moment, patch)
+    out = run(folder, workdir, "--config.eval.every=3", "--config.eval.sequences=8", code=143)
+  end = last_event(folder, workdir)
+  assert end["reason"] == "SIGUSR1" and end["step"] in steps
+  assert f"stopping at step {end['step']} for SIGUSR1\n" in out
+  assert checkpoints(folder, workdir)[-1] == end["step"]
+  evaluated = [e["step"] for e in lines(folder, workdir, "events.jsonl") if e["event"] == "eval"]
+  assert (3 in evaluated) == (moment == "save")
+  assert f"resume   from the checkpoint of step {end['step']}" in run(folder, workdir)
+  assert last_event(folder, workdir)["state_sha256"] == digest
+
+
+@pytest.fixture
+def metadata(monkeypatch):
+  """A metadata server, from which this machine seems to be one of Google Cloud."""
+  monkeypatch.setattr(preemption, "POLL_SECONDS", 0.01)
+  with MetadataServer() as server:
+    monkeypatch.setenv("GCE_METADATA_HOST", server.host)
+    yield server
+
+
+def test_a_notice_of_google_cloud_ends_the_run_saved(folder, digest, metadata):
+  def announce():
+    metadata.values["maintenance-event"] = "TERMINATE_ON_HOST_MAINTENANCE"
+    announced.wait(20)
+
+  announced, receive = threading.Event(), signals.StopRequest.receive
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(RunLog, "step", raising(RunLog.step, announce, lambda self, step, *_: step == 5))
+    patch.setattr(signals.StopRequest, "receive", lambda request, notice: (receive(request, notice), announced.set()))
+    out = run(folder, "maintained", code=143)
+  assert "stopping at step 5 for Google Cloud's notice of host maintenance\n" in out
+  end = last_event(folder, "maintained")
+  assert (end["reason"], end["step"]) == ("MAINTENANCE", 5) and checkpoints(folder, "maintained")[-1] == 5
+  # The notice stands: it does not end the run again.
+  run(folder, "maintained")
+  assert last_event(folder, "maintained")["state_sha256"] == digest
+
+
+def test_a_notice_of_google_cloud_before_the_loop_ends_the_run_at_once(folder, metadata):
+  metadata.values["preempted"] = "TRUE"
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, "open_data", raising(loop.open_data, lambda: [time.sleep(0.01) for _ in range(2000)]))
+    out = run(folder, "preempted", code=143)
+  assert "stopped by PREEMPTED before the first step; the same command starts again" in out
+  assert last_event(folder, "preempted")["reason"] == "PREEMPTED"
+
+
+def test_minutes_save_between_the_steps_of_every(folder, digest, monkeypatch):
+  seconds = [0]
+  monkeypatch.setattr(decisions, "time", types.SimpleNamespace(monotonic=lambda: seconds[0]))
+
+  def minute():
+    seconds[0] += 60
+
+  monkeypatch.setattr(RunLog, "step", raising(RunLog.step, minute))
+  run(
+    folder,
+    "clock",
+    "--config.checkpoint.every=5",
+    "--config.checkpoint.minutes=1.5",
+    "--config.checkpoint.keep=100",
+  )
+  # Due after the third step, at which two minutes have passed: the next step is saved. Step 5 counts from 0 again.
+  assert checkpoints(folder, "clock") == [4, 5, 9, 10, 12]
+  assert last_event(folder, "clock")["state_sha256"] == digest
 
 
 def break_weights_after(step, monkeypatch):
