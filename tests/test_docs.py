@@ -146,6 +146,30 @@ def wrong_places(page):
         yield f"{name} in {file}"
 
 
+def missing_tests(rows):
+  """Rows of tables, as text, without a test in their last column, and names of tests there that do not exist."""
+  for row in rows:
+    names = re.findall(r"`([\w/]+\.py)::(\w+)`", row.rstrip("| ").rpartition("|")[2])
+    if not names:
+      yield row
+    for file, name in names:
+      path = ROOT / file
+      if not path.exists() or not re.search(rf"^def {name}\(", path.read_text(encoding="utf-8"), re.M):
+        yield f"{file}::{name}"
+
+
+def test_each_fault_has_its_test():
+  text = (ROOT / "docs" / "user_guide" / "faults.md").read_text(encoding="utf-8")
+  rows = [line for line in text.splitlines() if line.startswith("|") and not re.match(r"\|(---|.*\| test \|$)", line)]
+  assert len(rows) > 40 and not list(missing_tests(rows))
+  wrong = [
+    "| a | b | `tests/test_docs.py::test_that_is_not_there` |",
+    "| a | b | `no/such.py::test_x` |",
+    "| `a.py::b` | c |",
+  ]
+  assert len(list(missing_tests(wrong))) == 3
+
+
 def test_old_names_of_fields_are_gone():
   for page in PAGES:
     spans, lines = code(page)

@@ -99,6 +99,15 @@ def test_a_save_that_is_cut_is_one_error_and_the_run_resumes_from_the_one_before
   assert metric_steps(buckets, "run") == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("how", ["hang", 503])
+def test_a_bucket_that_stalls_or_fails_for_a_while_changes_nothing(buckets, config, how):
+  assert run(config, "--workdir=gs://bucket-a/whole") == 0
+  buckets.fail(how, "(POST|GET) .*run/checkpoints/[24]/", times=2)
+  assert run(config, "--workdir=gs://bucket-a/run") == 0
+  assert digests(buckets, "run") == digests(buckets, "whole")
+  assert metric_steps(buckets, "run") == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_save_that_failed_ends_the_run_before_the_next_save(buckets, config, monkeypatch):
   checks = iter([None, None, CheckpointError("lost")])
 

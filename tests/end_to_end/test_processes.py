@@ -14,7 +14,7 @@ import pytest
 
 from deepseek_jax.training.goodput import read_goodput
 from tests.configs import RUN, write_texts
-from tests.end_to_end.test_run import environment, finish, flags_of, lines, wait_for_step
+from tests.end_to_end.test_run import environment, finish, flags_of, lines, wait_for, wait_for_step
 from tests.metadata_server import MetadataServer
 
 LAUNCHER = pathlib.Path(__file__).parents[2] / "launch" / "local.py"
@@ -55,6 +55,22 @@ METADATA = """
 if process == "1" and "METADATA" in os.environ:
   from deepseek_jax.training import preemption
   os.environ["GCE_METADATA_HOST"], preemption.POLL_SECONDS = os.environ["METADATA"], 0.01
+"""
+# The samples of each step go to the file SAMPLES.
+NOTE_SAMPLES = """
+if "SAMPLES" in os.environ:
+  import json
+  from deepseek_jax.training import trainer
+  load_batch, start_step = trainer.load_batch, trainer.Trainer.start_step
+  def load_with_ids(data, train, ids, sharding):
+    batch = load_batch(data, train, ids, sharding)
+    object.__setattr__(batch, "ids", ids.tolist())  # of a frozen dataclass
+    return batch
+  def note_and_start_step(self, batch, consumed):
+    with open(os.environ["SAMPLES"], "a") as file:
+      file.write(json.dumps([self.step, batch.ids]) + "\\n")
+    return start_step(self, batch, consumed)
+  trainer.load_batch, trainer.Trainer.start_step = load_with_ids, note_and_start_step
 """
 # Faults of process 1, named by the variable FAULT.
 FAULTS = """
@@ -131,7 +147,7 @@ def folder(tmp_path_factory):
     .replace("num_mtp_layers=1", "num_mtp_layers=0")
     .replace("log=dict(", "log=dict(tensorboard=False, ")
   )
-  (folder / "config.py").write_text(ONE_KEY + LARGE_ARRAYS + CLOCKS + METADATA + FAULTS + config)
+  (folder / "config.py").write_text(ONE_KEY + LARGE_ARRAYS + CLOCKS + METADATA + NOTE_SAMPLES + FAULTS + config)
   return folder
 
 
@@ -156,6 +172,7 @@ def last_event(folder, workdir):
 
 
 FSDP = ("--config.mesh.fsdp=2",)
+LONG = "--config.train.steps=80"
 
 
 @pytest.fixture(scope="module")
@@ -174,12 +191,19 @@ def stopped(folder):
   return "stopped", finish(process, 143)
 
 
+def members(launcher):
+  """{index: process id} of the processes that `launcher` started."""
+  found = {}
+  for pid in pathlib.Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+    for variable in pathlib.Path(f"/proc/{pid}/environ").read_text().split("\0"):
+      if variable.startswith("JAX_PROCESS_ID="):
+        found[int(variable.partition("=")[2])] = int(pid)
+  return found
+
+
 def member(launcher, index):
   """The process id of the process `index` that `launcher` started."""
-  for path in pathlib.Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
-    if f"JAX_PROCESS_ID={index}" in pathlib.Path(f"/proc/{path}/environ").read_text().split("\0"):
-      return int(path)
-  raise AssertionError(f"no process {index}")
+  return members(launcher)[index]
 
 
 def test_a_signal_to_one_process_stops_all_at_one_step(folder, alone, stopped):
@@ -345,27 +369,89 @@ def test_a_save_that_fails_in_one_process_ends_both_and_older_ones_stay(folder, 
   assert last_event(folder, "full")["state_sha256"] == last_event(folder, alone)["state_sha256"]
 
 
+@pytest.fixture(scope="module")
+def long_run(folder):
+  """The workdir of a run of one process with two devices, which is long enough to be ended twenty times."""
+  finish(train(folder, "long", *FSDP, LONG, devices=2, SAMPLES=str(folder / "long.samples")))
+  return "long"
+
+
+def samples(folder, workdir):
+  """{step: samples of its batch}, which are the same in all processes and however often the step was made."""
+  batches = {}
+  for line in (folder / f"{workdir}.samples").read_text().splitlines():
+    step, ids = json.loads(line)
+    assert batches.setdefault(step, ids) == ids, step
+  return batches
+
+
+def assert_ends_as(folder, workdir, reference):
+  """Trains to the end: state, losses and samples are those of `reference`."""
+  finish(train(folder, workdir, *FSDP, LONG, processes=2, SAMPLES=str(folder / f"{workdir}.samples")))
+  assert last_event(folder, workdir)["state_sha256"] == last_event(folder, reference)["state_sha256"]
+  for key in ("step", "loss", "grad_norm", "samples"):
+    assert column(folder, workdir, key) == column(folder, reference, key)
+  assert samples(folder, workdir) == samples(folder, reference)
+
+
+def random_moments():
+  """A random.Random; its seed is shown with a failure."""
+  seed = random.randrange(10**6)
+  print("seed of the moments:", seed)
+  return random.Random(seed)
+
+
+def logged_steps(folder, workdir):
+  path = folder / workdir / "metrics.jsonl"
+  return path.read_text().count("\n") if path.exists() else 0
+
+
 @pytest.mark.chaos
-def test_kill_9_of_either_process_resumes_bitwise(folder, alone):
-  rng, killed, first = random.Random(0), 0, time.time()
-  for _ in range(6):
-    process = train(folder, "killed", *FSDP, processes=2)
-    path = folder / "killed" / "metrics.jsonl"
-    wait_for_step(
-      folder, "killed", (path.read_text().count("\n") if path.exists() else 0) + rng.randrange(1, 4), process
-    )
-    if process.poll() is None:
-      os.kill(member(process.pid, rng.randrange(2)), signal.SIGKILL)
+def test_kill_9_of_either_process_20_times_resumes_bitwise(folder, long_run):
+  rng, first = random_moments(), time.time()
+  for _ in range(20):
+    process = train(folder, "killed", *FSDP, LONG, processes=2, SAMPLES=str(folder / "killed.samples"))
+    wait_for_step(folder, "killed", logged_steps(folder, "killed") + rng.randrange(1, 4), process)
+    time.sleep(rng.random() * 0.05)
+    os.kill(member(process.pid, rng.randrange(2)), signal.SIGKILL)
     started = time.monotonic()
-    process.communicate(timeout=200)
-    killed += process.returncode != 0
-    assert time.monotonic() - started < 20 or process.returncode == 0
-  finish(train(folder, "killed", *FSDP, processes=2))
-  assert killed >= 3
+    finish(process, 128 + signal.SIGKILL)
+    assert time.monotonic() - started < 20
+  assert_ends_as(folder, "killed", long_run)
   path = folder / "killed" / "goodput.jsonl"
   assert read_goodput(path.parent).total == pytest.approx(path.stat().st_mtime - first, rel=0.01)
-  assert column(folder, "killed", "loss") == column(folder, alone, "loss")
-  assert last_event(folder, "killed")["state_sha256"] == last_event(folder, alone)["state_sha256"]
+
+
+@pytest.mark.chaos
+def test_sigterm_at_random_moments_of_the_start_and_of_training_resumes_bitwise(folder, long_run):
+  rng, seconds_to_first_step = random_moments(), None
+  for i in range(10):
+    started = time.monotonic()
+    process = train(folder, "terminated", *FSDP, LONG, processes=2, SAMPLES=str(folder / "terminated.samples"))
+    wait_for(lambda process=process: len(members(process.pid)) == 2, process)
+    if i % 2:  # imports, connecting, data, restoring, compiling
+      time.sleep(rng.uniform(0, seconds_to_first_step))
+    else:  # steps, evaluations, saves
+      wait_for_step(folder, "terminated", logged_steps(folder, "terminated") + rng.randrange(1, 5), process)
+      seconds_to_first_step = seconds_to_first_step or time.monotonic() - started
+      time.sleep(rng.random() * 0.1)
+    os.kill(rng.choice([process.pid, *members(process.pid).values()]), signal.SIGTERM)
+    finish(process, 143)
+  assert_ends_as(folder, "terminated", long_run)
+
+
+@pytest.mark.chaos
+def test_a_flipped_bit_in_the_newest_checkpoint_sends_both_processes_to_the_one_before(folder, alone, stopped):
+  workdir = shutil.copytree(folder / stopped[0], folder / "flipped").name
+  rng, step = random_moments(), last_event(folder, workdir)["step"]
+  newest = folder / workdir / "checkpoints" / str(step)
+  data = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+  content = bytearray(data.read_bytes())
+  content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+  data.write_bytes(content)
+  out = finish(train(folder, workdir, *FSDP, processes=2))
+  assert f"checkpoints/{step} rejected" in out and (newest.parent / f"{step}.rejected").exists()
+  assert last_event(folder, workdir)["state_sha256"] == last_event(folder, alone)["state_sha256"]
 
 
 @pytest.mark.chaos

@@ -2,8 +2,10 @@
 
 import errno
 import os
+import random
 import re
 import shlex
+import shutil
 import signal
 import threading
 import time
@@ -273,6 +275,44 @@ def test_minutes_save_between_the_steps_of_every(folder, digest, monkeypatch):
   # Due after the third step, at which two minutes have passed: the next step is saved. Step 5 counts from 0 again.
   assert checkpoints(folder, "clock") == [4, 5, 9, 10, 12]
   assert last_event(folder, "clock")["state_sha256"] == digest
+
+
+def test_text_that_vanishes_stops_no_run_but_the_next_start_which_goes_on_once_it_is_back(folder, digest, tmp_path):
+  text, cache = shutil.copytree(folder / "text", tmp_path / "text"), tmp_path / "cache"
+  arguments = f"--config.data.sources={text}", f"--config.data.cache={cache}"
+
+  def vanish():
+    shutil.rmtree(text)
+    shutil.rmtree(cache)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(RunLog, "step", raising(RunLog.step, vanish, lambda self, step, *_: step == 3))
+    run_until(folder, "vanished", 7, *arguments)
+  assert last_event(folder, "vanished")["step"] == 7
+  *_, error = run(folder, "vanished", *arguments, code=2).splitlines()
+  assert error.startswith("error: ") and str(text) in error
+  shutil.copytree(folder / "text", text)
+  assert "resume   from the checkpoint of step 7" in run(folder, "vanished", *arguments)
+  assert last_event(folder, "vanished")["state_sha256"] == digest
+
+
+def test_jumps_of_the_wall_clock_change_nothing(folder, digest, monkeypatch):
+  seed = random.randrange(10**6)
+  print("seed of the jumps:", seed)
+  rng, wall_clock = random.Random(seed), time.time
+
+  def jumping():
+    return wall_clock() + rng.uniform(-60, 60)  # Orbax's timeouts within a save, 300 s, go by this clock
+
+  monkeypatch.setattr(time, "time", jumping)
+  monkeypatch.setattr(time, "time_ns", lambda: int(jumping() * 1e9))
+  minutes = "--config.checkpoint.minutes=60"
+  run_until(folder, "jumps", 5, minutes)
+  run(folder, "jumps", minutes)
+  assert last_event(folder, "jumps")["state_sha256"] == digest
+  assert [line["step"] for line in lines(folder, "jumps")] == list(range(1, STEPS + 1))
+  assert all(line["tokens_per_second"] > 0 and line["step_seconds"] > 0 for line in lines(folder, "jumps"))
+  assert checkpoints(folder, "jumps") == [10, 12]
 
 
 def break_weights_after(step, monkeypatch):

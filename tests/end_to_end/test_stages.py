@@ -1,9 +1,12 @@
 """Runs in stages of training through the command line: boundaries, resumes inside and at the edge of each, and --stage."""
 
+import os
+import signal
+
 import pytest
 
 from deepseek_jax import train
-from deepseek_jax.checkpoint.manager import CheckpointReader
+from deepseek_jax.checkpoint.manager import Checkpointer, CheckpointReader
 from deepseek_jax.data.pipeline import Consumed
 from deepseek_jax.flags import load_config
 from deepseek_jax.stages import open_stage_data, resolve_stages
@@ -88,6 +91,21 @@ def test_a_resume_inside_and_at_the_edge_of_each_stage_is_exact(folder, whole, s
   assert events(folder, workdir, "end")[-1]["state_sha256"] == events(folder, "whole", "end")[-1]["state_sha256"]
   for key in ("loss", "grad_norm", "samples", "learning_rate"):
     assert [m[key] for m in lines(folder, workdir)] == [m[key] for m in lines(folder, "whole")]
+
+
+def test_a_notice_while_a_boundary_is_saved_ends_the_run_there(folder, whole):
+  write_manifest = Checkpointer._write_manifest
+
+  def interrupt_and_write(checkpointer):
+    if checkpointer._saving_step == STEPS["short"]:
+      os.kill(os.getpid(), signal.SIGTERM)
+    write_manifest(checkpointer)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Checkpointer, "_write_manifest", interrupt_and_write)
+    assert "stopped by SIGTERM at step 4, saved" in run(folder, "noticed", code=143)
+  assert CheckpointReader(folder / "noticed").steps()[-1] == STEPS["short"]
+  assert not events(folder, "noticed", "stage") and [e["step"] for e in events(folder, "noticed", "eval")] == [4]
 
 
 def test_no_stage_takes_what_an_earlier_one_took(folder, whole):
