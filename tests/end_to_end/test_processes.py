@@ -97,7 +97,7 @@ if fault and process == "1":
       return load(*arguments, **options)
     return slow_load
   if fault == "data":
-    loop.open_data = raising
+    loop.open_stage_data = raising
   elif fault == "slow data":
     trainer.load_batch = slow(trainer.load_batch)
   elif fault == "hang in data":

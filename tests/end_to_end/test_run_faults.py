@@ -164,7 +164,7 @@ def test_an_error_of_a_writer_or_of_the_code_is_raised_after_a_save(folder, dige
 
 
 @pytest.mark.parametrize(
-  ("owner", "name"), [(loop, "load_model_tokenizer"), (loop, "open_data"), (trainer.Trainer, "load_state")]
+  ("owner", "name"), [(loop, "load_model_tokenizer"), (loop, "open_stage_data"), (trainer.Trainer, "load_state")]
 )
 def test_a_signal_before_the_loop_ends_the_run_at_once(folder, digest, owner, name):
   with pytest.MonkeyPatch.context() as patch:
@@ -251,7 +251,9 @@ def test_a_notice_of_google_cloud_ends_the_run_saved(folder, digest, metadata):
 def test_a_notice_of_google_cloud_before_the_loop_ends_the_run_at_once(folder, metadata):
   metadata.values["preempted"] = "TRUE"
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, "open_data", raising(loop.open_data, lambda: [time.sleep(0.01) for _ in range(2000)]))
+    patch.setattr(
+      loop, "open_stage_data", raising(loop.open_stage_data, lambda: [time.sleep(0.01) for _ in range(2000)])
+    )
     out = run(folder, "preempted", code=143)
   assert "stopped by PREEMPTED before the first step; the same command starts again" in out
   assert last_event(folder, "preempted")["reason"] == "PREEMPTED"
