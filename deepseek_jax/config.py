@@ -194,6 +194,20 @@ class Config(Section):
       *axis_product(mesh, *RULES["batch"]),
     )
     self.check_stages()
+    if self.train.sdc_rotate:
+      self.check_rotation()
+
+  def check_rotation(self) -> None:
+    """Raises ConfigError where two devices would not compute the same bits for the same sequences."""
+    mesh = dataclasses.asdict(self.mesh)
+    others = [f"mesh.{name}={size}" for name, size in mesh.items() if size > 1 and name not in ("data", "fsdp")]
+    reason = f"{', '.join(others)}: these devices add up activations, in an order that may differ" if others else ""
+    if self.model.is_random:
+      reason = "dropout or model.moe.dispatch=capacity: random numbers depend on the place in the batch"
+    if reason:
+      raise ConfigError(
+        f"train.sdc_rotate with {reason}; set train.sdc_rotate=false, which computes twice on one device"
+      )
 
   def check_stages(self) -> None:
     """Raises ConfigError unless layers and stages fit each other."""

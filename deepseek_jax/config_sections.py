@@ -187,6 +187,14 @@ class TrainConfig(Section, path="train"):
   max_skipped: int = field(
     10, "skipped updates in a row (gradients not finite, expert buffer overflow) after which the run stops", at_least=1
   )
+  sdc_every: int = field(
+    0, "steps between checks for silent data corruption: one microbatch is computed twice and compared bitwise; 0: none",
+    at_least=0,
+  )  # fmt: skip
+  sdc_rotate: bool = field(
+    False,
+    "the second time, each device computes the sequences of another: finds a fault that repeats as well; for meshes of data and fsdp",
+  )
 
   def check(self) -> None:
     micro, micro_name = (self.microbatch, "microbatch") if self.microbatch else (self.global_batch, "global_batch")
@@ -200,6 +208,8 @@ class TrainConfig(Section, path="train"):
       raise ConfigError("train.batch_ramp_from and train.batch_ramp_tokens go together: set both, or neither")
     if self.batch_ramp_from > self.global_batch:
       raise ConfigError(f"train.batch_ramp_from={self.batch_ramp_from} is above train.global_batch={self.global_batch}")
+    if self.sdc_rotate and not self.sdc_every:
+      raise ConfigError("train.sdc_rotate says how train.sdc_every checks: set both, or neither")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,7 +291,9 @@ class WatchdogConfig(Section, path="watchdog"):
   )
   start_seconds: float = field(3600.0, "so long for devices, the self-test, and all else around steps", above=0)
   data_seconds: float = field(86_400.0, "so long to open the data, which may be packed first", above=0)
-  compile_seconds: float = field(3600.0, "so long to compile the step, and for each of the first steps", above=0)
+  compile_seconds: float = field(
+    3600.0, "so long to compile the step, for each of the first steps, and for a check of the devices", above=0
+  )
   restore_seconds: float = field(3600.0, "so long to restore a checkpoint or given weights", above=0)
   eval_seconds: float = field(1800.0, "so long for a batch of an evaluation, or for the sample", above=0)
   checkpoint_seconds: float = field(1800.0, "so long for the blocking part of a save, or for its end", above=0)

@@ -236,6 +236,15 @@ def shared(name: str) -> dict[int, Any]:
   return {int(key.rpartition("/")[2]): json.loads(value) for key, value in pairs}
 
 
+def host_names() -> list[str]:
+  """The name of each process's machine, in the order of processes. All processes have to call this."""
+  store, name = _client(), socket.gethostname()
+  if store is None:
+    return [name]
+  store.key_value_set(f"deepseek_jax/host/{process_index()}", name, allow_overwrite=True)
+  return [store.blocking_key_value_get(f"deepseek_jax/host/{i}", _DAY_MS) for i in range(process_count())]
+
+
 def gather_to_host(array: jax.typing.ArrayLike) -> np.ndarray:
   """The global `array` as NumPy on every process; all-gathered where needed. All processes have to call this."""
   if isinstance(array, jax.Array) and not array.is_fully_addressable:

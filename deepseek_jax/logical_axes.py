@@ -2,6 +2,8 @@
 
 # Logical axis -> mesh axes that shard it.
 RULES: dict[str, tuple[str, ...]] = {
+  # Of values that each device has its own of: all axes, in the order of the mesh's devices.
+  "devices": ("data", "stage", "fsdp", "expert", "context", "tensor"),
   # Dimensions of activations. `stream` is the sequence between blocks, `seq` the sequence inside them.
   "batch": ("data", "fsdp", "expert"),
   "seq": ("context",),

@@ -303,6 +303,11 @@ class ModelConfig(Section, path="model"):
     return dataclasses.replace(self, moe=moe, attention=attention, precision="bf16")
 
   @property
+  def is_random(self) -> bool:
+    """Whether training draws random numbers in a layer: for dropout, or for the sequences of which no token is dropped."""
+    return self.dropout > 0 or self.attention.dropout > 0 or self.moe.dispatch == "capacity"
+
+  @property
   def num_dense_layers(self) -> int:
     """Number of blocks with a dense SwiGLU."""
     return self.first_dense_layers if self.moe.num_routed_experts else self.layers

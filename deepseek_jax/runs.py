@@ -58,6 +58,7 @@ def run(
   Raises:
     UserError: the config, the data or a checkpoint cannot be used, or a file cannot be written any more.
     Diverged: `train.max_skipped` updates in a row were skipped.
+    Corrupted: a device computed wrong, as `train.sdc_every` has found.
     KeyboardInterrupt: the run was interrupted, and is saved.
     SystemExit: with code 143, after SIGTERM or another notice to stop; the run is saved.
   """

@@ -33,6 +33,9 @@ LATENT_RULES: dict[str, dict[str, tuple[str, ...]]] = {
   "sharded": {"latent_seq": ("context", "tensor")},
 }
 
+_on_gathered: contextvars.ContextVar[Callable[[jax.Array], jax.Array]] = contextvars.ContextVar(
+  "on_gathered", default=lambda parameter: parameter
+)
 _rules = contextvars.ContextVar("axis_rules", default=RULES)
 
 
@@ -44,6 +47,19 @@ def axis_rules(changes: Mapping[str, tuple[str, ...]]) -> Iterator[None]:
     yield
   finally:
     _rules.reset(token)
+
+
+@contextlib.contextmanager
+def on_gathered_params(function: Callable[[jax.Array], jax.Array]) -> Iterator[None]:
+  """Context in which `all_gather_params` returns `function` of each parameter that it has gathered.
+
+  Backward, `function` sees the gradient that this device sends to be reduce-scattered. It acts at trace time.
+  """
+  token = _on_gathered.set(function)
+  try:
+    yield
+  finally:
+    _on_gathered.reset(token)
 
 
 def mesh_axes(name: str | None) -> tuple[str, ...]:
@@ -91,7 +107,12 @@ def all_gather_params(parameter: jax.Array, *names: str | None) -> jax.Array:
   for dimension, name in enumerate(names):
     if name in FSDP_AXES and mesh_axes(name):
       parameter = jax.lax.all_gather(parameter, mesh_axes(name), axis=dimension, tiled=True)
-  return parameter
+  return _on_gathered.get()(parameter)
+
+
+def is_gathered(*names: str | None) -> bool:
+  """Whether `all_gather_params` communicates for a parameter of the logical axes `names`."""
+  return any(name in FSDP_AXES and mesh_axes(name) for name in names)
 
 
 def all_gather_sequence(x: jax.Array, from_axis: str = "stream", to_axis: str = "seq") -> jax.Array:
@@ -192,6 +213,12 @@ def axis_size(*names: str | None) -> int:
 def axis_index(name: str) -> jax.Array:
   """Index [] int32 of this device among those that share the logical axis `name`."""
   return jax.lax.axis_index(mesh_axes(name)) if mesh_axes(name) else jnp.zeros((), jnp.int32)
+
+
+def rotate_shards(x: jax.Array, name: str) -> jax.Array:
+  """The shard of the device before this one, among those that share the logical axis `name`; the first gets the last."""
+  devices = axis_size(name)
+  return jax.lax.ppermute(x, mesh_axes(name), [(i, (i + 1) % devices) for i in range(devices)]) if devices > 1 else x
 
 
 def slice_sequence(x: jax.Array, dimension: int, from_axis: str = "seq", to_axis: str = "stream") -> jax.Array:

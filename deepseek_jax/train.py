@@ -6,8 +6,10 @@ the config, --dry_run what the config amounts to; both stop before anything is t
 a .json config, from which editors complete it.
 Running the same command again resumes from the newest checkpoint; --workdir alone takes the config saved there.
 Several processes train as one by --coordinator, --processes and --process, or as their scheduler says.
-Exit codes: 0 finished, 2 config, data, checkpoint or divergence, 42 a hang, 130 / 143 saved after Ctrl-C / SIGTERM or
-another notice, 1 anything else. launch/supervise.py starts a run again after 1, 42, 143 and the end by a signal, but not after 2.
+--replay=STEP computes a logged step again and compares it with the log: 0 equal, 1 different.
+Exit codes: 0 finished, 2 config, data, checkpoint or divergence, 42 a hang, 43 a device computes wrong, 130 / 143 saved
+after Ctrl-C / SIGTERM or another notice, 1 anything else. launch/supervise.py starts a run again after 1, 42, 143 and the
+end by a signal, but not after 2 and 43.
 """
 
 import json
@@ -72,6 +74,13 @@ def program_flags() -> flags.FlagValues:
     lower_bound=0,
     flag_values=values,
   )
+  flags.DEFINE_integer(
+    "replay",
+    None,
+    "a logged step of the run in --workdir: compute it again from the checkpoint before it, compare bit for bit, write nothing",
+    lower_bound=1,
+    flag_values=values,
+  )
   flags.DEFINE_enum(
     "selftest",
     "on",
@@ -102,6 +111,13 @@ def main(argv: list[str]) -> int:
     raise ConfigError(
       f"--devices={values.devices} is for --dry_run and --print_config; a run takes the devices that are here"
     )
+  if values.replay is not None and (
+    values.config or overrides or values.stage or values.resume_from is not None or plan_only
+  ):
+    raise ConfigError(
+      "--replay takes the config that the run has saved, and no other: give --workdir and no --config, and only those flags "
+      "beside them that say which process this is"
+    )
   if values.stage:
     overrides["first_stage"] = values.stage
   config = load_config(values.config or saved, overrides, saved=not values.config)
@@ -110,6 +126,7 @@ def main(argv: list[str]) -> int:
   from deepseek_jax.distributed import print_error
   from deepseek_jax.stages import resolve_stages
   from deepseek_jax.training.clock import process_start
+  from deepseek_jax.training.corruption import Corrupted
   from deepseek_jax.training.schedule_check import check_warmup
   from deepseek_jax.training.skipped import Diverged
 
@@ -121,15 +138,17 @@ def main(argv: list[str]) -> int:
     return 0
 
   initialize_args = find_initialize_args(values.coordinator, values.processes, values.process)
+  if values.replay is not None:
+    return replay(config, values.workdir, values.replay, initialize_args)
   workdir = values.workdir or os.path.join("runs", config.name)
   try:
     return train(
       config, workdir, values.selftest == "on", values.accept_data_change, initialize_args=initialize_args,
       resume_from=values.resume_from, started=process_start(),
     )  # fmt: skip
-  except Diverged as error:
+  except (Diverged, Corrupted) as error:
     print_error(f"error: {error}", current_console())
-    return 2
+    return error.exit_code if isinstance(error, Corrupted) else 2
 
 
 def describe(config: Config, stages: Sequence["Stage"], devices: int | None, every_field: bool, plan: bool) -> str:
@@ -183,14 +202,16 @@ def train(
   Raises:
     UserError: the config, the data or a checkpoint cannot be used, or a file cannot be written any more.
     Diverged: `train.max_skipped` updates in a row were skipped.
+    Corrupted: a device computed wrong, as `train.sdc_every` has found.
 
-  In a run of several processes Diverged is raised on all. Any other exception is shown on the console, or on
+  In a run of several processes the last two are raised on all. Any other exception is shown on the console, or on
   stderr where that is a SilentConsole, and ends them all.
   """
   from deepseek_jax.distributed import distributed_session, process_count
   from deepseek_jax.evaluate.heldout import evaluate
   from deepseek_jax.generate.decoding import continue_prompt
   from deepseek_jax.selftest.run import select_kernels
+  from deepseek_jax.training.corruption import Corrupted
   from deepseek_jax.training.loop import run
   from deepseek_jax.training.schedule_check import check_warmup
   from deepseek_jax.training.skipped import Diverged
@@ -203,9 +224,25 @@ def train(
   with set_console(console or current_console()), log_to_console(), distributed_session(initialize_args):
     try:
       return run(config, workdir, evaluate, continue_prompt, select, accept_data_change, writers, resume_from, started)
-    except Diverged as error:  # all processes see it at the same step, so that none has to end the others
-      diverged = error
-  raise diverged
+    except (Diverged, Corrupted) as error:  # all processes see it at the same step: none has to end the others
+      ended_by = error
+  raise ended_by
+
+
+def replay(config: Config, workdir: str, step: int, initialize_args: dict[str, Any] | None = None) -> int:
+  """Computes a logged step of the run in `workdir` again, as --replay does. Returns 0 if it is equal bit for bit, else 1.
+
+  config: the one that the run has saved. Arguments and errors are otherwise those of `train`.
+  """
+  from deepseek_jax.distributed import distributed_session, process_count
+  from deepseek_jax.selftest.run import select_kernels
+  from deepseek_jax.training import replay
+
+  def select(config, folder):
+    return select_kernels(config, folder, process_count(), enabled=False)
+
+  with log_to_console(), distributed_session(initialize_args):
+    return replay.replay(config, workdir, step, select)
 
 
 if __name__ == "__main__":

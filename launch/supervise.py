@@ -2,9 +2,9 @@
 
   python launch/supervise.py --max_restarts=20 -- python -m deepseek_jax.train --config=67b --workdir=gs://BUCKET/67b
 
-No restart follows exit code 0 (finished), 2 (something that you have to mend) or 130 (Ctrl-C), nor a signal that this
-program itself gets. SIGINT, SIGTERM and SIGUSR1 are passed on, so that a training run can save; a signal that comes a
-second time kills. Its exit code is that of the command, 128 + N where signal N ended it.
+No restart follows exit code 0 (finished), 2 (something that you have to mend), 43 (a device that computes wrong) or 130
+(Ctrl-C), nor a signal that this program itself gets. SIGINT, SIGTERM and SIGUSR1 are passed on, so that a training run
+can save; a signal that comes a second time kills. Its exit code is that of the command, 128 + N where signal N ended it.
 With --requeue a scheduler starts everything again, and this program only asks it to.
 """
 
@@ -21,7 +21,7 @@ import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 
-NO_RESTART = frozenset({0, 2, 130})
+NO_RESTART = frozenset({0, 2, 43, 130})
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 KILL_AFTER_SECONDS = 5  # after a failure, from SIGTERM to SIGKILL
 # Hosts of a TPU slice restart by themselves, and have to meet within distributed.CONNECT_SECONDS, which is 120.

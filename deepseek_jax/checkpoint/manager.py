@@ -55,6 +55,10 @@ class CheckpointReader:
     """
     return broadcast_from_process0(self._newest_verified)
 
+  def latest_before(self, step: int) -> int | None:
+    """As `latest`, of the checkpoints before `step`; None where there are none."""
+    return broadcast_from_process0(lambda: self._newest_verified(step))
+
   def meta(self, step: int) -> dict[str, Any]:
     """The dict saved with `step`; its config has the current names of fields.
 
@@ -129,10 +133,10 @@ class CheckpointReader:
     """Names in the folder of checkpoints: steps, and rejected ones that were renamed."""
     return os.listdir(self._directory) if self._directory.is_dir() else []
 
-  def _newest_verified(self) -> int | None:
-    """`latest`, of this process."""
+  def _newest_verified(self, before: int | None = None) -> int | None:
+    """`latest`, or `latest_before`, of this process."""
     reasons: dict[int, str] = {}
-    for step in reversed(self.steps()):
+    for step in reversed([step for step in self.steps() if before is None or step < before]):
       reason = self._verify(step)
       if reason is None:
         for newer, why in reasons.items():
@@ -141,7 +145,8 @@ class CheckpointReader:
         return step
       reasons[step] = reason
     unusable = [f"{step}: {reason}" for step, reason in reasons.items()]
-    unusable += [f"{name}: rejected before" for name in sorted(self._names()) if _REJECTED.fullmatch(name)]
+    if before is None:
+      unusable += [f"{name}: rejected before" for name in sorted(self._names()) if _REJECTED.fullmatch(name)]
     if not unusable:
       return None
     raise CheckpointError(

@@ -167,6 +167,7 @@ _ROWS: tuple[tuple[Condition, str, str], ...] = (
   (_sharded_latents, "parallel", "mla_latent"),
   (_pipeline, "parallel", "virtual_stages stage_layers"),
   (_always, "train", "steps global_batch microbatch batch_ramp_from loss_chunk label_smoothing z_loss max_skipped"),
+  (_never, "train", "sdc_every sdc_rotate"),
   (_batch_ramp, "train", "batch_ramp_tokens"),
   (_moe, "balance", "expert_loss device_loss communication_loss router_z_loss"),
   (_group_losses, "balance", "device_groups"),

@@ -15,6 +15,7 @@ PHASES = (
   "data",  # waiting for the next batch
   "step",  # the host's part of a step: dispatch, logging
   "device",  # waiting for the device, and so for the other processes
+  "check",  # of the devices, for silent corruption
   "eval",
   "checkpoint",  # the blocking part of a save
   "sample",

@@ -32,6 +32,7 @@ CATEGORIES = {
   "open_data": "opening data",
   "compile": "compilation",
   "restore": "restore",
+  "check": "check of devices",
   "eval": "evaluation",
   "checkpoint": "save",
   "sample": "sample",

@@ -109,6 +109,19 @@ def skipped_updates(run: Run) -> Iterator[Finding]:
   )  # fmt: skip
 
 
+def corruption(run: Run) -> Iterator[Finding]:
+  """Devices that the check for silent corruption has found."""
+  found = [e for e in run.records.events if e["event"] == "corruption"]
+  if found:
+    where = "; ".join(
+      f"at step {e['step']:,} on {', '.join(str(device.get('host')) for device in e.get('devices', ()))}" for e in found
+    )
+    yield Finding(
+      "A device computed wrong", f"The check for silent corruption has found it {where}.",
+      "Replace these hosts, and go back to a checkpoint from before: docs/howto/find_silent_corruption.md.",
+    )  # fmt: skip
+
+
 def diverged(run: Run) -> Iterator[Finding]:
   """A loss that ends far above its lowest."""
   ends = [e for e in run.records.events if e["event"] == "end"]
@@ -329,7 +342,7 @@ def stragglers(run: Run) -> Iterator[Finding]:
 
 
 HEALTH_RULES: tuple[Callable[[Run], Iterator[Finding]], ...] = (
-  diverged, not_finite, initialisation, skipped_updates, large_spikes, activations_over_depth, gradients_over_depth,
+  corruption, diverged, not_finite, initialisation, skipped_updates, large_spikes, activations_over_depth, gradients_over_depth,
   changes_over_time, dead_experts, imbalance, throughput_drops,
   stragglers,
 )  # fmt: skip

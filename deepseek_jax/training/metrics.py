@@ -26,7 +26,7 @@ GOODPUT = "goodput.jsonl"
 RESUME_FILES = METRICS, EVENTS, EXPERT_LOADS, SELFTEST, GOODPUT  # what a resume reads or appends to
 
 # These stay when a run is restored to an earlier step. Other events past that step are measured again.
-PROCESS_EVENTS = ("start", "resume", "end")
+PROCESS_EVENTS = ("start", "resume", "corruption", "end")
 
 
 Histograms = Mapping[str, Sequence[float] | np.ndarray]  # name -> heights of bars 0, 1, ...
@@ -80,11 +80,11 @@ class JsonlWriter:
 
   def write(self, step: int, values: Mapping[str, Any], histograms: Histograms) -> None:
     """Writes one line of metrics, without the histograms: they would be most of the file."""
-    self._append(self._metrics, {"step": step, **_to_json(values)})
+    self._append(self._metrics, {"step": step, **to_json(values)})
 
   def event(self, name: str, step: int, **values: Any) -> None:
     """Writes one event with the time in Unix seconds."""
-    self._append(self._events, {"event": name, "step": step, "time": time.time(), **_to_json(values)})
+    self._append(self._events, {"event": name, "step": step, "time": time.time(), **to_json(values)})
 
   def close(self) -> None:
     """Closes both files."""
@@ -144,7 +144,7 @@ class TensorboardWriter:
     from tensorboardX import summary
 
     protos = [value for one in summaries for value in one.value]
-    for name, value in _to_json(values).items():
+    for name, value in to_json(values).items():
       if isinstance(value, str):
         protos += summary.text(prefix + name, value).value
       elif isinstance(value, (int, float)):  # not by summary.scalar, which takes three times as long
@@ -273,12 +273,12 @@ def keep_lines(path: str, keep: Callable[[dict[str, Any]], bool]) -> None:
     os.replace(partial, path)
 
 
-def _to_json(value: Any) -> Any:
+def to_json(value: Any) -> Any:
   """`value` for JSON: NumPy and JAX scalars as Python's, floats that are not finite as None."""
   if isinstance(value, Mapping):
-    return {name: _to_json(item) for name, item in value.items()}
+    return {name: to_json(item) for name, item in value.items()}
   if isinstance(value, (list, tuple)):
-    return [_to_json(item) for item in value]
+    return [to_json(item) for item in value]
   if hasattr(value, "item"):
     value = value.item()
   return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -158,14 +158,14 @@ def _evaluations(run: RunRecords) -> str:
 
 
 def _history(events: Sequence[Event]) -> str:
-  """A row for every start, resume, stage and end. A resume or stage shows the details that differ from what was before."""
+  """A row for every event of a process, and stage. A resume or stage shows the details that differ from what was before."""
   rows = []
   previous: dict[str, Any] = {}
   for e in events:
     if e["event"] not in (*metrics.PROCESS_EVENTS, "stage"):
       continue
     details = _details(e)
-    if e["event"] != "end":
+    if e["event"] in ("start", "resume", "stage"):
       changed = {k: v for k, v in details.items() if previous and previous.get(k) != v}
       details, previous = changed, details
     text = ", ".join(f"{k} {v}" for k, v in details.items())

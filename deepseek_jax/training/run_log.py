@@ -82,7 +82,9 @@ class RunLog:
     """Shows the workdir and the devices."""
     processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
     self.console.print(f"run      {self.config.name} in {_absolute(self.workdir)}")
-    self.console.print(f"devices  {self._devices()} ({jax.default_backend()}), jax {jax.__version__}{processes}")
+    self.console.print(
+      f"devices  {describe_machine(self.mesh)['devices']} ({jax.default_backend()}), jax {jax.__version__}{processes}"
+    )
 
   def show_config(self) -> None:
     """Shows what is trained and how."""
@@ -195,12 +197,8 @@ class RunLog:
       name,
       step,
       **stage,
-      devices=self._devices(),
-      jax=jax.__version__,
-      mesh=dict(self.mesh.shape),
+      **describe_machine(self.mesh),
       **details,
-      processes=jax.process_count(),
-      **code_commit(),
     )
 
   @contextlib.contextmanager
@@ -233,7 +231,7 @@ class RunLog:
     self.goodput.record(at_once=False)
     self._timer.tokens += batch.target_tokens
     loss = float(values["loss"])
-    bits_per_byte = loss * batch.target_tokens / math.log(2) / max(batch.target_bytes, 1)
+    bits_per_byte = loss_in_bits_per_byte(loss, batch)
     throughput = self._timer.throughput(arrived)
     tokens_per_second = throughput["tokens_per_second"]
     speed = f"{tokens_per_second:,.0f} tok/s"
@@ -336,9 +334,6 @@ class RunLog:
       self._has_warned = True
     self.publish()
 
-  def _devices(self) -> str:
-    return f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}"
-
 
 def end_before_training(workdir: str, run_folder: RunFolder, stop: Stopped) -> None:
   """Shows that a run was stopped before its first step; process 0 writes the event, unless another run has `workdir`."""
@@ -352,6 +347,18 @@ def end_before_training(workdir: str, run_folder: RunFolder, stop: Stopped) -> N
       stack.enter_context(lock_workdir(checkpoints))
     end_unopened(run_folder.path, stop.notice)
     run_folder.upload()
+
+
+def loss_in_bits_per_byte(loss: float, batch: Batch) -> float:
+  """The mean `loss` in nats per token of `batch`, in bits per byte of its text."""
+  return loss * batch.target_tokens / math.log(2) / max(batch.target_bytes, 1)
+
+
+def describe_machine(mesh: Mesh) -> dict[str, Any]:
+  """What the bits of a step depend on beside the config, for an event: devices, mesh, versions, flags and the code."""
+  flags = {name.lower(): os.environ[name] for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") if os.environ.get(name)}
+  described = {"devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}", "jax": jax.__version__}
+  return {**described, "mesh": dict(mesh.shape), "processes": jax.process_count(), **flags, **code_commit()}
 
 
 def code_commit() -> dict[str, str]:

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from deepseek_jax.checkpoint.bucket import BucketCheckpointer
 from deepseek_jax.checkpoint.compatibility import Difference, check_compatible, check_weights_fit, saved_value
-from deepseek_jax.checkpoint.manager import Checkpointer
+from deepseek_jax.checkpoint.manager import Checkpointer, CheckpointReader
 from deepseek_jax.checkpoint.weights import HuggingFaceWeights, WorkdirWeights
 from deepseek_jax.config import Config
 from deepseek_jax.cpu_backend import quick_compile_options
@@ -56,6 +56,19 @@ def find_start(
   CheckpointError where fields differ from those of the checkpoint that may not, or the weights do not fit.
   """
   newest = checkpointer.latest() if resume_from is None else checkpointer.go_back_to(resume_from)
+  return start_at(newest, stages, data, workdir, checkpointer, weights, accept_data_change)
+
+
+def start_at(
+  newest: int | None,
+  stages: Sequence[Stage],
+  data: Sequence[Data],
+  workdir: str,
+  checkpointer: CheckpointReader,
+  weights: HuggingFaceWeights | WorkdirWeights | None,
+  accept_data_change: bool,
+) -> tuple[int, Start]:
+  """`find_start` from the checkpoint of step `newest`, which verifies; None: from weights."""
   first = stages[0]
   if newest is not None:
     meta = checkpointer.meta(newest)
@@ -97,9 +110,7 @@ def next_start(stage: Stage) -> Start:
   return Start(stage.first_step, stage.first, stage.first_step, None, stage.reset_optimizer, event="stage")
 
 
-def load_state(
-  start: Start, config: StepConfig, seed: int, mesh: Mesh, checkpointer: Checkpointer | BucketCheckpointer
-) -> TrainState:
+def load_state(start: Start, config: StepConfig, seed: int, mesh: Mesh, checkpointer: CheckpointReader) -> TrainState:
   """The state of `start` on `mesh`: the checkpoint's, or a new one of the given weights or of random parameters."""
   abstract = abstract_state(config, mesh)
   from_params = jax.jit(state_from_params, static_argnums=0, donate_argnums=(1, 2))

@@ -1,7 +1,6 @@
 """The training state: nested dicts of sharded arrays."""
 
 import dataclasses
-import functools
 import hashlib
 
 import jax
@@ -14,6 +13,7 @@ from deepseek_jax.model.transformer import init_params
 from deepseek_jax.optimizers.optimizer import make_optimizer, place_opt_state
 from deepseek_jax.optimizers.trainable import split_trainable
 from deepseek_jax.sharding import with_concrete_shardings
+from deepseek_jax.training.checksum import sum_of_hashes
 from deepseek_jax.training.step_config import StepConfig
 from deepseek_jax.typing import Params, PyTree
 
@@ -78,23 +78,5 @@ def _hash_input(array: jax.Array | np.ndarray) -> np.ndarray:
 
 @jax.jit
 def _sum_of_hashes(array, seed):
-  """The sum, modulo 2**32, of a hash of each element's bits and index: exact in any order, and so on any mesh.
-
-  `seed` uint32 selects the hash. It detects accidental differences, not those of an adversary.
-  """
-  array = jax.device_put(array, jax.memory.Space.Device)  # from the host, where an offloaded moment is
-  unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
-  bits = jax.lax.bitcast_convert_type(array, unsigned).astype(
-    jnp.uint32
-  )  # elements of 8 bytes: two words, on a last axis
-  sharding = jax.typeof(bits).sharding
-  index = [jax.lax.broadcasted_iota(jnp.uint32, bits.shape, i, out_sharding=sharding) for i in range(bits.ndim)]
-  hashes = functools.reduce(lambda hashed, word: _mix(hashed ^ word), [*index, bits], seed)
-  return jnp.sum(hashes, dtype=jnp.uint32)
-
-
-def _mix(word: jax.Array) -> jax.Array:
-  """MurmurHash3's finalizer of uint32: each bit changes half of the others."""
-  word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
-  word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)
-  return word ^ (word >> 16)
+  # From the host, where an offloaded moment is.
+  return sum_of_hashes(jax.device_put(array, jax.memory.Space.Device), seed)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -89,23 +90,13 @@ def make_gradients(
 
   Gradients are of the trainable parameters, in the layout of state.params. Arguments and metrics are as in `make_train_step`; counts are sums.
   """
-  objective, logical_axes = Objective(config), param_axes(config.model)
-  model, gather_once = config.model, config.parallel.zero < 3
-  needs_key = model.dropout > 0 or model.attention.dropout > 0 or model.moe.dispatch == "capacity"
+  logical_axes = param_axes(config.model)
 
-  def local(microbatches, params, buffers, batch, mtp_weight, step):
-    """The program of one device: `batch` [microbatch, its sequences, seq + 1]."""
-    params, buffers, batch, mtp_weight = pvary((params, buffers, batch, mtp_weight))
-
-    def get_microbatch(i):
-      key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), step), i) if needs_key else None
-      return jax.lax.dynamic_index_in_dim(batch, i, keepdims=False), key
-
-    context = StepContext(
-      config, graphdef, objective, logical_axes, gather_once, params, buffers, get_microbatch, mtp_weight, microbatches
-    )
+  def local(microbatches, *arguments):
+    """The program of one device."""
+    context = StepContext.of(config, graphdef, logical_axes, microbatches, *arguments)
     grads, metrics = (pipeline_grads if axis_size("stages") > 1 else accumulate_grads)(context)
-    grads = jax.tree.map(lambda g, axes: psum_replicated(g, *axes), grads, context.select_trainable(logical_axes))
+    grads = sum_over_copies(context, grads)
     total_loss = psum(metrics.pop("total_loss"), "batch", "stream", "stages")
     return grads, as_replicated({"total_loss": total_loss} | sum_over_devices(metrics, "batch", "stages"))
 
@@ -148,9 +139,61 @@ class StepContext:
   mtp_weight: jax.Array
   microbatches: jax.Array | int
 
+  @classmethod
+  def of(
+    cls,
+    config: StepConfig,
+    graphdef: nnx.GraphDef,
+    logical_axes: PyTree,
+    microbatches: jax.Array | int,
+    params: Params,
+    buffers: Params,
+    batch: jax.Array,
+    mtp_weight: jax.Array,
+    step: jax.Array,
+  ) -> Self:
+    """That of one device, in `spmd`; `batch` [microbatch, its sequences, seq + 1], `step`: completed updates."""
+    params, buffers, batch, mtp_weight = pvary((params, buffers, batch, mtp_weight))
+
+    def get_microbatch(i):
+      is_random = config.model.is_random
+      key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), step), i) if is_random else None
+      return jax.lax.dynamic_index_in_dim(batch, i, keepdims=False), key
+
+    return cls(
+      config, graphdef, Objective(config), logical_axes, config.parallel.zero < 3, params, buffers, get_microbatch,
+      mtp_weight, microbatches,
+    )  # fmt: skip
+
   def select_trainable(self, tree: PyTree) -> PyTree:
     """What `tree`, of the structure of the parameters, has of those that are trained."""
     return split_trainable(tree, self.config.optimizer.trainable)[0]
+
+
+def weights_in_use(context: StepContext) -> tuple[Params, Params]:
+  """(trainable, frozen) parameters as the forward pass takes them, gathered where that is done once a step."""
+  weights = context.params
+  if context.gather_once:
+    weights = cast_and_gather(weights, context.logical_axes, context.config.model.compute_dtype)
+  return split_trainable(weights, context.config.optimizer.trainable)
+
+
+def make_objective_fn(context: StepContext, frozen: Params) -> Callable[..., tuple[jax.Array, PyTree]]:
+  """`(weights, tokens [batch, seq + 1], dropout key or None) -> (local_objective [], metrics)`, to differentiate."""
+
+  def objective_fn(weights, tokens, key):
+    with axis_rules(UNSHARDED_PARAMS if context.gather_once else {}):
+      model = nnx.merge(context.graphdef, merge_params(weights, frozen), context.buffers)
+      loss_sums, local_objective, metrics = context.objective(model, tokens, key, context.mtp_weight)
+    return local_objective, {"loss": loss_sums.sum(), **metrics}
+
+  return objective_fn
+
+
+def sum_over_copies(context: StepContext, grads: Params) -> Params:
+  """`grads` of the trainable parameters' shards, summed over the devices that have copies of a shard."""
+  logical_axes = context.select_trainable(context.logical_axes)
+  return jax.tree.map(lambda g, axes: psum_replicated(g, *axes), grads, logical_axes)
 
 
 def accumulate_grads(context: StepContext) -> tuple[Params, PyTree]:
@@ -159,18 +202,9 @@ def accumulate_grads(context: StepContext) -> tuple[Params, PyTree]:
   Each device differentiates its local objective. What is optimized is total_loss = psum(local_objective), in
   `make_gradients`.
   """
-  zero, logical_axes, gather_once = context.config.parallel.zero, context.logical_axes, context.gather_once
-  weights = context.params
-  if gather_once:
-    weights = cast_and_gather(weights, logical_axes, context.config.model.compute_dtype)
-  weights, frozen = split_trainable(weights, context.config.optimizer.trainable)
-  logical_axes = context.select_trainable(logical_axes)
-
-  def objective_fn(weights, tokens, key):
-    with axis_rules(UNSHARDED_PARAMS if gather_once else {}):
-      model = nnx.merge(context.graphdef, merge_params(weights, frozen), context.buffers)
-      loss_sums, local_objective, metrics = context.objective(model, tokens, key, context.mtp_weight)
-    return local_objective, {"loss": loss_sums.sum(), **metrics}
+  zero, logical_axes = context.config.parallel.zero, context.select_trainable(context.logical_axes)
+  weights, frozen = weights_in_use(context)
+  objective_fn = make_objective_fn(context, frozen)
 
   @functools.partial(jax.jit, inline=True)  # traced once, for the shapes and for the loop
   def microbatch_grads(i):

@@ -20,6 +20,7 @@ from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.sharding import spec
 from deepseek_jax.stages import Stage
 from deepseek_jax.training.batch import Batch, load_batch, load_windows
+from deepseek_jax.training.corruption import Corrupted, CorruptionCheck
 from deepseek_jax.training.decisions import StepDecisions
 from deepseek_jax.training.rescue import rescue
 from deepseek_jax.training.run_log import RunLog
@@ -78,6 +79,8 @@ class Trainer:
     self.eval_step = jit_eval_step(*program)
     # Several programs in flight on virtual CPU devices can starve a collective until it times out.
     self.block_each_step = jax.default_backend() == "cpu" and mesh.size > 1
+    check = config, self.step_config, mesh, replacements, log.event, self.saved_steps
+    self.corruption_check = CorruptionCheck(*check) if train.sdc_every else None
     self.skipped_in_a_row = 0  # the last updates, as far as their metrics are read
     self.checkpoint_is_overdue = False
 
@@ -110,8 +113,8 @@ class Trainer:
           self.save()
           self.checkpointer.wait()
         return self.finish(request)
-      except Diverged:
-        self.log.end_failed(self.step, "diverged")
+      except (Diverged, Corrupted) as error:  # nothing is saved: the state may be wrong
+        self.log.end_failed(self.step, type(error).__name__.lower())
         raise
       except Exception as error:
         raise self.end_failed(error) from None if isinstance(error, UserError) else error.__cause__
@@ -177,6 +180,9 @@ class Trainer:
       while self.step < train.steps and not request.stop:
         with self.log.clock.measure("data"):
           batch, consumed = next(data_iterator)
+        if self.corruption_check and self.corruption_check.is_due(self.step):
+          with self.log.clock.measure("check"):
+            self.corruption_check.run(self.step, self.consumed.tokens, self.state, batch)
         step_metrics = self.start_step(batch, consumed)
         if self.block_each_step:
           self.wait_for_device()

@@ -54,6 +54,7 @@ WORDS = {
   "data": "waiting for the next batch",
   "step": "preparing or logging a step",
   "device": "waiting for the device, or there for another process",
+  "check": "checking the devices",
   "eval": "evaluating",
   "checkpoint": "saving a checkpoint",
   "sample": "sampling",
@@ -111,7 +112,7 @@ class Watchdog:
       if len(steps) < FEWEST_STEPS:
         return max(self._config.compile_seconds, self._config.step_seconds)
       return max(STEP_FACTOR * statistics.median(steps), self._config.step_seconds)
-    field = {"init": "start", "open_data": "data", "sample": "eval"}.get(phase, phase)
+    field = {"init": "start", "open_data": "data", "check": "compile", "sample": "eval"}.get(phase, phase)
     return getattr(self._config, f"{field}_seconds")
 
   def _run(self) -> None:

@@ -174,3 +174,10 @@ def test_dry_run_shows_each_stage(folder):
   out = call(train.main, f"--config={folder}/config.py", "--dry_run")
   assert [line.split()[1] for line in out.splitlines() if line.startswith("stage ")] == ["short,", "long,", "longest,"]
   assert out.count("memory estimate") == 3
+
+
+@pytest.mark.parametrize("step, checkpoint", [(5, 4), (9, 7)])
+def test_a_step_after_a_boundary_is_replayed_from_there(folder, whole, step, checkpoint):
+  """The first of a stage with a schedule of its own, and one of a stage with a new optimizer state on another mesh."""
+  out = call(train.main, f"--workdir={folder}/whole", f"--replay={step}")
+  assert f"from the checkpoint of step {checkpoint}" in out and "equal    bit for bit" in out and "warning" not in out
