@@ -38,7 +38,7 @@ from benchmarks.gpu_steps import STEPS, Step
 from benchmarks.results import UNFINISHED, read_json, write_json
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import parse, run_program, split_overrides
-from launch.local import die_with_launcher
+from launch.supervise import die_with_launcher
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TILES_FILE = ROOT / "deepseek_jax" / "kernels" / "tiles.json"  # the kernels read it

@@ -36,7 +36,9 @@ install() {
   fi
 }
 
+usage="usage: sh launch/gpu.sh wheels, then there: sh launch/gpu.sh 1, and sh launch/gpu.sh 2"
 case "${1:-}" in
+  -h | --help | help) echo "$usage" ;;
   wheels) wheels ;;
   1 | 2)
     part=$1
@@ -48,7 +50,7 @@ case "${1:-}" in
     exec python3 -m benchmarks.gpu "--part=$part" "--out=$out" ${COMMIT:+"--commit=$COMMIT"} "$@"
     ;;
   *)
-    echo "usage: sh launch/gpu.sh wheels, then there: sh launch/gpu.sh 1, and sh launch/gpu.sh 2" >&2
+    echo "$usage" >&2
     exit 2
     ;;
 esac

@@ -18,6 +18,7 @@ A training run on a queued resource, one slice of TPUs or several:
 --slices=N         how many of them (1)
 --runtime=VERSION  of the image (v2-alpha-tpuv5)
 --service_account=ACCOUNT   of the hosts; it reads and writes the bucket
+--startup_script=FILE       runs as root on each host that starts, as to mount the packed text
 --spot | --reserved         spot VMs, which are cheaper and may be taken away; or those of your reservation
 --poll=SECONDS     between two looks at the state (60)
 --repository, --branch, --extras, --max_restarts, --worker   as launch/tpu_vm.sh takes them
@@ -45,6 +46,7 @@ look() {
 }
 
 create() {
+  [ -z "$startup_script" ] || [ -f "$startup_script" ] || fail "--startup_script=$startup_script is no file"
   [ "$type" ] || fail "--type=TYPE says which slices: v5p-1024 is v5p:8x8x8, 512 chips"
   if [ "$slices" -gt 1 ]; then
     set -- --node-count="$slices" --node-prefix="$name"
@@ -52,7 +54,8 @@ create() {
     set -- --node-id="$name"
   fi
   queued_resources create "$@" --accelerator-type="$type" --runtime-version="$runtime" \
-    ${service_account:+"--service-account=$service_account"} ${tier:+"$tier"}
+    ${service_account:+"--service-account=$service_account"} ${tier:+"$tier"} \
+    ${startup_script:+"--metadata-from-file=startup-script=$startup_script"}
 }
 
 wait_until_active() {
@@ -112,7 +115,7 @@ case $name in
   '' | -*) fail "name the queued resource: sh launch/queued_resource.sh $action NAME --zone=ZONE" ;;
 esac
 shift 2
-zone='' project='' type='' slices=1 runtime=v2-alpha-tpuv5 service_account='' tier='' poll=60 repository='' arguments=''
+zone='' project='' type='' slices=1 runtime=v2-alpha-tpuv5 service_account='' startup_script='' tier='' poll=60 repository='' arguments=''
 left=$#
 while [ "$left" -gt 0 ]; do
   option=$1
@@ -125,6 +128,7 @@ while [ "$left" -gt 0 ]; do
     --slices=*) slices=${option#*=} ;;
     --runtime=*) runtime=${option#*=} ;;
     --service_account=*) service_account=${option#*=} ;;
+    --startup_script=*) startup_script=${option#*=} ;;
     --spot | --reserved) tier=$option ;;
     --poll=*) poll=${option#*=} ;;
     --repository=* | --branch=* | --extras=* | --max_restarts=* | --worker=*)
@@ -155,7 +159,7 @@ case $action in
     create_if_needed
     wait_until_active
     tpu_vm install "$@"
-    tpu_vm start "$@"
+    tpu_vm start --if_new "$@"
     ;;
   *) tpu_vm "$action" "$@" ;;
 esac

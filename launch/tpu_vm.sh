@@ -16,6 +16,7 @@ A training run on every host of a Cloud TPU VM:
 --branch=BRANCH      of the repository (main)
 --extras=LIST        of pyproject.toml (tpu,deepseek-llm,zstd)
 --max_restarts=N     restarts in a row, see launch/supervise.py (20)
+--if_new             start it only where no run was started before
 --queued             NAME is a queued resource: every host of every slice of it
 
 The same start resumes. On the hosts all is in ~/deepseek_jax; the log is train.log there.
@@ -47,17 +48,21 @@ on_hosts() {
 }
 
 # What `start`, `status` and `stop` do on a host, in ~/deepseek_jax: this script calls itself there.
-running() {
+host_running() {
   [ -f supervise.pid ] && grep -qs launch/supervise.py "/proc/$(cat supervise.pid)/cmdline"  # not just the pid: hosts reboot
 }
 
 host_start() {
-  if running; then
+  max_restarts=$1
+  if_new=$2
+  shift 2
+  if host_running; then
     echo "$(hostname): runs already, pid $(cat supervise.pid); stop it first to start another one"
     return
+  elif [ "$if_new" ] && [ -f supervise.pid ]; then
+    echo "$(hostname): a run was started before, and has ended: \`start\` starts it again"
+    return
   fi
-  max_restarts=$1
-  shift
   # setsid and nohup: it stays when the session of ssh ends.
   nohup setsid .venv/bin/python launch/supervise.py --max_restarts="$max_restarts" -- \
     .venv/bin/python -m deepseek_jax.train "$@" >>train.log 2>&1 </dev/null &
@@ -66,7 +71,7 @@ host_start() {
 }
 
 host_status() {
-  if running; then
+  if host_running; then
     echo "$(hostname): runs, pid $(cat supervise.pid)"
   else
     echo "$(hostname): does not run"
@@ -75,7 +80,7 @@ host_status() {
 }
 
 host_stop() {
-  if running; then
+  if host_running; then
     kill -TERM "$(cat supervise.pid)"
     echo "$(hostname): told to save and stop, pid $(cat supervise.pid)"
   else
@@ -105,7 +110,7 @@ case $name in
   '' | -*) fail "name the TPU: sh launch/tpu_vm.sh $action NAME --zone=ZONE" ;;
 esac
 shift 2
-zone='' project='' repository='' branch=main extras=tpu,deepseek-llm,zstd max_restarts=20 worker=0 queued=''
+zone='' project='' repository='' branch=main extras=tpu,deepseek-llm,zstd max_restarts=20 worker=0 if_new='' queued=''
 while [ $# -gt 0 ]; do
   case $1 in
     --zone=*) zone=${1#*=} ;;
@@ -115,6 +120,7 @@ while [ $# -gt 0 ]; do
     --extras=*) extras=${1#*=} ;;
     --max_restarts=*) max_restarts=${1#*=} ;;
     --worker=*) worker=${1#*=} ;;
+    --if_new) if_new=yes ;;
     --queued) queued=yes ;;
     --)
       shift
@@ -131,6 +137,10 @@ case $action in
     [ "$repository" ] || fail "--repository=URL says where the hosts clone your copy of the repository from"
     # Images may have Python 3.10 only; uv brings its own.
     on_hosts all "set -e
+if [ -f deepseek_jax/supervise.pid ] && (cd deepseek_jax && sh launch/tpu_vm.sh on-host running); then
+  echo \"\$(hostname): runs, so its code stays as it is; stop it first\"
+  exit
+fi
 if [ -d deepseek_jax ]; then git -C deepseek_jax fetch -q origin; else git clone -q$(quoted "$repository") deepseek_jax; fi
 cd deepseek_jax
 git checkout -q --detach$(quoted "origin/$branch")
@@ -141,7 +151,7 @@ echo \"\$(hostname): installed \$(git rev-parse --short HEAD)\""
     ;;
   start)
     [ $# -gt 0 ] || fail "say what to train: sh launch/tpu_vm.sh start $name -- --config=67b --workdir=gs://BUCKET/67b"
-    on_hosts all "cd deepseek_jax && sh launch/tpu_vm.sh on-host start$(quoted "$max_restarts" "$@")"
+    on_hosts all "cd deepseek_jax && sh launch/tpu_vm.sh on-host start$(quoted "$max_restarts" "$if_new" "$@")"
     ;;
   log) on_hosts "$worker" "tail -n 50 -F deepseek_jax/train.log" ;;
   *) on_hosts all "cd deepseek_jax && sh launch/tpu_vm.sh on-host $action" ;;

@@ -37,7 +37,16 @@ def parser(*flags, positionals=(), switches=()):
 # https://cloud.google.com/sdk/gcloud/reference: compute/tpus, container and storage; flags for all commands.
 WIDE = ("--project", "--format")
 SSH = ("--command", "--worker", "--zone", "--ssh-flag", "--ssh-key-file", *WIDE)
-CREATE = ("--zone", "--accelerator-type", "--metadata", "--network", "--subnetwork", "--service-account", *WIDE)
+CREATE = (
+  "--zone",
+  "--accelerator-type",
+  "--metadata",
+  "--metadata-from-file",
+  "--network",
+  "--subnetwork",
+  "--service-account",
+  *WIDE,
+)
 GCLOUD = {
   "compute tpus tpu-vm ssh": parser(*SSH, positionals=["name"], switches=["--internal-ip", "--plain"]),
   "compute tpus tpu-vm create": parser(

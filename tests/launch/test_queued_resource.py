@@ -23,15 +23,17 @@ def test_one_command_creates_waits_installs_and_starts(cluster):
   ]  # fmt: skip
   assert {"--node=all", "--worker=all", "--zone=z"} <= set(install) & set(start)
   assert any("git clone -q 'url'" in word for word in install)
-  assert any(word.endswith("start '9' '--config=67b' '--workdir=gs://b/67b'") for word in start)
+  assert any(word.endswith("start '9' 'yes' '--config=67b' '--workdir=gs://b/67b'") for word in start)
 
 
 def test_one_that_is_there_is_used_and_several_slices_are_one_resource(cluster):
   (cluster.state / "states").write_text("ACTIVE")
   cluster.run(*SCRIPT, *RUN, *TRAIN)
   assert verbs(cluster) == ["ssh", "ssh"]
-  cluster.run(*SCRIPT, "create", "two", "--type=v5p-256", "--slices=2", "--reserved", "--project=p")
-  assert {"--node-count=2", "--node-prefix=two", "--reserved", "--project=p"} <= set(cluster.calls()[-1])
+  options = ("--slices=2", "--reserved", "--project=p", "--startup_script=launch/gpu.sh")
+  cluster.run(*SCRIPT, "create", "two", "--type=v5p-256", *options)
+  expected = {"--node-count=2", "--node-prefix=two", "--reserved", "--metadata-from-file=startup-script=launch/gpu.sh"}
+  assert expected < set(cluster.calls()[-1])
 
 
 @pytest.mark.parametrize("state", ["FAILED", "SUSPENDING\nSUSPENDED"])
@@ -70,6 +72,7 @@ def test_status_and_the_like_are_those_of_tpu_vm(cluster):
     (["begin", "q"], "begin is none of run"),
     (["create"], "name the queued resource"),
     (["create", "q"], "--type=TYPE says which slices"),
+    (["create", "q", "--type=v5p-8", "--startup_script=mount.sh"], "--startup_script=mount.sh is no file"),
     (["create", "q", "--type=v5p-8", "--cheap"], "--cheap is no option here"),
     (["run", "q", "--type=v5p-8", *TRAIN], "--repository=URL says where"),
     ([*RUN, "--"], "say what to train"),

@@ -33,7 +33,7 @@ if os.environ.get("FAULT") == "data" and os.environ["SLURM_PROCID"] == "1" and "
   from deepseek_jax.training import loop
   def raising(*_):
     raise OSError("a disk that is away for a moment")
-  loop.open_data = raising
+  loop.open_stage_data = raising
 
 def get_config():
   return ConfigDict(dict(

@@ -21,6 +21,7 @@ def test_a_run_is_installed_started_watched_and_stopped_on_every_host(cluster, t
     assert cluster.run(*SCRIPT, "start", "pod", "--zone=z", "--", *arguments).count("started, pid") == 2
     pids = [pid_of(cluster, host) for host in range(2)]
     assert cluster.run(*SCRIPT, "start", "pod", "--", *arguments).count("runs already") == 2
+    assert cluster.run(*SCRIPT, "install", "pod", f"--repository={url}").count("runs, so its code stays") == 2
     out = cluster.run(*SCRIPT, "status", "pod")
     assert out.count(": runs, pid") == 2 and out.count("trains " + " ".join(arguments)) == 2
 
@@ -34,6 +35,7 @@ def test_a_run_is_installed_started_watched_and_stopped_on_every_host(cluster, t
     wait_for(lambda: cluster.run(*SCRIPT, "status", "pod").count("does not run") == 2)
     assert (cluster.home(1) / "train.log").read_text().endswith("saved\n")
     assert cluster.run(*SCRIPT, "stop", "pod").count("does not run") == 2
+    assert cluster.run(*SCRIPT, "start", "pod", "--if_new", "--", *arguments).count("has ended: `start` starts") == 2
   finally:
     for host in range(2):
       subprocess.run(["sh", "launch/tpu_vm.sh", "on-host", "stop"], cwd=cluster.home(host), capture_output=True)
@@ -51,7 +53,7 @@ def test_the_budget_reaches_the_supervisor(cluster):
   cluster.run(*SCRIPT, "start", "pod", "--max_restarts=7", "--queued", "--", "--config=67b")
   (call,) = cluster.calls()
   assert call[:6] == ["gcloud", "compute", "tpus", "queued-resources", "ssh", "pod"] and "--node=all" in call
-  assert call[-1] == "--command=cd deepseek_jax && sh launch/tpu_vm.sh on-host start '7' '--config=67b'"
+  assert call[-1] == "--command=cd deepseek_jax && sh launch/tpu_vm.sh on-host start '7' '' '--config=67b'"
 
 
 @pytest.mark.parametrize(
