@@ -105,6 +105,7 @@ with clock.measure("device"):
   assert "process_allgather" in texts["process_0.txt"] and "in wait_for_a_batch" in texts["process_1.txt"]
 
 
+@pytest.mark.chaos
 def test_the_stacks_of_a_run_in_a_bucket_are_uploaded(buckets):
   (err,) = ends([start("gs://bucket-a/run", DATA)], 42)
   ((name, stacks),) = buckets.objects["bucket-a"].items()
@@ -112,6 +113,7 @@ def test_the_stacks_of_a_run_in_a_bucket_are_uploaded(buckets):
   assert b"in wait_for_a_batch" in stacks.content
 
 
+@pytest.mark.chaos
 def test_where_no_python_thread_can_run_the_interpreter_s_own_timer_ends_the_process(tmp_path):
   body = "watchdog.FROZEN_SECONDS = 1.5\ntime.sleep(0.5)\nctypes.PyDLL(None).sleep(60)  # keeps the interpreter's lock"
   (err,) = ends([start(tmp_path, body)], 1)
