@@ -47,8 +47,10 @@ def main(argv: list[str]) -> int:
   return 0
 
 
-def write_svg(file: str, panels: Sequence[tuple[str, Sequence[Series], str]], columns: int = 1) -> None:
-  """Writes a standalone SVG of `panels`, each (title, series, scale), in rows of `columns`."""
+def write_svg(
+  file: str, panels: Sequence[tuple[str, Sequence[Series], str]], columns: int = 1, x_unit: str = "step"
+) -> None:
+  """Writes a standalone SVG of `panels`, each (title, series, scale), in rows of `columns`. x_unit: as `line_chart` has it."""
   elements = []
   for i, (title, series, scale) in enumerate(panels):
     x, y = i % columns * WIDTH, i // columns * (HEIGHT + HEADING)
@@ -57,7 +59,7 @@ def write_svg(file: str, panels: Sequence[tuple[str, Sequence[Series], str]], co
       f'<text x="{x + LEFT}" y="{y + 15}"><tspan class="title">{html.escape(title)}</tspan>{legend}</text>'
     )
     position = f'<svg x="{x}" y="{y + HEADING}" width="{WIDTH}" height="{HEIGHT}" '
-    elements.append(line_chart(series, scale=scale).replace("<svg ", position, 1))
+    elements.append(line_chart(series, scale=scale, x_unit=x_unit).replace("<svg ", position, 1))
   width, height = columns * WIDTH, math.ceil(len(panels) / columns) * (HEIGHT + HEADING)
   page = f'<style>{STYLE}</style><rect width="100%" height="100%" fill="#fff"/>'
   with open(file, "w", encoding="utf-8") as f:
