@@ -279,7 +279,8 @@ class RunLog:
     for attempt in (
       self.drain,  # what a writer raised before is known
       lambda: self.event("end", step, reason=reason, **details),
-      lambda: self.goodput.end(reason),
+      # The time of a hang is in no record, and so the next start counts it as down.
+      lambda: None if reason == "hung" else self.goodput.end(reason),
       self.drain,
       self._write_report,
     ):
