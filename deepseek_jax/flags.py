@@ -26,7 +26,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.config_sections import StageConfig
 from deepseek_jax.console import discard_output
 from deepseek_jax.cpu_backend import size_thread_pool
-from deepseek_jax.errors import ConfigError, UserError, format_exception
+from deepseek_jax.errors import ConfigError, Stopped, UserError, format_exception
 from deepseek_jax.renamed_fields import with_current_names
 from deepseek_jax.schema import (
   MAX_TYPOS,
@@ -326,6 +326,9 @@ def run_program(main: Callable[[list[str]], int]) -> NoReturn:
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     code = 2
+  except Stopped as stop:
+    print(stop, file=sys.stderr)
+    code = stop.exit_code
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     code = 130

@@ -11,8 +11,8 @@ from absl import flags
 
 from deepseek_jax import train
 from deepseek_jax.config import Config
-from deepseek_jax.errors import ConfigError
-from deepseek_jax.flags import load_config, parse_positional, shipped_configs, split_overrides
+from deepseek_jax.errors import ConfigError, Stopped
+from deepseek_jax.flags import load_config, parse_positional, run_program, shipped_configs, split_overrides
 from deepseek_jax.schema import leaf_paths
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -63,6 +63,16 @@ def test_error_has_no_traceback():
   code, out, err = command("--config=tiny", "--config.model.layrs=3")
   assert code == 2 and out == ""
   assert err == "error: unknown config field 'model.layrs'; did you mean 'model.layers'? (--help lists all)\n"
+
+
+def test_a_notice_before_a_run_has_begun_ends_the_program_with_its_code(capsys, monkeypatch):
+  def main(argv):
+    raise Stopped("SIGTERM", 143)
+
+  monkeypatch.setattr(sys, "argv", ["program"])
+  with pytest.raises(SystemExit) as end:
+    run_program(main)
+  assert end.value.code == 143 and capsys.readouterr().err == "stopped by SIGTERM\n"
 
 
 def test_help_lists_every_field_without_importing_jax():

@@ -249,11 +249,13 @@ def test_a_notice_of_google_cloud_ends_the_run_saved(folder, digest, metadata):
 
 
 def test_a_notice_of_google_cloud_before_the_loop_ends_the_run_at_once(folder, metadata):
-  metadata.values["preempted"] = "TRUE"
+  def announce_and_wait():
+    metadata.values["preempted"] = "TRUE"
+    for _ in range(2000):
+      time.sleep(0.01)
+
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(
-      loop, "open_stage_data", raising(loop.open_stage_data, lambda: [time.sleep(0.01) for _ in range(2000)])
-    )
+    patch.setattr(loop, "open_stage_data", raising(loop.open_stage_data, announce_and_wait))
     out = run(folder, "preempted", code=143)
   assert "stopped by PREEMPTED before the first step; the same command starts again" in out
   assert last_event(folder, "preempted")["reason"] == "PREEMPTED"
