@@ -33,9 +33,11 @@ from deepseek_jax.schema import Section, field, from_dict, table_argument, with_
 # {balance.bias_rule: the routers whose biases it moves}
 BIAS_RULE_ROUTERS = table_argument("training.router_bias", "BIAS_RULES", "routers")
 
-# Fields that no stage of training may change: those that arrays depend on, and those that tell the splits of the text apart.
+# Fields that no stage of training may change: those that arrays depend on, those that tell the splits of the text apart, and
+# those that follow from where the stage starts.
 FIXED_IN_STAGES = {f"model.{name}" for name in (*SHAPE_FIELDS, "param_dtype")} | {
   "data.tokenizer", "data.heldout_fraction", "data.text_field", "data.skip_null", "data.cache", "train.steps",
+  "schedule.start_step", "schedule.start_tokens",
 }  # fmt: skip
 # Fields that the optimizer state depends on.
 OPTIMIZER_STATE_FIELDS = {"optimizer.kind", "optimizer.moments_dtype", "optimizer.trainable"}

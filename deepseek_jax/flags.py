@@ -78,11 +78,14 @@ def _stage_field(path: str) -> dataclasses.Field[Any] | None:
 
 def _set_stage_fields(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
   """`tree`, a config, with `overrides` {stages.NAME.FIELD: value or text}. Raises ConfigError for a stage that there is not."""
-  stages = [dict(stage) for stage in tree.get("stages", ())]
+  stages = [dataclasses.asdict(s) if isinstance(s, StageConfig) else dict(s) for s in tree.get("stages", ())]
   for path, value in overrides.items():
     name, _, leaf = path.removeprefix("stages.").partition(".")
     names, field = [str(stage.get("name")) for stage in stages], _stage_field(path)
-    if name not in names or field is None:
+    if name in names and field is None:
+      sections = ", ".join(f.name for f in dataclasses.fields(StageConfig) if f.type is dict)
+      raise ConfigError(f"--config.{path}: a stage has no field {leaf!r}; expected until_tokens, or one of {sections}")
+    if field is None or name not in names:
       raise ConfigError(
         f"--config.{path}: expected stages.NAME.FIELD, of a stage of the config, which has {', '.join(names) or 'none'}"
       )

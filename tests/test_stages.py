@@ -7,6 +7,7 @@ import pytest
 from deepseek_jax.data.pipeline import Consumed, batch_size
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import load_config
+from deepseek_jax.runs import with_overrides
 from deepseek_jax.stages import find_stage, resolve_stages, stage_after, stage_before
 from deepseek_jax.training.schedule import StepInputs
 from deepseek_jax.training.schedule_check import check_warmup, schedule_warnings
@@ -97,12 +98,27 @@ def test_stages_are_found_by_name_and_by_tokens():
     ([{"name": "a", "until_tokens": 1, "data": 3}], "stages.data must be a section of fields"),
     ([{"name": "a", "until_tokens": 1, "data": {"sq": 3}}], r"stages\[0\] \(a\): unknown config field 'data.sq'"),
     ([{"name": "a", "until_tokens": 1, "train": {"steps": 3}}], "no stage can change train.steps"),
+    ([{"name": "a", "until_tokens": 1, "schedule": {"start_step": 3}}], "no stage can change schedule.start_step"),
     (3, "stages must be a list of objects with the fields stages.name"),
   ],
 )
 def test_stages_that_are_no_stages_are_one_message(stages, words):
   with pytest.raises(ConfigError, match=words):
     staged(stages=stages)
+
+
+def test_fields_of_a_stage_are_set_in_a_config_that_is_loaded():
+  config = with_overrides(staged(), {"stages.more.data.seq": 1024, "seed": 3})
+  assert [stage.data for stage in config.stages] == [{}, {"seq": 1024}, {"seq": 1024}] and config.seed == 3
+  assert config.stages[2] == staged().stages[2]
+
+
+@pytest.mark.parametrize("leaf", ["data.sq", "checkpoint.every", "data"])
+def test_a_field_that_no_stage_has_is_named(leaf):
+  with pytest.raises(
+    ConfigError, match=f"a stage has no field '{leaf}'; expected until_tokens, or one of model, data, "
+  ):
+    staged(**{f"stages.more.{leaf}": 3})
 
 
 def test_a_run_without_stages_needs_steps():

@@ -94,7 +94,7 @@ class RunLog:
     if self.stage.name:
       self.console.print(format_stage(self.run_config, self.stage))
     warmup = f"{schedule.warmup_tokens:,} tokens" if schedule.warmup_tokens else f"{schedule.warmup_steps:,} steps"
-    last = last_learning_rate(config)
+    last = last_learning_rate(config, self.stage.first_step, self.stage.first.tokens)
     self.console.print(
       f"{format_differences(self.run_config, base, base_name)}\n{config_summary(resolve_mesh(config, self.mesh.size), jax.devices()[0].device_kind)}\n"
       f"learning rate    {schedule.kind}: {schedule.peak:g} after {warmup} of warm-up, {last:.3g} at step {steps:,}"
