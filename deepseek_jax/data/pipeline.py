@@ -113,8 +113,16 @@ class Data:
     return self.fingerprint_at(self.seq)
 
   def window_ids(self, first_sample: int, count: int) -> np.ndarray:
-    """int64 [count]: the windows of `train` that samples first_sample, first_sample + 1, ... are."""
+    """int64 [count]: the windows of `train` that samples first_sample, first_sample + 1, ... are.
+
+    Raises DataError for samples before those of the stage.
+    """
     first = first_sample - self.first_sample
+    if first < 0:
+      raise DataError(
+        f"sample {first_sample:,} is of an earlier stage than the one that starts with sample {self.first_sample:,}: put "
+        "until_tokens, batch and length of the stages before back"
+      )
     return np.array([self.shuffled_ids[i] for i in range(first, first + count)], np.int64)
 
 
@@ -205,18 +213,20 @@ def _order_samples(
   if not data.regions and config.order == "shuffled":
     return shuffle_and_mix([len(split) for split in splits], weights, seed)
   regions = data.regions or [Region(0, split.num_targets) for split in splits]
-  sizes, ranges, first = [], [], 0
+  starts, counts, first = [], [], 0  # of ranges of window ids, by source
   for split, region in zip(splits, regions, strict=True):
-    ids = region_windows(region, split.num_targets, config.seq)
-    if config.order == "by_length" and ids:
-      by_id = np.concatenate(ids)
-      lengths = split.longest_documents(data.tokenizer.bos)[by_id]
-      ids = [range(i, i + 1) for i in by_id[np.argsort(lengths, kind="stable")].tolist()]
-    sizes.append(sum(map(len, ids)))
-    ranges += [range(first + i.start, first + i.stop) for i in ids]
+    ranges = region_windows(region, split.num_targets, config.seq)
+    ids, lengths = np.array([[r.start, len(r)] for r in ranges], np.int64).reshape(-1, 2).T
+    if config.order == "by_length" and ranges:
+      windows = np.concatenate([np.arange(r.start, r.stop) for r in ranges])
+      longest = split.longest_documents(data.tokenizer.bos)[windows]
+      ids, lengths = windows[np.argsort(longest, kind="stable")], np.ones(len(windows), np.int64)
+    starts.append(first + ids)
+    counts.append(lengths)
     first += len(split)
+  sizes = [int(lengths.sum()) for lengths in counts]
   order = shuffle_and_mix(sizes, weights, seed, shuffle=config.order == "shuffled")
-  return order.map(ConcatRanges(ranges).__getitem__)
+  return order.map(ConcatRanges(np.concatenate(starts), np.concatenate(counts)).__getitem__)
 
 
 def _open_sources(config: DataConfig, tokenizer: Tokenizer) -> list[OpenSource]:

@@ -5,7 +5,6 @@ text from everywhere in the source. Positions are targets, and count on over epo
 are repeats.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -58,11 +57,13 @@ def region_windows(region: Region, num_targets: int, seq: int) -> list[range]:
 
 
 class ConcatRanges:
-  """Ranges of window ids one after another, looked up without a list of them: sample orders may have billions."""
+  """Ranges of window ids one after another, looked up without a list of them: sample orders may have billions.
 
-  def __init__(self, ranges: Sequence[range]):
-    self._starts = np.array([ids.start for ids in ranges], np.int64)
-    self._ends = np.cumsum([len(ids) for ids in ranges])
+  starts, counts: int64 [ranges], the first id of each range and how many it has.
+  """
+
+  def __init__(self, starts: np.ndarray, counts: np.ndarray):
+    self._starts, self._ends = starts, np.cumsum(counts)
 
   def __getitem__(self, index: int) -> int:
     which = int(np.searchsorted(self._ends, index, side="right"))

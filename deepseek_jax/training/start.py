@@ -99,7 +99,8 @@ def check_saved(meta: dict[str, Any], config: Config, data: Data, accept_data_ch
   if regions != list(data.regions) and not accept_data_change:
     raise CheckpointError(
       f"the checkpoint was trained on other parts of the data: targets {regions or 'without stages'} of the sources, now they "
-      f"are {list(map(tuple, data.regions)) or 'without stages'}; put until_tokens, batch, length and weights of the stages back, "
+      f"are {list(map(tuple, data.regions)) or 'without stages'}; put until_tokens, batch, length and weights of the stages back, and --stage "
+      "where the run started with it, "
       "or pass --accept_data_change to continue on the new parts"
     )
   return changes

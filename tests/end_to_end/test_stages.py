@@ -8,6 +8,7 @@ import pytest
 from deepseek_jax import train
 from deepseek_jax.checkpoint.manager import Checkpointer, CheckpointReader
 from deepseek_jax.data.pipeline import Consumed
+from deepseek_jax.errors import DataError
 from deepseek_jax.flags import load_config
 from deepseek_jax.stages import open_stage_data, resolve_stages
 from tests.configs import RUN, write_texts
@@ -122,6 +123,8 @@ def test_no_stage_takes_what_an_earlier_one_took(folder, whole):
       start = (window - source * sizes[0]) * data.seq
       targets += [(source, start + i) for i in range(data.seq)]
   assert len(targets) == stages[-1].last.tokens == len(set(targets))
+  with pytest.raises(DataError, match="sample 3 is of an earlier stage than the one that starts with sample 44"):
+    data.window_ids(3, 1)
 
 
 def test_repeats_are_counted_where_the_sources_have_no_more(folder, whole):
