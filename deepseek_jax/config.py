@@ -111,7 +111,9 @@ class Config(Section):
         raise ConfigError(f"stages[{index}] ({stage.name}): no stage can change {', '.join(sorted(fixed))}")
       optimizer = self.at_stage(index).optimizer
       fields = {path: getattr(optimizer, path.partition(".")[2]) for path in OPTIMIZER_STATE_FIELDS}
-      changed = sorted(path for path in fields if fields[path] != state_fields[path])
+      changed = sorted(
+        f"{path} from {state_fields[path]!r} to {fields[path]!r}" for path in fields if fields[path] != state_fields[path]
+      )
       if changed and index and not stage.reset_optimizer:
         raise ConfigError(
           f"stages[{index}] ({stage.name}) changes {', '.join(changed)}, and the optimizer state of the stage before does not "

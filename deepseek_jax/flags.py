@@ -29,6 +29,7 @@ from deepseek_jax.cpu_backend import size_thread_pool
 from deepseek_jax.errors import ConfigError, Stopped, UserError, format_exception
 from deepseek_jax.renamed_fields import with_current_names
 from deepseek_jax.schema import (
+  KINDS,
   MAX_TYPOS,
   coerce,
   edit_distance,
@@ -58,7 +59,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     path = name.removeprefix("config.")
     field = leaves.get(path) or _stage_field(path)
     if field is None:
-      raise ConfigError(unknown_key(Config, path))
+      raise ConfigError(_unknown_field(path))
     value = text if equals else "true" if field.type is bool else next(arguments, None)
     if value is None:
       raise ConfigError(f"--config.{path} needs a value: --config.{path}=VALUE")
@@ -74,6 +75,17 @@ def _stage_field(path: str) -> dataclasses.Field[Any] | None:
   sections = {f.name for f in dataclasses.fields(StageConfig) if f.type is dict}
   in_section = {p: f for p, f in leaf_paths(Config).items() if p.partition(".")[0] in sections}
   return (leaves | in_section).get(name) if section == "stages" else None
+
+
+def _unknown_field(path: str) -> str:
+  """The error for a `path` that is no field, neither of the config nor of a stage; for a stage, it is about what follows its name."""
+  name = path.removeprefix("stages.").partition(".")[2]
+  if not path.startswith("stages.") or not name:
+    return unknown_key(Config, path)
+  if name in leaf_paths(Config):
+    return f"--config.{path}: no stage can change {name}"
+  unknown = unknown_key(Config, name) if "." in name else unknown_key(StageConfig, f"stages.{name}")
+  return f"--config.{path}: {unknown}"
 
 
 def _set_stage_fields(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,7 +105,7 @@ def _set_stage_fields(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
     try:
       stages[index] = with_leaves(stages[index], {leaf: coerce(value, field.type)})
     except (TypeError, ValueError, SyntaxError, OverflowError):
-      raise ConfigError(f"--config.{path} cannot be {value!r:.80}") from None
+      raise ConfigError(f"--config.{path} must be {KINDS[field.type]}, got {value!r:.80}") from None
   return {**tree, "stages": stages}
 
 

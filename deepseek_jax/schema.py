@@ -68,7 +68,7 @@ _LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
   ),
 }
 # How errors name the types of fields.
-_KINDS = {
+KINDS = {
   bool: "true or false",
   int: "an integer",
   float: "a number",
@@ -139,7 +139,7 @@ class Section:
       try:
         value = coerce(value, kind)
       except (TypeError, ValueError, SyntaxError, OverflowError):
-        expected = _KINDS.get(kind) or f"a list of objects with the fields {', '.join(leaf_paths(get_args(kind)[0]))}"
+        expected = KINDS.get(kind) or f"a list of objects with the fields {', '.join(leaf_paths(get_args(kind)[0]))}"
         raise ConfigError(f"{path} must be {expected}, got {value!r:.80}") from None
       for item in value if isinstance(value, tuple) else (value,):
         if isinstance(item, float) and not math.isfinite(item):

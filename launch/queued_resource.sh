@@ -144,6 +144,8 @@ while [ "$left" -gt 0 ]; do
         left=$((left - 1))
       done
       ;;
+    --zone | --project | --type | --slices | --runtime | --service_account | --poll | --repository | --branch | --extras | \
+      --max_restarts | --worker) fail "write $option=VALUE, with =" ;;
     *) fail "$option is no option here; arguments of deepseek_jax.train come after --; --help lists the options" ;;
   esac
 done

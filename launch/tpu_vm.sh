@@ -126,6 +126,7 @@ while [ $# -gt 0 ]; do
       shift
       break
       ;;
+    --zone | --project | --repository | --branch | --extras | --max_restarts | --worker) fail "write $1=VALUE, with =" ;;
     *) fail "$1 is no option here; arguments of deepseek_jax.train come after --; --help lists the options" ;;
   esac
   shift

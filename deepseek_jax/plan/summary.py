@@ -4,6 +4,7 @@ Printed by --dry_run and at the start of a run.
 """
 
 import textwrap
+from typing import Any
 
 from deepseek_jax.config import Config
 from deepseek_jax.console import format_bytes
@@ -41,10 +42,12 @@ def format_stage(config: Config, stage: Stage) -> str:
   """The line of a stage of a run of `config`: its place, its steps and tokens, and the fields that differ in it."""
   names = [of_config.name for of_config in config.stages]
   overrides = config.stages[names.index(stage.name)].overrides()
+  overrides |= {"reset_optimizer": True} if stage.reset_optimizer else {}
   fields = ", ".join(f"{path}={value!r}" for path, value in overrides.items())
+  end_tokens = planned_tokens(stage.config, stage.first_step, stage.first.tokens)  # train.steps may end the run before
   text = (
     f"{stage.name}, {names.index(stage.name) + 1} of {len(names)}: steps {stage.first_step:,} to {stage.config.train.steps:,}, tokens "
-    f"{stage.first.tokens:,} to {stage.last.tokens:,}{f', {fields}' if fields else ''}"
+    f"{stage.first.tokens:,} to {end_tokens:,}{f', {fields}' if fields else ''}"
   )
   lines = textwrap.wrap(text, 103, break_on_hyphens=False)
   return "stage            " + f"\n{'':17}".join(lines)
@@ -99,13 +102,18 @@ def format_changed_fields(config: Config) -> str:
   defaults = flatten_config(Config())
   changed = {path: value for path, value in flatten_config(config).items() if value != defaults[path]}
   lines = [f"config           {len(changed)} of {len(defaults)} fields differ from the defaults (all: --print_config)"]
-  return "\n".join([*lines, *(f"  {path} = {value!r}" for path, value in changed.items())])
+  return "\n".join([*lines, *(f"  {path} = {_short(path, value)}" for path, value in changed.items())])
 
 
 def format_differences(config: Config, base: Config, base_name: str) -> str:
   """How `config` differs from `base`, which is called `base_name`, in three lines at most."""
   values = flatten_config(base)
-  changed = [f"{path}={value!r}" for path, value in flatten_config(config).items() if value != values[path]]
+  changed = [f"{path}={_short(path, value)}" for path, value in flatten_config(config).items() if value != values[path]]
   text = f"{base_name}{', but ' if changed else ''}{', '.join(changed)}"
   lines = textwrap.wrap(text, 103, break_on_hyphens=False, max_lines=3, placeholder=" ... (all: --print_config)")
   return "config           " + f"\n{'':17}".join(lines)
+
+
+def _short(path: str, value: Any) -> str:
+  """`value` of the field `path` as text; of stages their names, as `format_stage` has a line of each."""
+  return repr(tuple(stage.name for stage in value)) if path == "stages" else repr(value)

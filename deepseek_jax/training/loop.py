@@ -142,7 +142,7 @@ def train_stages(
   make_trainer: (number of a stage, its start) -> its Trainer, made while the stage's mesh is set.
   """
   for index, stage in enumerate(stages[first:], first):
-    logs[index].show_config()  # counts parameters, which no mesh may be set for
+    logs[index].show_config(is_first=index == first)  # counts parameters, which no mesh may be set for
     with jax.set_mesh(logs[index].mesh):
       trainer = make_trainer(index, start)
       if (code := trainer.main(request)) or stage.is_last:

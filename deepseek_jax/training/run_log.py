@@ -86,8 +86,8 @@ class RunLog:
       f"devices  {describe_machine(self.mesh)['devices']} ({jax.default_backend()}), jax {jax.__version__}{processes}"
     )
 
-  def show_config(self) -> None:
-    """Shows what is trained and how."""
+  def show_config(self, is_first: bool) -> None:
+    """Shows what is trained and how. is_first: the stage is the first since the start, which shows the run's fields too."""
     config, schedule, steps = self.config, self.config.schedule, self.config.train.steps
     is_shipped = config.name in shipped_configs()
     base, base_name = (load_config(config.name), config.name) if is_shipped else (Config(), "the defaults")
@@ -95,8 +95,10 @@ class RunLog:
       self.console.print(format_stage(self.run_config, self.stage))
     warmup = f"{schedule.warmup_tokens:,} tokens" if schedule.warmup_tokens else f"{schedule.warmup_steps:,} steps"
     last = last_learning_rate(config, self.stage.first_step, self.stage.first.tokens)
+    if is_first:
+      self.console.print(format_differences(self.run_config, base, base_name))
     self.console.print(
-      f"{format_differences(self.run_config, base, base_name)}\n{config_summary(resolve_mesh(config, self.mesh.size), jax.devices()[0].device_kind)}\n"
+      f"{config_summary(resolve_mesh(config, self.mesh.size), jax.devices()[0].device_kind)}\n"
       f"learning rate    {schedule.kind}: {schedule.peak:g} after {warmup} of warm-up, {last:.3g} at step {steps:,}"
     )
 

@@ -155,7 +155,19 @@ def test_a_run_starts_with_a_stage_from_given_weights(folder, whole):
     (["--config.stages.long.until_tokens=510"], "the last update of the stage before ends at 512 tokens"),
     (["--config.stages.longest.reset_optimizer=false"], "longest) changes optimizer.trainable"),
     (["--config.stages.long.model.embed=64"], "stages[1] (long): no stage can change model.embed"),
-    (["--config.stages.long.data.seq=x"], "--config.stages.long.data.seq cannot be 'x'"),
+    (["--config.stages.long.data.seq=x"], "--config.stages.long.data.seq must be an integer, got 'x'"),
+    (
+      ["--config.stages.long.data.sq=16"],
+      "--config.stages.long.data.sq: unknown config field 'data.sq'; did you mean 'data.seq'",
+    ),
+    (
+      ["--config.stages.long.until_token=9"],
+      "unknown config field 'stages.until_token'; did you mean 'stages.until_tokens'",
+    ),
+    (
+      ["--config.stages.long.checkpoint.every=2"],
+      "--config.stages.long.checkpoint.every: no stage can change checkpoint.every",
+    ),
     (["--config.stages.other.data.seq=16"], "which has short, long, longest"),
     (["--config.stages.long.mesh.fsdp=3"], "mesh"),
     (["--config.train.steps=3", "--stage=long", "--config.init_from=x"], "train.steps=3 ends before the stage long"),
@@ -176,7 +188,10 @@ def test_other_boundaries_are_refused_on_resume(folder, whole):
 def test_dry_run_shows_each_stage(folder):
   out = call(train.main, f"--config={folder}/config.py", "--dry_run")
   assert [line.split()[1] for line in out.splitlines() if line.startswith("stage ")] == ["short,", "long,", "longest,"]
-  assert out.count("memory estimate") == 3
+  assert out.count("memory estimate") == 3 and "  stages = ('short', 'long', 'longest')\n" in out
+  assert "reset_optimizer=True" in " ".join(out[out.index("longest, 3 of 3") :].split())
+  cut = call(train.main, f"--config={folder}/config.py", "--dry_run", "--config.train.steps=5")
+  assert "long, 2 of 3: steps 4 to 5, tokens 512 to 640" in cut
 
 
 @pytest.mark.parametrize("step, checkpoint", [(5, 4), (9, 7)])

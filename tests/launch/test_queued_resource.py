@@ -74,6 +74,7 @@ def test_status_and_the_like_are_those_of_tpu_vm(cluster):
     (["create", "q"], "--type=TYPE says which slices"),
     (["create", "q", "--type=v5p-8", "--startup_script=mount.sh"], "--startup_script=mount.sh is no file"),
     (["create", "q", "--type=v5p-8", "--cheap"], "--cheap is no option here"),
+    (["create", "q", "--type", "v5p-8"], "write --type=VALUE, with ="),
     (["run", "q", "--type=v5p-8", *TRAIN], "--repository=URL says where"),
     ([*RUN, "--"], "say what to train"),
   ],

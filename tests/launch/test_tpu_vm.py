@@ -65,6 +65,7 @@ def test_the_budget_reaches_the_supervisor(cluster):
     (["start", "--zone=z"], "name the TPU"),
     (["start", "pod"], "say what to train"),
     (["start", "pod", "--config=67b"], "--config=67b is no option here; arguments of deepseek_jax.train come after --"),
+    (["install", "pod", "--zone", "z"], "write --zone=VALUE, with ="),
     (["install", "pod"], "--repository=URL says where"),
   ],
 )
