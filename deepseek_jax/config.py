@@ -112,7 +112,9 @@ class Config(Section):
       optimizer = self.at_stage(index).optimizer
       fields = {path: getattr(optimizer, path.partition(".")[2]) for path in OPTIMIZER_STATE_FIELDS}
       changed = sorted(
-        f"{path} from {state_fields[path]!r} to {fields[path]!r}" for path in fields if fields[path] != state_fields[path]
+        f"{path} from {state_fields[path]!r} to {fields[path]!r}"
+        for path in fields
+        if fields[path] != state_fields[path]
       )
       if changed and index and not stage.reset_optimizer:
         raise ConfigError(

@@ -16,6 +16,7 @@ import re
 import signal
 import sys
 import traceback
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -95,17 +96,16 @@ def _set_stage_fields(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
     name, _, leaf = path.removeprefix("stages.").partition(".")
     names, field = [str(stage.get("name")) for stage in stages], _stage_field(path)
     if name in names and field is None:
-      sections = ", ".join(f.name for f in dataclasses.fields(StageConfig) if f.type is dict)
-      raise ConfigError(f"--config.{path}: a stage has no field {leaf!r}; expected until_tokens, or one of {sections}")
+      raise ConfigError(_unknown_field(path))
     if field is None or name not in names:
       raise ConfigError(
         f"--config.{path}: expected stages.NAME.FIELD, of a stage of the config, which has {', '.join(names) or 'none'}"
       )
-    index = names.index(name)
+    index, kind = names.index(name), typing.cast(type, field.type)
     try:
-      stages[index] = with_leaves(stages[index], {leaf: coerce(value, field.type)})
+      stages[index] = with_leaves(stages[index], {leaf: coerce(value, kind)})
     except (TypeError, ValueError, SyntaxError, OverflowError):
-      raise ConfigError(f"--config.{path} must be {KINDS[field.type]}, got {value!r:.80}") from None
+      raise ConfigError(f"--config.{path} must be {KINDS[kind]}, got {value!r:.80}") from None
   return {**tree, "stages": stages}
 
 

@@ -1,6 +1,6 @@
 """Continues a prompt with a trained model:  python -m deepseek_jax.generate --workdir=runs/tiny --prompt="def "
 
-Loads the newest checkpoint of the run. What is not given comes from the run's own `sample` config. A converted
+Loads the newest checkpoint of the run, or that of --step. What is not given comes from the run's own `sample` config. A converted
 checkpoint that came without a tokenizer needs --tokenizer.
 """
 
@@ -24,6 +24,7 @@ def main(argv: list[str]) -> int:
   """Prints the prompt and its continuation. Raises UserError for an error of the user's."""
   values = flags.FlagValues()
   flags.DEFINE_string("workdir", None, "folder of the run, or its gs:// or s3:// URL", flag_values=values)
+  flags.DEFINE_integer("step", None, "another checkpoint of the run", lower_bound=0, flag_values=values)
   flags.DEFINE_integer("seed", 0, "seed of the sampling", flag_values=values)
   flags.DEFINE_integer("devices", 1, "devices that the parameters are sharded over", lower_bound=1, flag_values=values)
   flags.DEFINE_string(
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
       f"--workdir={values.workdir} is a Hugging Face folder: make a workdir of it first, python -m deepseek_jax.checkpoint "
       f"convert --from={values.workdir} --to=DIR"
     )
-  saved = open_workdir(values.workdir)
+  saved = open_workdir(values.workdir, values.step)
   tokenizer = saved.load_tokenizer(values.tokenizer)
   overrides: dict[str, Any] = {
     name: values[name].value for name in vars(saved.config.sample) if values[name].value is not None

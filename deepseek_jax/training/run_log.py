@@ -109,13 +109,19 @@ class RunLog:
     for warning in changed_rate_warning(self.config, changes, step, consumed.tokens):
       self.console.print(f"warning  {warning}")
 
-  def show_start(self, step: int, consumed: Consumed, weights: str | os.PathLike | None) -> None:
-    """Shows what the run starts from: given `weights`, or the checkpoint of `step`, or nothing; and the tokens planned."""
+  def show_start(
+    self, step: int, consumed: Consumed, weights: str | os.PathLike | None, is_same_process: bool = False
+  ) -> None:
+    """Shows what the run starts from: given `weights`, or the checkpoint of `step`, or nothing; and the tokens planned.
+
+    is_same_process: it has trained the stage before.
+    """
     if weights:
       self.console.print(f"start    from the weights in {weights}: at step {step}, with a new optimizer state")
     elif step:
       seen = f"{consumed.samples:,} sequences, {consumed.tokens:,} tokens seen"
-      self.console.print(f"resume   from the checkpoint of step {step} ({seen})")
+      how = "goes on " if is_same_process else "resume   "
+      self.console.print(f"{how}from the checkpoint of step {step} ({seen})")
     else:
       self.console.print("start    no checkpoint here: from scratch")
     self.console.print(format_planned_tokens(self.config, step, consumed.tokens))

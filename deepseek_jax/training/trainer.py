@@ -125,7 +125,7 @@ class Trainer:
   def load_state(self) -> TrainState:
     """Shows what the run starts from, and returns its state."""
     weights = self.start.weights
-    self.log.show_start(self.step, self.consumed, weights.directory if weights else None)
+    self.log.show_start(self.step, self.consumed, weights.directory if weights else None, self.start.event == "stage")
     self.log.show_repeats(self.data.repeated_targets)
     with self.log.clock.measure("restore"):
       return load_state(self.start, self.step_config, self.config.seed, self.mesh, self.checkpointer)

@@ -8,8 +8,9 @@ import pytest
 from deepseek_jax import train
 from deepseek_jax.checkpoint.manager import Checkpointer, CheckpointReader
 from deepseek_jax.data.pipeline import Consumed
-from deepseek_jax.errors import DataError
+from deepseek_jax.errors import CheckpointError, DataError
 from deepseek_jax.flags import load_config
+from deepseek_jax.generate.__main__ import main as generate_main
 from deepseek_jax.stages import open_stage_data, resolve_stages
 from tests.configs import RUN, write_texts
 from tests.end_to_end.test_run import call, lines, run
@@ -69,6 +70,7 @@ def test_a_run_trains_each_stage_to_its_tokens_and_keeps_a_checkpoint_of_each_bo
     [5e-5, 1e-4, 1e-4]
   )  # a schedule of its own: warm-up
   assert metrics[7]["learning_rate"] > 1e-3  # the schedule of the run goes on
+  assert whole.count("config           ") == 1 and whole.count("learning rate    ") == 3
   reader = CheckpointReader(folder / "whole")
   assert reader.steps() == [4, 7, 10]
   assert [reader.meta(step)["stage"] for step in reader.steps()] == ["short", "long", "longest"]
@@ -125,6 +127,14 @@ def test_no_stage_takes_what_an_earlier_one_took(folder, whole):
   assert len(targets) == stages[-1].last.tokens == len(set(targets))
   with pytest.raises(DataError, match="sample 3 is of an earlier stage than the one that starts with sample 44"):
     data.window_ids(3, 1)
+
+
+def test_a_boundary_is_sampled_from_by_its_step(folder, whole, capsys):
+  assert generate_main(["generate", f"--workdir={folder}/whole", "--step=7", "--prompt=a", "--max_tokens=2"]) == 0
+  out, err = capsys.readouterr()
+  assert out.startswith("a") and "checkpoint of step 7 in" in err
+  with pytest.raises(CheckpointError, match=r"no checkpoint 5 in .* it holds \[4, 7, 10\]"):
+    generate_main(["generate", f"--workdir={folder}/whole", "--step=5"])
 
 
 def test_repeats_are_counted_where_the_sources_have_no_more(folder, whole):
