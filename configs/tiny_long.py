@@ -1,4 +1,4 @@
-"""Context extension in small: tiny.py's model at 128 bytes, then with YaRN at 512 and 2,048.
+"""Context extension in small: tiny.py's 0.5M parameters at 128 bytes, then with YaRN at 512 and 2,048.
 
 The form is that of DeepSeek-V3's extension from 4K to 32K and 128K (configs/v3_long.py): lengths grow by 16 in two stages. 5% of the
 samples ask for what stood up to 2,048 bytes before. benchmarks/long_context.py runs it beside the same tokens without YaRN.

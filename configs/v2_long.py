@@ -1,4 +1,4 @@
-"""DeepSeek-V2 with its context extension: configs/v2.py at 4K, then 1,000 steps with YaRN at 32K (arXiv:2405.04434).
+"""DeepSeek-V2 with its context extension: 235.7B parameters, v2.py at 4K, then 1,000 steps at 32K (arXiv:2405.04434).
 
 Section 3.1.4 has the length, the steps, the batch and YaRN. It does not give the learning rate of the extension: here it is the one
 that pre-training ends with, as DeepSeek-V3's is. The optimizer goes on. The paper's model then takes 128K without training at it.

@@ -1,4 +1,4 @@
-"""DeepSeek-V3 with its context extension: configs/v3.py at 4K, then 1,000 steps each at 32K and at 128K (arXiv:2412.19437).
+"""DeepSeek-V3 with its context extension: 671.0B parameters, v3.py at 4K, then 1,000 steps each at 32K and 128K (arXiv:2412.19437).
 
 Section 4.3 has lengths, steps, batches, the learning rate and YaRN, which is on from the first extension. It says nothing of the
 optimizer state, which goes on, nor of a warm-up: there is none.

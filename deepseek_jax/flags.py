@@ -85,7 +85,8 @@ def _unknown_field(path: str) -> str:
     return unknown_key(Config, path)
   if name in leaf_paths(Config):
     return f"--config.{path}: no stage can change {name}"
-  unknown = unknown_key(Config, name) if "." in name else unknown_key(StageConfig, f"stages.{name}")
+  of_config = "." in name or any(field.startswith(f"{name}.") for field in leaf_paths(Config))
+  unknown = unknown_key(Config, name) if of_config else unknown_key(StageConfig, f"stages.{name}")
   return f"--config.{path}: {unknown}"
 
 

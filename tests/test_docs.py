@@ -84,7 +84,7 @@ def wrong_fields(spans, lines):
     if (m := re.match(r"((?:[a-z_]+)(?:\.[a-z0-9_]+)+)(?:=\S*)?$", s)) and m[1].split(".")[0] in known
   ]
   given += [m[1] for s in spans if (m := re.match(r"(model\.[a-z0-9_.]+)(?:=\S*)?$", s)) and m[1] not in NOTEBOOK]
-  for path in given:
+  for path in (re.sub(r"^stages\.[a-z0-9_]+\.", "", path) for path in given):  # a field of a stage is one of the config
     if path not in fields and path not in sections and not re.search(r"\.(py|json|jsonl|md|html|svg)$", path):
       yield f"--config.{path}"
 

@@ -113,11 +113,17 @@ def test_fields_of_a_stage_are_set_in_a_config_that_is_loaded():
   assert config.stages[2] == staged().stages[2]
 
 
-@pytest.mark.parametrize("leaf", ["data.sq", "checkpoint.every", "data"])
-def test_a_field_that_no_stage_has_is_named(leaf):
-  with pytest.raises(
-    ConfigError, match=f"a stage has no field '{leaf}'; expected until_tokens, or one of model, data, "
-  ):
+@pytest.mark.parametrize(
+  ("leaf", "words"),
+  [
+    ("data.sq", "did you mean 'data.seq'"),
+    ("checkpoint.every", "no stage can change checkpoint.every"),
+    ("data", "'data' is a section: set one of its fields, sources"),
+    ("until_token", "did you mean 'stages.until_tokens'"),
+  ],
+)
+def test_a_field_that_no_stage_has_is_named(leaf, words):
+  with pytest.raises(ConfigError, match=f"--config.stages.more.{leaf}: .*{words}"):
     staged(**{f"stages.more.{leaf}": 3})
 
 
