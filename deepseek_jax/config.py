@@ -6,6 +6,7 @@ each module gets only its own section. Nothing here touches a device.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from deepseek_jax.config_sections import (
@@ -75,15 +76,14 @@ class Config(Section):
   watchdog: WatchdogConfig = WatchdogConfig()
   sample: SampleConfig = SampleConfig()
 
-  def at_stage(self, index: int, **values: Any) -> "Config":
-    """The config of the stage `index`: without stages, and with `values` {dotted path with __ for each dot: value}."""
+  def at_stage(self, index: int, values: Mapping[str, Any] | None = None) -> "Config":
+    """The config of the stage `index`: without stages, and with `values` {dotted path: value}."""
     stage = self.stages[index]
     tree = dataclasses.asdict(self)
     del tree["stages"], tree["first_stage"]
     tree["train"]["steps"] = self.train.steps or 1  # a config with stages may leave it at 0
-    values = {path.replace("__", "."): value for path, value in values.items()}
     try:
-      return from_dict(Config, with_leaves(tree, stage.overrides() | values))
+      return from_dict(Config, with_leaves(tree, stage.overrides() | dict(values or {})))
     except ConfigError as error:
       raise ConfigError(f"stages[{index}] ({stage.name}): {error}") from None
 

@@ -44,8 +44,8 @@ def resolve_stages(config: Config) -> tuple[Stage, ...]:
   stages: list[Stage] = []
   step, first = 0, Consumed()
   for index, stage in enumerate(config.stages):
-    starts = {"schedule__start_step": step, "schedule__start_tokens": first.tokens} if stage.schedule else {}
-    at_stage = config.at_stage(index, **starts)
+    starts = {"schedule.start_step": step, "schedule.start_tokens": first.tokens} if stage.schedule else {}
+    at_stage = config.at_stage(index, starts)
     if config.train.steps and step >= config.train.steps:
       break
     last_step, last = advance(at_stage, step, first, stage.until_tokens)

@@ -30,6 +30,7 @@ from deepseek_jax.sharding import spec
 from deepseek_jax.stages import open_stage_data, resolve_stages
 from deepseek_jax.storage import local_copy
 from deepseek_jax.training.batch import load_batch
+from deepseek_jax.training.corruption import HOW_TO
 from deepseek_jax.training.layer_aux import logged_metrics
 from deepseek_jax.training.loop import make_meshes, select_stage_kernels
 from deepseek_jax.training.metrics import EVENTS, METRICS, SELFTEST, iterate_jsonl, read_jsonl, to_json
@@ -43,7 +44,6 @@ from deepseek_jax.training.step_config import StepConfig
 STARTS = ("start", "resume", "stage")  # events with the machine; the first two are of a process
 SHOWN = ("loss", "grad_norm")  # always; other numbers where they differ
 MOST_SHOWN = 20
-HOW_TO = "docs/howto/find_silent_corruption.md"
 
 Line = Mapping[str, Any]  # of metrics.jsonl
 
