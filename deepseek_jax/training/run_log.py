@@ -145,6 +145,11 @@ class RunLog:
     )
     return tuple(ends[0]) if ends else None
 
+  def has_evaluation(self, step: int) -> bool:
+    """Whether the run's events have an evaluation of `step`. All processes have to call this."""
+    path = os.path.join(self.folder, EVENTS)
+    return broadcast_from_process0(lambda: any(e["event"] == "eval" and e["step"] == step for e in read_jsonl(path)))
+
   def show_finished_already(self, step: int, consumed: Consumed) -> None:
     """Shows that there is nothing to do after `step`, and how to go on."""
     steps = self.config.train.steps
@@ -287,7 +292,6 @@ class RunLog:
     for attempt in (
       self.drain,  # what a writer raised before is known
       lambda: self.event("end", step, reason=reason, **details),
-      # The time of a hang is in no record, and so the next start counts it as down.
       lambda: None if reason == "hung" else self.goodput.end(reason),
       self.drain,
       self._write_report,
@@ -324,7 +328,8 @@ class RunLog:
     Raises what a writer raised.
     """
     self.drain()
-    self.goodput.record()
+    if not self._has_hung:  # the time of a hang is in no record, and so the next start counts it as down
+      self.goodput.record()
     if jax.process_index() == 0:
       self._run_folder.upload()
 

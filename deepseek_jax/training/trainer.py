@@ -105,6 +105,8 @@ class Trainer:
           unique_tokens=len(self.data.train) * self.data.seq,
           repeated_tokens=self.data.repeated_targets,
         )
+        if self.start.event == "resume" and not self.log.has_evaluation(self.step):
+          self.evaluate_if_due()  # a notice has ended it
         self.train(request)
         if not self.stage.is_last:
           self.evaluate_at_end(request)
@@ -190,16 +192,13 @@ class Trainer:
         if pending:
           self.log_step(*pending)
         pending = (self.step, consumed, batch, reader.read(step_metrics))
-        eval_is_due = self.step % self.config.eval.every == 0
         checkpoint_is_due = self.step % self.config.checkpoint.every == 0 or self.decisions.save_is_due
         checkpoint_is_due |= self.checkpoint_is_overdue
-        if self.block_each_step or eval_is_due or checkpoint_is_due or self.step == train.steps:
+        if self.block_each_step or self.evaluation_is_due() or checkpoint_is_due or self.step == train.steps:
           self.wait_for_device()
           self.log_step(*pending)
           pending = None
-        if eval_is_due and self.step < train.steps:
-          with contextlib.suppress(Stopped):  # the request has the notice: this step is saved, and the run ends
-            self.evaluate(self.config.eval.sequences)
+        self.evaluate_if_due()
         if checkpoint_is_due:
           self.save_when_due()
         self.checkpointer.check()
@@ -238,6 +237,16 @@ class Trainer:
     self.decisions.apply(values.pop("decision"))
     self.skipped_in_a_row = check_skipped(self.config, step, values, self.saved_steps, self.log.console.print)
     self.log.step(step, consumed, batch, values, arrived)
+
+  def evaluation_is_due(self) -> bool:
+    """Whether `eval.every` asks for one after this step. The last step has a longer one."""
+    return self.step % self.config.eval.every == 0 and self.step < self.config.train.steps
+
+  def evaluate_if_due(self) -> None:
+    """Evaluates if that is due. A notice ends it; then the step is saved, and the resumed run makes up for it."""
+    if self.evaluation_is_due():
+      with contextlib.suppress(Stopped):
+        self.evaluate(self.config.eval.sequences)
 
   def evaluate(self, sequences: int) -> None:
     """Logs the loss and the bits per byte of `sequences` windows of the held-out split.

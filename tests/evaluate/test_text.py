@@ -59,7 +59,7 @@ def test_names_of_sources(tmp_path):
 @pytest.mark.parametrize(
   ("files", "named", "message"),
   [
-    ({}, "none.txt", "^--text: expected python-stdlib, a file, a folder or a glob; there is no"),
+    ({}, "none.txt", "^--text: expected python-stdlib, key-value-retrieval, a file, a folder or a glob; there is no"),
     ({"a.bin": "x"}, "a.bin", "^--text: nothing at .* ends in .txt"),
     ({"a.txt": ""}, "a.txt", "^--text: a has no text to evaluate: .*a.txt"),
     (
