@@ -216,7 +216,7 @@ class Model:
     text_tokenizer, seq = self._saved.load_tokenizer(tokenizer), self._saved.config.data.seq
     with jax.set_mesh(self._mesh):
       return continue_prompt(
-        graphdef(self.config.for_sampling()), self.params, self.buffers, text_tokenizer, config, seq, seed,
+        self.config, self.params, self.buffers, text_tokenizer, config, seq, seed,
         self._mesh, self._saved.add_bos(text_tokenizer),
       )  # fmt: skip
 

@@ -9,8 +9,10 @@ import sys
 import tempfile
 import time
 import warnings
+from typing import Any
 
 import jax
+import jax.monitoring
 import jax.numpy as jnp
 import jaxlib
 from jax.experimental.compilation_cache import compilation_cache
@@ -24,6 +26,22 @@ MIN_COMPILE_SECONDS = 0.2  # programs that compile faster are not kept
 MAX_BYTES = 2 * 2**30  # of one folder
 MAX_UNUSED_SECONDS = 60 * 24 * 3600  # folders of other versions, flags or CPUs that were not used for so long go
 ACCEPTED, REFUSED = "accepted", "refused"  # files that say whether XLA loads what it has stored
+
+
+_compilations = 0
+
+
+def _listen(event: str, duration_secs: float, **metadata: Any) -> None:
+  global _compilations
+  _compilations += event == "/jax/core/compile/backend_compile_duration"
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
+def count_compilations() -> int:
+  """Programs that were compiled, or loaded from the cache, in this process since this module was imported."""
+  return _compilations
 
 
 def use_compilation_cache() -> None:

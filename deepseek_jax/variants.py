@@ -53,9 +53,10 @@ def add_attention(name: str, module: type, like: str = "gqa") -> None:
   Raises ConfigError for the name of a shipped one, for what is no attention, and for another `like`.
   """
   _check_name("attention", name)
-  if not (isinstance(module, type) and issubclass(module, nnx.Module) and hasattr(module, "decode")):
+  is_module = isinstance(module, type) and issubclass(module, nnx.Module)
+  if not (is_module and hasattr(module, "decode") and hasattr(module, "token_shapes")):
     raise ConfigError(
-      f"{module!r:.60} is no attention: expected an nnx.Module with __call__ and decode, as a subclass of "
+      f"{module!r:.60} is no attention: expected an nnx.Module with __call__, decode and token_shapes, as a subclass of "
       "model.attention.Attention or model.mla.MLA"
     )
   if like not in _shipped["attention"]:

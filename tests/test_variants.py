@@ -17,11 +17,28 @@ from deepseek_jax.console import SilentConsole
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.attention import Attention
+from deepseek_jax.model.attention_kinds import ATTENTION
+from deepseek_jax.model.router import SCORES
 from deepseek_jax.model.transformer import graphdef, init_params
+from deepseek_jax.model_config import ATTENTION_KINDS, MoEConfig
+from deepseek_jax.plan.attention import ATTENTION_PLANS
 from deepseek_jax.plan.flops import training_flops
 from tests.configs import DENSE, V3, with_moe, write_texts
 
 SMALL = dataclasses.replace(DENSE, layers=1)
+
+
+@pytest.fixture(autouse=True)
+def shipped_tables():
+  """Takes variants out of the tables again, which other tests in this process read."""
+  choices = MoEConfig.__dataclass_fields__["score"].metadata["choices"]
+  tables = SCORES, ATTENTION, ATTENTION_KINDS, ATTENTION_PLANS
+  before, choices_before = [dict(table) for table in tables], list(choices)
+  yield
+  for table, rows in zip(tables, before, strict=True):
+    table.clear()
+    table.update(rows)
+  choices[:] = choices_before
 
 
 def with_kind(model, kind):
@@ -91,7 +108,9 @@ def test_what_is_no_variant_is_refused():
     variants.add_score("sigmoid", jnp.exp)
   with pytest.raises(ConfigError, match="the score 'other' is of type int: expected a function"):
     variants.add_score("other", 3)
-  with pytest.raises(ConfigError, match="is no attention: expected an nnx.Module with __call__ and decode"):
+  with pytest.raises(
+    ConfigError, match="is no attention: expected an nnx.Module with __call__, decode and token_shapes"
+  ):
     variants.add_attention("other", object)
   with pytest.raises(ConfigError, match="like='mine' is not one of gqa, mla"):
     variants.add_attention("other", Scaled, like="mine")

@@ -11,8 +11,9 @@ from deepseek_jax.config_sections import SampleConfig
 from deepseek_jax.console import current_console
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.evaluate.scoring import Request, Scorer, padded_batch, padded_length
-from deepseek_jax.generate.batched import continue_batch
+from deepseek_jax.evaluate.scoring import Request, Scorer, padded_batch
+from deepseek_jax.generate.decoding import continue_ids, padded_length, to_sampling
+from deepseek_jax.generate.engine import Engine, EngineConfig
 from deepseek_jax.sharding import num_batch_shards
 
 
@@ -130,26 +131,23 @@ class LanguageModel:
       self._note_truncated(too_long, len(ids))
     ids = [prompt[-room:] for prompt in ids]
     seeds = np.random.SeedSequence(seed).generate_state(max(len(ids), 1)).tolist()
-    by_window: dict[int, list[int]] = {}
-    for i in sorted(range(len(ids)), key=lambda i: len(ids[i])):
-      by_window.setdefault(padded_length(len(ids[i]) + sample.max_tokens, self.seq), []).append(i)
-    texts: dict[int, str] = {}
+    samplings, longest = [to_sampling(sample, of_prompt) for of_prompt in seeds], max(map(len, ids), default=1)
     weights, mesh = self.weights, self.weights.mesh
+    sizes = EngineConfig(
+      max_batch=padded_batch(max(len(ids), 1), self.batch, num_batch_shards(mesh)),
+      max_length=padded_length(longest + sample.max_tokens, self.seq),
+    )
     with current_console().count_progress(f"evaluate: {description}", len(ids)) as update, jax.set_mesh(mesh):
-      for window, indices in by_window.items():
-        batch = padded_batch(len(indices), self.batch, num_batch_shards(mesh))
-        for start in range(0, len(indices), batch):
-          chosen = indices[start : start + batch]
-          generated = continue_batch(
-            self.scorer.graphdef, weights.params, weights.buffers, [ids[i] for i in chosen], [seeds[i] for i in chosen], batch=batch,
-            window=window, tokenizer=self.tokenizer, config=sample, mesh=mesh,
-            has_ended=lambda ids: any(text in self.tokenizer.decode(ids) for text in stop),
-          )  # fmt: skip
-          texts |= {
-            i: before(self.tokenizer.decode(of_prompt), stop) for i, of_prompt in zip(chosen, generated, strict=True)
-          }
-          update(len(texts))
-    return [texts[i] for i in range(len(ids))]
+      model, tokenizer = self.saved.config.model, self.tokenizer
+      engine = Engine(model, weights.params, weights.buffers, mesh, tokenizer.vocab, tokenizer.eos, sizes)
+      generated = continue_ids(
+        engine,
+        ids,
+        samplings[: len(ids)],
+        lambda ids: any(text in tokenizer.decode(ids) for text in stop),
+        update,
+      )
+    return [before(tokenizer.decode(of_prompt), stop) for of_prompt in generated]
 
   def _note_truncated(self, count: int, total: int) -> None:
     current_console().print(

@@ -13,13 +13,13 @@ from jax.sharding import NamedSharding
 from deepseek_jax.checkpoint.load import LoadedWeights
 from deepseek_jax.distributed import gather_to_host
 from deepseek_jax.errors import DataError
+from deepseek_jax.generate.decoding import padded_length
 from deepseek_jax.model.transformer import Transformer, graphdef
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.sharding import UNSHARDED_SEQUENCE, axis_rules, num_batch_shards, spec, spmd
 from deepseek_jax.typing import Params
 
 CHUNK = 512  # positions whose logits exist at once
-MIN_LENGTH = 16  # of a padded sequence
 
 
 class Request(NamedTuple):
@@ -34,11 +34,6 @@ class TokenScores(NamedTuple):
 
   log_probs: np.ndarray
   is_argmax: np.ndarray
-
-
-def padded_length(length: int, limit: int) -> int:
-  """The power of two that `length` is padded to, at least MIN_LENGTH and at most `limit`: few shapes are compiled."""
-  return min(max(MIN_LENGTH, 1 << (length - 1).bit_length()), limit)
 
 
 def padded_batch(count: int, batch: int, shards: int) -> int:

@@ -71,12 +71,11 @@ def sample_from_checkpoint(
   import jax
 
   from deepseek_jax.generate.decoding import continue_prompt
-  from deepseek_jax.model.transformer import graphdef
 
   weights = saved.load(devices)
   with jax.set_mesh(weights.mesh):
     return continue_prompt(
-      graphdef(saved.config.model.for_sampling()),
+      saved.config.model,
       weights.params,
       weights.buffers,
       tokenizer,

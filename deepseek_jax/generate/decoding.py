@@ -1,120 +1,68 @@
-"""Continuing a prompt: the prompt in one pass, then one token at a time with a cache."""
+"""Continuing prompts with an engine of their own: texts for a run's sample, ids for an evaluation."""
 
-import functools
+from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import NamedSharding
 
 from deepseek_jax.config_sections import SampleConfig
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.distributed import gather_to_host
-from deepseek_jax.generate.sampling import next_token
-from deepseek_jax.model.transformer import Transformer
-from deepseek_jax.sharding import UNSHARDED_SEQUENCE, axis_rules, num_batch_shards, psum, spec, spmd
+from deepseek_jax.generate.engine import Engine, EngineConfig
+from deepseek_jax.generate.request import Request, Sampling
+from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.typing import Params
 
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "vocab", "eos", "config"))
-def generate_tokens(
-  graphdef: nnx.GraphDef,
-  params: Params,
-  buffers: Params,
-  tokens: jax.Array,
-  token_in_text: jax.Array,
-  prompt_lengths: jax.Array,
-  key_data: jax.Array,
-  position: int | jax.Array,
-  end: int | jax.Array,
-  *,
-  vocab: int,
-  eos: int,
-  config: SampleConfig,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """`generate_local_tokens` under `spmd`, on global arrays: each device generates for its part of the batch."""
-
-  def local(params, buffers, *arguments):
-    model = nnx.merge(graphdef, params, buffers)
-    return generate_local_tokens(model, *arguments, vocab=vocab, eos=eos, config=config)
-
-  param_specs, buffer_specs = (jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree) for tree in (params, buffers))
-  by_batch, of_batch, replicated = spec("batch", None), spec("batch"), spec()
-  in_specs = param_specs, buffer_specs, by_batch, by_batch, of_batch, by_batch, replicated, replicated
-  out_specs = by_batch, by_batch, replicated, replicated
-  with axis_rules(UNSHARDED_SEQUENCE):
-    program = spmd(local, in_specs, out_specs, differentiable=False)
-    return program(params, buffers, tokens, token_in_text, prompt_lengths, key_data, position, end)
+MIN_LENGTH = 16  # of a padded sequence
 
 
-def generate_local_tokens(
-  model: Transformer,
-  tokens: jax.Array,
-  token_in_text: jax.Array,
-  prompt_lengths: jax.Array,
-  key_data: jax.Array,
-  position: jax.Array,
-  end: jax.Array,
-  *,
-  vocab: int,
-  eos: int,
-  config: SampleConfig,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """Generates tokens from `position` up to `end`; stops early when every sequence has ended, with `eos`.
+def padded_length(length: int, limit: int) -> int:
+  """The power of two that `length` is padded to, at least MIN_LENGTH and at most `limit`: few shapes are compiled."""
+  return min(max(MIN_LENGTH, 1 << (length - 1).bit_length()), limit)
 
-  One forward pass over the window makes the cache. Each token is then one step of `Transformer.decode`. Entries of the
-  cache past `position` are overwritten before they are read. Where a prompt goes on past `position`, its own tokens are
-  taken, so that prompts of several lengths share a batch.
+
+def to_sampling(config: SampleConfig, seed: int, max_tokens: int | None = None) -> Sampling:
+  """The Sampling of `config`, with another max_tokens if given."""
+  return Sampling(
+    config.max_tokens if max_tokens is None else max_tokens, config.temperature, config.top_k, config.top_p,
+    repetition_penalty=config.repetition_penalty, seed=seed,
+  )  # fmt: skip
+
+
+def continue_ids(
+  engine: Engine,
+  prompts: Sequence[Sequence[int]],
+  samplings: Sequence[Sampling],
+  has_ended: Callable[[list[int]], bool] = lambda ids: False,
+  update: Callable[[int], None] = lambda done: None,
+) -> list[list[int]]:
+  """Ids that follow each of `prompts`: up to max_tokens, or to eos, which is not among them.
 
   Args:
-    tokens: [batch, window] int32, prompts, and what was generated after them up to `position`.
-    token_in_text: [batch, padded vocab] bool, ids already in the text.
-    prompt_lengths: [batch] int32.
-    key_data: [batch, words] uint32, of the PRNG keys of the sampling. As key data, since devices of other processes take
-      NumPy arrays only.
-    position, end: [] int, with 0 < position < end <= window, and position at least the length of the shortest prompt.
-    vocab: ids of the tokenizer; the padding of the vocabulary after them is never sampled.
+    engine: that has nothing else to do; its mesh is set.
+    samplings: of each prompt.
+    has_ended: whether no more ids are wanted after these; asked whenever there are new ones.
+    update: called with the number of prompts that are done.
 
-  Returns:
-    (tokens, token_in_text, position after the last token, whether every sequence has ended). A sequence that has ended
-    goes on with `eos`.
+  Raises ConfigError as `Engine.add`.
   """
-
-  def unfinished(carry):
-    position, _, _, _, _, _, done = carry
-    return (position < end) & ~done
-
-  def step(carry):
-    position, tokens, token_in_text, hidden, cache, ended, _ = carry
-    logits = model.logits(hidden)[:, 0]  # [batch, padded vocab]
-    ids = jnp.arange(logits.shape[1])
-    sample = functools.partial(next_token, config=config)
-    token = jax.vmap(sample)(
-      jnp.where(ids < vocab, logits, -jnp.inf), token_in_text, jax.vmap(jax.random.fold_in, (0, None))(keys, position)
-    )
-    in_prompt = position < prompt_lengths
-    in_place = jax.lax.dynamic_slice_in_dim(tokens, position, 1, 1)[:, 0]
-    token = jnp.where(in_prompt, in_place, jnp.where(ended, eos, token))
-    ended |= ~in_prompt & (token == eos)
-    done = psum(jnp.sum(~ended), "batch") == 0
-    token_in_text, token = token_in_text | (ids == token[:, None]), token[:, None]
-    tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token, position, 1)
-    hidden, cache = model.decode(token, cache, position)  # hidden [batch, 1, embed]
-    return position + 1, tokens, token_in_text, hidden, cache, ended, done
-
-  keys, index = jax.random.wrap_key_data(key_data), jnp.arange(tokens.shape[1])
-  generated = (index >= prompt_lengths[:, None]) & (index < position)
-  ended = jnp.any(generated & (tokens == eos), 1)
-  hidden, cache = model.prefill(tokens)  # [batch, window, embed]
-  hidden = jax.lax.dynamic_slice_in_dim(hidden, position - 1, 1, 1)  # of the last token
-  carry = (position, tokens, token_in_text, hidden, cache, ended, jnp.array(False))
-  position, tokens, token_in_text, _, _, _, done = jax.lax.while_loop(unfinished, step, carry)
-  return tokens, token_in_text, position, done
+  for i, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
+    engine.add(Request(i, tuple(prompt), sampling))
+  generated: list[list[int]] = [[] for _ in prompts]
+  done = 0
+  while engine.has_work:
+    for output in engine.step():
+      generated[output.id] += output.tokens
+      if output.finish_reason is None and has_ended(generated[output.id]):
+        engine.cancel(output.id)
+      elif output.finish_reason is None:
+        continue
+      done += 1
+      update(done)
+  return generated
 
 
 def continue_prompt(
-  graphdef: nnx.GraphDef,
+  model: ModelConfig,
   params: Params,
   buffers: Params,
   tokenizer: Tokenizer,
@@ -129,7 +77,7 @@ def continue_prompt(
   Control characters other than newline and tab become the replacement character.
 
   Args:
-    graphdef, params, buffers: the model.
+    model, params, buffers: as Engine takes them.
     tokenizer: of the training data.
     seq: context length that the model was trained on. When it is full, the older half of the text is dropped.
     seed: of the sampling.
@@ -140,25 +88,18 @@ def continue_prompt(
   ids = [tokenizer.bos, *ids] if add_bos or not ids else ids
   prompt_length = len(ids)
   max_length = prompt_length + config.max_tokens
-  batch = num_batch_shards(mesh)  # the same prompt on each shard of the batch, since a batch of one cannot be sharded
   window = min(seq, max_length)
-  prompt_ids = np.zeros((batch, params["embed"].shape[0]), bool)
-  prompt_ids[:, ids] = True
-  by_batch, of_batch = NamedSharding(mesh, spec("batch", None)), NamedSharding(mesh, spec("batch"))
-  token_in_text, done = jax.device_put(prompt_ids, by_batch), False
-  while len(ids) < max_length and not done:
+  sizes = EngineConfig(max_batch=1, max_length=padded_length(window, seq))
+  engine = Engine(model, params, buffers, mesh, tokenizer.vocab, tokenizer.eos, sizes)
+  while len(ids) < max_length:
     context = ids if len(ids) < window else ids[-max(window // 2, 1) :]
-    padded = np.zeros((batch, window), np.int32)
-    padded[:, : len(context)] = context
-    end = min(window, len(context) + max_length - len(ids))
-    key = jax.random.fold_in(jax.random.key(seed), len(ids))
-    lengths = jax.device_put(np.full(batch, len(context), np.int32), of_batch)
-    key_data = jax.device_put(np.tile(jax.random.key_data(key), (batch, 1)), by_batch)
-    tokens, token_in_text, position, done = generate_tokens(
-      graphdef, params, buffers, jax.device_put(padded, by_batch), token_in_text, lengths, key_data, len(context), end,
-      vocab=tokenizer.vocab, eos=tokenizer.eos, config=config,
-    )  # fmt: skip
-    ids += gather_to_host(tokens)[0, len(context) : int(position)].tolist()
-  text = tokenizer.decode([token for token in ids[prompt_length:] if token != tokenizer.eos])
+    count = min(window - len(context), max_length - len(ids))
+    # The random numbers of a position are another's once the text has moved.
+    segment_seed = int(np.random.SeedSequence([seed, len(ids)]).generate_state(1)[0])
+    (new,) = continue_ids(engine, [context], [to_sampling(config, segment_seed, count)])
+    ids += new
+    if len(new) < count:  # the document has ended
+      break
+  text = tokenizer.decode(ids[prompt_length:])
   # An untrained model may write a terminal's control sequences.
   return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

@@ -14,7 +14,7 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
   "top_k": (0, None),
   "top_p": (0.0, 1.0),
   "min_p": (0.0, 1.0),
-  "repetition_penalty": (1e-6, 1e6),
+  "repetition_penalty": (1e-38, 1e38),
   "presence_penalty": (-2.0, 2.0),
   "frequency_penalty": (-2.0, 2.0),
   "seed": (0, 2**32 - 1),

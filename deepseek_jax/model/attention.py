@@ -16,6 +16,7 @@ from deepseek_jax.model.dropout import dropout, fold_in_grid
 from deepseek_jax.model.kernel_choice import may_use_attention_kernel
 from deepseek_jax.model.layer_output import LayerOutput
 from deepseek_jax.model.linear import Linear, fused_linear
+from deepseek_jax.model.paged_cache import LayerCache, TokenShapes
 from deepseek_jax.model.rope import apply_rope
 from deepseek_jax.model_config import AttentionConfig, ModelConfig
 from deepseek_jax.sharding import all_gather_sequence, axis_index, mesh_axes
@@ -92,35 +93,25 @@ def causal_self_attention(
   )  # fmt: skip
 
 
-def decode_attention(
-  q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array, *, scale: float, window: int
-) -> jax.Array:
-  """Attention of a new token, `q` [batch, 1, heads, key width], to positions 0 .. `position` of cached `k` and `v`.
-
-  With a `window`, to the last so many of them; the cache has the others too.
-  """
-  positions = jnp.arange(k.shape[1])
-  mask = positions <= position
-  if window:
-    mask = mask & (positions > position - window)
-  return xla.masked_attention(mask[None], q, k, v, scale=scale)
-
-
-def update_cache(cache: PyTree, new: PyTree, position: jax.Array) -> PyTree:
-  """`cache`, arrays [batch, length, ...], with `new`, arrays [batch, 1, ...], at `position`."""
-  return jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, position, 1), cache, new)
+def kv_axes(config: AttentionConfig) -> tuple[str | None, str]:
+  """Logical axes of a token's keys. A single key head is replicated on the devices that share the heads."""
+  return (None if config.kv_heads == 1 else "kv_heads", "head_dim")
 
 
 class Attention(nnx.Module):
   """Multi-head or grouped-query attention with RoPE (DeepSeek LLM section 2.2). Its cache is keys and values."""
 
+  @staticmethod
+  def token_shapes(config: AttentionConfig) -> TokenShapes:
+    """What the cache has of a token in a layer: its key and its value."""
+    shape = (config.kv_heads, config.head_dim), kv_axes(config)
+    return shape, shape
+
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None):
     a = config.attention
-    # A single key head is replicated on the devices that share the heads.
-    kv_axes = (None if a.kv_heads == 1 else "kv_heads", "head_dim")
     self.q = Linear((config.embed, a.heads, a.head_dim), ("embed", "heads", "head_dim"), config, rngs)
-    self.k = Linear((config.embed, a.kv_heads, a.head_dim), ("embed", *kv_axes), config, rngs)
-    self.v = Linear((config.embed, a.kv_heads, a.head_dim), ("embed", *kv_axes), config, rngs)
+    self.k = Linear((config.embed, a.kv_heads, a.head_dim), ("embed", *kv_axes(a)), config, rngs)
+    self.v = Linear((config.embed, a.kv_heads, a.head_dim), ("embed", *kv_axes(a)), config, rngs)
     # Not saved in FP8: attention's backward pass saves this input too. V3 has it in E5M6, which JAX lacks.
     self.o = Linear(
       (a.heads, a.head_dim, config.embed), ("heads", "head_dim", "embed"), config, rngs, fp8_residual=False
@@ -135,17 +126,19 @@ class Attention(nnx.Module):
   def __call__(
     self, x: jax.Array, batch_context: BatchContext, dropout_key: jax.Array | None = None
   ) -> tuple[jax.Array, LayerOutput]:
-    """(partial sums [batch, seq, embed], LayerOutput with the cache: keys and values); x is [batch, stream, embed]."""
+    """(partial sums [batch, seq, embed], LayerOutput); x is [batch, stream, embed]."""
     q, k, v = self.project_qkv(all_gather_sequence(x), batch_context.rotation)
     scale = self.config.head_dim**-0.5
     y = causal_self_attention(q, (k, v), lambda kv: kv, scale, self.config, batch_context, dropout_key)
-    return self.o("bshk,hkd->bsd", y), LayerOutput((k, v))
+    return self.o("bshk,hkd->bsd", y), LayerOutput()
 
   def decode(
-    self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], cache: PyTree, position: jax.Array
-  ) -> tuple[jax.Array, PyTree]:
-    """(partial sums [batch, 1, embed], cache) of the token `x` [batch, 1, embed] at `position`."""
+    self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], cache: LayerCache
+  ) -> tuple[jax.Array, LayerCache]:
+    """(partial sums [batch, new, embed], cache with them) of the new tokens `x` [batch, new, embed]."""
     q, *new = self.project_qkv(x, rotation)
-    k, v = update_cache(cache, tuple(new), position)
-    y = decode_attention(q, k, v, position, scale=self.config.head_dim**-0.5, window=self.config.window)
-    return self.o("bshk,hkd->bsd", y), (k, v)
+    cache = cache.append(*new)
+    k, v = cache.gather()
+    mask = cache.mask(x.shape[1], self.config.window)
+    y = xla.masked_attention(mask, q, k, v, scale=self.config.head_dim**-0.5)
+    return self.o("bshk,hkd->bsd", y), cache

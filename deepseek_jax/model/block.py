@@ -12,6 +12,7 @@ from deepseek_jax.model.layer_output import LayerOutput
 from deepseek_jax.model.mlp import SwiGLU
 from deepseek_jax.model.moe import MoE
 from deepseek_jax.model.norm import RMSNorm
+from deepseek_jax.model.paged_cache import LayerCache
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.sharding import all_gather_sequence, reduce_scatter_sequence
 from deepseek_jax.typing import PyTree
@@ -62,11 +63,9 @@ class Block(nnx.Module):
       return y
     return dropout(y, self.dropout, fold_in_grid(key, batch_context.sequence_ids, batch_context.position_ids))
 
-  def decode(
-    self, x: jax.Array, batch_context: BatchContext, cache: PyTree, position: jax.Array
-  ) -> tuple[jax.Array, PyTree]:
-    """(x, cache) after the token `x` [batch, 1, embed] at `position`, which `batch_context` describes."""
-    y, cache = self.attn.decode(self.attn_norm(x), batch_context.rotation, cache, position)
+  def decode(self, x: jax.Array, batch_context: BatchContext, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
+    """(x, cache with them) of the new tokens `x` [batch, new, embed], which `batch_context` describes."""
+    y, cache = self.attn.decode(self.attn_norm(x), batch_context.rotation, cache)
     x = x + reduce_scatter_sequence(y)
     y, _ = self.feed_forward(self.mlp_norm(x), batch_context)
     return x + reduce_scatter_sequence(y), cache

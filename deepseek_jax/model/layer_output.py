@@ -15,7 +15,6 @@ class LayerOutput:
   A scan over layers would stack all of it. What is used is chosen layer by layer, by an aux_fn (`Transformer`).
   """
 
-  cache: PyTree  # of the attention, for `decode`
   # name -> what a part of the layer observed: "output", the hidden states [batch, stream, embed] after the block, and
   # "routing", a router.Routing, in an MoE layer. In training each name needs
   # a row in training.layer_aux.LAYER_AUX, which says what becomes of it.

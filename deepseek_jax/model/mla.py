@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.model.attention import causal_self_attention, decode_attention, update_cache
+from deepseek_jax.kernels.attention import xla
+from deepseek_jax.model.attention import causal_self_attention
 from deepseek_jax.model.batch_context import BatchContext
 from deepseek_jax.model.layer_output import LayerOutput
 from deepseek_jax.model.linear import Linear, fused_linear
 from deepseek_jax.model.norm import RMSNorm
+from deepseek_jax.model.paged_cache import LayerCache, TokenShapes
 from deepseek_jax.model.rope import apply_rope, mscale
 from deepseek_jax.model_config import AttentionConfig, ModelConfig
 from deepseek_jax.sharding import all_gather_sequence
@@ -25,6 +27,11 @@ def softmax_scale(config: AttentionConfig) -> float:
 
 class MLA(nnx.Module):
   """Expanded for training (`__call__`), absorbed for decoding (`decode`): one function, its products in two orders."""
+
+  @staticmethod
+  def token_shapes(config: AttentionConfig) -> TokenShapes:
+    """What the cache has of a token in a layer: its latent, and the key that all heads share (V2 section 2.1)."""
+    return ((config.kv_lora_rank,), (None,)), ((config.qk_rope_head_dim,), (None,))
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None):
     a = config.attention
@@ -70,7 +77,7 @@ class MLA(nnx.Module):
   def __call__(
     self, x: jax.Array, batch_context: BatchContext, dropout_key: jax.Array | None = None
   ) -> tuple[jax.Array, LayerOutput]:
-    """(partial sums [batch, seq, embed], LayerOutput with the cache: latents); x is [batch, stream, embed]."""
+    """(partial sums [batch, seq, embed], LayerOutput); x is [batch, stream, embed]."""
     x = all_gather_sequence(x, "stream", "latent_seq")
     queries, latents = self.project_latents(x, batch_context.rotation)
     kv_b = self.kv_b.weight(x.dtype)
@@ -84,22 +91,25 @@ class MLA(nnx.Module):
 
     q = jnp.concatenate(queries, -1)
     y = causal_self_attention(q, latents, expand_kv, self.scale, self.config, batch_context, dropout_key)
-    return self.o("bshv,hvd->bsd", y), LayerOutput(latents)
+    return self.o("bshv,hvd->bsd", y), LayerOutput()
 
   def decode(
-    self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], cache: Latents, position: jax.Array
-  ) -> tuple[jax.Array, Latents]:
-    """(partial sums [batch, 1, embed], cache) of the token `x` [batch, 1, embed] at `position`.
+    self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], cache: LayerCache
+  ) -> tuple[jax.Array, LayerCache]:
+    """(partial sums [batch, new, embed], cache with them) of the new tokens `x` [batch, new, embed].
 
     kv_b is absorbed into the query and the output (V2 section 2.1.2): each head attends to the latents themselves, with
     one key head of width kv_lora_rank + rope and one value head of width kv_lora_rank.
     """
     (q_nope, q_rope), new = self.project_latents(x, rotation)
-    latent, k_rope = update_cache(cache, new, position)
+    cache = cache.append(*new)
+    latent, k_rope = cache.gather()
     k_up, v_up = jnp.split(self.kv_b.weight(x.dtype), [self.config.qk_nope_head_dim], -1)
     q_latent = jnp.einsum("bqhk,chk->bqhc", q_nope, k_up)
     q, k = jnp.concatenate([q_latent, q_rope], -1), jnp.concatenate([latent, k_rope], -1)
-    # [batch, 1, heads, kv_lora]
-    y = decode_attention(q, k[:, :, None], latent[:, :, None], position, scale=self.scale, window=self.config.window)
+    mask = cache.mask(x.shape[1], self.config.window)
+    y = xla.masked_attention(
+      mask, q, k[:, :, None], latent[:, :, None], scale=self.scale
+    )  # [batch, new, heads, kv_lora]
     y = jnp.einsum("bqhc,chv->bqhv", y, v_up)
-    return self.o("bshv,hvd->bsd", y), (latent, k_rope)
+    return self.o("bshv,hvd->bsd", y), cache

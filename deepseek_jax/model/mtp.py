@@ -9,6 +9,7 @@ from deepseek_jax.model.block import Block
 from deepseek_jax.model.layer_output import LayerOutput
 from deepseek_jax.model.linear import Linear
 from deepseek_jax.model.norm import RMSNorm
+from deepseek_jax.model.paged_cache import LayerCache
 from deepseek_jax.model_config import ModelConfig
 
 
@@ -39,6 +40,17 @@ class MTPLayer(nnx.Module):
 
     hidden: [batch, stream, embed], of the depth before. embeddings: [batch, stream, embed], of the next tokens.
     """
-    x = jnp.concatenate([self.embed_norm(embeddings), self.hidden_norm(hidden)], -1)  # [batch, stream, 2 embed]
-    x, output = self.block(self.proj("bsd,de->bse", x), batch_context, dropout_key)
+    x, output = self.block(self.merge(hidden, embeddings), batch_context, dropout_key)
     return self.norm(x), output
+
+  def merge(self, hidden: jax.Array, embeddings: jax.Array) -> jax.Array:
+    """What the block takes, [batch, stream, embed] (V3 eq. 21)."""
+    x = jnp.concatenate([self.embed_norm(embeddings), self.hidden_norm(hidden)], -1)  # [batch, stream, 2 embed]
+    return self.proj("bsd,de->bse", x)
+
+  def decode(
+    self, hidden: jax.Array, embeddings: jax.Array, batch_context: BatchContext, cache: LayerCache
+  ) -> tuple[jax.Array, LayerCache]:
+    """As `__call__` of new tokens, and the cache with them."""
+    x, cache = self.block.decode(self.merge(hidden, embeddings), batch_context, cache)
+    return self.norm(x), cache

@@ -167,26 +167,6 @@ class Transformer(nnx.Module):
       depths.append((hidden, aux))
     return depths
 
-  def prefill(self, ids: jax.Array) -> tuple[jax.Array, dict[str, PyTree]]:
-    """(hidden states [batch, seq, embed], cache for `decode`, of seq positions) of `ids` int [batch, seq]."""
-    return self(ids, aux_fn=lambda output: output.cache)
-
-  def decode(
-    self, ids: jax.Array, cache: dict[str, PyTree], position: jax.Array
-  ) -> tuple[jax.Array, dict[str, PyTree]]:
-    """(hidden states [batch, 1, embed], cache) of `ids` int [batch, 1] at `position` int []."""
-    new_cache, batch_context = {}, self.batch_context(ids, position_ids=position[None])
-
-    def layer(x, layer_inputs):
-      block, layer_cache = layer_inputs
-      return block.decode(x, batch_context, layer_cache, position)
-
-    with matmul_precision(self.config):
-      x = self.embed_tokens(ids)
-      for name in cache:
-        x, new_cache[name] = jax.lax.scan(layer, x, (getattr(self, name), cache[name]))
-      return self.final_norm(x), new_cache
-
   def embed_tokens(self, ids: jax.Array) -> jax.Array:
     """Embeddings [batch, stream, embed] in the compute dtype, of `ids` int [batch, seq]."""
     table = all_gather_params(self.embed[...].astype(self.config.compute_dtype), "vocab", "embed")

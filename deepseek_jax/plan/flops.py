@@ -6,7 +6,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import AbstractDevice
 
 from deepseek_jax.config import Config
@@ -14,8 +13,10 @@ from deepseek_jax.config_sections import MeshConfig
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.kernels.attention.api import count_visible_pairs
 from deepseek_jax.mesh import abstract_mesh
-from deepseek_jax.model.transformer import graphdef, init_params
-from deepseek_jax.model_config import ModelConfig, MoEConfig
+from deepseek_jax.model.attention_kinds import ATTENTION
+from deepseek_jax.model.paged_cache import token_elements
+from deepseek_jax.model.transformer import init_params
+from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.plan.attention import ATTENTION_PLANS
 from deepseek_jax.sharding import UNSHARDED_PARAMS, axis_rules
 from deepseek_jax.typing import Params
@@ -68,15 +69,8 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
 
 
 def cache_elements_per_token(config: ModelConfig) -> int:
-  """Elements of the decoding cache per token, in all layers, from the abstract prefill of a sequence."""
-  # Only attention has a cache: the model is traced without its experts.
-  config, length = dataclasses.replace(config.for_sampling(), moe=MoEConfig(), first_dense_layers=0), 8
-  with jax.sharding.use_abstract_mesh(abstract_mesh(MeshConfig(data=1), TRACE_DEVICE)):
-    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    _, cache = jax.eval_shape(
-      lambda tokens: nnx.merge(graphdef(config), *init_params(config, key=None)).prefill(tokens), tokens
-    )
-  return sum(leaf.size for leaf in jax.tree.leaves(cache)) // length
+  """Elements of the decoding cache per token, in all layers, without those of multi-token prediction."""
+  return config.layers * token_elements(ATTENTION[config.attention.kind].token_shapes(config.attention))
 
 
 @dataclasses.dataclass(frozen=True)

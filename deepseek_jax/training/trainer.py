@@ -317,6 +317,6 @@ class Trainer:
     """What the model says after the prompt of the config."""
     config = self.config
     return self.sample_fn(
-      graphdef(config.model.for_sampling()), self.state.params, self.state.buffers, self.data.tokenizer, config.sample,
+      config.model, self.state.params, self.state.buffers, self.data.tokenizer, config.sample,
       config.data.seq, config.seed, self.mesh,
     )  # fmt: skip

@@ -7,7 +7,8 @@ import deepseek_jax
 from deepseek_jax.checkpoint.load import open_saved_model
 from deepseek_jax.errors import DataError
 from deepseek_jax.evaluate import scoring
-from deepseek_jax.evaluate.scoring import Request, Scorer, padded_batch, padded_length
+from deepseek_jax.evaluate.scoring import Request, Scorer, padded_batch
+from deepseek_jax.generate.decoding import padded_length
 from tests.saved_models import SEQ, VOCAB, write_hugging_face
 
 

@@ -26,7 +26,7 @@ def generate(mesh_config, settings, seq=64, seed=0):
   mesh = make_mesh(mesh_config, jax.devices()[: abs(mesh_config.data * mesh_config.fsdp * mesh_config.tensor)])
   with jax.set_mesh(mesh):
     params, buffers = jax.block_until_ready(jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(3)))
-    return continue_prompt(graphdef(MODEL), params, buffers, BYTES, settings, seq, seed, mesh)
+    return continue_prompt(MODEL, params, buffers, BYTES, settings, seq, seed, mesh)
 
 
 def greedy_reference(window):

@@ -10,9 +10,13 @@ from flax import nnx
 
 from deepseek_jax.config_sections import MeshConfig
 from deepseek_jax.mesh import make_mesh
+from deepseek_jax.model import paged_cache
+from deepseek_jax.model.attention_kinds import ATTENTION
+from deepseek_jax.model.decode import decode
 from deepseek_jax.model.mla import softmax_scale
+from deepseek_jax.model.paged_cache import CachePositions
 from deepseek_jax.model.rope import apply_rope, rope_cos_sin, rope_frequencies
-from deepseek_jax.model.transformer import graphdef, init_params
+from deepseek_jax.model.transformer import STACKS, graphdef, init_params
 from deepseek_jax.model_config import AttentionConfig, YarnConfig
 from deepseek_jax.plan.flops import cache_elements_per_token
 from tests import configs
@@ -48,24 +52,34 @@ def test_decoding_equals_the_full_forward_pass(name):
   with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])):
     model = model_of(config)
     expected = model.logits(jax.jit(lambda model, ids: model(ids)[0])(model, jnp.asarray(ids)))
-    prompt = np.concatenate([ids[:, :5], np.zeros((2, 7), int)], 1)  # the cache is filled past the prompt as well
-    hidden, cache = jax.jit(lambda model, ids: model.prefill(ids))(model, jnp.asarray(prompt))
-    np.testing.assert_allclose(model.logits(hidden)[:, 4], expected[:, 4], rtol=1e-5, atol=1e-5)
-    decode = jax.jit(lambda model, *arguments: model.decode(*arguments))
-    for position in range(5, 12):
-      hidden, cache = decode(model, jnp.asarray(ids[:, position : position + 1]), cache, position)
-      np.testing.assert_allclose(model.logits(hidden)[:, 0], expected[:, position], rtol=1e-5, atol=1e-5)
+    cache = new_cache(config)
+    table = jnp.array([[3, 1, 0, 5], [2, 4, 6, 5]])  # page 5 is nobody's
+    step = jax.jit(decode)
+    for start, end, padding in ((0, 5, 0), (5, 9, 3), *((at, at + 1, 0) for at in range(9, 12))):
+      where = CachePositions(jnp.full(2, start), jnp.full(2, end - start), table)
+      new = np.pad(ids[:, start:end], ((0, 0), (0, padding)))
+      hidden, cache = step(model, jnp.asarray(new), cache, where)
+      got = model.logits(hidden)[:, : end - start]
+      np.testing.assert_allclose(got, expected[:, start:end], rtol=1e-5, atol=1e-5)
+
+
+def new_cache(config):
+  """Of 7 pages of 4 positions. Page 5, which is nobody's, has large values."""
+  shapes = ATTENTION[config.attention.kind].token_shapes(config.attention)
+  layers = {name: getattr(config, f"num_{name}") for name in STACKS}
+  zeros = {name: paged_cache.zeros(shapes, n, 7, 4, jnp.float32) for name, n in layers.items() if n}
+  return jax.tree.map(lambda array: array.at[:, 5].set(1e30), zeros)
 
 
 @pytest.mark.parametrize("name", ["mla", "gqa"])
 def test_bytes_of_the_cache(name):
   config = dataclasses.replace(V3, attention=ATTENTIONS[name])
   with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])):
-    _, cache = jax.eval_shape(lambda model, ids: model.prefill(ids), model_of(config), jnp.zeros((2, 12), int))
+    cache = new_cache(config)
   a = config.attention
   width = a.kv_lora_rank + a.qk_rope_head_dim if a.kind == "mla" else 2 * a.kv_heads * a.head_dim
   total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-  assert total == 2 * 12 * config.layers * width * 4
+  assert total == 7 * 4 * config.layers * width * 4
   assert cache_elements_per_token(config) == config.layers * width
 
 

@@ -12,7 +12,7 @@ from deepseek_jax.config_sections import MeshConfig
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model import attention
 from deepseek_jax.model.layer_output import LayerOutput
-from deepseek_jax.sharding import psum, spec
+from deepseek_jax.sharding import all_gather_sequence, psum, spec
 from deepseek_jax.training import layer_aux
 from deepseek_jax.training.layer_aux import LayerAux, Observation, add_metrics, logged_metrics, make_aux_fn
 from deepseek_jax.training.schedule import StepInputs
@@ -54,8 +54,8 @@ def observed_attention(monkeypatch):
 
   def observing(self, x, batch_context, dropout_key=None):
     y, output = call(self, x, batch_context, dropout_key)
-    keys, _ = output.cache  # [batch, seq, heads, width]
-    return y, LayerOutput(output.cache, {"norms": jnp.square(keys).mean((2, 3))})
+    _, keys, _ = self.project_qkv(all_gather_sequence(x), batch_context.rotation)  # [batch, seq, heads, width]
+    return y, LayerOutput({"norms": jnp.square(keys).mean((2, 3))})
 
   monkeypatch.setattr(attention.Attention, "__call__", observing)
   monkeypatch.setitem(layer_aux.LAYER_AUX, "norms", ROW)
@@ -119,7 +119,7 @@ def test_a_name_that_is_taken_is_an_error(monkeypatch, name):
 
 def test_an_aux_without_a_row_is_an_error_that_names_the_table():
   with pytest.raises(KeyError, match="'indexer'.*LAYER_AUX"):
-    make_aux_fn(StepConfig(MODEL))(LayerOutput((), {"indexer": jnp.zeros(())}))
+    make_aux_fn(StepConfig(MODEL))(LayerOutput({"indexer": jnp.zeros(())}))
 
 
 def test_metrics_are_added_where_both_have_them():

@@ -1,0 +1,286 @@
+"""An engine that continues many prompts at once: a queue, a cache in pages, and two compiled programs on a mesh.
+
+Requests are added at any time; each step computes chunks of prompts, within a budget of tokens, and then the next token
+of every sequence that runs. With several processes all of them make the same calls.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from deepseek_jax.compilation_cache import count_compilations
+from deepseek_jax.errors import ConfigError
+from deepseek_jax.generate import scheduler
+from deepseek_jax.generate.pages import PagePool
+from deepseek_jax.generate.programs import Chunk, NewTokens, Sampled, decode_step, new_state, prefill_chunk
+from deepseek_jax.generate.request import EngineStats, Output, Request, TokenLogprobs
+from deepseek_jax.generate.sampling import stack_rules
+from deepseek_jax.generate.scheduler import Scheduler
+from deepseek_jax.model.transformer import graphdef
+from deepseek_jax.model_config import ModelConfig
+from deepseek_jax.sharding import num_batch_shards
+from deepseek_jax.typing import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+  """Sizes of an engine.
+
+  Attributes:
+    max_batch: sequences that run at a time; rounded up to a multiple of the shards of the batch.
+    max_length: tokens of a prompt and its answer.
+    cache_tokens: that the key-value cache has room for; 0: for max_batch sequences of max_length.
+    page_size: tokens of a page.
+    chunk: tokens of a prompt that are computed at a time.
+    token_budget: of a step: one for each sequence that decodes, the rest for chunks of prompts, of which one always runs.
+    is_static: static batching instead of continuous, to compare with.
+    speculate: draft the token after the next by the model's own multi-token prediction.
+  """
+
+  max_batch: int = 8
+  max_length: int = 2048
+  cache_tokens: int = 0
+  page_size: int = 16
+  chunk: int = 64
+  token_budget: int = 256
+  is_static: bool = False
+  speculate: bool = False
+
+
+class Engine:
+  """Continues prompts of token ids.
+
+  Args:
+    model: its config; the engine computes as `ModelConfig.for_sampling` says.
+    params, buffers: of the model, on `mesh`.
+    mesh: the one that the caller sets where it calls the engine's methods.
+    vocab, eos: of the tokenizer.
+    config: sizes.
+    weights: a name of the weights, for the prefix cache.
+
+  Raises ConfigError for sizes that do not fit together, and for speculation without multi-token prediction.
+  """
+
+  def __init__(
+    self,
+    model: ModelConfig,
+    params: Params,
+    buffers: Params,
+    mesh: jax.sharding.Mesh,
+    vocab: int,
+    eos: int,
+    config: EngineConfig,
+    weights: str = "",
+  ):
+    check_engine(model, config)
+    config = dataclasses.replace(config, chunk=min(config.chunk, config.max_length))
+    self.config, self.max_length, self._vocab, self._eos = config, config.max_length, vocab, eos
+    self._shards = num_batch_shards(mesh)
+    slots = -(-config.max_batch // self._shards)
+    self._pages_per_sequence = -(-config.max_length // config.page_size)
+    pages = -(-config.cache_tokens // (config.page_size * self._shards)) or slots * self._pages_per_sequence
+    pages = max(pages, self._pages_per_sequence)
+    pools = [PagePool(pages, config.page_size, weights) for _ in range(self._shards)]
+    self._scheduler = Scheduler(slots, pools, config.chunk, config.is_static)
+    self._slots, self._pages = slots * self._shards, pages * self._shards
+    self._counts: collections.Counter[str] = collections.Counter()  # fields of EngineStats
+    sampling_model = model.for_sampling()
+    self._program = graphdef(sampling_model), params, buffers
+    self._state = new_state(sampling_model, self._slots, self._pages, config.page_size, config.speculate)
+
+  def warm_up(self) -> None:
+    """Compiles both programs. Nothing compiles after that."""
+    self._prefill([None] * self._shards)
+    self._decode([])
+
+  def add(self, request: Request) -> None:
+    """Puts `request` into the queue. Raises ConfigError where it cannot be answered."""
+    prompt, most = request.prompt, request.sampling.max_tokens
+    if not prompt:
+      raise ConfigError("the prompt has no tokens: expected at least one")
+    if not 0 <= min(prompt) <= max(prompt) < self._vocab:
+      raise ConfigError(f"the prompt has ids from {min(prompt)} to {max(prompt)}: expected 0 to {self._vocab - 1}")
+    if len(prompt) + most > self.max_length:
+      raise ConfigError(
+        f"the prompt has {len(prompt):,} tokens and max_tokens is {most:,}: together more than the {self.max_length:,} of this "
+        "model; shorten the prompt or lower max_tokens"
+      )
+    assert self._scheduler.find(request.id) is None, request.id
+    self._scheduler.add(request)
+    self._counts.update(prompt_tokens=len(prompt))
+
+  def cancel(self, id: int) -> None:
+    """Ends the request `id` and frees what it holds; nothing where it has ended."""
+    if sequence := self._scheduler.find(id):
+      self._scheduler.remove(sequence)
+      self._counts.update(cancelled=1)
+
+  @property
+  def has_work(self) -> bool:
+    """Whether a request has not ended."""
+    return bool(self._scheduler.running or self._scheduler.waiting)
+
+  def stats(self) -> EngineStats:
+    """Of what was done since the engine was made, and of this moment."""
+    pools = self._scheduler.pools
+    return EngineStats(
+      **self._counts, compilations=count_compilations(), max_batch=self._slots, pages=self._pages,
+      running=len(self._scheduler.running), waiting=len(self._scheduler.waiting), preemptions=self._scheduler.preemptions,
+      free_pages=sum(pool.free for pool in pools), cached_pages=sum(pool.cached for pool in pools),
+    )  # fmt: skip
+
+  @property
+  def cache_bytes(self) -> int:
+    """Of the key-value cache, on all devices, without copies."""
+    return sum(array.nbytes for array in jax.tree.leaves(self._state.cache))
+
+  def step(self) -> list[Output]:
+    """Computes chunks of prompts, then a token of each sequence that is through with its prompt, or two by a right draft."""
+    outputs: list[Output] = []
+    may_admit, decoding = self._scheduler.may_admit(), sum(s.is_prefilled for s in self._scheduler.running)
+    rounds = max(1, (self.config.token_budget - decoding) // (self.config.chunk * self._shards))
+    while (rounds or self.config.is_static) and any(chunks := self._scheduler.next_chunks(may_admit)):
+      outputs += self._prefill(chunks)
+      rounds -= 1
+    if sequences := list(self._scheduler.decoding()):
+      outputs += self._decode(sequences)
+    self._counts.update(steps=1)
+    return outputs
+
+  def _prefill(self, chunks: Sequence[scheduler.Sequence | None]) -> list[Output]:
+    """Computes the next chunk of a sequence on each shard, and samples its first token if that was the last one."""
+    new, rows = self._new_tokens(chunks, self.config.chunk), len(chunks)
+    text, next_tokens = np.full((rows, self.max_length), -1, np.int32), np.zeros_like(new.tokens)
+    is_last, wants_prompt = np.zeros(rows, bool), np.zeros(rows, bool)
+    for row, sequence in enumerate(chunks):
+      if sequence:
+        end = self._scheduler.chunk_end(sequence)
+        count = end - sequence.computed
+        new.tokens[row, :count] = sequence.text[sequence.computed : end]
+        after = sequence.text[sequence.computed + 1 : end + 1]
+        next_tokens[row, : len(after)] = after
+        new.length[row], is_last[row] = count, end == len(sequence.text)
+        text[row, : len(sequence.text)] = sequence.text
+        wants_prompt[row] = sequence.request.sampling.prompt_logprobs is not None
+    slot = np.array([s.slot if s else 0 for s in chunks], np.int32)
+    lengths = np.array([len(s.request.prompt) if s else 0 for s in chunks], np.int32)
+    sampled = self._call(prefill_chunk, new, Chunk(slot, text, lengths, is_last, wants_prompt, next_tokens))
+    outputs = []
+    for row, sequence in enumerate(chunks):
+      if sequence:
+        if wants_prompt[row]:
+          sequence.prompt_logprobs += self._prompt_logprobs(sequence, sampled, row, int(new.length[row]))
+        self._counts.update(prefilled_tokens=int(new.length[row]))
+        self._scheduler.advance(sequence, sequence.computed + int(new.length[row]))
+        if is_last[row]:
+          sequence.is_prefilled = True
+          outputs.append(self._answer(sequence, sampled, row))
+    return outputs
+
+  def _decode(self, sequences: Sequence[scheduler.Sequence]) -> list[Output]:
+    """Computes the newest token of each of `sequences`, and its draft, and samples what follows."""
+    by_slot: list[scheduler.Sequence | None] = [None] * self._slots
+    for sequence in sequences:
+      by_slot[sequence.shard * (self._slots // self._shards) + sequence.slot] = sequence
+    new = self._new_tokens(by_slot, 1 + self.config.speculate)
+    rows = [(row, sequence) for row, sequence in enumerate(by_slot) if sequence]
+    for row, sequence in rows:
+      drafts = [] if sequence.draft is None else [sequence.draft]
+      new.tokens[row, : 1 + len(drafts)] = [sequence.text[-1], *drafts]
+      new.length[row] = 1 + len(drafts)
+      self._counts.update(drafted_tokens=len(drafts))
+    sampled = self._call(decode_step, new)
+    outputs = []
+    for row, sequence in rows:
+      self._counts.update(accepted_tokens=int(sampled.count[row]) - 1)
+      outputs.append(self._answer(sequence, sampled, row))
+    if sequences:
+      self._counts.update(decode_steps=1, decoded_slots=len(sequences))
+    return outputs
+
+  def _new_tokens(self, rows: Sequence[scheduler.Sequence | None], new: int) -> NewTokens:
+    """Of a call with room for `new` tokens a row, which the caller fills in."""
+    start, table = np.zeros(len(rows), np.int32), np.zeros((len(rows), self._pages_per_sequence), np.int32)
+    wants_logprobs = np.zeros(len(rows), bool)
+    for row, sequence in enumerate(rows):
+      if sequence:
+        start[row] = sequence.computed
+        table[row, : len(sequence.pages)] = sequence.pages
+        wants_logprobs[row] = sequence.request.sampling.logprobs is not None
+    tokens, length = np.zeros((len(rows), new), np.int32), np.zeros(len(rows), np.int32)
+    rules = stack_rules([sequence.request.sampling if sequence else None for sequence in rows])
+    return NewTokens(tokens, start, length, table, rules, wants_logprobs)
+
+  def _call(self, program: Callable, new: NewTokens, *inputs: Chunk) -> Sampled:
+    """What `program` samples, as NumPy arrays."""
+    self._state, sampled = program(*self._program, self._state, new, *inputs, vocab=self._vocab)
+    wanted = [new.wants_logprobs.any(), bool(inputs) and inputs[0].wants_prompt_logprobs.any()]
+    parts = sampled.tokens, sampled.count, sampled.draft
+    logprobs = [
+      part if wants else None for part, wants in zip((sampled.logprobs, sampled.prompt_logprobs), wanted, strict=True)
+    ]
+    return Sampled(*jax.device_get((*parts, *logprobs)))
+
+  def _answer(self, sequence: scheduler.Sequence, sampled: Sampled, row: int) -> Output:
+    """Takes the tokens of a row of `sampled` into the answer, and ends the sequence where it has ended."""
+    request, tokens, logprobs, reason = sequence.request, [], [], None
+    # All of the text before these tokens is cached now, and of these tokens all but the newest.
+    cached, count = len(sequence.text), int(sampled.count[row])
+    for i, token in enumerate(sampled.tokens[row, :count].tolist()):
+      if token == self._eos and not request.sampling.ignore_eos:
+        reason = "stop"
+        break
+      sequence.text.append(token)
+      tokens.append(token)
+      if request.sampling.logprobs is not None:
+        chosen, ids, values = (part[row, i] for part in sampled.logprobs)
+        logprobs.append(TokenLogprobs(float(chosen), _pairs(ids, values, request.sampling.logprobs)))
+      if sequence.generated == request.sampling.max_tokens:
+        reason = "length"
+        break
+    self._scheduler.advance(sequence, max(cached, len(sequence.text) - 1))
+    can_draft = self.config.speculate and sequence.generated + 1 < request.sampling.max_tokens
+    sequence.draft = int(sampled.draft[row]) if can_draft else None
+    is_first, sequence.has_answered = not sequence.has_answered, True
+    self._counts.update(generated_tokens=len(tokens), cached_prompt_tokens=sequence.cached_tokens * is_first)
+    if reason:
+      self._scheduler.remove(sequence)
+      self._counts.update(finished=1)
+    wants_prompt = is_first and request.sampling.prompt_logprobs is not None
+    return Output(
+      request.id, tuple(tokens), tuple(logprobs), reason, tuple(sequence.prompt_logprobs) if wants_prompt else None,
+      sequence.cached_tokens if is_first else 0,
+    )  # fmt: skip
+
+  def _prompt_logprobs(
+    self, sequence: scheduler.Sequence, sampled: Sampled, row: int, length: int
+  ) -> list[TokenLogprobs | None]:
+    """Of the tokens that follow those of the row's chunk, as far as they belong to the prompt; first None, of the first."""
+    start, wanted = sequence.computed, sequence.request.sampling.prompt_logprobs or 0
+    count = min(length, len(sequence.request.prompt) - start - 1)
+    found: list[TokenLogprobs | None] = [None] if start == 0 else []
+    for i in range(count):
+      chosen, ids, values = (part[row, i] for part in sampled.prompt_logprobs)
+      found.append(TokenLogprobs(float(chosen), _pairs(ids, values, wanted)))
+    return found
+
+
+def check_engine(model: ModelConfig, config: EngineConfig) -> None:
+  """Raises ConfigError for sizes that do not fit together, and for speculation without multi-token prediction."""
+  for name in ("max_batch", "max_length", "page_size", "chunk", "token_budget"):
+    if getattr(config, name) < 1:
+      raise ConfigError(f"{name}={getattr(config, name)}: expected at least 1")
+  if 0 < config.cache_tokens < config.max_length:
+    raise ConfigError(
+      f"cache_tokens={config.cache_tokens:,} has no room for one sequence of max_length={config.max_length:,}: raise it"
+    )
+  if config.speculate and not model.num_mtp_layers:
+    raise ConfigError("speculation needs a model with multi-token prediction (num_mtp_layers), and this one has none")
+
+
+def _pairs(ids: np.ndarray, values: np.ndarray, count: int) -> tuple[tuple[int, float], ...]:
+  """The first `count` (id, value)."""
+  return tuple(zip(ids[:count].tolist(), values[:count].tolist(), strict=True))
