@@ -103,14 +103,11 @@ class Config(Section):
     ends = [stage.until_tokens for stage in self.stages]
     if ends != sorted(set(ends)):
       raise ConfigError(f"stages: until_tokens counts from the start of the run, so it must rise, got {ends}")
-    state_fields: dict[str, Any] = {
-      path: getattr(self.optimizer, path.partition(".")[2]) for path in OPTIMIZER_STATE_FIELDS
-    }
+    state_fields = self.optimizer_state_fields()
     for index, stage in enumerate(self.stages):
       if fixed := FIXED_IN_STAGES & stage.overrides().keys():
         raise ConfigError(f"stages[{index}] ({stage.name}): no stage can change {', '.join(sorted(fixed))}")
-      optimizer = self.at_stage(index).optimizer
-      fields = {path: getattr(optimizer, path.partition(".")[2]) for path in OPTIMIZER_STATE_FIELDS}
+      fields = self.at_stage(index).optimizer_state_fields()
       changed = sorted(
         f"{path} from {state_fields[path]!r} to {fields[path]!r}"
         for path in fields
@@ -122,6 +119,10 @@ class Config(Section):
           "fit: set its reset_optimizer=True"
         )
       state_fields = fields
+
+  def optimizer_state_fields(self) -> dict[str, Any]:
+    """{path: value} of the fields that the optimizer state depends on."""
+    return {path: getattr(self.optimizer, path.partition(".")[2]) for path in OPTIMIZER_STATE_FIELDS}
 
   def check(self) -> None:
     self.check_training_stages()

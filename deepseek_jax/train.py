@@ -169,7 +169,7 @@ def describe(config: Config, stages: Sequence["Stage"], devices: int | None, eve
     lines += [summary.format_stage(config, stage)] if stage.name else []
     lines.append(f"devices          {min_devices(on_mesh.mesh):,}{fewest}")
     lines += [summary.config_summary(on_mesh), summary.format_planned_tokens(on_mesh, *start)]
-    lines += [f"warning          {line}" for line in schedule_warnings(on_mesh, *start) if stage.is_last]
+    lines += [f"warning          {line}" for line in schedule_warnings(on_mesh, *start, stage.name) if stage.is_last]
   return "\n".join(lines)
 
 

@@ -55,7 +55,8 @@ def test_a_schedule_that_a_stage_sets_starts_with_it_and_the_others_count_from_t
   end = 0.02  # the factor of tiny's cosine
   assert [inputs.learning_rate for inputs in at] == pytest.approx([1e-4, 1e-4, 1e-4 * (end + (1 - end) * 0.75)])
   check_warmup(long.config)
-  assert "ends at" in schedule_warnings(long.config, long.first_step, long.first.tokens)[0]
+  (warning,) = schedule_warnings(long.config, long.first_step, long.first.tokens, long.name)
+  assert "ends at" in warning and "change until_tokens of the stage long, or set schedule.steps=" in warning
   with pytest.raises(ConfigError, match="is not shorter than"):
     check_warmup(dataclasses.replace(long.config, schedule=dataclasses.replace(long.config.schedule, steps=1)))
 

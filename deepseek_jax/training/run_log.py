@@ -126,7 +126,7 @@ class RunLog:
       self.console.print("start    no checkpoint here: from scratch")
     self.console.print(format_planned_tokens(self.config, step, consumed.tokens))
     # The schedule of a stage may go on in the next one.
-    for warning in schedule_warnings(self.config, step, consumed.tokens) if self.stage.is_last else ():
+    for warning in schedule_warnings(self.config, step, consumed.tokens, self.stage.name) if self.stage.is_last else ():
       self.console.print(f"warning  {warning}")
 
   def show_repeats(self, repeated: int) -> None:

@@ -41,12 +41,13 @@ def last_learning_rate(config: Config, step: int = 0, tokens: int = 0) -> float:
   return learning_rate(config.schedule, config.train.steps - 1, tokens_before, batch_tokens)
 
 
-def schedule_warnings(config: Config, step: int = 0, tokens: int = 0) -> list[str]:
+def schedule_warnings(config: Config, step: int = 0, tokens: int = 0, stage: str = "") -> list[str]:
   """Lines about a run that goes on after its schedule has ended, or ends well before that.
 
-  step, tokens: completed updates and their tokens, from which the run goes on.
+  step, tokens: completed updates and their tokens, from which the run goes on. stage: the name of the stage, whose
+  until_tokens says when the run ends; "": train.steps says it.
   """
-  schedule = config.schedule
+  schedule, length_field = config.schedule, f"until_tokens of the stage {stage}" if stage else "train.steps"
   steps = config.train.steps - schedule.start_step
   run_tokens = planned_tokens(config, step, tokens)
   end_tokens = run_tokens - schedule.start_tokens
@@ -54,7 +55,7 @@ def schedule_warnings(config: Config, step: int = 0, tokens: int = 0) -> list[st
   if schedule.warmup_tokens > end_tokens or (not schedule.warmup_tokens and schedule.warmup_steps > steps):
     return [
       f"train.steps={config.train.steps} ends within the warm-up, at a learning rate of {end_rate:.3g} on the way to {schedule.peak:.3g}; "
-      "raise train.steps, or shorten the warm-up of the schedule"
+      f"raise {length_field}, or shorten the warm-up of the schedule"
     ]
   if schedule.kind == "constant":
     return []
@@ -64,12 +65,12 @@ def schedule_warnings(config: Config, step: int = 0, tokens: int = 0) -> list[st
   if end > length + tolerance:
     return [
       f"schedule.{unit}={length} ends before the run, at {end} {unit}: from there on every step has the last learning "
-      f"rate, {last_rate:.3g}; {_fit(config, run_tokens)}"
+      f"rate, {last_rate:.3g}; {_fit(config, run_tokens, length_field)}"
     ]
   if end < length - tolerance and end_rate > last_rate + SHORT * (schedule.peak - last_rate):
     return [
       f"the run ends at {end / length:.0%} of schedule.{unit}={length}, at a learning rate of {end_rate:.3g}, where the "
-      f"schedule ends at {last_rate:.3g}; {_fit(config, run_tokens)}"
+      f"schedule ends at {last_rate:.3g}; {_fit(config, run_tokens, length_field)}"
     ]
   return []
 
@@ -112,8 +113,8 @@ def tokens_of_schedule(config: Config, steps: int) -> int:
   return planned_tokens(to_there, start_step, start_tokens) - start_tokens
 
 
-def _fit(config: Config, end_tokens: int) -> str:
+def _fit(config: Config, end_tokens: int, length_field: str) -> str:
   """What to do."""
   fields = fitted_fields(config, end_tokens)
   stretch = f", or set {' and '.join(f'{path}={value}' for path, value in fields.items())}" if fields else ""
-  return f"change train.steps{stretch}"
+  return f"change {length_field}{stretch}"
