@@ -15,11 +15,10 @@ from deepseek_jax.compilation_cache import count_compilations
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.generate import scheduler
 from deepseek_jax.generate.pages import PagePool
-from deepseek_jax.generate.programs import Chunk, NewTokens, Sampled, decode_step, new_state, prefill_chunk
+from deepseek_jax.generate.programs import Chunk, NewTokens, Sampled, decode_program, new_state, prefill_program
 from deepseek_jax.generate.request import EngineStats, Output, Request, TokenLogprobs
 from deepseek_jax.generate.sampling import stack_rules
 from deepseek_jax.generate.scheduler import Scheduler
-from deepseek_jax.model.transformer import graphdef
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.sharding import num_batch_shards
 from deepseek_jax.typing import Params
@@ -88,7 +87,8 @@ class Engine:
     self._slots, self._pages = slots * self._shards, pages * self._shards
     self._counts: collections.Counter[str] = collections.Counter()  # fields of EngineStats
     sampling_model = model.for_sampling()
-    self._program = graphdef(sampling_model), params, buffers
+    self._weights = params, buffers
+    self._programs = prefill_program(sampling_model, vocab), decode_program(sampling_model, vocab)
     self._state = new_state(sampling_model, self._slots, self._pages, config.page_size, config.speculate)
 
   def warm_up(self) -> None:
@@ -167,7 +167,7 @@ class Engine:
         wants_prompt[row] = sequence.request.sampling.prompt_logprobs is not None
     slot = np.array([s.slot if s else 0 for s in chunks], np.int32)
     lengths = np.array([len(s.request.prompt) if s else 0 for s in chunks], np.int32)
-    sampled = self._call(prefill_chunk, new, Chunk(slot, text, lengths, is_last, wants_prompt, next_tokens))
+    sampled = self._call(self._programs[0], new, Chunk(slot, text, lengths, is_last, wants_prompt, next_tokens))
     outputs = []
     for row, sequence in enumerate(chunks):
       if sequence:
@@ -192,7 +192,7 @@ class Engine:
       new.tokens[row, : 1 + len(drafts)] = [sequence.text[-1], *drafts]
       new.length[row] = 1 + len(drafts)
       self._counts.update(drafted_tokens=len(drafts))
-    sampled = self._call(decode_step, new)
+    sampled = self._call(self._programs[1], new)
     outputs = []
     for row, sequence in rows:
       self._counts.update(accepted_tokens=int(sampled.count[row]) - 1)
@@ -216,7 +216,7 @@ class Engine:
 
   def _call(self, program: Callable, new: NewTokens, *inputs: Chunk) -> Sampled:
     """What `program` samples, as NumPy arrays."""
-    self._state, sampled = program(*self._program, self._state, new, *inputs, vocab=self._vocab)
+    self._state, sampled = program(*self._weights, self._state, new, *inputs)
     wanted = [new.wants_logprobs.any(), bool(inputs) and inputs[0].wants_prompt_logprobs.any()]
     parts = sampled.tokens, sampled.count, sampled.draft
     logprobs = [

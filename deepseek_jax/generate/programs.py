@@ -6,6 +6,7 @@ program is computed from its own tokens and pages alone.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,10 +17,9 @@ from deepseek_jax.generate.sampling import SamplingRules, log_probabilities, sam
 from deepseek_jax.model.attention_kinds import ATTENTION
 from deepseek_jax.model.decode import decode, decode_mtp
 from deepseek_jax.model.paged_cache import CacheArrays, CachePositions, zeros
-from deepseek_jax.model.transformer import STACKS, Transformer
+from deepseek_jax.model.transformer import STACKS, Transformer, graphdef
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.sharding import UNSHARDED_SEQUENCE, all_gather, axis_index, axis_rules, axis_size, pmax, spec, spmd
-from deepseek_jax.typing import Params
 
 MTP = "mtp_layers"
 Array = Any  # of NumPy where a call is made, of XLA inside
@@ -117,56 +117,54 @@ def _no_counts(slots: int, vocab: int) -> tuple[jax.Array, jax.Array]:
   return tuple(jnp.zeros((slots, vocab), dtype, out_sharding=sharding) for dtype in (jnp.int32, bool))  # type: ignore[return-value]
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "vocab"), donate_argnames=("state",))
-def prefill_chunk(
-  graphdef: nnx.GraphDef,
-  params: Params,
-  buffers: Params,
-  state: DecodeState,
-  new: NewTokens,
-  chunk: Chunk,
-  *,
-  vocab: int,
-) -> tuple[DecodeState, Sampled]:
-  """Computes the next chunk of a prompt on each shard of the batch, and samples a token where it is the last one.
+@functools.cache
+def prefill_program(model: ModelConfig, vocab: int) -> Callable[..., tuple[DecodeState, Sampled]]:
+  """(params, buffers, state, NewTokens, Chunk) -> (state, Sampled): the next chunk of a prompt on each shard of the batch.
 
-  vocab: ids of the tokenizer; the padding of the vocabulary after them is never sampled.
+  It samples a token where the chunk is the last one. The state is donated.
+
+  Args:
+    model: `for_sampling`.
+    vocab: ids of the tokenizer; the padding of the vocabulary after them is never sampled.
   """
-  return _run(_prefill_local, graphdef, params, buffers, state, (new, chunk), vocab)
+  return _compile(_prefill_local, model, vocab)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "vocab"), donate_argnames=("state",))
-def decode_step(
-  graphdef: nnx.GraphDef, params: Params, buffers: Params, state: DecodeState, new: NewTokens, *, vocab: int
-) -> tuple[DecodeState, Sampled]:
-  """The next token of each slot, or two where its draft was right."""
-  return _run(_decode_local, graphdef, params, buffers, state, (new,), vocab)
+@functools.cache
+def decode_program(model: ModelConfig, vocab: int) -> Callable[..., tuple[DecodeState, Sampled]]:
+  """(params, buffers, state, NewTokens) -> (state, Sampled): the next token of each slot, or two where its draft was right.
+
+  Arguments as `prefill_program`.
+  """
+  return _compile(_decode_local, model, vocab)
 
 
-def _run(
-  local: Any, graphdef: nnx.GraphDef, params: Params, buffers: Params, state: DecodeState, inputs: tuple, vocab: int
-):
-  """`local` under `spmd`: each device has its part of the slots, of the pages and of the rows of `inputs`."""
+def _compile(local: Callable[..., tuple[DecodeState, Sampled]], model: ModelConfig, vocab: int) -> Callable:
+  """`local` under `spmd` and jit: each device has its part of the slots, of the pages and of the rows of the inputs."""
 
-  def program(params, buffers, state, inputs):
+  def local_program(static, params, buffers, state, inputs):
     def own_rows(x):
-      rows = x.shape[0] // num_shards
+      rows = x.shape[0] // axis_size("batch")
       return jax.lax.dynamic_slice_in_dim(x, axis_index("batch") * rows, rows)
 
-    state, sampled = local(nnx.merge(graphdef, params, buffers), state, *jax.tree.map(own_rows, inputs), vocab=vocab)
+    transformer = nnx.merge(static, params, buffers)
+    state, sampled = local(transformer, state, *jax.tree.map(own_rows, inputs), vocab=vocab)
     return state, jax.tree.map(lambda x: all_gather(x, "batch", 0), sampled)
 
-  num_shards = axis_size("batch")
-  specs = [jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree) for tree in (params, buffers, state)]
-  with axis_rules(UNSHARDED_SEQUENCE):
+  def program(params, buffers, state, *inputs):
+    on_device = functools.partial(local_program, graphdef(model))
+    specs = [jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree) for tree in (params, buffers, state)]
     in_specs = (*specs, jax.tree.map(lambda x: spec(), inputs))
-    return spmd(program, in_specs, (specs[2], spec()), differentiable=False)(params, buffers, state, inputs)
+    with axis_rules(UNSHARDED_SEQUENCE):
+      return spmd(on_device, in_specs, (specs[2], spec()), differentiable=False)(params, buffers, state, inputs)
+
+  return jax.jit(program, donate_argnums=2)
 
 
 def _prefill_local(
   model: Transformer, state: DecodeState, new: NewTokens, chunk: Chunk, *, vocab: int
 ) -> tuple[DecodeState, Sampled]:
-  """`prefill_chunk` on one device."""
+  """`prefill_program` on one device."""
   where = CachePositions(new.start, new.length, new.table)
   hidden, cache = decode(model, new.tokens, state.cache, where)  # [rows, new, embed]
   last = jnp.maximum(new.length - 1, 0)
@@ -190,7 +188,7 @@ def _prefill_local(
 
 
 def _decode_local(model: Transformer, state: DecodeState, new: NewTokens, *, vocab: int) -> tuple[DecodeState, Sampled]:
-  """`decode_step` on one device.
+  """`decode_program` on one device.
 
   A draft is right if it is what the model samples in its place. Then the logits after it hold, and give a token more.
   So the tokens are those without speculation.
