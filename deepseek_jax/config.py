@@ -177,15 +177,7 @@ class Config(Section):
 
   def check_mesh(self) -> None:
     """Raises ConfigError unless every sharded dimension divides over its mesh axes."""
-    mesh, attention, moe = self.mesh, self.model.attention, self.model.moe
-    for name in ATTENTION_KINDS[attention.kind].head_counts(attention):
-      check_divides(f"model.attention.{name}", getattr(attention, name), *axis_product(mesh, *RULES["heads"]))
-    check_divides("model.vocab", self.model.vocab, *axis_product(mesh, *RULES["vocab"]))
-    if self.model.num_dense_layers:
-      check_divides("model.mlp", self.model.mlp, *axis_product(mesh, *RULES["mlp"]))
-    if moe.num_routed_experts:
-      check_divides("model.moe.mlp", moe.mlp, *axis_product(mesh, *RULES["mlp"]))
-      check_divides("model.moe.num_routed_experts", moe.num_routed_experts, *axis_product(mesh, *RULES["experts"]))
+    mesh, attention = self.mesh, self.model.attention
     check_weights(self.model, mesh)
     check_divides("data.seq", self.data.seq, *axis_product(mesh, *RULES["stream"]))
     if mesh.context > 1:
@@ -246,6 +238,15 @@ def axis_product(mesh: MeshConfig, *names: str) -> tuple[str, int]:
 
 def check_weights(model: ModelConfig, mesh: MeshConfig) -> None:
   """Raises ConfigError unless the mesh axes that shard the weights divide them evenly."""
+  attention, moe = model.attention, model.moe
+  for name in ATTENTION_KINDS[attention.kind].head_counts(attention):
+    check_divides(f"model.attention.{name}", getattr(attention, name), *axis_product(mesh, *RULES["heads"]))
+  check_divides("model.vocab", model.vocab, *axis_product(mesh, *RULES["vocab"]))
+  if model.num_dense_layers:
+    check_divides("model.mlp", model.mlp, *axis_product(mesh, *RULES["mlp"]))
+  if moe.num_routed_experts:
+    check_divides("model.moe.mlp", moe.mlp, *axis_product(mesh, *RULES["mlp"]))
+    check_divides("model.moe.num_routed_experts", moe.num_routed_experts, *axis_product(mesh, *RULES["experts"]))
   check_divides("model.embed", model.embed, *axis_product(mesh, *RULES["embed"]))
   for name in ATTENTION_KINDS[model.attention.kind].latent_dims:
     check_divides(f"model.attention.{name}", getattr(model.attention, name), *axis_product(mesh, *RULES["latent"]))

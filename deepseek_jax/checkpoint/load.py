@@ -73,17 +73,23 @@ class SavedModel:
     """Whether prompts begin with bos: those of what a run trained do, others as transformers prompts them."""
     return tokenizer.add_bos_token or self.fingerprint is not None
 
-  def load(self, devices: int = 1, model: ModelConfig | None = None) -> LoadedWeights:
+  def load(self, devices: int = 1, model: ModelConfig | None = None, tensor: int = 1, expert: int = 1) -> LoadedWeights:
     """Reads the arrays, sharded over the first `devices` devices, in the parameter dtype of `model`.
 
-    model: the config's, perhaps in other dtypes; None: as it is. Raises ConfigError where there are fewer devices, or
-    they do not divide the model; CheckpointError where the arrays cannot be read.
+    Args:
+      model: the config's, perhaps in other dtypes; None: as it is.
+      tensor, expert: sizes of these mesh axes; what is left of the devices is FSDP.
+
+    Raises ConfigError where there are fewer devices, or they do not divide the model; CheckpointError where the arrays
+    cannot be read.
     """
     model = model or self.config.model
     check_x64(model)
     if devices > len(jax.devices()):
       raise ConfigError(f"--devices={devices}, but {len(jax.devices())} are here")
-    mesh_config = MeshConfig(data=1, fsdp=devices)
+    if devices % (tensor * expert):
+      raise ConfigError(f"{devices} devices do not divide over tensor={tensor} x expert={expert}: choose a multiple")
+    mesh_config = MeshConfig(data=1, fsdp=devices // (tensor * expert), tensor=tensor, expert=expert)
     check_weights(model, mesh_config)
     use_compilation_cache()
     if jax.default_backend() == "cpu":
