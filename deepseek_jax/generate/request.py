@@ -1,22 +1,23 @@
 """What an engine is asked for, and what it answers. Nothing here needs jax."""
 
 import dataclasses
+import math
 from typing import Any
 
 from deepseek_jax.errors import ConfigError
 
 MAX_TOP_LOGPROBS = 20  # of each token; a compiled program returns so many
 
-# field -> (smallest, largest) value; None: no bound
-BOUNDS: dict[str, tuple[float | None, float | None]] = {
-  "max_tokens": (1, None),
-  "temperature": (0.0, None),
-  "top_k": (0, None),
-  "top_p": (0.0, 1.0),
-  "min_p": (0.0, 1.0),
+# field -> (smallest, largest) value
+BOUNDS: dict[str, tuple[float, float]] = {
+  "max_tokens": (1, math.inf),
+  "temperature": (0, 1e6),
+  "top_k": (0, math.inf),
+  "top_p": (0, 1),
+  "min_p": (0, 1),
   "repetition_penalty": (1e-38, 1e38),
-  "presence_penalty": (-2.0, 2.0),
-  "frequency_penalty": (-2.0, 2.0),
+  "presence_penalty": (-2, 2),
+  "frequency_penalty": (-2, 2),
   "seed": (0, 2**32 - 1),
   "logprobs": (0, MAX_TOP_LOGPROBS),
   "prompt_logprobs": (0, MAX_TOP_LOGPROBS),
@@ -64,12 +65,9 @@ class Sampling:
       value = getattr(self, name)
       if value is None and name in ("logprobs", "prompt_logprobs"):
         continue
-      fits = (smallest is None or value >= smallest) and (largest is None or value <= largest)
-      if not fits:  # also NaN
-        limits = " and ".join(
-          [f"at least {smallest:g}"] * (smallest is not None) + [f"at most {largest:g}"] * (largest is not None)
-        )
-        raise ConfigError(f"{name} must be {limits}, got {value}")
+      if not smallest <= value <= largest:  # also NaN
+        most = "" if largest == math.inf else f" and at most {largest:g}"
+        raise ConfigError(f"{name} must be at least {smallest:g}{most}, got {value}")
 
 
 @dataclasses.dataclass(frozen=True)
