@@ -29,7 +29,7 @@ LAYERS = (
   {"training", "generate"},
   {"evaluate"},
   {"selftest", "compare"},
-  {"train", "api", "report", "variants", "notebook"},
+  {"train", "api", "report", "variants", "notebook", "serve"},
   {"notebook_console"},
   {"runs"},
   {"scaling"},

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from deepseek_jax.data.token_bytes import token_to_bytes
 from deepseek_jax.errors import ConfigError, DataError
 
 WHEEL_VERSIONS = {
@@ -43,23 +44,32 @@ class Tokenizer(Protocol):
   """What every tokenizer has.
 
   vocab: one past its largest id. bos, eos: ids that begin and end a document. add_bos_token: whether transformers puts
-  bos before a prompt; documents always begin with it. fingerprint: hex hash of its content.
+  bos before a prompt; documents always begin with it. fingerprint: hex hash of its content. bos_token, eos_token: how
+  `encode_with_special_tokens` spells bos and eos.
   """
 
   vocab: int
   bos: int
   eos: int
+  bos_token: str
+  eos_token: str
   add_bos_token: bool
   fingerprint: str
 
   def encode(self, text: str) -> list[int]:
     """Ids of `text`, without bos and eos."""
 
+  def encode_with_special_tokens(self, text: str) -> list[int]:
+    """Ids of `text`, in which the names of special tokens stand for these: text that a chat template wrote."""
+
   def encode_batch(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
     """[(ids uint32 [n], byte_counts int64 [n])] of `texts`: the UTF-8 bytes that each id stands for."""
 
   def decode(self, ids: Iterable[int]) -> str:
     """Text of `ids`, without bos, eos and unknown ids; invalid UTF-8 is replaced."""
+
+  def token_bytes(self, id: int) -> bytes:
+    """Bytes of one token, which may be a part of a character; of a special token its name, of an unknown id none."""
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -98,12 +108,18 @@ class ByteTokenizer:
 
   vocab = 257
   bos = eos = 256
+  bos_token = eos_token = "<|endoftext|>"
   add_bos_token = True
   fingerprint = hashlib.sha256(b"utf-8 bytes, separator 256").hexdigest()
 
   def encode(self, text: str) -> list[int]:
     """Ids of `text`, without bos and eos."""
     return list(text.encode())
+
+  def encode_with_special_tokens(self, text: str) -> list[int]:
+    """Ids of `text`, with the separator where its name is."""
+    first, *others = text.split(self.bos_token)
+    return self.encode(first) + [id for part in others for id in (self.bos, *self.encode(part))]
 
   def encode_batch(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
     """[(ids uint32 [n], byte_counts int64 [n])] of `texts`: the UTF-8 bytes that each id stands for."""
@@ -113,6 +129,10 @@ class ByteTokenizer:
   def decode(self, ids: Iterable[int]) -> str:
     """Text of `ids`; ids beyond the bytes are skipped, invalid UTF-8 is replaced."""
     return bytes(int(i) for i in ids if 0 <= i < 256).decode("utf-8", "replace")
+
+  def token_bytes(self, id: int) -> bytes:
+    """The byte, or the name of the separator."""
+    return bytes([id]) if 0 <= id < 256 else self.bos_token.encode() if id == self.bos else b""
 
 
 class JsonTokenizer:
@@ -144,12 +164,17 @@ class JsonTokenizer:
     self.vocab: int = max(self._tokenizer.get_vocab().values(), default=-1) + 1
     named = _special_token_names(path)
     self.bos, self.eos = _bos_and_eos(self._tokenizer, path, named)
+    self.bos_token, self.eos_token = (str(self._tokenizer.id_to_token(id)) for id in (self.bos, self.eos))
     self.add_bos_token: bool = named.get("add_bos_token") is not False
     self.fingerprint = hashlib.sha256(f"{self.bos} {self.eos} {content}".encode()).hexdigest()
 
   def encode(self, text: str) -> list[int]:
     """Ids of `text`, without bos and eos."""
     return self.encode_batch([text])[0][0].tolist()
+
+  def encode_with_special_tokens(self, text: str) -> list[int]:
+    """Ids of `text`, in which the names of special tokens stand for these."""
+    return self._with_special_tokens.encode(text, add_special_tokens=False).ids
 
   def encode_batch(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
     """[(ids uint32 [n], byte_counts int64 [n])] of `texts`: the UTF-8 bytes that each id stands for.
@@ -176,6 +201,25 @@ class JsonTokenizer:
     """Text of `ids`; bos, eos and ids beyond the tokenizer are skipped, invalid UTF-8 is replaced."""
     text_ids = [int(i) for i in ids if 0 <= i < self.vocab and i not in (self.bos, self.eos)]
     return self._tokenizer.decode(text_ids, skip_special_tokens=False)
+
+  def token_bytes(self, id: int) -> bytes:
+    """Bytes of one token, which may be a part of a character; of a special token its name, of an unknown id none."""
+    token = self._tokenizer.id_to_token(id) if 0 <= id < self.vocab else None
+    if token is None:
+      return b""
+    found = self._token_to_bytes(token)
+    return self._tokenizer.decode([id], skip_special_tokens=False).encode() if found is None else found
+
+  @functools.cached_property
+  def _token_to_bytes(self) -> Callable[[str], bytes | None]:
+    return token_to_bytes(self._tokenizer)
+
+  @functools.cached_property
+  def _with_special_tokens(self) -> Any:
+    """A copy of the tokenizer that finds special tokens in text; the setting is one of the whole object."""
+    copy = type(self._tokenizer).from_str(self._tokenizer.to_str())
+    copy.encode_special_tokens = False
+    return copy
 
   def _encode_chunks(self, chunks: Iterable[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (ids uint32 [n], end of each in characters int64 [n]) per chunk."""

@@ -1,0 +1,87 @@
+"""The HTTP process as the engine process has it: started over a socket pair, never waited for."""
+
+import contextlib
+import dataclasses
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import Any
+
+from deepseek_jax.serve.messages import MAX_LINE_BYTES, LineReader, Settings, encode
+
+READ_BYTES = 2**18
+# A process that reads so little is stuck: it is ended, and its requests with it.
+MAX_PENDING_BYTES = 2 * MAX_LINE_BYTES
+END_SECONDS = 0.5  # for a process that closed the socket, before it is killed
+
+
+class HttpChild:
+  """A running HTTP process. The socket to it never blocks.
+
+  Args:
+    settings: its first message.
+    listener: passed to it, listening.
+  """
+
+  def __init__(self, settings: Settings, listener: socket.socket):
+    self._socket, other = socket.socketpair()
+    self._lines, self._pending = LineReader(), bytearray()
+    self.started = time.monotonic()
+    command = [sys.executable, "-m", "deepseek_jax.serve.http_process", str(other.fileno()), str(listener.fileno())]
+    # A terminal's Ctrl-C goes to all processes of a session, and would end this one before its open requests.
+    with other:
+      self._process = subprocess.Popen(
+        command, pass_fds=(other.fileno(), listener.fileno()), stdin=subprocess.DEVNULL, start_new_session=True
+      )
+    self._socket.setblocking(False)
+    self.send(encode({"type": "settings", "settings": dataclasses.asdict(settings)}))
+
+  def fileno(self) -> int:
+    """Of the socket, for select."""
+    return self._socket.fileno()
+
+  @property
+  def pid(self) -> int:
+    """Of the process."""
+    return self._process.pid
+
+  @property
+  def has_pending(self) -> bool:
+    """Whether something waits to be sent."""
+    return bool(self._pending)
+
+  def send(self, line: bytes) -> None:
+    """Sends `line` as far as the process reads, and keeps the rest. Raises ConnectionError where it is gone or stuck."""
+    if len(self._pending) + len(line) > MAX_PENDING_BYTES:
+      raise ConnectionAbortedError(f"it leaves more than {MAX_PENDING_BYTES} bytes unread")
+    self._pending += line
+    self.flush()
+
+  def flush(self) -> None:
+    """Sends what is kept, as far as the process reads. Raises ConnectionError where it is gone."""
+    with contextlib.suppress(BlockingIOError):
+      while self._pending:
+        sent = self._socket.send(self._pending)
+        del self._pending[:sent]
+
+  def receive(self) -> list[dict[str, Any]]:
+    """Messages that have come. Raises ConnectionError where the process is gone, and MessageError."""
+    try:
+      data = self._socket.recv(READ_BYTES)
+    except BlockingIOError:
+      return []
+    if not data:
+      raise ConnectionResetError("it closed the socket")
+    return self._lines.feed(data)
+
+  def close(self) -> str:
+    """Closes the socket and ends the process if it still runs; returns how it ended, in words."""
+    self._socket.close()
+    try:
+      code = self._process.wait(END_SECONDS)
+    except subprocess.TimeoutExpired:
+      self._process.kill()
+      code = self._process.wait()
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
