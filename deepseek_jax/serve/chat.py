@@ -56,7 +56,8 @@ def parse_chat(body: Any, settings: Settings) -> ChatBody:
   else:
     likeliest = likeliest or 0
   max_tokens = fields.integer("max_completion_tokens", fields.integer("max_tokens", None, 1), 1)
-  arguments = fields.get("chat_template_kwargs") or {}
+  arguments = fields.get("chat_template_kwargs")
+  arguments = {} if arguments is None else arguments
   if not isinstance(arguments, dict):
     raise wrong_type("chat_template_kwargs", "an object", arguments)
   return ChatBody(

@@ -11,6 +11,7 @@ from typing import Any
 
 from deepseek_jax.serve.messages import MAX_LINE_BYTES, LineReader, Settings, encode
 
+HTTP_PROGRAM = ("-m", "deepseek_jax.serve.http_process")
 READ_BYTES = 2**18
 # A process that reads so little is stuck: it is ended, and its requests with it.
 MAX_PENDING_BYTES = 2 * MAX_LINE_BYTES
@@ -29,7 +30,7 @@ class HttpChild:
     self._socket, other = socket.socketpair()
     self._lines, self._pending = LineReader(), bytearray()
     self.started = time.monotonic()
-    command = [sys.executable, "-m", "deepseek_jax.serve.http_process", str(other.fileno()), str(listener.fileno())]
+    command = [sys.executable, *HTTP_PROGRAM, str(other.fileno()), str(listener.fileno())]
     # A terminal's Ctrl-C goes to all processes of a session, and would end this one before its open requests.
     with other:
       self._process = subprocess.Popen(

@@ -5,8 +5,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deepseek_jax.errors import ConfigError
-from deepseek_jax.generate.request import MAX_TOP_LOGPROBS, Sampling
+from deepseek_jax.generate.request import BOUNDS, MAX_TOP_LOGPROBS
 from deepseek_jax.serve.request_error import RequestError
 
 MAX_CHOICES = 128  # of one request: prompts times n
@@ -101,10 +100,14 @@ class Fields:
     return value
 
   def number(self, name: str, default: float) -> float:
-    """A number; its bounds are those of Sampling."""
-    value = self._body.get(name, default)
+    """A number within the bounds that Sampling has for it."""
+    value, (smallest, largest) = self._body.get(name, default), BOUNDS[name]
+    least = "" if smallest is None else f" of at least {smallest:g}"
+    most = "" if largest is None else f"{' and' if least else ' of'} at most {largest:g}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-      raise wrong_type(name, "a number", value)
+      raise wrong_type(name, f"a number{least}{most}", value)
+    if (smallest is not None and value < smallest) or (largest is not None and value > largest):
+      raise RequestError(400, f"{name} must be a number{least}{most}, got {value:g}", name, "invalid_value")
     return float(value)
 
   def strings(self, name: str) -> tuple[str, ...]:
@@ -133,10 +136,6 @@ def parse_parameters(fields: Fields, model: str, logprobs: int | None, max_token
   rules: dict[str, Any] = {rule: fields.number(rule, default) for rule, default in RULES.items()}
   rules["top_k"] = _top_k(fields)
   rules["ignore_eos"] = fields.boolean("ignore_eos")
-  try:
-    Sampling(1, **rules)
-  except ConfigError as error:
-    raise RequestError(400, str(error), str(error).partition(" ")[0], "invalid_value") from None
   stream, usage, continuous = _stream_options(fields)
   assert n is not None  # it has a default
   return Parameters(

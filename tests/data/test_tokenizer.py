@@ -41,6 +41,22 @@ def test_bytes_round_trip():
   assert (t.vocab, t.bos, t.eos) == (257, 256, 256)
 
 
+def test_special_tokens_are_found_only_in_text_of_a_template(make_tokenizer):
+  for t in (tokenizer.load_tokenizer("byte"), tokenizer.load_tokenizer(make_tokenizer())):
+    text = f"{t.bos_token}né{t.eos_token} x"
+    ids = t.encode_with_special_tokens(text)
+    assert ids == [t.bos, *t.encode("né"), t.eos, *t.encode(" x")]
+    assert t.decode(t.encode(text)) == text  # as text, after the other copy was made
+    assert {t.bos, t.eos}.isdisjoint(t.encode(text))
+
+
+def test_tokens_have_bytes(make_tokenizer):
+  for t in (tokenizer.load_tokenizer("byte"), tokenizer.load_tokenizer(make_tokenizer())):
+    ids = t.encode(TEXT[:300])
+    assert b"".join(map(t.token_bytes, ids)) == TEXT[:300].encode()
+    assert (t.token_bytes(t.eos), t.token_bytes(t.vocab), t.token_bytes(-1)) == (t.eos_token.encode(), b"", b"")
+
+
 @pytest.mark.parametrize("text", [TEXT, "é", "", "word " * 5000, "x" * 5000])
 def test_byte_counts_sum_to_the_text(make_tokenizer, text):
   for t in (tokenizer.load_tokenizer("byte"), tokenizer.load_tokenizer(make_tokenizer())):

@@ -5,15 +5,15 @@ The answer to a prompt is the prompt reversed, again and again, one token a step
 
 import collections
 import json
-import sys
+import socket
 import time
 
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.flags import run_program
 from deepseek_jax.generate.request import EngineStats, Output, TokenLogprobs
+from deepseek_jax.serve import engine_process, http_child
 from deepseek_jax.serve.chat_template import DEEPSEEK_LLM
-from deepseek_jax.serve.engine_process import run
-from deepseek_jax.serve.listen import listen, local_hosts, url
+from deepseek_jax.serve.listen import listen, url
 from deepseek_jax.serve.messages import Settings
 
 EOS = 256
@@ -100,10 +100,16 @@ def logprobs(id, count):
 def main(argv):
   changes = json.loads(argv[1]) if len(argv) > 1 else {}
   step_seconds = changes.pop("step_seconds", 0.002)
+  engine_process.GRACE_SECONDS = changes.pop("grace_seconds", engine_process.GRACE_SECONDS)
+  if program := changes.pop("http_program", None):
+    http_child.HTTP_PROGRAM = (program,)
+  send_buffer = changes.pop("send_buffer", None)
   settings = Settings(**DEFAULTS | changes)
   listener = listen("127.0.0.1", 0)
+  if send_buffer:  # of the connections too
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
   engine = FakeEngine(settings.max_batch, settings.max_length, settings.vocab, step_seconds)
-  return run(engine, settings, listener, f"listening {url(listener)}")
+  return engine_process.run(engine, settings, listener, f"listening {url(listener)}")
 
 
 if __name__ == "__main__":
