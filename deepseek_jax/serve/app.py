@@ -165,7 +165,7 @@ class Gate:
     headers = dict(scope["headers"])
     hosts = self._service.settings.local_hosts
     host = headers.get(b"host", b"").decode("latin-1").lower()
-    if hosts is not None and host.rpartition(":")[0 if _has_port(host) else 2] not in hosts:
+    if hosts is not None and (host.rpartition(":")[0] if _has_port(host) else host) not in hosts:
       # A page of another site, whose name its owner has pointed to 127.0.0.1, names that site.
       return RequestError(
         403, f"the header Host must name this machine: {', '.join(hosts)}, got {host[:200]!r}; with --api_key any name is served"

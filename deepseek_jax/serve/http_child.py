@@ -13,8 +13,9 @@ from deepseek_jax.serve.messages import MAX_LINE_BYTES, LineReader, Settings, en
 
 HTTP_PROGRAM = ("-m", "deepseek_jax.serve.http_process")
 READ_BYTES = 2**18
-# A process that reads so little is stuck: it is ended, and its requests with it.
-MAX_PENDING_BYTES = 2 * MAX_LINE_BYTES
+# A process that leaves so much unread, or reads nothing for so long, is stuck: it is ended, and its requests with it.
+MAX_PENDING_BYTES = 8 * MAX_LINE_BYTES
+STUCK_SECONDS = 30.0
 END_SECONDS = 0.5  # for a process that closed the socket, before it is killed
 
 
@@ -29,7 +30,7 @@ class HttpChild:
   def __init__(self, settings: Settings, listener: socket.socket):
     self._socket, other = socket.socketpair()
     self._lines, self._pending = LineReader(), bytearray()
-    self.started = time.monotonic()
+    self.started = self._last_sent = time.monotonic()
     command = [sys.executable, *HTTP_PROGRAM, str(other.fileno()), str(listener.fileno())]
     # A terminal's Ctrl-C goes to all processes of a session, and would end this one before its open requests.
     with other:
@@ -57,6 +58,10 @@ class HttpChild:
     """Sends `line` as far as the process reads, and keeps the rest. Raises ConnectionError where it is gone or stuck."""
     if len(self._pending) + len(line) > MAX_PENDING_BYTES:
       raise ConnectionAbortedError(f"it leaves more than {MAX_PENDING_BYTES} bytes unread")
+    if not self._pending:
+      self._last_sent = time.monotonic()
+    elif time.monotonic() - self._last_sent > STUCK_SECONDS:
+      raise ConnectionAbortedError(f"it has read nothing for {STUCK_SECONDS:.0f} s")
     self._pending += line
     self.flush()
 
@@ -66,6 +71,7 @@ class HttpChild:
       while self._pending:
         sent = self._socket.send(self._pending)
         del self._pending[:sent]
+        self._last_sent = time.monotonic()
 
   def receive(self) -> list[dict[str, Any]]:
     """Messages that have come. Raises ConnectionError where the process is gone, and MessageError."""

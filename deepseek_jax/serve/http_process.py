@@ -16,6 +16,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from deepseek_jax.data.tokenizer import load_tokenizer
+from deepseek_jax.errors import UserError
 from deepseek_jax.serve.app import Service, make_app
 from deepseek_jax.serve.chat_template import ChatTemplate
 from deepseek_jax.serve.client import EngineClient, read_settings
@@ -123,7 +124,8 @@ async def serve(channel: socket.socket, listener: socket.socket) -> None:
   reading = asyncio.create_task(client.read())
   while not server.started and not serving.done():
     await asyncio.sleep(0.01)
-  client.ready()
+  if server.started:
+    client.ready()
   await asyncio.wait({serving, reading}, return_when=asyncio.FIRST_COMPLETED)
   if reading.done():
     client.fail_all("the engine has ended")
@@ -135,14 +137,17 @@ async def serve(channel: socket.socket, listener: socket.socket) -> None:
 
 
 def main(argv: list[str]) -> None:
-  """Runs the process with the two file descriptors of `argv`."""
+  """Runs the process with the two file descriptors of `argv`. A UserError is one line on stderr, and exit code 1."""
   for number in (signal.SIGINT, signal.SIGTERM):  # sent to a whole group, they are for the engine process to handle
     signal.signal(number, signal.SIG_IGN)
   sockets = []
   for descriptor in argv[1:3]:
     os.set_inheritable(int(descriptor), False)
     sockets.append(socket.socket(fileno=int(descriptor)))
-  asyncio.run(serve(*sockets))
+  try:
+    asyncio.run(serve(*sockets))
+  except UserError as error:
+    sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -128,13 +128,15 @@ def test_a_child_that_never_starts_is_an_error(capfd):
   assert "no/such/file" in capfd.readouterr().err
 
 
-def test_a_child_that_does_not_read_is_ended(monkeypatch):
-  monkeypatch.setattr(http_child, "MAX_PENDING_BYTES", 2**20)
+@pytest.mark.parametrize(("limit", "value"), [("MAX_PENDING_BYTES", 2**20), ("STUCK_SECONDS", 0.05)])
+def test_a_child_that_does_not_read_is_ended(monkeypatch, limit, value):
+  monkeypatch.setattr(http_child, limit, value)
   listener = listen("127.0.0.1", 0)
   child = http_child.HttpChild(Settings(**DEFAULTS), listener)
   os.kill(child.pid, signal.SIGSTOP)
-  with pytest.raises(ConnectionAbortedError, match="unread"):
+  with pytest.raises(ConnectionAbortedError, match="unread|read nothing"):
     for _ in range(100):
       child.send(b"x" * 2**16)
+      time.sleep(0.005)
   assert child.close() == "killed by SIGKILL"
   listener.close()
