@@ -19,7 +19,7 @@ SOURCES = [
 SOURCES += [ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / "requirements.txt"]
 # Of other projects, of jax, of a model's files, of shells, and of a script that a reader is told to write.
 FOREIGN = {"ragged_dot_mgpu", "device_map", "XLA_FLAGS", "gcloud", "safetensors", "fori_loop", "sqrt_softplus"}
-FOREIGN |= {"train_wandb", "train_wandb.py"}
+FOREIGN |= {"train_wandb", "train_wandb.py", "num_concurrent"}
 
 
 def code(page):

@@ -12,27 +12,27 @@ PREFIX = "deepseek_jax_"
 FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 REQUEST_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-# field of EngineStats -> (is a counter, text)
+# engine_FIELD of EngineStats -> text; counters end with _total
 ENGINE = {
-  "steps": (True, "steps of the engine"),
-  "compilations": (True, "XLA programs compiled"),
-  "running": (False, "requests that run"),
-  "waiting": (False, "requests that wait for a slot"),
-  "max_batch": (False, "requests that can run at a time"),
-  "decode_steps": (True, "steps that decoded"),
-  "decoded_slots": (True, "requests that took part in decoding steps, added up"),
-  "pages": (False, "pages of the key-value cache"),
-  "free_pages": (False, "pages without content"),
-  "cached_pages": (False, "unused pages with a prefix that a request may hit"),
-  "prompt_tokens": (True, "tokens of prompts"),
-  "cached_prompt_tokens": (True, "tokens of prompts that the prefix cache had"),
-  "generated_tokens": (True, "tokens generated"),
-  "prefilled_tokens": (True, "tokens of prompts that were computed"),
-  "preemptions": (True, "requests that lost their pages and were computed again"),
-  "drafted_tokens": (True, "tokens drafted by speculation"),
-  "accepted_tokens": (True, "drafted tokens that were accepted"),
-  "finished": (True, "requests that the engine finished"),
-  "cancelled": (True, "requests that were cancelled"),
+  "engine_steps_total": "Steps of the engine",
+  "engine_compilations_total": "XLA programs compiled",
+  "engine_running": "Requests that run",
+  "engine_waiting": "Requests that wait for a slot",
+  "engine_max_batch": "Requests that can run at a time",
+  "engine_decode_steps_total": "Steps that decoded",
+  "engine_decoded_slots_total": "Requests that took part in decoding steps, added up",
+  "engine_pages": "Pages of the key-value cache",
+  "engine_free_pages": "Pages without content",
+  "engine_cached_pages": "Unused pages with a prefix that a request may hit",
+  "engine_prompt_tokens_total": "Tokens of prompts",
+  "engine_cached_prompt_tokens_total": "Tokens of prompts that the prefix cache had",
+  "engine_generated_tokens_total": "Tokens generated",
+  "engine_prefilled_tokens_total": "Tokens of prompts that were computed",
+  "engine_preemptions_total": "Requests that lost their pages and were computed again",
+  "engine_drafted_tokens_total": "Tokens drafted by speculation",
+  "engine_accepted_tokens_total": "Drafted tokens that were accepted",
+  "engine_finished_total": "Requests that the engine finished",
+  "engine_cancelled_total": "Requests that were cancelled",
 }
 
 
@@ -91,9 +91,10 @@ class _EngineCollector:
 
   def collect(self) -> Iterable[Metric]:
     """Metrics of `stats`."""
-    for field, (is_counter, text) in ENGINE.items():
-      kind = CounterMetricFamily if is_counter else GaugeMetricFamily
-      yield kind(f"{PREFIX}engine_{field}", text[0].upper() + text[1:], value=getattr(self.stats, field))
+    for name, text in ENGINE.items():
+      counter = name.removesuffix("_total")
+      kind = GaugeMetricFamily if counter == name else CounterMetricFamily
+      yield kind(PREFIX + counter, text, value=getattr(self.stats, counter.removeprefix("engine_")))
     slots = self.stats.decode_steps * self.stats.max_batch
     yield GaugeMetricFamily(
       PREFIX + "engine_occupancy",
