@@ -23,13 +23,15 @@ from deepseek_jax.serve.client import EngineClient
 from deepseek_jax.serve.messages import Settings
 from deepseek_jax.serve.metrics import ChoiceTimer, Metrics
 from deepseek_jax.serve.parameters import Parameters
-from deepseek_jax.serve.request_body import BodyReader
+from deepseek_jax.serve.request_body import BodyReader, parse_json
 from deepseek_jax.serve.request_error import RequestError
 from deepseek_jax.serve.responder import ErrorResponse, Responder, Shape, run_while_connected
 
 ROUTES = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/metrics")
 CLIENT_LEFT = 499  # nginx's status for a client that did not wait
 MOST_CHARACTERS_PER_TOKEN = 128  # of longer texts than max_length such tokens, none is encoded
+
+Prepared = tuple[Parameters, Shape, list[Choice]]
 
 
 class Service:
@@ -71,25 +73,19 @@ class Service:
       "max_model_len": self.settings.max_length,
     }
 
-  def complete(self, body: Any) -> tuple[Parameters, Shape, Callable[[], list[Choice]]]:
-    """For a `Generation`: checks a body of /v1/completions."""
+  def complete(self, body: Any) -> Prepared:
+    """What a body of /v1/completions asks for. Raises RequestError."""
     parsed = completions.parse_completion(body, self.settings)
     self._check_size([prompt for prompt in parsed.prompts if isinstance(prompt, str)], "prompt")
-    return (
-      parsed.parameters,
-      completions.CompletionShape(parsed.parameters, self.tokenizer),
-      lambda: completions.make_choices(parsed, self.settings, self.tokenizer),
-    )
+    choices = completions.make_choices(parsed, self.settings, self.tokenizer)
+    return parsed.parameters, completions.CompletionShape(parsed.parameters, self.tokenizer), choices
 
-  def chat(self, body: Any) -> tuple[Parameters, Shape, Callable[[], list[Choice]]]:
-    """For a `Generation`: checks a body of /v1/chat/completions."""
+  def chat(self, body: Any) -> Prepared:
+    """What a body of /v1/chat/completions asks for. Raises RequestError."""
     parsed = chat.parse_chat(body, self.settings)
     self._check_size(["".join(message["content"] for message in parsed.messages)], "messages")
-    return (
-      parsed.parameters,
-      chat.ChatShape(parsed.parameters, self.tokenizer),
-      lambda: chat.make_choices(parsed, self.settings, self.tokenizer, self.template),
-    )
+    choices = chat.make_choices(parsed, self.settings, self.tokenizer, self.template)
+    return parsed.parameters, chat.ChatShape(parsed.parameters, self.tokenizer), choices
 
   def _check_size(self, texts: Sequence[str], name: str) -> None:
     most = self.settings.max_length * MOST_CHARACTERS_PER_TOKEN
@@ -107,11 +103,11 @@ class Generation:
   """An ASGI app that answers one protocol's requests.
 
   Args:
-    parse: `Service.complete` or `Service.chat`: body -> (parameters, shape, a function that tokenizes).
+    prepare: `Service.complete` or `Service.chat`.
   """
 
-  def __init__(self, service: Service, parse: Callable[[Any], tuple[Parameters, Shape, Callable[[], list[Choice]]]]):
-    self._service, self._parse = service, parse
+  def __init__(self, service: Service, prepare: Callable[[Any], Prepared]):
+    self._service, self._prepare = service, prepare
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     """Reads the body, and sends the answers while the client listens. Raises RequestError before it sends anything."""
@@ -119,9 +115,9 @@ class Generation:
     service = self._service
     try:
       async with service.bodies.read(Request(scope, receive)) as body:
-        parameters, shape, make_choices = self._parse(body)
         service.client.check_room(1)  # before work on a prompt that would be refused
-        choices = await asyncio.to_thread(make_choices)
+        # In a thread: a large body takes long to check and to tokenize, and streams must go on.
+        parameters, shape, choices = await asyncio.to_thread(lambda: self._prepare(parse_json(body)))
     except ClientDisconnect:
       scope["state"]["left"] = True
       return

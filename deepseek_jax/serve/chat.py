@@ -62,7 +62,7 @@ def parse_chat(body: Any, settings: Settings) -> ChatBody:
     raise wrong_type("chat_template_kwargs", "an object", arguments)
   return ChatBody(
     parse_parameters(fields, settings.model, likeliest, max_tokens),
-    _messages(fields.get("messages")),
+    _messages(fields.get("messages"), settings.max_length),
     {"add_generation_prompt": fields.boolean("add_generation_prompt", True), **arguments},
   )
 
@@ -141,7 +141,7 @@ class ChatShape:
     }
 
 
-def _messages(value: Any) -> tuple[dict[str, Any], ...]:
+def _messages(value: Any, most: int) -> tuple[dict[str, Any], ...]:
   if value is None:
     raise RequestError(
       400, "messages is missing: expected a list of messages", "messages", "missing_required_parameter"
@@ -150,6 +150,10 @@ def _messages(value: Any) -> tuple[dict[str, Any], ...]:
     raise wrong_type("messages", "a list of messages", value)
   if not value:
     raise RequestError(400, "messages is empty: send at least one message", "messages", "empty_prompt")
+  if len(value) > most:
+    raise RequestError(
+      400, f"{len(value)} messages do not fit {most} tokens: send fewer", "messages", "context_length_exceeded"
+    )
   return tuple(_message(message, f"messages[{i}]") for i, message in enumerate(value))
 
 

@@ -52,7 +52,7 @@ def parse_completion(body: Any, settings: Settings) -> CompletionBody:
     raise RequestError(
       400, "best_of is supported only where it equals n: leave it out", "best_of", "unsupported_parameter"
     )
-  prompts = _prompts(fields.get("prompt"), settings.vocab)
+  prompts = _prompts(fields.get("prompt"), settings)
   if len(prompts) * parameters.n > MAX_CHOICES:
     raise RequestError(
       400, f"{len(prompts)} prompts with n={parameters.n}: one request may ask for {MAX_CHOICES} answers", "n"
@@ -142,24 +142,27 @@ class CompletionShape:
     return top
 
 
-def _prompts(value: Any, vocab: int) -> tuple[str | tuple[int, ...], ...]:
+def _prompts(value: Any, settings: Settings) -> tuple[str | tuple[int, ...], ...]:
   """The four forms of `prompt` as texts or tuples of ids."""
   expected = "a string, a list of strings, a list of token ids, or a list of such lists"
   if value is None:
     raise RequestError(400, f"prompt is missing: expected {expected}", "prompt", "missing_required_parameter")
-  prompts = [value] if isinstance(value, str) or (_is_ids(value) and value) else value
-  if not isinstance(prompts, list) or not all(isinstance(p, str) or _is_ids(p) for p in prompts):
+  is_ids = lambda value: isinstance(value, list) and all(type(id) is int for id in value[: settings.max_length])
+  prompts = [value] if isinstance(value, str) or (value and is_ids(value)) else value
+  if not isinstance(prompts, list) or not all(isinstance(p, str) or is_ids(p) for p in prompts[: MAX_CHOICES + 1]):
     raise wrong_type("prompt", expected, value)
   if not prompts or not all(prompts):
     raise RequestError(
       400, "a prompt is empty: send at least one token, as the id of bos alone", "prompt", "empty_prompt"
     )
+  if len(prompts) > MAX_CHOICES:
+    raise RequestError(400, f"{len(prompts)} prompts are too many, at most {MAX_CHOICES}", "prompt")
   for prompt in prompts:
-    outside = None if isinstance(prompt, str) else next((id for id in prompt if not 0 <= id < vocab), None)
-    if outside is not None:
-      raise RequestError(400, f"prompt has the token id {outside}; ids are 0 to {vocab - 1}", "prompt", "invalid_value")
+    if isinstance(prompt, str):
+      continue
+    answer_length(prompt, None, DEFAULT_MAX_TOKENS, settings.max_length)  # before each id of a long list is looked at
+    if (outside := next((id for id in prompt if not 0 <= id < settings.vocab), None)) is not None:
+      raise RequestError(
+        400, f"prompt has the token id {outside}; ids are 0 to {settings.vocab - 1}", "prompt", "invalid_value"
+      )
   return tuple(p if isinstance(p, str) else tuple(p) for p in prompts)
-
-
-def _is_ids(value: Any) -> bool:
-  return isinstance(value, list) and all(type(id) is int for id in value)

@@ -16,14 +16,14 @@ BODY_SECONDS = 30
 
 
 class BodyReader:
-  """Reads JSON bodies; those that are being read or checked may have MAX_BYTES_IN_FLIGHT together."""
+  """Reads bodies of JSON; those that are being read or checked may have MAX_BYTES_IN_FLIGHT together."""
 
   def __init__(self) -> None:
     self._in_flight = 0
 
   @contextlib.asynccontextmanager
-  async def read(self, request: Request) -> AsyncIterator[Any]:
-    """Yields the parsed body. Raises RequestError, and ClientDisconnect where the client left."""
+  async def read(self, request: Request) -> AsyncIterator[bytes]:
+    """Yields the body. Raises RequestError, and ClientDisconnect where the client left."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
       # Also because a browser lets any site send plain text here, but asks before it sends JSON.
       raise RequestError(400, "the header Content-Type must be application/json")
@@ -35,7 +35,7 @@ class BodyReader:
     try:
       async with asyncio.timeout(BODY_SECONDS):
         await self._read(request, body)
-      yield _parse(bytes(body))
+      yield bytes(body)
     except TimeoutError:
       raise RequestError(408, f"the body has not come within {BODY_SECONDS} s") from None
     finally:
@@ -57,7 +57,8 @@ class BodyReader:
       self._in_flight += len(part)
 
 
-def _parse(body: bytes) -> Any:
+def parse_json(body: bytes) -> Any:
+  """The value of a body. Raises RequestError 400 where it is no JSON."""
   try:
     return orjson.loads(body)
   except orjson.JSONDecodeError as error:

@@ -234,6 +234,8 @@ BAD = {
   "less than nothing": ({"prompt": "a", "max_tokens": -1}, "max_tokens"),
   "too long": ({"prompt": "a", "max_tokens": 400}, "max_tokens"),
   "too long a prompt": ({"prompt": "a" * 500}, "prompt"),
+  "too many ids": ({"prompt": [97] * 1000}, "prompt"),
+  "lists too many": ({"prompt": [[97]] * 1000}, "prompt"),
   "far too long a prompt": ({"prompt": "a" * 100_000}, "prompt"),
   "temperature": ({"prompt": "a", "temperature": -1}, "temperature"),
   "top_p": ({"prompt": "a", "top_p": 2}, "top_p"),
@@ -282,6 +284,7 @@ BAD_CHATS = {
   "top_logprobs": ({"messages": MESSAGES, "top_logprobs": 3}, "top_logprobs"),
   "nothing to generate": ({"messages": MESSAGES, "max_tokens": 0}, "max_tokens"),
   "too long": ({"messages": [{"role": "user", "content": "a" * 500}]}, "prompt"),
+  "too many": ({"messages": MESSAGES * 500}, "messages"),
   "arguments": ({"messages": MESSAGES, "chat_template_kwargs": []}, "chat_template_kwargs"),
   "echo": ({"messages": MESSAGES, "echo": True}, "echo"),
 }
