@@ -21,7 +21,7 @@ class Choice:
     stop: strings that end the answer.
     echo: text that comes before the answer, that of the prompt; None: nothing does.
     hidden: the tokens that the engine gives are not shown: max_tokens=0.
-    ends_at_eos: bos or eos among the tokens ends the answer; see `completions.ask_for_one_token`.
+    ends_at_eos: eos among the tokens, which the engine was told to ignore, ends the answer.
   """
 
   prompt: Sequence[int]

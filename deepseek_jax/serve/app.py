@@ -153,6 +153,9 @@ class Gate:
         await ErrorResponse(refusal)(scope, receive, counting_send)
       else:
         await self._app(scope, receive, counting_send)
+    except Exception:  # whose response is made outside of this
+      status = 500
+      raise
     finally:
       status = CLIENT_LEFT if scope.get("state", {}).get("left") else status
       self._service.metrics.responses.labels(route, str(status)).inc()

@@ -75,8 +75,8 @@ def make_choices(body: CompletionBody, settings: Settings, tokenizer: Tokenizer)
     length = answer_length(ids, parameters.max_tokens, DEFAULT_MAX_TOKENS, settings.max_length)
     tokens = length + (len(ids) if body.echo else 0)
     check_logprobs(len(body.prompts) * parameters.n, tokens, parameters.logprobs)
-    for _ in range(parameters.n):
-      choices.append(_choice(parameters, ids, length, echo, derived_seed(parameters.seed, len(choices))))
+    seeds = [derived_seed(parameters.seed, i) for i in range(parameters.n)]
+    choices += [_choice(parameters, ids, length, echo, seed) for seed in seeds]
   return choices
 
 

@@ -41,7 +41,7 @@ class Parameters:
     n: answers of each prompt.
     max_tokens: None: not given.
     rules: fields of Sampling, but max_tokens and seed and those of log-probabilities.
-    seed: of the first answer, below 2**32.
+    seed: of the first answer of each prompt, below 2**32; None: any.
     logprobs: of each token, with so many likeliest ones; None: none.
     include_usage, continuous_usage: whether a stream ends with the number of tokens, and has it in each event.
   """
@@ -49,7 +49,7 @@ class Parameters:
   n: int
   max_tokens: int | None
   rules: Mapping[str, Any]
-  seed: int
+  seed: int | None
   logprobs: int | None
   stop: tuple[str, ...]
   stream: bool
@@ -142,7 +142,7 @@ def parse_parameters(fields: Fields, model: str, logprobs: int | None, max_token
     n,
     max_tokens,
     rules,
-    secrets.randbits(32) if seed is None else seed % 2**32,
+    None if seed is None else seed % 2**32,
     logprobs,
     _stops(fields),
     stream,
@@ -151,8 +151,10 @@ def parse_parameters(fields: Fields, model: str, logprobs: int | None, max_token
   )
 
 
-def derived_seed(seed: int, choice: int) -> int:
-  """Seed of an answer: that of the request for the first, others by a step that is odd, so that 2**32 are distinct."""
+def derived_seed(seed: int | None, choice: int) -> int:
+  """Seed of a prompt's answer: `seed` for the first, others by a step that is odd, so that 2**32 are distinct."""
+  if seed is None:
+    return secrets.randbits(32)
   return (seed + choice * 0x9E3779B9) % 2**32
 
 

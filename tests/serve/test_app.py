@@ -3,11 +3,17 @@ import json
 import socket
 import threading
 import time
+import types
 
 import httpx
 import openai
 import pytest
 
+from deepseek_jax.generate.request import EngineStats
+from deepseek_jax.serve.app import Service, make_app
+from deepseek_jax.serve.chat_template import ChatTemplate
+from deepseek_jax.serve.messages import Settings
+from tests.serve.fake_engine import DEFAULTS
 from tests.serve.servers import events, serving, wait_until
 
 GREEDY = {"temperature": 0}
@@ -67,6 +73,8 @@ def test_n_answers_differ_and_a_seed_repeats_them(client):
   assert len(set(ask(3))) > 1
   assert ask(3) == ask(3) != ask(4)
   assert ask(-(2**62)) == ask(-(2**62))
+  together = client.completions.create(model="fake", prompt=["a", "b"], max_tokens=2, n=4, seed=3)
+  assert [choice.text for choice in together.choices[4:]] == ask(3)
 
 
 def test_a_stream_has_the_text_of_the_whole(client):
@@ -395,6 +403,21 @@ def test_answers_at_a_time_do_not_mix(server):
   prompts = ["abc", "d", "efghij", "kl", "mno", "pq", "rst", "uvw"]
   for prompt, answer in zip(prompts, asyncio.run(ask_all()), strict=True):
     assert answer.choices[0].text == (prompt[::-1] * 30)[:30]
+
+
+def test_an_error_of_the_server_s_says_nothing_of_it():
+  def fail(text):
+    raise RuntimeError("a secret")
+
+  async def ask():
+    transport = httpx.ASGITransport(make_app(service), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+      return await client.post("/v1/completions", json={"prompt": "a"})
+
+  tokenizer, client = types.SimpleNamespace(encode=fail, bos=0), types.SimpleNamespace(check_room=lambda count: None)
+  service = Service(Settings(**DEFAULTS), tokenizer, ChatTemplate("", {}), client)
+  assert "secret" not in check_error(asyncio.run(ask()), 500, code="internal_error")
+  assert b'responses_total{route="/v1/completions",status="500"} 1.0' in service.metrics.to_text(EngineStats())
 
 
 def test_a_key_and_names_of_this_machine():

@@ -3,8 +3,6 @@ import json
 import pytest
 
 from deepseek_jax.errors import ConfigError
-
-pytest.importorskip("jinja2")
 from deepseek_jax.serve import chat_template
 from deepseek_jax.serve.chat_template import DEEPSEEK_LLM, ChatTemplate, find_chat_template
 from deepseek_jax.serve.request_error import RequestError

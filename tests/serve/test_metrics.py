@@ -1,8 +1,5 @@
 import dataclasses
 
-import pytest
-
-pytest.importorskip("prometheus_client")
 from deepseek_jax.generate.request import EngineStats
 from deepseek_jax.serve import metrics
 

@@ -9,7 +9,7 @@ from deepseek_jax.serve.request_error import RequestError
 def test_the_defaults_are_the_model_s_own_distribution():
   parsed = parse_parameters(Fields({}, parameters.COMMON_FIELDS), "m", None, None)
   assert Sampling(1, **parsed.rules) == Sampling(1)
-  assert (parsed.n, parsed.stop, parsed.stream, parsed.seed < 2**32) == (1, (), False, True)
+  assert (parsed.n, parsed.stop, parsed.stream, parsed.seed) == (1, (), False, None)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -31,6 +31,7 @@ def test_null_is_not_given():
 def test_seeds_of_choices_differ():
   assert len({derived_seed(7, choice) for choice in range(1000)}) == 1000
   assert derived_seed(7, 0) == 7
+  assert derived_seed(None, 0) != derived_seed(None, 0)
 
 
 def test_lengths():
