@@ -73,7 +73,7 @@ def serving(**settings):
     server.stop()
 
 
-def wait_until(condition, seconds=5.0):
+def wait_until(condition, seconds=20.0):
   """Waits until `condition()`; returns the seconds that it took."""
   started = time.monotonic()
   while not condition():

