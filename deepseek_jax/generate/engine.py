@@ -55,7 +55,7 @@ class Engine:
   Args:
     model: its config; the engine computes as `ModelConfig.for_sampling` says.
     params, buffers: of the model, on `mesh`.
-    mesh: the one that the caller sets where it calls the engine's methods.
+    mesh: of the params. It need not be set.
     vocab, eos: of the tokenizer.
     config: sizes.
     weights: a name of the weights, for the prefix cache.
@@ -77,7 +77,7 @@ class Engine:
     check_engine(model, config)
     config = dataclasses.replace(config, chunk=min(config.chunk, config.max_length))
     self.config, self.max_length, self._vocab, self._eos = config, config.max_length, vocab, eos
-    self._shards = num_batch_shards(mesh)
+    self._mesh, self._shards = mesh, num_batch_shards(mesh)
     slots = -(-config.max_batch // self._shards)
     self._pages_per_sequence = -(-config.max_length // config.page_size)
     pages = -(-config.cache_tokens // (config.page_size * self._shards)) or slots * self._pages_per_sequence
@@ -89,7 +89,8 @@ class Engine:
     sampling_model = model.for_sampling()
     self._weights = params, buffers
     self._programs = prefill_program(sampling_model, vocab), decode_program(sampling_model, vocab)
-    self._state = new_state(sampling_model, self._slots, self._pages, config.page_size, config.speculate)
+    with jax.set_mesh(mesh):
+      self._state = new_state(sampling_model, self._slots, self._pages, config.page_size, config.speculate)
 
   def warm_up(self) -> None:
     """Compiles both programs. Nothing compiles after that."""
@@ -216,7 +217,8 @@ class Engine:
 
   def _call(self, program: Callable, new: NewTokens, *inputs: Chunk) -> Sampled:
     """What `program` samples, as NumPy arrays."""
-    self._state, sampled = program(*self._weights, self._state, new, *inputs)
+    with jax.set_mesh(self._mesh):
+      self._state, sampled = program(*self._weights, self._state, new, *inputs)
     wanted = [new.wants_logprobs.any(), bool(inputs) and inputs[0].wants_prompt_logprobs.any()]
     parts = sampled.tokens, sampled.count, sampled.draft
     logprobs = [

@@ -53,9 +53,23 @@ def define_flags() -> flags.FlagValues:
     flag_values=values,
   )
   integer("cache_tokens", 0, 0, "tokens in the key-value cache; 0: enough for --max_batch requests of --max_length")
-  integer("token_budget", 0, 0, "prompt tokens that a step computes at most; 0: the engine's default")
+  integer(
+    "token_budget",
+    0,
+    0,
+    "tokens of a step: one of each request that decodes, the rest of prompts; 0: the engine's default",
+  )
   flags.DEFINE_boolean("speculate", False, "draft tokens by multi-token prediction", flag_values=values)
+  flags.DEFINE_enum(
+    "dtype",
+    "",
+    ["", "bfloat16", "float32"],
+    "of parameters and computation; default: those of the model",
+    flag_values=values,
+  )
   integer("devices", 1, 1, "devices that the parameters are sharded over")
+  integer("tensor_parallel", 1, 1, "of these devices, those that share heads and inner widths (tensor parallelism)")
+  integer("expert_parallel", 1, 1, "of these devices, those that share the experts (expert parallelism)")
   return values
 
 

@@ -29,9 +29,11 @@ class EngineFlags:
     max_length: tokens of prompt and answer; 0: data.seq of the model.
     scheduler: continuous, or static: a batch ends before the next begins.
     cache_tokens: of the key-value cache; 0: enough for max_batch requests of max_length.
-    token_budget: prompt tokens that a step computes; 0: the engine's own.
+    token_budget: tokens that a step computes; 0: the engine's own.
     speculate: draft tokens with the model's multi-token prediction.
+    dtype: of parameters and computation; "": those of the model.
     devices: that the parameters are sharded over.
+    tensor_parallel, expert_parallel: of these, the sizes of two mesh axes; what is left is FSDP.
   """
 
   max_batch: int
@@ -40,7 +42,10 @@ class EngineFlags:
   cache_tokens: int
   token_budget: int
   speculate: bool
+  dtype: str
   devices: int
+  tensor_parallel: int
+  expert_parallel: int
 
 
 def check_packages() -> None:
@@ -54,9 +59,28 @@ def check_packages() -> None:
 
 def make_engine(saved: "SavedModel", tokenizer: Tokenizer, flags: EngineFlags) -> Engine:
   """An engine with the weights of `saved`, which has compiled its programs. Raises ConfigError for flags that do not fit."""
-  from deepseek_jax.generate.engine import Engine as JaxEngine
+  from deepseek_jax.generate import engine
 
-  return JaxEngine.load(saved, tokenizer, **dataclasses.asdict(flags))
+  model = saved.config.model
+  if flags.dtype:
+    model = dataclasses.replace(model, param_dtype=flags.dtype, compute_dtype=flags.dtype)
+  sizes = engine.EngineConfig(
+    max_batch=flags.max_batch,
+    max_length=flags.max_length or saved.config.data.seq,
+    cache_tokens=flags.cache_tokens,
+    is_static=flags.scheduler == "static",
+    speculate=flags.speculate,
+  )
+  if flags.token_budget:
+    sizes = dataclasses.replace(sizes, token_budget=flags.token_budget)
+  engine.check_engine(model, sizes)  # before the weights are read
+  weights = saved.load(flags.devices, model, flags.tensor_parallel, flags.expert_parallel)
+  made = engine.Engine(
+    model, weights.params, weights.buffers, weights.mesh, tokenizer.vocab, tokenizer.eos, sizes,
+    f"{saved.source} {saved.step}",
+  )  # fmt: skip
+  made.warm_up()
+  return made
 
 
 def load_chat_template(

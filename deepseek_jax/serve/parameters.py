@@ -102,12 +102,11 @@ class Fields:
   def number(self, name: str, default: float) -> float:
     """A number within the bounds that Sampling has for it."""
     value, (smallest, largest) = self._body.get(name, default), BOUNDS[name]
-    least = "" if smallest is None else f" of at least {smallest:g}"
-    most = "" if largest is None else f"{' and' if least else ' of'} at most {largest:g}"
+    expected = f"a number of at least {smallest:g} and at most {largest:g}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-      raise wrong_type(name, f"a number{least}{most}", value)
-    if (smallest is not None and value < smallest) or (largest is not None and value > largest):
-      raise RequestError(400, f"{name} must be a number{least}{most}, got {value:g}", name, "invalid_value")
+      raise wrong_type(name, expected, value)
+    if not smallest <= value <= largest:
+      raise RequestError(400, f"{name} must be {expected}, got {value:g}", name, "invalid_value")
     return float(value)
 
   def strings(self, name: str) -> tuple[str, ...]:

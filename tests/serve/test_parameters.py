@@ -17,10 +17,10 @@ def test_bounds_are_those_of_sampling(name):
   smallest, largest = BOUNDS[name]
   fields = lambda value: Fields({name: value}, parameters.COMMON_FIELDS)
   for value in (smallest, largest):
-    if value is not None:
-      assert fields(value).number(name, 0.0) == value
-      with pytest.raises(RequestError, match=f"{name} must be a number of at"):
-        fields(value + (1e-3 if value == largest else -1e-3)).number(name, 0.0)
+    assert fields(value).number(name, 0.0) == value
+  for value in (smallest - 1e-3, largest * 1.01, float("nan")):
+    with pytest.raises(RequestError, match=f"{name} must be a number of at"):
+      fields(value).number(name, 0.0)
 
 
 def test_null_is_not_given():
