@@ -15,11 +15,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 class Server:
-  """A running `python -m tests.serve.fake_engine`."""
+  """A running `python -m deepseek_jax.serve` with `flags`, or else `python -m tests.serve.fake_engine` with `settings`."""
 
-  def __init__(self, settings):
+  def __init__(self, settings=None, flags=()):
+    program = ["deepseek_jax.serve", "--port=0", *flags] if flags else ["tests.serve.fake_engine", json.dumps(settings)]
     self.process = subprocess.Popen(
-      [sys.executable, "-m", "tests.serve.fake_engine", json.dumps(settings)],
+      [sys.executable, "-m", *program],
       cwd=ROOT,
       env=os.environ | {"PYTHONPATH": str(ROOT)},
       stdout=subprocess.PIPE,
@@ -27,8 +28,8 @@ class Server:
       text=True,
     )
     line = self.process.stdout.readline()
-    assert line.startswith("listening "), self.process.stderr.read()
-    self.url = line.split()[1]
+    assert "http://" in line, self.process.stderr.read()
+    self.url = re.search(r"http://[^/\s]+", line)[0]
     self.http = httpx.Client(base_url=self.url, timeout=20)
 
   @property
@@ -65,8 +66,8 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(**settings):
-  server = Server(settings)
+def serving(*flags, **settings):
+  server = Server(settings, flags)
   try:
     yield server
   finally:
