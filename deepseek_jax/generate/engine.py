@@ -33,8 +33,9 @@ class EngineConfig:
     max_length: tokens of a prompt and its answer.
     cache_tokens: that the key-value cache has room for; 0: for max_batch sequences of max_length.
     page_size: tokens of a page.
-    chunk: tokens of a prompt that are computed at a time.
-    token_budget: of a step: one for each sequence that decodes, the rest for chunks of prompts, of which one always runs.
+    chunk: tokens of a prompt that are computed at a time; 0: 32 on CPUs, where a row costs as much in any batch, else 256.
+    token_budget: of a step: one for each sequence that decodes, the rest for chunks of prompts, of which one always runs;
+      0: four chunks.
     is_static: static batching instead of continuous, to compare with.
     speculate: draft the token after the next by the model's own multi-token prediction.
   """
@@ -43,8 +44,8 @@ class EngineConfig:
   max_length: int = 2048
   cache_tokens: int = 0
   page_size: int = 16
-  chunk: int = 64
-  token_budget: int = 256
+  chunk: int = 0
+  token_budget: int = 0
   is_static: bool = False
   speculate: bool = False
 
@@ -75,7 +76,7 @@ class Engine:
     weights: str = "",
   ):
     check_engine(model, config)
-    config = dataclasses.replace(config, chunk=min(config.chunk, config.max_length))
+    config = resolve_sizes(config)
     self.config, self.max_length, self._vocab, self._eos = config, config.max_length, vocab, eos
     self._mesh, self._shards = mesh, num_batch_shards(mesh)
     slots = -(-config.max_batch // self._shards)
@@ -272,7 +273,7 @@ class Engine:
 
 def check_engine(model: ModelConfig, config: EngineConfig) -> None:
   """Raises ConfigError for sizes that do not fit together, and for speculation without multi-token prediction."""
-  for name in ("max_batch", "max_length", "page_size", "chunk", "token_budget"):
+  for name in ("max_batch", "max_length", "page_size"):
     if getattr(config, name) < 1:
       raise ConfigError(f"{name}={getattr(config, name)}: expected at least 1")
   if 0 < config.cache_tokens < config.max_length:
@@ -281,6 +282,13 @@ def check_engine(model: ModelConfig, config: EngineConfig) -> None:
     )
   if config.speculate and not model.num_mtp_layers:
     raise ConfigError("speculation needs a model with multi-token prediction (num_mtp_layers), and this one has none")
+
+
+def resolve_sizes(config: EngineConfig) -> EngineConfig:
+  """`config` with its chunk and token budget."""
+  chunk = config.chunk or (32 if jax.default_backend() == "cpu" else 256)
+  chunk = min(chunk, config.max_length)
+  return dataclasses.replace(config, chunk=chunk, token_budget=config.token_budget or 4 * chunk)
 
 
 def _pairs(ids: np.ndarray, values: np.ndarray, count: int) -> tuple[tuple[int, float], ...]:

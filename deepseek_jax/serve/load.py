@@ -70,9 +70,8 @@ def make_engine(saved: "SavedModel", tokenizer: Tokenizer, flags: EngineFlags) -
     cache_tokens=flags.cache_tokens,
     is_static=flags.scheduler == "static",
     speculate=flags.speculate,
+    token_budget=flags.token_budget,
   )
-  if flags.token_budget:
-    sizes = dataclasses.replace(sizes, token_budget=flags.token_budget)
   engine.check_engine(model, sizes)  # before the weights are read
   weights = saved.load(flags.devices, model, flags.tensor_parallel, flags.expert_parallel)
   made = engine.Engine(

@@ -16,6 +16,8 @@ from deepseek_jax.serve.request_error import RequestError
 
 EVENT_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]  # fmt: skip
 DONE = b"data: [DONE]\n\n"
+# Clients that split a stream into lines as Python does take these for ends of lines (httpx's iter_lines, guidellm).
+LINE_ENDS = [(character.encode(), f"\\u{ord(character):04x}".encode()) for character in "\x85\u2028\u2029"]
 
 
 class Shape(Protocol):
@@ -140,7 +142,10 @@ def _merge(deltas: Sequence[Delta]) -> Delta:
 
 
 def _data(event: dict[str, Any]) -> bytes:
-  return b"data: " + orjson.dumps(event) + b"\n\n"
+  content = orjson.dumps(event)
+  for character, escaped in LINE_ENDS:
+    content = content.replace(character, escaped)
+  return b"data: " + content + b"\n\n"
 
 
 async def _wait_for_disconnect(receive: Receive) -> None:

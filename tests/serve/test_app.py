@@ -101,6 +101,15 @@ def test_usage_in_every_event(server):
   assert "usage" not in first
 
 
+def test_an_event_is_one_line_whatever_the_text(server):
+  text = "a\x85b\u2028c\u2029d\x0b\x0c\x1c\r\n"
+  body = {"prompt": list(text.encode())[::-1], "max_tokens": len(text.encode()), "temperature": 0, "stream": True}
+  with server.http.stream("POST", "/v1/completions", json=body) as response:
+    lines = [line for line in response.iter_lines() if line]  # which splits as str.splitlines
+  got = [json.loads(line.removeprefix("data: "))["choices"][0]["text"] for line in lines[:-1]]
+  assert "".join(got) == text and lines[-1] == "data: [DONE]"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_stop_strings_end_the_answer_and_the_request(server, client, stream):
   before = server.metric("engine_cancelled_total")
