@@ -2,6 +2,7 @@
 ## make test    build .venv with the test requirements, check style, run the tests that are not long
 ## make test-jax  the part of `make test` that depends on the version of jax, and whole runs: for a second interpreter
 ## make chaos   the long tests that kill training processes
+## make soak    a server under load for ten minutes, whose HTTP process is killed
 ## make parity  the long tests against transformers and lm-evaluation-harness, in an environment of their own, .venv-parity
 ## make meshes  the long tests of every layout on 8 virtual devices
 ## make tpu     the long tests that compile for TPU topologies, in an environment of their own, .venv-tpu
@@ -27,7 +28,7 @@ SMOKE ?= --smoke
 IN_PARALLEL = -n auto --maxprocesses 4 --dist worksteal
 IN_VENV = $(VENV)/bin/python
 
-.PHONY: help train test test-jax chaos scaling parity meshes tpu kernels gpu colabs docs lint clean environment test-environment
+.PHONY: help train test test-jax chaos soak scaling parity meshes tpu kernels gpu colabs docs lint clean environment test-environment
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -39,10 +40,13 @@ test: lint
 	$(IN_VENV) -m pytest $(IN_PARALLEL) $(ARGS)
 
 test-jax: test-environment
-	$(IN_VENV) -m pytest $(IN_PARALLEL) -m 'jax_version and not (chaos or parity or meshes or tpu or kernels or scaling)' $(ARGS)
+	$(IN_VENV) -m pytest $(IN_PARALLEL) -m 'jax_version and not (chaos or parity or meshes or tpu or kernels or scaling or soak)' $(ARGS)
 
 chaos: test-environment
 	$(IN_VENV) -m pytest -m chaos $(ARGS)
+
+soak: test-environment
+	$(IN_VENV) -m pytest -m soak tests/end_to_end -s -o faulthandler_timeout=0 $(ARGS)
 
 scaling: test-environment
 	$(IN_VENV) -m pytest -m scaling tests/scaling -o faulthandler_timeout=0 $(ARGS)

@@ -155,22 +155,21 @@ class Engine:
   def _prefill(self, chunks: Sequence[scheduler.Sequence | None]) -> list[Output]:
     """Computes the next chunk of a sequence on each shard, and samples its first token if that was the last one."""
     new, rows = self._new_tokens(chunks, self.config.chunk), len(chunks)
-    text, next_tokens = np.full((rows, self.max_length), -1, np.int32), np.zeros_like(new.tokens)
+    prompt, next_tokens = np.full((rows, self.max_length), -1, np.int32), np.zeros_like(new.tokens)
     is_last, wants_prompt = np.zeros(rows, bool), np.zeros(rows, bool)
     for row, sequence in enumerate(chunks):
       if sequence:
         end = self._scheduler.chunk_end(sequence)
         count = end - sequence.computed
         new.tokens[row, :count] = sequence.text[sequence.computed : end]
-        after = sequence.text[sequence.computed + 1 : end + 1]
+        after = sequence.request.prompt[sequence.computed + 1 : end + 1]
         next_tokens[row, : len(after)] = after
-        new.length[row], is_last[row] = count, end == len(sequence.text)
-        text[row, : len(sequence.text)] = sequence.text
+        new.length[row], is_last[row] = count, end == len(sequence.request.prompt)
+        prompt[row, : len(sequence.request.prompt)] = sequence.request.prompt
         wants_prompt[row] = sequence.request.sampling.prompt_logprobs is not None
     slot = np.array([s.slot if s else 0 for s in chunks], np.int32)
-    lengths = np.array([len(s.request.prompt) if s else 0 for s in chunks], np.int32)
-    sampled = self._call(self._programs[0], new, Chunk(slot, text, lengths, is_last, wants_prompt, next_tokens))
-    outputs = []
+    sampled = self._call(self._programs[0], new, Chunk(slot, prompt, is_last, wants_prompt, next_tokens))
+    outputs: list[Output] = []
     for row, sequence in enumerate(chunks):
       if sequence:
         if wants_prompt[row]:
@@ -179,26 +178,32 @@ class Engine:
         self._scheduler.advance(sequence, sequence.computed + int(new.length[row]))
         if is_last[row]:
           sequence.is_prefilled = True
-          outputs.append(self._answer(sequence, sampled, row))
+          outputs += self._answer(sequence, sampled, row, sequence.computed)
     return outputs
 
   def _decode(self, sequences: Sequence[scheduler.Sequence]) -> list[Output]:
-    """Computes the newest token of each of `sequences`, and its draft, and samples what follows."""
+    """Computes a token of each of `sequences`, and its draft, and samples what follows.
+
+    It is the newest token, but in a sequence that is computed again: an answer is computed token by token again, as it
+    was before, so that its bits do not depend on who took its pages.
+    """
     by_slot: list[scheduler.Sequence | None] = [None] * self._slots
     for sequence in sequences:
       by_slot[sequence.shard * (self._slots // self._shards) + sequence.slot] = sequence
     new = self._new_tokens(by_slot, 1 + self.config.speculate)
     rows = [(row, sequence) for row, sequence in enumerate(by_slot) if sequence]
     for row, sequence in rows:
-      drafts = [] if sequence.draft is None else [sequence.draft]
-      new.tokens[row, : 1 + len(drafts)] = [sequence.text[-1], *drafts]
-      new.length[row] = 1 + len(drafts)
-      self._counts.update(drafted_tokens=len(drafts))
+      tokens = sequence.text[sequence.computed :][: new.tokens.shape[1]]
+      if sequence.draft is not None:
+        tokens = [*tokens, sequence.draft]
+        self._counts.update(drafted_tokens=1)
+      new.tokens[row, : len(tokens)], new.length[row] = tokens, len(tokens)
     sampled = self._call(self._programs[1], new)
-    outputs = []
+    outputs: list[Output] = []
     for row, sequence in rows:
-      self._counts.update(accepted_tokens=int(sampled.count[row]) - 1)
-      outputs.append(self._answer(sequence, sampled, row))
+      if sequence.draft is not None:
+        self._counts.update(accepted_tokens=int(sampled.count[row]) - 1)
+      outputs += self._answer(sequence, sampled, row, sequence.computed + 1)
     if sequences:
       self._counts.update(decode_steps=1, decoded_slots=len(sequences))
     return outputs
@@ -227,12 +232,14 @@ class Engine:
     ]
     return Sampled(*jax.device_get((*parts, *logprobs)))
 
-  def _answer(self, sequence: scheduler.Sequence, sampled: Sampled, row: int) -> Output:
-    """Takes the tokens of a row of `sampled` into the answer, and ends the sequence where it has ended."""
+  def _answer(self, sequence: scheduler.Sequence, sampled: Sampled, row: int, position: int) -> list[Output]:
+    """Takes the tokens of a row of `sampled` into the answer, and ends the sequence where it has ended.
+
+    position: of the first of the tokens. Those that the answer has already are left out.
+    """
     request, tokens, logprobs, reason = sequence.request, [], [], None
-    # All of the text before these tokens is cached now, and of these tokens all but the newest.
-    cached, count = len(sequence.text), int(sampled.count[row])
-    for i, token in enumerate(sampled.tokens[row, :count].tolist()):
+    known, count = len(sequence.text) - position, int(sampled.count[row])
+    for i, token in list(enumerate(sampled.tokens[row, :count].tolist()))[known:]:
       if token == self._eos and not request.sampling.ignore_eos:
         reason = "stop"
         break
@@ -244,7 +251,10 @@ class Engine:
       if sequence.generated == request.sampling.max_tokens:
         reason = "length"
         break
-    self._scheduler.advance(sequence, max(cached, len(sequence.text) - 1))
+    # All before these tokens is cached now, and of these tokens all but the newest.
+    self._scheduler.advance(sequence, min(position + count - 1, len(sequence.text)))
+    if known >= count:
+      return []
     can_draft = self.config.speculate and sequence.generated + 1 < request.sampling.max_tokens
     sequence.draft = int(sampled.draft[row]) if can_draft else None
     is_first, sequence.has_answered = not sequence.has_answered, True
@@ -253,10 +263,11 @@ class Engine:
       self._scheduler.remove(sequence)
       self._counts.update(finished=1)
     wants_prompt = is_first and request.sampling.prompt_logprobs is not None
-    return Output(
+    output = Output(
       request.id, tuple(tokens), tuple(logprobs), reason, tuple(sequence.prompt_logprobs) if wants_prompt else None,
       sequence.cached_tokens if is_first else 0,
     )  # fmt: skip
+    return [output]
 
   def _prompt_logprobs(
     self, sequence: scheduler.Sequence, sampled: Sampled, row: int, length: int

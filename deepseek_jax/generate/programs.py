@@ -68,16 +68,14 @@ class Chunk:
 
   Attributes:
     slot: int32 [rows], the slot of the prompt, counted within its shard.
-    text: int32 [rows, max_length], prompt and answer so far, where a sequence is computed again; padded with -1.
-    prompt_length: int32 [rows], of the text those that are the prompt.
+    prompt: int32 [rows, max_length], all of it, padded with -1.
     is_last: bool [rows], whether the next token is to be sampled.
     wants_prompt_logprobs: bool [rows].
-    next_tokens: int32 [rows, new], the token after each of the chunk's; that after the last of the text is not known yet.
+    next_tokens: int32 [rows, new], the token after each of the chunk's; that after the prompt is not known yet.
   """
 
   slot: Array
-  text: Array
-  prompt_length: Array
+  prompt: Array
   is_last: Array
   wants_prompt_logprobs: Array
   next_tokens: Array
@@ -169,7 +167,8 @@ def _prefill_local(
   hidden, cache = decode(model, new.tokens, state.cache, where)  # [rows, new, embed]
   last = jnp.maximum(new.length - 1, 0)
   logits = _logits(model, jnp.take_along_axis(hidden, last[:, None, None], 1), vocab)  # [rows, 1, vocab]
-  counts, in_prompt = _count_text(chunk, logits.shape[-1])
+  in_prompt = _tokens_of(chunk.prompt, logits.shape[-1])
+  counts = jnp.zeros(in_prompt.shape, jnp.int32)
   tokens = sample_tokens(logits[:, 0], new.rules, counts, in_prompt, new.start + new.length)[:, None]
   logprobs = _if_any(new.wants_logprobs, lambda: log_probabilities(logits, tokens))
   prompt_logprobs = _if_any(
@@ -240,13 +239,10 @@ def _draft(
   return cache | {MTP: arrays}, jnp.argmax(logits[:, 0], -1).astype(jnp.int32)
 
 
-def _count_text(chunk: Chunk, vocab: int) -> tuple[jax.Array, jax.Array]:
-  """(counts int32, in_prompt bool) [rows, vocab] of the texts; padding, -1, counts nowhere."""
-  in_prompt = jnp.arange(chunk.text.shape[1]) < chunk.prompt_length[:, None]
-  rows, ids = jnp.arange(chunk.text.shape[0])[:, None], jnp.where(chunk.text >= 0, chunk.text, vocab)
-  counts = jnp.zeros((2, chunk.text.shape[0], vocab), jnp.int32)
-  counts = counts.at[in_prompt.astype(jnp.int32), rows, ids].add(1, mode="drop")
-  return counts[0], counts[1] > 0
+def _tokens_of(prompt: jax.Array, vocab: int) -> jax.Array:
+  """bool [rows, vocab], which ids `prompt` int [rows, length] has; padding, -1, is none."""
+  rows, ids = jnp.arange(prompt.shape[0])[:, None], jnp.where(prompt >= 0, prompt, vocab)
+  return jnp.zeros((prompt.shape[0], vocab), bool).at[rows, ids].set(True, mode="drop")
 
 
 def _if_any(wants: jax.Array, compute: Any) -> tuple[jax.Array, jax.Array, jax.Array]:

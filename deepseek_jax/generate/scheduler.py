@@ -24,7 +24,7 @@ class Sequence:
     pages: of its shard, for the positions of `text` in order.
     hashes: of the pages that are full.
     computed: tokens of `text` that are in the cache.
-    is_prefilled: whether all of `text` was computed once since it has its slot; then all but its newest token are cached.
+    is_prefilled: whether its prompt is cached, and it decodes.
     draft: of the token after `text`; None: there is none.
     cached_tokens: of the prompt, that the prefix cache had.
     prompt_logprobs: so far.
@@ -103,7 +103,7 @@ class Scheduler:
 
   def chunk_end(self, sequence: Sequence) -> int:
     """Where the chunk ends that begins at `sequence.computed`."""
-    return min(len(sequence.text), (sequence.computed // self.chunk + 1) * self.chunk)
+    return min(len(sequence.request.prompt), (sequence.computed // self.chunk + 1) * self.chunk)
 
   def decoding(self) -> Iterator[Sequence]:
     """The sequences that decode, the oldest first, each with pages for its newest token and its draft.
@@ -133,7 +133,7 @@ class Scheduler:
     pool = self.pools[shard]
     hashes: list[bytes] = []
     if sequence.request.sampling.prompt_logprobs is None:  # else every token is to be computed
-      hashes = pool.page_hashes(sequence.text[:-1])  # the last token is computed, for what it predicts
+      hashes = pool.page_hashes(sequence.request.prompt[:-1])  # its last token is computed, for what it predicts
     shared = pool.share(hashes)
     own = pool.allocate(-(-(len(sequence.text) + 1) // pool.page_size) - len(shared))
     if own is None:
