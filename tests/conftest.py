@@ -28,7 +28,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 _cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(_cache, "deepseek_jax", "test-compilations"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 # Folders whose every test depends on jax's version; other files say `pytestmark = pytest.mark.jax_version`.
