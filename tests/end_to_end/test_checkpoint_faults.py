@@ -81,6 +81,7 @@ while True:
   assert not list((tmp_path / "checkpoints").glob("*tmp*"))
 
 
+@pytest.mark.chaos
 def test_two_processes_save_one_checkpoint_and_agree_on_the_newest(tmp_path):
   body = """
 import jax, numpy as np

@@ -289,6 +289,7 @@ def test_an_error_of_one_process_ends_both_at_once(folder, fault, code, says):
   assert ("Traceback" in out) == (fault == "code")
 
 
+@pytest.mark.chaos
 def test_the_clock_of_process_0_decides_when_both_save_and_a_notice_to_one_machine_ends_both(folder, alone):
   # 3 s; an evaluation would look at the clock as well.
   arguments = (

@@ -160,6 +160,7 @@ def training(cluster, tmp_path):
   (ROOT / f"restarts-{slurm.job_id}").unlink(missing_ok=True)
 
 
+@pytest.mark.chaos
 def test_real_training_starts_again_after_a_fault_and_not_after_a_mistake(training, tmp_path):
   slurm, arguments = training
   code, again, out = slurm.end(slurm.start(*arguments, FAULT="data"))
