@@ -129,7 +129,10 @@ def test_report(tmp_path, capsys, monkeypatch, fp8, per_tensor, more, code):
 
 
 def test_controls_train(text, tmp_path):
-  settings = (*SIZES, "train.steps=1", "model.precision=fp8", f"data.sources={text}", f"data.cache={tmp_path}")
+  settings = (
+    *SIZES, "train.steps=1", "model.precision=fp8", "eval.final_sequences=2", "sample.max_tokens=0", "log.tensorboard=false",
+    f"data.sources={text}", f"data.cache={tmp_path}",
+  )  # fmt: skip
   arguments = ("--config=benchmarks/fp8_training.py", f"--workdir={tmp_path}/run", "--outliers", "--per_tensor")
   out, _ = benchmark("fp8_controls", *arguments, *(f"--config.{setting}" for setting in settings))
   assert "step 1: held-out loss" in out
