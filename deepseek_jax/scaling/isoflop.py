@@ -76,8 +76,7 @@ class FrontierFit:
     floors = None if fixed_E is None else np.full(count, fixed_E)
     if fixed_E is None and len(keep) < BUDGETS_FOR_E:
       floor, floors = np.zeros(1), np.zeros(count)
-      if sum(len(p.scales) for p in self.profiles) >= LEAST_RUNS_OF_SURFACE:
-        surface = surface_of(self.profiles, bootstrap=min(count, 200))
+      if surface := self._surface:
         floor = np.array([surface.surface.E])
         floors = floors if surface.samples is None else np.resize(surface.samples.E, count)
     value = float(predict_losses(log_c, losses, np.log(flops), floor)[0])
@@ -85,6 +84,13 @@ class FrontierFit:
       return value, None
     drawn = predict_losses(log_c, self.samples[:, 4:][:, keep], np.log(flops), floors)
     return value, percentile_interval(drawn, ci)
+
+  @functools.cached_property
+  def _surface(self) -> ParametricFit | None:
+    """Approach 3 on the same runs, or None where these are too few for it. Cached, since a curve is many predictions."""
+    if sum(len(p.scales) for p in self.profiles) < LEAST_RUNS_OF_SURFACE:
+      return None
+    return surface_of(self.profiles, bootstrap=0 if self.samples is None else min(len(self.samples), 200))
 
 
 def predict_losses(log_c: np.ndarray, losses: np.ndarray, at: float, floors: np.ndarray | None = None) -> np.ndarray:
