@@ -1,5 +1,6 @@
 """Sweeps that are really run, tiny ones, through the command line's functions."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -14,7 +15,8 @@ import pytest
 from deepseek_jax.checkpoint.lock import lock_workdir
 from deepseek_jax.console import Console, set_console
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.scaling import commands
+from deepseek_jax.scaling import allocation, commands, sweep_plan
+from deepseek_jax.scaling.laws import DEEPSEEK_ALLOCATION, PowerLaw
 from deepseek_jax.scaling.sweep_plan import load_plan
 from deepseek_jax.scaling.sweep_results import read_result
 from deepseek_jax.scaling.sweep_runs import order_for_worker, parse_shard, run_sweep, run_workers, select_runs
@@ -60,12 +62,20 @@ def console():
     yield lines
 
 
+@pytest.fixture
+def short_runs(monkeypatch):
+  """Plans take the smallest model for a tenth of the FLOPs, and few steps for enough."""
+  law = dataclasses.replace(DEEPSEEK_ALLOCATION, scale_law=PowerLaw(3e4 / 1e9**0.5, 0.5))
+  monkeypatch.setattr(allocation, "DEEPSEEK", allocation.AllocationEstimate(law))
+  monkeypatch.setattr(sweep_plan, "MIN_STEPS", 30)
+
+
 def run(plan, workdir, *flags):
   return commands.run(["run", f"--plan={plan}", f"--workdir={workdir}", *flags])
 
 
-def test_a_sweep_runs_in_shards_and_its_table_has_every_run(tmp_path, console):
-  plan = make_plan(tmp_path, "--budgets=1.05e10,1.2e10", "--per_budget=1", "--seeds=2")
+def test_a_sweep_runs_in_shards_and_its_table_has_every_run(tmp_path, console, short_runs):
+  plan = make_plan(tmp_path, "--budgets=1.05e9,1.2e9", "--per_budget=1", "--seeds=2")
   runs = load_plan(plan).runs
   assert len(runs) == 4
   assert run(plan, tmp_path / "w", "--shard=1/2") == 0
@@ -151,8 +161,8 @@ def test_shards_and_workers_part_the_runs(tmp_path, console):
     select_runs(plan, (5e9,), (0, 1))
 
 
-def test_when_the_minutes_are_over_the_run_is_saved_and_goes_on(tmp_path, console):
-  plan_path = make_plan(tmp_path, "--budgets=1.05e10", "--per_budget=1")
+def test_when_the_minutes_are_over_the_run_is_saved_and_goes_on(tmp_path, console, short_runs):
+  plan_path = make_plan(tmp_path, "--budgets=1.05e9", "--per_budget=1")
   plan = load_plan(plan_path)
   assert run(plan_path, tmp_path / "w", "--max_minutes=0.0001") == 0
   assert "the time is up" in console.lines and read_result(plan, plan.runs[0], str(tmp_path / "w")).status != "finished"
