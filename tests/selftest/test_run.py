@@ -13,8 +13,9 @@ import time
 
 import pytest
 
+from deepseek_jax.selftest.__main__ import main as selftest_main
 from tests.configs import write_texts
-from tests.end_to_end.test_run import environment, finish, lines
+from tests.end_to_end.test_run import call, environment, finish, lines
 
 pytestmark = pytest.mark.jax_version
 
@@ -176,9 +177,11 @@ def test_the_command_reports_and_keeps_results(folder):
 
 
 def test_without_an_accelerator_there_is_nothing_to_test(folder):
-  assert "there is nothing to test" in selftest(folder)
-  out = selftest(folder, "--config.model.attention.implementation=pallas", code=2)
-  assert "no Pallas kernel for cpu" in out
+  config = f"--config={folder}/config.py"
+  assert "there is nothing to test" in call(selftest_main, config)
+  assert "no Pallas kernel for cpu" in call(
+    selftest_main, config, "--config.model.attention.implementation=pallas", code=2
+  )
 
 
 def test_off_tests_nothing(folder):
