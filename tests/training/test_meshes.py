@@ -82,7 +82,7 @@ def test_eight_devices_equal_one(case):
   assert_equal(float64(CONFIGS[model]), mesh, parallel, born=True)
 
 
-@pytest.mark.parametrize("case", [FOUR[1], ("v3", dict(expert=2, tensor=2), {})], ids=name)
+@pytest.mark.parametrize("case", [FOUR[1], ("moe", dict(expert=2, tensor=2), {})], ids=name)
 def test_the_first_step_in_float32_equals_one_device(case):
   """Later ones need float64: where two experts nearly tie, rounding chooses, and the bias follows the choice."""
   model, mesh, parallel = case
