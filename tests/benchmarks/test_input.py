@@ -2,7 +2,9 @@
 
 import pytest
 
+from benchmarks import input
 from tests.benchmarks.programs import benchmark
+from tests.end_to_end.test_run import call
 
 
 def test_input(text, tmp_path):
@@ -14,5 +16,5 @@ def test_input(text, tmp_path):
 
 @pytest.mark.parametrize("argument", ["--steps=0", "--source=/no/such/folder"])
 def test_input_says_what_is_wrong_in_one_line(argument):
-  out, err = benchmark("input", argument, codes=(2,))
-  assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+  out = call(input.main, argument, code=2)
+  assert out.startswith("error: ") and out.count("\n") == 1
