@@ -30,14 +30,24 @@ def generate(mesh_config, settings, seq=64, seed=0):
 
 
 def greedy_reference(window):
-  """The likeliest token again and again, from whole forward passes; a full window forgets its older half."""
+  """The likeliest token again and again, from whole forward passes; a full window forgets its older half.
+
+  Zeros behind the tokens, which these do not see, make one program do for all lengths.
+  """
+  longest = min(window, 3 + GREEDY.max_tokens)
   with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])):
     params, _ = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(3))
-    model = nnx.merge(graphdef(MODEL), params, {})
+
+    @jax.jit
+    def forward(params, ids):
+      model = nnx.merge(graphdef(MODEL), params, {})
+      return model.logits(model(ids)[0])
+
     ids, start = [BYTES.bos, *b"ab"], 0
     for _ in range(GREEDY.max_tokens):
       start = start if len(ids) - start < window else len(ids) - window // 2
-      logits = np.array(model.logits(model(jnp.array([ids[start:]]))[0])[0, -1])
+      seen = ids[start:]
+      logits = np.array(forward(params, jnp.array([seen + [0] * (longest - len(seen))]))[0, len(seen) - 1])
       ids.append(int(logits[: BYTES.vocab].argmax()))
       if ids[-1] == BYTES.eos:
         break
