@@ -56,7 +56,8 @@ def test_they_are_those_of_the_layers_outputs_and_gradients():
   scalars, _ = logged_metrics(CONFIG.model, metrics)
   with jax.enable_x64(True), jax.set_mesh(make_mesh(CONFIG.mesh, jax.devices()[:1])):
     model = nnx.merge(graphdef(CONFIG.model), state.params, state.buffers)
-    _, outputs = model(jnp.asarray(tokens[:, :-1]), aux_fn=lambda output: output.aux["output"])
+    forward = jax.jit(lambda model, ids: model(ids, aux_fn=lambda output: output.aux["output"])[1])
+    outputs = forward(model, jnp.asarray(tokens[:, :-1]))
   for layer, x in (("layer_0", outputs["dense_layers"]), ("layer_1", outputs["moe_layers"])):
     assert scalars[f"rms/{layer}/activations"] == pytest.approx(np.sqrt(np.square(x).mean()), rel=1e-12)
   for layer, stack in (("layer_0", "dense_layers"), ("layer_1", "moe_layers"), ("mtp_1", "mtp_layers")):
