@@ -12,10 +12,12 @@ from deepseek_jax.errors import ConfigError, DataError
 from deepseek_jax.evaluate.__main__ import main
 from deepseek_jax.evaluate.language_model import LanguageModel
 from tests.saved_models import write_hugging_face
+from tests.serve.servers import serving
 
 pytestmark = pytest.mark.parity
 lm_eval = pytest.importorskip("lm_eval", reason="make parity runs these in an environment with lm-eval and torch")
 HFLM = pytest.importorskip("lm_eval.models.huggingface").HFLM
+LocalCompletionsAPI = pytest.importorskip("lm_eval.models.openai_completions").LocalCompletionsAPI
 
 from lm_eval.api.instance import Instance  # noqa: E402 - it is there
 
@@ -165,3 +167,29 @@ def test_a_task_that_cannot_be_used_is_named(model, tmp_path, name, content, mes
   (tmp_path / name).write_text(content or '{"task": "choices"}')
   with pytest.raises(DataError, match=message):
     lm_eval_model.evaluate_tasks(model, ["other"], str(tmp_path))
+
+
+def test_the_server_gives_the_scores_of_a_direct_evaluation(folder, model, tasks):
+  names = ["choices", "completion"]
+  mine = evaluate(lm_eval_model.HarnessModel(model), tasks, [*names, "texts"])
+  length = model.seq + 2  # the harness keeps one token free
+  with serving(f"--from={folder}", "--max_batch=4", f"--max_length={length}") as server:
+
+    def ask(add_bos, names):
+      backend = LocalCompletionsAPI(
+        model="exported", base_url=f"{server.url}/v1/completions", tokenizer=str(folder), max_length=length, batch_size=4,
+        num_concurrent=2, add_bos_token=add_bos,
+      )  # fmt: skip
+      return evaluate(backend, tasks, names)
+
+    theirs = ask(model.add_bos, names)
+    # Before a whole text the harness always puts bos, and with add_bos_token a second one.
+    whole_texts = ask(False, ["texts"])
+  for name in names:
+    assert theirs["results"][name] == mine["results"][name]
+  for my_sample, their_sample in zip(mine["samples"]["choices"], theirs["samples"]["choices"], strict=True):
+    mine_values, their_values = my_sample["filtered_resps"], their_sample["filtered_resps"]
+    np.testing.assert_allclose([v for v, _ in their_values], [v for v, _ in mine_values], atol=2e-4)
+    assert [greedy for _, greedy in their_values] == [greedy for _, greedy in mine_values]
+  bits = [results["results"]["texts"]["bits_per_byte,none"] for results in (mine, whole_texts)]
+  assert bits[1] == pytest.approx(bits[0], rel=1e-4)
