@@ -1,3 +1,4 @@
+import contextlib
 import glob
 import json
 import math
@@ -121,35 +122,36 @@ def test_tensorboard_has_the_finite_numbers_and_hides_what_is_run_again(tmp_path
   assert sorted(bars) == [("load", step, [1, 2, 3], [0.25, 0.0, 0.75]) for step in (1, 3)]  # a bar for each expert
 
 
-@pytest.fixture
-def full_disk():
-  """A function that forbids this process to write files past a number of bytes, as on a full disk."""
+@contextlib.contextmanager
+def full_disk(size):
+  """Forbids this process to write files past `size` bytes during the block, as on a full disk; not longer, since the tests' output may be one."""
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-  yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-  resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_line_without_room_is_an_error_that_leaves_whole_lines(tmp_path, full_disk):
+def test_a_line_without_room_is_an_error_that_leaves_whole_lines(tmp_path):
   writer = metrics.JsonlWriter(tmp_path, resume_step=0)
-  full_disk(100)
-  with pytest.raises(WriteError, match=r"metrics\.jsonl cannot be written: File too large"):
+  with full_disk(100), pytest.raises(WriteError, match=r"metrics\.jsonl cannot be written: File too large"):
     for step in range(1, 9):
       writer.write(step, {"loss": 1 / 3}, {})
   content = (tmp_path / "metrics.jsonl").read_bytes()
   assert content.endswith(b"}\n") and 50 < len(content) <= 100
-  full_disk(200)
   writer.write(8, {"loss": 1.0}, {})  # there is room again
   writer.close()
   assert _steps(tmp_path / "metrics.jsonl")[-1] == 8
 
 
-def test_tensorboard_without_room_warns_once_and_leaves_whole_records(tmp_path, full_disk, caplog):
+def test_tensorboard_without_room_warns_once_and_leaves_whole_records(tmp_path, caplog):
   writer = metrics.TensorboardWriter(tmp_path, resume_step=0)
   (path,) = (tmp_path / "tensorboard").iterdir()
-  full_disk(path.stat().st_size + 60)
-  for step in range(1, 6):
-    writer.write(step, {"loss": 0.5, "grad_norm": 1.0}, {"load": np.array([0.5, 0.5])} if step < 3 else {})
-  writer.close()
+  with full_disk(path.stat().st_size + 60):
+    for step in range(1, 6):
+      writer.write(step, {"loss": 0.5, "grad_norm": 1.0}, {"load": np.array([0.5, 0.5])} if step < 3 else {})
+    writer.close()
   assert len(caplog.records) == 1 and "TensorBoard lacks what is logged from step 1" in caplog.text
   data, sizes = path.read_bytes(), []
   while data:
