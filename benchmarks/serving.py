@@ -133,11 +133,11 @@ def measure(
       "--data", f"kind=json_file,path={out / 'requests.jsonl'}", "--output", f"kind=json,path={name}",
       "--disable-console",
     ]  # fmt: skip
-    samples, done = [(time.monotonic(), 0.0)], threading.Event()
+    samples, done = [(time.monotonic(), read_metrics(address))], threading.Event()
 
     def watch() -> None:
       while not done.wait(0.2):
-        samples.append((time.monotonic(), read_metrics(address)["engine_generated_tokens_total"]))
+        samples.append((time.monotonic(), read_metrics(address)))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -150,24 +150,24 @@ def measure(
     finally:
       done.set()
       watcher.join()
-    of_server = read_metrics(address)
-    samples.append((time.monotonic(), of_server["engine_generated_tokens_total"]))
-  return compare(json.loads(name.read_text())["benchmarks"][0], of_server, samples)
+    samples.append((time.monotonic(), read_metrics(address)))
+  return compare(json.loads(name.read_text())["benchmarks"][0], samples)
 
 
-def compare(
-  benchmark: dict[str, Any], of_server: dict[str, float], samples: list[tuple[float, float]]
-) -> dict[str, Any]:
+def compare(benchmark: dict[str, Any], samples: list[tuple[float, dict[str, float]]]) -> dict[str, Any]:
   """guidellm's figures and the server's own, each as [guidellm, server]; occupancy and steps are the server's.
 
-  samples: (seconds, generated tokens so far), from the server while guidellm ran.
+  Occupancy is the share of slots that decoded, of all steps while requests waited, and of all steps.
+
+  samples: (seconds, metrics) of the server before, while and after guidellm ran.
   """
-  metrics = benchmark["metrics"]
+  metrics, of_server = benchmark["metrics"], samples[-1][1]
   total = lambda name: round(metrics[name]["successful"]["total_sum"])
   mean = lambda name: of_server[f"{name}_sum"] / of_server[f"{name}_count"]
   tokens = of_server["engine_generated_tokens_total"]
-  begin = max(at for at, count in samples if count == 0)
-  end = min(at for at, count in samples if count == tokens)
+  begin = max(at for at, values in samples if values["engine_generated_tokens_total"] == 0)
+  end = min(at for at, values in samples if values["engine_generated_tokens_total"] == tokens)
+  under_load = [values for _, values in samples if values["engine_waiting"]] or [of_server]
   return {
     "requests": [metrics["request_totals"]["successful"], int(of_server["engine_finished_total"])],
     "prompt tokens": [total("prompt_token_count"), int(of_server["engine_prompt_tokens_total"])],
@@ -181,9 +181,15 @@ def compare(
     ],
     "request latency, s": [metrics["request_latency"]["successful"]["mean"], mean("request_latency_seconds")],
     "errors": [request["info"]["error"] for request in benchmark["requests"]["errored"] or ()],
-    "occupancy": of_server["engine_occupancy"],
+    "occupancy": [occupancy(under_load[-1], under_load[0]), occupancy(of_server, samples[0][1])],
     "decode steps": int(of_server["engine_decode_steps_total"]),
   }  # fmt: skip
+
+
+def occupancy(now: dict[str, float], before: dict[str, float]) -> float:
+  """The share of slots that decoded in the steps between two samples of the metrics; 0 without a step."""
+  slots, steps = (now[name] - before[name] for name in ("engine_decoded_slots_total", "engine_decode_steps_total"))
+  return slots / max(steps * now["engine_max_batch"], 1)
 
 
 def table(rows: dict[str, Any]) -> str:

@@ -32,7 +32,8 @@ LOG_CONFIG: dict[str, Any] = {
   "disable_existing_loggers": False,
   "formatters": {"line": {"format": "%(levelname)s %(name)s: %(message)s"}},
   "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
-  "loggers": {"uvicorn": {"handlers": ["stderr"], "level": "ERROR"}},
+  # asyncio warns again and again of a client that has left.
+  "loggers": {name: {"handlers": ["stderr"], "level": "ERROR"} for name in ("uvicorn", "asyncio")},
 }
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\nRetry-After: 1\r\n\r\n"
 

@@ -7,6 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 import time
 
 import httpx
@@ -19,18 +20,24 @@ class Server:
 
   def __init__(self, settings=None, flags=()):
     program = ["deepseek_jax.serve", "--port=0", *flags] if flags else ["tests.serve.fake_engine", json.dumps(settings)]
+    self.stderr = tempfile.TemporaryFile("w+")
     self.process = subprocess.Popen(
       [sys.executable, "-m", *program],
       cwd=ROOT,
       env=os.environ | {"PYTHONPATH": str(ROOT)},
       stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
+      stderr=self.stderr,
       text=True,
     )
     line = self.process.stdout.readline()
-    assert "http://" in line, self.process.stderr.read()
+    assert "http://" in line, self.errors()
     self.url = re.search(r"http://[^/\s]+", line)[0]
     self.http = httpx.Client(base_url=self.url, timeout=20)
+
+  def errors(self):
+    """What it wrote to stderr so far."""
+    self.stderr.seek(0)
+    return self.stderr.read()
 
   @property
   def port(self):
@@ -58,11 +65,11 @@ class Server:
     if self.process.poll() is None:
       self.process.terminate()
     try:
-      _, err = self.process.communicate(timeout=15)
+      self.process.communicate(timeout=15)
     except subprocess.TimeoutExpired:
       self.process.kill()
       raise
-    return self.process.returncode, err
+    return self.process.returncode, self.errors()
 
 
 @contextlib.contextmanager
