@@ -47,9 +47,9 @@ def model_of(config):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_decoding_equals_the_full_forward_pass(name):
-  config = MODELS[name]
+  config = dataclasses.replace(MODELS[name], param_dtype="float64", compute_dtype="float64")
   ids = np.random.default_rng(0).integers(0, 64, (2, 12))
-  with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])):
+  with jax.enable_x64(True), jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])):
     model = model_of(config)
     expected = model.logits(jax.jit(lambda model, ids: model(ids)[0])(model, jnp.asarray(ids)))
     cache = new_cache(config)
@@ -61,14 +61,14 @@ def test_decoding_equals_the_full_forward_pass(name):
       new = np.pad(ids[:, start:end], ((0, 0), (0, padding)))
       hidden, cache = step(model, jnp.asarray(new), cache, where)
       got = model.logits(hidden)[:, : end - start]
-      np.testing.assert_allclose(got, expected[:, start:end], rtol=1e-5, atol=1e-5)
+      np.testing.assert_allclose(got, expected[:, start:end], rtol=1e-10, atol=1e-10)
 
 
 def new_cache(config):
   """Of 7 pages of 4 positions. Page 5, which is nobody's, has large values."""
   shapes = ATTENTION[config.attention.kind].token_shapes(config.attention)
   layers = {name: getattr(config, f"num_{name}") for name in STACKS}
-  zeros = {name: paged_cache.zeros(shapes, n, 7, 4, jnp.float32) for name, n in layers.items() if n}
+  zeros = {name: paged_cache.zeros(shapes, n, 7, 4, config.compute_dtype) for name, n in layers.items() if n}
   return jax.tree.map(lambda array: array.at[:, 5].set(1e30), zeros)
 
 
