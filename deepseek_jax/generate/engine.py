@@ -166,7 +166,7 @@ class Engine:
         next_tokens[row, : len(after)] = after
         new.length[row], is_last[row] = count, end == len(sequence.request.prompt)
         prompt[row, : len(sequence.request.prompt)] = sequence.request.prompt
-        wants_prompt[row] = sequence.request.sampling.prompt_logprobs is not None
+        wants_prompt[row] = sequence.wants_prompt_logprobs
     slot = np.array([s.slot if s else 0 for s in chunks], np.int32)
     sampled = self._call(self._programs[0], new, Chunk(slot, prompt, is_last, wants_prompt, next_tokens))
     outputs: list[Output] = []
@@ -257,17 +257,14 @@ class Engine:
       return []
     can_draft = self.config.speculate and sequence.generated + 1 < request.sampling.max_tokens
     sequence.draft = int(sampled.draft[row]) if can_draft else None
-    is_first, sequence.has_answered = not sequence.has_answered, True
+    prompt_logprobs = tuple(sequence.prompt_logprobs) if sequence.wants_prompt_logprobs else None
+    is_first, sequence.has_answered, sequence.prompt_logprobs = not sequence.has_answered, True, []
     self._counts.update(generated_tokens=len(tokens), cached_prompt_tokens=sequence.cached_tokens * is_first)
     if reason:
       self._scheduler.remove(sequence)
       self._counts.update(finished=1)
-    wants_prompt = is_first and request.sampling.prompt_logprobs is not None
-    output = Output(
-      request.id, tuple(tokens), tuple(logprobs), reason, tuple(sequence.prompt_logprobs) if wants_prompt else None,
-      sequence.cached_tokens if is_first else 0,
-    )  # fmt: skip
-    return [output]
+    cached_tokens = sequence.cached_tokens if is_first else 0
+    return [Output(request.id, tuple(tokens), tuple(logprobs), reason, prompt_logprobs, cached_tokens)]
 
   def _prompt_logprobs(
     self, sequence: scheduler.Sequence, sampled: Sampled, row: int, length: int

@@ -27,7 +27,7 @@ class Sequence:
     is_prefilled: whether its prompt is cached, and it decodes.
     draft: of the token after `text`; None: there is none.
     cached_tokens: of the prompt, that the prefix cache had.
-    prompt_logprobs: so far.
+    prompt_logprobs: so far; empty once they are given.
     has_answered: whether an output was given.
   """
 
@@ -48,6 +48,11 @@ class Sequence:
   def generated(self) -> int:
     """Tokens of the answer so far."""
     return len(self.text) - len(self.request.prompt)
+
+  @property
+  def wants_prompt_logprobs(self) -> bool:
+    """Whether log-probabilities of the prompt are still to be given: they come with the first output."""
+    return self.request.sampling.prompt_logprobs is not None and not self.has_answered
 
 
 class Scheduler:
@@ -132,7 +137,7 @@ class Scheduler:
       return False
     pool = self.pools[shard]
     hashes: list[bytes] = []
-    if sequence.request.sampling.prompt_logprobs is None:  # else every token is to be computed
+    if not sequence.wants_prompt_logprobs:  # else every token is to be computed
       hashes = pool.page_hashes(sequence.request.prompt[:-1])  # its last token is computed, for what it predicts
     shared = pool.share(hashes)
     own = pool.allocate(-(-(len(sequence.text) + 1) // pool.page_size) - len(shared))
@@ -172,5 +177,4 @@ class Scheduler:
     sequence.shard = sequence.slot = -1
     sequence.draft = None
     sequence.pages, sequence.hashes, sequence.computed, sequence.is_prefilled = [], [], 0, False
-    if not sequence.has_answered:
-      sequence.prompt_logprobs = []
+    sequence.prompt_logprobs = []

@@ -207,6 +207,26 @@ def test_out_of_pages_the_youngest_waits_and_is_computed_again_to_the_same_bits(
   assert all(running == sorted(running) for running in order)  # who came first goes on
 
 
+def test_log_probabilities_of_a_prompt_are_given_once_and_not_computed_again(engines):
+  make, run = engines
+  requests = [(text, dataclasses.replace(GREEDY, max_tokens=30, prompt_logprobs=1)) for text in prompts(5, longest=12)]
+  engine = make(V3, dataclasses.replace(SIZES, cache_tokens=64))
+  expected = [run(make(V3), [(text, dataclasses.replace(s, max_tokens=1))])[0][2] for text, s in requests]
+  given = {}
+  with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])):
+    for i, (prompt, sampling) in enumerate(requests):
+      engine.add(Request(i, prompt, sampling))
+    while engine.has_work:
+      for output in engine.step():
+        if output.prompt_logprobs is not None:
+          assert output.id not in given
+          given[output.id] = output.prompt_logprobs
+      running = engine._scheduler.running
+      assert not any(s.prompt_logprobs for s in running if s.has_answered)
+  stats = engine.stats()
+  assert stats.preemptions > 0 and [given[i] for i in range(5)] == [output.prompt_logprobs for output in expected]
+
+
 def test_a_request_that_is_cancelled_leaves_nothing_behind(engines):
   make, run = engines
   engine, texts = make(V3), prompts(8)
