@@ -12,7 +12,7 @@ MAX_TOP_LOGPROBS = 20  # of each token; a compiled program returns so many
 BOUNDS: dict[str, tuple[float, float]] = {
   "max_tokens": (1, math.inf),
   "temperature": (0, 1e6),
-  "top_k": (0, math.inf),
+  "top_k": (0, 2**31 - 1),  # an int32 of the compiled programs
   "top_p": (0, 1),
   "min_p": (0, 1),
   "repetition_penalty": (1e-38, 1e38),

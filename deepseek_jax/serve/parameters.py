@@ -195,7 +195,7 @@ def wrong_type(name: str, expected: str, value: Any) -> RequestError:
 
 def _top_k(fields: Fields) -> int:
   """0 and -1, as other servers have it, both mean all tokens."""
-  value = fields.integer("top_k", 0, -1)
+  value = fields.integer("top_k", 0, -1, int(BOUNDS["top_k"][1]))
   return max(0, value or 0)
 
 

@@ -15,6 +15,7 @@ from deepseek_jax.generate.request import EngineStats, Sampling
     ("temperature", -0.1, "temperature must be at least 0 and at most 1e[+]06, got -0.1"),
     ("temperature", float("nan"), "temperature must be .*, got nan"),
     ("top_p", 1.5, "top_p must be at least 0 and at most 1, got 1.5"),
+    ("top_k", 2**31, "top_k must be at least 0"),
     ("presence_penalty", 2.1, "at least -2 and at most 2"),
     ("repetition_penalty", 0.0, "repetition_penalty must be at least"),
     ("logprobs", 21, "logprobs must be at least 0 and at most 20, got 21"),

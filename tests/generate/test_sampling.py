@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.generate.request import Sampling
-from deepseek_jax.generate.sampling import log_probabilities, sample_tokens, stack_rules, top_k, top_p
+from deepseek_jax.generate.request import BOUNDS, Sampling
+from deepseek_jax.generate.sampling import RULES, log_probabilities, sample_tokens, stack_rules, top_k, top_p
 
 LOGITS = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.07, 0.03]]))
 PLAIN = Sampling(max_tokens=1)
@@ -33,6 +33,13 @@ def draw(settings, count=4000):
 
 def test_plain_sampling_follows_the_probabilities():
   np.testing.assert_allclose(draw(PLAIN), np.exp(LOGITS[0]), atol=0.03)
+
+
+@pytest.mark.parametrize("end", [0, 1])
+def test_the_bounds_of_every_rule_fit_its_dtype(end):
+  bounds = {name: BOUNDS[name][end] for name in RULES}
+  rules = stack_rules([Sampling(max_tokens=1, **bounds)])
+  assert {name: getattr(rules, name)[0] for name in RULES} == {n: RULES[n](value) for n, value in bounds.items()}
 
 
 def test_temperature():

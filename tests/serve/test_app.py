@@ -259,6 +259,7 @@ BAD = {
   "a list as a number": ({"prompt": "a", "top_p": [1]}, "top_p"),
   "penalty": ({"prompt": "a", "presence_penalty": 3}, "presence_penalty"),
   "top_k": ({"prompt": "a", "top_k": 1.5}, "top_k"),
+  "a huge top_k": ({"prompt": "a", "top_k": 2**31}, "top_k"),
   "no answers": ({"prompt": "a", "n": 0}, "n"),
   "many answers": ({"prompt": "a", "n": 1000}, "n"),
   "many prompts": ({"prompt": ["a"] * 100, "n": 2}, "n"),
