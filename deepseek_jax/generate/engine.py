@@ -247,7 +247,7 @@ class Engine:
       tokens.append(token)
       if request.sampling.logprobs is not None:
         chosen, ids, values = (part[row, i] for part in sampled.logprobs)
-        logprobs.append(TokenLogprobs(float(chosen), _pairs(ids, values, request.sampling.logprobs)))
+        logprobs.append(TokenLogprobs(float(chosen), self._pairs(ids, values, request.sampling.logprobs)))
       if sequence.generated == request.sampling.max_tokens:
         reason = "length"
         break
@@ -275,8 +275,13 @@ class Engine:
     found: list[TokenLogprobs | None] = [None] if start == 0 else []
     for i in range(count):
       chosen, ids, values = (part[row, i] for part in sampled.prompt_logprobs)
-      found.append(TokenLogprobs(float(chosen), _pairs(ids, values, wanted)))
+      found.append(TokenLogprobs(float(chosen), self._pairs(ids, values, wanted)))
     return found
+
+  def _pairs(self, ids: np.ndarray, values: np.ndarray, count: int) -> tuple[tuple[int, float], ...]:
+    """The first `count` (id, value), without the padding of the vocabulary, which comes last."""
+    count = min(count, self._vocab)
+    return tuple(zip(ids[:count].tolist(), values[:count].tolist(), strict=True))
 
 
 def check_engine(model: ModelConfig, config: EngineConfig) -> None:
@@ -297,8 +302,3 @@ def resolve_sizes(config: EngineConfig) -> EngineConfig:
   chunk = config.chunk or (32 if jax.default_backend() == "cpu" else 256)
   chunk = min(chunk, config.max_length)
   return dataclasses.replace(config, chunk=chunk, token_budget=config.token_budget or 4 * chunk)
-
-
-def _pairs(ids: np.ndarray, values: np.ndarray, count: int) -> tuple[tuple[int, float], ...]:
-  """The first `count` (id, value)."""
-  return tuple(zip(ids[:count].tolist(), values[:count].tolist(), strict=True))

@@ -35,15 +35,15 @@ def float64(model):
 
 @pytest.fixture(scope="module")
 def engines():
-  """(model, sizes, axes of the mesh) -> a context with an engine; those of one model have the same weights."""
+  """(model, sizes, vocab, axes of the mesh) -> a context with an engine; those of one model have the same weights."""
   mesh_of = {}
 
-  def make(model, sizes=SIZES, **axes):
+  def make(model, sizes=SIZES, vocab=VOCAB, **axes):
     devices = int(np.prod(list(axes.values()))) if axes else 1
     mesh = make_mesh(MeshConfig(**{"data": 1, **axes}), jax.devices()[:devices])
     with jax.set_mesh(mesh):
       params, buffers = jax.block_until_ready(jax.jit(init_params, static_argnums=0)(model, jax.random.key(3)))
-      mesh_of[(engine := Engine(model, params, buffers, mesh, VOCAB, EOS, sizes, "weights"))] = mesh
+      mesh_of[(engine := Engine(model, params, buffers, mesh, vocab, EOS, sizes, "weights"))] = mesh
     engine.params, engine.buffers = params, buffers
     return engine
 
@@ -205,6 +205,14 @@ def test_out_of_pages_the_youngest_waits_and_is_computed_again_to_the_same_bits(
   assert stats.preemptions > 2 and stats.generated_tokens == 7 * 30
   assert {i: a[:2] for i, a in answers.items()} == {i: a[:2] for i, a in expected.items()}
   assert all(running == sorted(running) for running in order)  # who came first goes on
+
+
+def test_the_likeliest_tokens_are_of_the_vocabulary_also_where_it_is_small(engines):
+  make, run = engines
+  sampling = dataclasses.replace(GREEDY, logprobs=20, prompt_logprobs=20, max_tokens=1)
+  ((_, (logprobs,), output),) = run(make(V3, vocab=10), [((1, 2), sampling)]).values()
+  for top in (logprobs.top, output.prompt_logprobs[1].top):
+    assert sorted(id for id, _ in top) == list(range(10)) and all(np.isfinite(value) for _, value in top)
 
 
 def test_log_probabilities_of_a_prompt_are_given_once_and_not_computed_again(engines):
