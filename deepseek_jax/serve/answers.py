@@ -84,10 +84,11 @@ async def answer(
   client: EngineClient,
   tokenizer: Tokenizer,
   choices: Sequence[Choice],
+  n: int,
   usage: Usage,
   timers: Sequence[ChoiceTimer],
 ) -> AsyncGenerator[Delta, None]:
-  """Yields what becomes known of each of `choices` until all are complete, and counts in `usage`.
+  """Yields what becomes known of each of `choices`, n of each prompt in turn, until all are complete, and counts in `usage`.
 
   What ends it early cancels what the engine still does. Raises RequestError as `EngineClient.submit` and
   `Submission.get`.
@@ -98,7 +99,8 @@ async def answer(
     try:
       while unfinished:
         index, output = await submission.get()
-        usage.cached_tokens += output.cached_tokens
+        if index % n == 0:  # the others of a prompt have what this one computed, and the prompt is counted once
+          usage.cached_tokens += output.cached_tokens
         delta, used = answers[index].add(output)
         usage.completion_tokens += 0 if choices[index].hidden else used
         timers[index].add_tokens(used)

@@ -123,7 +123,7 @@ class Generation:
       return
     usage = Usage(sum(len(choice.prompt) for choice in choices[:: parameters.n]))
     timers = [ChoiceTimer(service.metrics, started) for _ in choices]
-    deltas = answer(service.client, service.tokenizer, choices, usage, timers)
+    deltas = answer(service.client, service.tokenizer, choices, parameters.n, usage, timers)
     responder = Responder(shape, parameters, service.settings.model, deltas, usage, len(choices))
     async with contextlib.aclosing(deltas):
       scope["state"]["left"] = not await run_while_connected(receive, responder.send(send))

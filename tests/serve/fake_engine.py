@@ -25,7 +25,10 @@ DEFAULTS = {
 
 
 class FakeEngine:
-  """Slots, a queue and a clock. It ends a document after a 'Q' of the prompt, unless eos is ignored."""
+  """Slots, a queue and a clock. It ends a document after a 'Q' of the prompt, unless eos is ignored.
+
+  Its prefix cache has all of every prompt but the last token.
+  """
 
   def __init__(self, slots=4, max_length=400, vocab=257, step_seconds=0.002):
     self.max_length, self._slots, self._vocab, self._step_seconds = max_length, slots, vocab, step_seconds
@@ -75,7 +78,8 @@ class FakeEngine:
     if first and sampling.prompt_logprobs is not None:
       prompt_logprobs = (None, *(logprobs(id, sampling.prompt_logprobs) for id in request.prompt[1:]))
     entries = () if sampling.logprobs is None else tuple(logprobs(id, sampling.logprobs) for id in tokens)
-    return Output(request.id, tokens, entries, finish_reason, prompt_logprobs, 0)
+    cached_tokens = len(request.prompt) - 1 if first else 0
+    return Output(request.id, tokens, entries, finish_reason, prompt_logprobs, cached_tokens)
 
   def stats(self):
     return EngineStats(running=len(self._running), waiting=len(self._waiting), max_batch=self._slots, **self.counts)

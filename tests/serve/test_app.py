@@ -77,6 +77,12 @@ def test_n_answers_differ_and_a_seed_repeats_them(client):
   assert [choice.text for choice in together.choices[4:]] == ask(3)
 
 
+def test_usage_counts_a_prompt_once_however_many_its_answers(client):
+  usage = client.completions.create(model="fake", prompt=[[97, 98, 99], [97]], n=3, max_tokens=2, seed=0).usage
+  assert (usage.prompt_tokens, usage.completion_tokens) == (4, 12)
+  assert usage.prompt_tokens_details.cached_tokens == 2
+
+
 def test_a_stream_has_the_text_of_the_whole(client):
   arguments = {"model": "fake", "prompt": ["héllo", "abc"], "max_tokens": 23, "temperature": 0}
   whole = client.completions.create(**arguments)
