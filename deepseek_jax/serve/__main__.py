@@ -103,7 +103,7 @@ def main(argv: list[str]) -> int:
   settings = Settings(
     model=model,
     tokenizer=tokenizer_name,
-    vocab=saved.config.model.vocab,
+    vocab=tokenizer.vocab,
     add_bos=saved.add_bos(tokenizer),
     max_length=engine.max_length,
     max_batch=values.max_batch,

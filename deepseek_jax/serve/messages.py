@@ -28,7 +28,7 @@ class Settings:
   Attributes:
     model: its name in requests.
     tokenizer: as data.tokenizer.
-    vocab: rows of the embedding.
+    vocab: one past the largest id of the tokenizer; the rows of the embedding after it are padding.
     add_bos: whether bos is put before a prompt of text.
     max_length: tokens of prompt and answer that fit.
     max_batch, max_queue: requests that run, and that may wait.
