@@ -189,6 +189,15 @@ def test_speculation_answers_as_without_it_and_takes_right_drafts(engines):
     assert stats.decode_steps - slow.decode_steps < slow.decode_steps
 
 
+def test_speculation_changes_float32_log_probabilities_by_rounding_alone(engines):
+  make, run = engines
+  requests = [(text, dataclasses.replace(GREEDY, max_tokens=30)) for text in prompts(6)]
+  expected, answers = run(make(V3), requests), run(make(V3, dataclasses.replace(SIZES, speculate=True)), requests)
+  for i, (tokens, logprobs, _) in expected.items():
+    assert answers[i][0] == tokens
+    np.testing.assert_allclose([p.logprob for p in answers[i][1]], [p.logprob for p in logprobs], atol=1e-5)
+
+
 @pytest.mark.parametrize("speculate", [False, True])
 def test_out_of_pages_the_youngest_waits_and_is_computed_again_to_the_same_bits(engines, speculate):
   make, run = engines
