@@ -36,6 +36,19 @@ def random_body(draw):
   }  # fmt: skip
 
 
+def test_a_start_takes_a_minute_at_most_and_a_quarter_with_a_compilation_cache(tmp_path, monkeypatch):
+  folder = write_hugging_face(tmp_path / "hf", num_nextn_predict_layers=1)
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+  monkeypatch.delenv("XLA_FLAGS")  # those of the tests compile faster
+  seconds = []
+  for _ in range(2):
+    started = time.monotonic()
+    with serving(f"--from={folder}", "--speculate"):
+      seconds.append(time.monotonic() - started)
+  print(f"cold {seconds[0]:.1f} s, with a compilation cache {seconds[1]:.1f} s")
+  assert seconds[0] < 60 and seconds[1] < 15
+
+
 def test_200_requests_answer_under_load_as_alone(server):
   draw = random.Random(1)
   bodies = [random_body(draw) for _ in range(200)]
