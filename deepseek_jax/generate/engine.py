@@ -104,7 +104,9 @@ class Engine:
     if not prompt:
       raise ConfigError("the prompt has no tokens: expected at least one")
     if not 0 <= min(prompt) <= max(prompt) < self._vocab:
-      raise ConfigError(f"the prompt has ids from {min(prompt)} to {max(prompt)}: expected 0 to {self._vocab - 1}")
+      raise ConfigError(
+        f"the prompt has ids from {min(prompt)} to {max(prompt)}: expected 0 to {self._vocab - 1}, by the tokenizer of this model"
+      )
     if len(prompt) + most > self.max_length:
       raise ConfigError(
         f"the prompt has {len(prompt):,} tokens and max_tokens is {most:,}: together more than the {self.max_length:,} of this "
@@ -126,7 +128,7 @@ class Engine:
     return bool(self._scheduler.running or self._scheduler.waiting)
 
   def stats(self) -> EngineStats:
-    """Of what was done since the engine was made, and of this moment."""
+    """What the engine has done since it was made, and what it does now."""
     pools = self._scheduler.pools
     return EngineStats(
       **self._counts, compilations=count_compilations(), max_batch=self._slots, pages=self._pages,
@@ -136,11 +138,11 @@ class Engine:
 
   @property
   def cache_bytes(self) -> int:
-    """Of the key-value cache, on all devices, without copies."""
+    """Bytes of the key-value cache on all devices; replicas are not counted."""
     return sum(array.nbytes for array in jax.tree.leaves(self._state.cache))
 
   def step(self) -> list[Output]:
-    """Computes chunks of prompts, then a token of each sequence that is through with its prompt, or two by a right draft."""
+    """Computes chunks of prompts, then a token of each sequence whose prompt is computed, or two where its draft is right."""
     outputs: list[Output] = []
     may_admit, decoding = self._scheduler.may_admit(), sum(s.is_prefilled for s in self._scheduler.running)
     rounds = max(1, (self.config.token_budget - decoding) // (self.config.chunk * self._shards))
@@ -161,7 +163,7 @@ class Engine:
       if sequence:
         end = self._scheduler.chunk_end(sequence)
         count = end - sequence.computed
-        new.tokens[row, :count] = sequence.text[sequence.computed : end]
+        new.tokens[row, :count] = sequence.tokens[sequence.computed : end]
         after = sequence.request.prompt[sequence.computed + 1 : end + 1]
         next_tokens[row, : len(after)] = after
         new.length[row], is_last[row] = count, end == len(sequence.request.prompt)
@@ -184,8 +186,8 @@ class Engine:
   def _decode(self, sequences: Sequence[scheduler.Sequence]) -> list[Output]:
     """Computes a token of each of `sequences`, and its draft, and samples what follows.
 
-    It is the newest token, but in a sequence that is computed again: an answer is computed token by token again, as it
-    was before, so that its bits do not depend on who took its pages.
+    That is its newest token, unless the sequence lost its pages. Then its answer is computed again token by token, as it
+    was before, so that its bits do not depend on who took the pages.
     """
     by_slot: list[scheduler.Sequence | None] = [None] * self._slots
     for sequence in sequences:
@@ -193,7 +195,7 @@ class Engine:
     new = self._new_tokens(by_slot, 1 + self.config.speculate)
     rows = [(row, sequence) for row, sequence in enumerate(by_slot) if sequence]
     for row, sequence in rows:
-      tokens = sequence.text[sequence.computed :][: new.tokens.shape[1]]
+      tokens = sequence.tokens[sequence.computed :][: new.tokens.shape[1]]
       if sequence.draft is not None:
         tokens = [*tokens, sequence.draft]
         self._counts.update(drafted_tokens=1)
@@ -209,7 +211,7 @@ class Engine:
     return outputs
 
   def _new_tokens(self, rows: Sequence[scheduler.Sequence | None], new: int) -> NewTokens:
-    """Of a call with room for `new` tokens a row, which the caller fills in."""
+    """The NewTokens of a call, with room for `new` tokens a row; the caller fills in tokens and lengths."""
     start, table = np.zeros(len(rows), np.int32), np.zeros((len(rows), self._pages_per_sequence), np.int32)
     wants_logprobs = np.zeros(len(rows), bool)
     for row, sequence in enumerate(rows):
@@ -233,17 +235,17 @@ class Engine:
     return Sampled(*jax.device_get((*parts, *logprobs)))
 
   def _answer(self, sequence: scheduler.Sequence, sampled: Sampled, row: int, position: int) -> list[Output]:
-    """Takes the tokens of a row of `sampled` into the answer, and ends the sequence where it has ended.
+    """Appends the tokens of a row of `sampled` to the answer, and ends the sequence at eos or max_tokens.
 
-    position: of the first of the tokens. Those that the answer has already are left out.
+    position: of the first of them. Those that the answer has already, as it is computed again, are left out.
     """
     request, tokens, logprobs, reason = sequence.request, [], [], None
-    known, count = len(sequence.text) - position, int(sampled.count[row])
+    known, count = len(sequence.tokens) - position, int(sampled.count[row])
     for i, token in list(enumerate(sampled.tokens[row, :count].tolist()))[known:]:
       if token == self._eos and not request.sampling.ignore_eos:
         reason = "stop"
         break
-      sequence.text.append(token)
+      sequence.tokens.append(token)
       tokens.append(token)
       if request.sampling.logprobs is not None:
         chosen, ids, values = (part[row, i] for part in sampled.logprobs)
@@ -252,7 +254,7 @@ class Engine:
         reason = "length"
         break
     # All before these tokens is cached now, and of these tokens all but the newest.
-    self._scheduler.advance(sequence, min(position + count - 1, len(sequence.text)))
+    self._scheduler.advance(sequence, min(position + count - 1, len(sequence.tokens)))
     if known >= count:
       return []
     can_draft = self.config.speculate and sequence.generated + 1 < request.sampling.max_tokens
@@ -269,7 +271,7 @@ class Engine:
   def _prompt_logprobs(
     self, sequence: scheduler.Sequence, sampled: Sampled, row: int, length: int
   ) -> list[TokenLogprobs | None]:
-    """Of the tokens that follow those of the row's chunk, as far as they belong to the prompt; first None, of the first."""
+    """Log-probabilities of the prompt's tokens that the row's chunk predicts; before them None, for the first of all."""
     start, wanted = sequence.computed, sequence.request.sampling.prompt_logprobs or 0
     count = min(length, len(sequence.request.prompt) - start - 1)
     found: list[TokenLogprobs | None] = [None] if start == 0 else []
@@ -286,15 +288,19 @@ class Engine:
 
 def check_engine(model: ModelConfig, config: EngineConfig) -> None:
   """Raises ConfigError for sizes that do not fit together, and for speculation without multi-token prediction."""
-  for name in ("max_batch", "max_length", "page_size"):
-    if getattr(config, name) < 1:
-      raise ConfigError(f"{name}={getattr(config, name)}: expected at least 1")
+  least = {"max_batch": 1, "max_length": 1, "page_size": 1, "cache_tokens": 0, "chunk": 0, "token_budget": 0}
+  for name, limit in least.items():
+    if getattr(config, name) < limit:
+      raise ConfigError(f"{name}={getattr(config, name)}: expected at least {limit}")
   if 0 < config.cache_tokens < config.max_length:
     raise ConfigError(
-      f"cache_tokens={config.cache_tokens:,} has no room for one sequence of max_length={config.max_length:,}: raise it"
+      f"cache_tokens={config.cache_tokens:,} has no room for one sequence of max_length={config.max_length:,}: raise it, or "
+      "lower max_length"
     )
   if config.speculate and not model.num_mtp_layers:
-    raise ConfigError("speculation needs a model with multi-token prediction (num_mtp_layers), and this one has none")
+    raise ConfigError(
+      "speculation needs a model with multi-token prediction (num_mtp_layers), and this one has none: leave it out"
+    )
 
 
 def resolve_sizes(config: EngineConfig) -> EngineConfig:

@@ -12,7 +12,7 @@ import numpy as np
 
 
 class PagePool:
-  """The pages of one shard of the batch.
+  """The pages of one shard of the batch, with a reference count each.
 
   Args:
     pages: their number.
@@ -24,10 +24,10 @@ class PagePool:
     self.page_size = page_size
     self._root = hashlib.sha256(weights.encode()).digest()
     self._free = list(range(pages - 1, -1, -1))  # the next one last
-    self._holders = [0] * pages
+    self._ref_counts = [0] * pages
     self._hash_of: dict[int, bytes] = {}
     self._page_of: dict[bytes, int] = {}
-    self._unheld: collections.OrderedDict[int, None] = collections.OrderedDict()  # with a hash; the oldest first
+    self._evictable: collections.OrderedDict[int, None] = collections.OrderedDict()  # with a hash; the oldest first
 
   @property
   def free(self) -> int:
@@ -37,7 +37,7 @@ class PagePool:
   @property
   def cached(self) -> int:
     """Pages that nobody holds, which a prompt may share."""
-    return len(self._unheld)
+    return len(self._evictable)
 
   @property
   def available(self) -> int:
@@ -60,8 +60,8 @@ class PagePool:
       page = self._page_of.get(digest)
       if page is None:
         break
-      self._unheld.pop(page, None)
-      self._holders[page] += 1
+      self._evictable.pop(page, None)
+      self._ref_counts[page] += 1
       pages.append(page)
     return pages
 
@@ -70,12 +70,12 @@ class PagePool:
     if count > self.available:
       return None
     while len(self._free) < count:
-      page, _ = self._unheld.popitem(last=False)
+      page, _ = self._evictable.popitem(last=False)
       del self._page_of[self._hash_of.pop(page)]
       self._free.append(page)
     pages = [self._free.pop() for _ in range(count)]
     for page in pages:
-      self._holders[page] = 1
+      self._ref_counts[page] = 1
     return pages
 
   def register(self, page: int, digest: bytes) -> None:
@@ -86,11 +86,11 @@ class PagePool:
   def release(self, pages: Sequence[int]) -> None:
     """Gives `pages` back, in the order of the sequence. Its last page goes first when room is needed."""
     for page in reversed(pages):
-      self._holders[page] -= 1
-      assert self._holders[page] >= 0
-      if self._holders[page]:
+      self._ref_counts[page] -= 1
+      assert self._ref_counts[page] >= 0
+      if self._ref_counts[page]:
         continue
       if page in self._hash_of:
-        self._unheld[page] = None
+        self._evictable[page] = None
       else:
         self._free.append(page)

@@ -131,7 +131,8 @@ class EngineStats:
     decode_steps, decoded_slots: steps that decoded, and requests that took part in them, added up: occupancy is
       decoded_slots / (decode_steps * max_batch).
     pages, free_pages, cached_pages: of the key-value cache: all; unused; unused but with a prefix that a request may hit.
-    prompt_tokens, cached_prompt_tokens, generated_tokens: of all requests, as far as they were admitted.
+    prompt_tokens: of all requests.
+    cached_prompt_tokens, generated_tokens: of all requests that have answered.
     prefilled_tokens: prompt tokens that were computed, also of requests that were computed again.
     preemptions: requests that lost their pages and were computed again.
     drafted_tokens, accepted_tokens: of speculation.

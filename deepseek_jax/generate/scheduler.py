@@ -19,20 +19,20 @@ class Sequence:
 
   Attributes:
     request: as it was added.
-    text: ids of prompt and answer so far.
+    tokens: of prompt and answer so far.
     shard, slot: where it runs; slots count within their shard. -1 while it waits.
-    pages: of its shard, for the positions of `text` in order.
+    pages: of its shard, for the positions of `tokens` in order.
     hashes: of the pages that are full.
-    computed: tokens of `text` that are in the cache.
+    computed: how many of `tokens` are in the cache.
     is_prefilled: whether its prompt is cached, and it decodes.
-    draft: of the token after `text`; None: there is none.
+    draft: of the token after `tokens`; None: there is none.
     cached_tokens: of the prompt, that the prefix cache had.
     prompt_logprobs: so far; empty once they are given.
     has_answered: whether an output was given.
   """
 
   request: Request
-  text: list[int]
+  tokens: list[int]
   shard: int = -1
   slot: int = -1
   pages: list[int] = dataclasses.field(default_factory=list)
@@ -47,7 +47,7 @@ class Sequence:
   @property
   def generated(self) -> int:
     """Tokens of the answer so far."""
-    return len(self.text) - len(self.request.prompt)
+    return len(self.tokens) - len(self.request.prompt)
 
   @property
   def wants_prompt_logprobs(self) -> bool:
@@ -92,7 +92,7 @@ class Scheduler:
     return not self.is_static or not any(s.is_prefilled for s in self.running)
 
   def next_chunks(self, may_admit: bool = True) -> list[Sequence | None]:
-    """The sequence of each shard whose text is to be computed next, the oldest; None: there is none.
+    """The sequence of each shard whose prompt is to be computed next, the oldest; None: there is none.
 
     may_admit: whether one that waits may get a slot for this. It stays at the head of the queue until there is room.
     """
@@ -116,23 +116,23 @@ class Scheduler:
     For these pages younger ones may lose theirs.
     """
     for sequence in [s for s in self.running if s.is_prefilled]:
-      if sequence.slot >= 0 and self._grow(sequence, len(sequence.text) + (sequence.draft is not None)):
+      if sequence.slot >= 0 and self._grow(sequence, len(sequence.tokens) + (sequence.draft is not None)):
         yield sequence
 
   def advance(self, sequence: Sequence, computed: int) -> None:
-    """Notes that the first `computed` tokens of the text are cached, and which pages are full with that."""
+    """Notes that the first `computed` of the tokens are cached, and which pages are full with that."""
     sequence.computed = computed
     pool = self.pools[sequence.shard]
     first, full = len(sequence.hashes), computed // pool.page_size
     if full > first:
       parent = sequence.hashes[-1] if sequence.hashes else None
-      new = pool.page_hashes(sequence.text[first * pool.page_size : full * pool.page_size], parent)
+      new = pool.page_hashes(sequence.tokens[first * pool.page_size : full * pool.page_size], parent)
       for page, digest in zip(sequence.pages[first:full], new, strict=True):
         pool.register(page, digest)
       sequence.hashes += new
 
   def _admit(self, sequence: Sequence, shard: int) -> bool:
-    """Gives `sequence` a slot of `shard`, and pages for its text and one token more, if it has both."""
+    """Gives `sequence` a slot of `shard`, and pages for its tokens and one more, if the shard has both."""
     if None not in self.slots[shard]:
       return False
     pool = self.pools[shard]
@@ -140,7 +140,7 @@ class Scheduler:
     if not sequence.wants_prompt_logprobs:  # else every token is to be computed
       hashes = pool.page_hashes(sequence.request.prompt[:-1])  # its last token is computed, for what it predicts
     shared = pool.share(hashes)
-    own = pool.allocate(-(-(len(sequence.text) + 1) // pool.page_size) - len(shared))
+    own = pool.allocate(-(-(len(sequence.tokens) + 1) // pool.page_size) - len(shared))
     if own is None:
       pool.release(shared)
       return False

@@ -318,6 +318,7 @@ def test_what_cannot_be_answered_is_refused(engines):
   for sizes, message in (
     (dict(cache_tokens=63), "cache_tokens=63 has no room for one sequence of max_length=64"),
     (dict(page_size=0), "page_size=0: expected at least 1"),
+    (dict(chunk=-1), "chunk=-1: expected at least 0"),
   ):
     with pytest.raises(ConfigError, match=message):
       engines[0](V3, dataclasses.replace(SIZES, **sizes))

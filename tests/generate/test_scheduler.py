@@ -22,9 +22,9 @@ def compute(scheduler, may_admit=True):
   chunks = scheduler.next_chunks(may_admit)
   for sequence in filter(None, chunks):
     scheduler.advance(sequence, scheduler.chunk_end(sequence))
-    if sequence.computed == len(sequence.text):
+    if sequence.computed == len(sequence.tokens):
       sequence.is_prefilled = True
-      sequence.text.append(7)
+      sequence.tokens.append(7)
   return [s.request.id if s else None for s in chunks]
 
 
@@ -32,8 +32,8 @@ def decode(scheduler):
   """A token of each sequence that decodes; their ids."""
   sequences = list(scheduler.decoding())
   for sequence in sequences:
-    scheduler.advance(sequence, len(sequence.text))
-    sequence.text.append(7)
+    scheduler.advance(sequence, len(sequence.tokens))
+    sequence.tokens.append(7)
   return [s.request.id for s in sequences]
 
 
