@@ -47,11 +47,6 @@ class EngineClient:
     self._stats: asyncio.Future[EngineStats] | None = None  # while they are asked for
     self._closed: RequestError | None = None
 
-  @property
-  def open_requests(self) -> int:
-    """Requests that the engine has not finished."""
-    return len(self._open)
-
   def check_room(self, count: int) -> None:
     """Raises RequestError 429 unless `count` more requests may be open, and 400 where they never may."""
     if count > self._limit:
@@ -90,7 +85,7 @@ class EngineClient:
       raise self._closed
     if self._stats is None:
       self._stats = asyncio.get_running_loop().create_future()
-      self._writer.write(encode_message({"type": "stats", "id": 0}))
+      self._writer.write(encode_message({"type": "stats"}))
     try:
       return await asyncio.wait_for(asyncio.shield(self._stats), STATS_SECONDS)
     except TimeoutError:

@@ -159,7 +159,7 @@ class EngineProcess:
           self._engine.cancel(message["id"])
           self._open.remove(message["id"])
       case "stats":
-        self._send(encode({"type": "stats", "id": message.get("id"), "stats": self._engine.stats().to_json()}))
+        self._send(encode({"type": "stats", "stats": self._engine.stats().to_json()}))
       case "ready":
         if self._announcement:
           current_console().print(self._announcement)
