@@ -303,8 +303,8 @@ class WatchdogConfig(Section, path="watchdog"):
 class SampleConfig(Section, path="sample"):
   prompt: str = field("def ", "prompt of the sample at the end of a run")
   max_tokens: int = field(200, "tokens to generate; 0: a run ends without a sample", at_least=0)
-  temperature: float = field(0.7, "temperature of sampling; 0: greedy decoding", at_least=0)
-  top_k: int = field(0, "sample from the k most likely tokens; 0: all", at_least=0)
+  temperature: float = field(0.7, "temperature of sampling; 0: greedy decoding", at_least=0, at_most=1e6)
+  top_k: int = field(0, "sample from the k most likely tokens; 0: all", at_least=0, at_most=2**31 - 1)
   top_p: float = field(
     0.95,
     "sample from the most likely tokens that together have this probability (nucleus sampling)",
@@ -312,7 +312,10 @@ class SampleConfig(Section, path="sample"):
     at_most=1,
   )
   repetition_penalty: float = field(
-    1.0, "divides positive and multiplies negative logits of tokens that the text already has", above=0
+    1.0,
+    "divides positive and multiplies negative logits of tokens that the text already has",
+    at_least=1e-38,
+    at_most=1e38,
   )
 
 

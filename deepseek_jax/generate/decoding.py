@@ -95,7 +95,7 @@ def continue_prompt(
     context = ids if len(ids) < window else ids[-max(window // 2, 1) :]
     count = min(window - len(context), max_length - len(ids))
     # The random numbers of a position are another's once the text has moved.
-    segment_seed = int(np.random.SeedSequence([seed, len(ids)]).generate_state(1)[0])
+    segment_seed = int(np.random.SeedSequence([seed % 2**64, len(ids)]).generate_state(1)[0])
     (new,) = continue_ids(engine, [context], [to_sampling(config, segment_seed, count)])
     ids += new
     if len(new) < count:  # the document has ended

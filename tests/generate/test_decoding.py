@@ -11,6 +11,7 @@ from flax import nnx
 from deepseek_jax.config_sections import MeshConfig, SampleConfig
 from deepseek_jax.data import tokenizer
 from deepseek_jax.generate.decoding import continue_prompt
+from deepseek_jax.generate.request import BOUNDS
 from deepseek_jax.mesh import make_mesh
 from deepseek_jax.model.transformer import graphdef, init_params
 from tests.configs import DENSE, GQA
@@ -68,3 +69,12 @@ def test_the_seed_decides():
   hot = SampleConfig(prompt="ab", max_tokens=30, temperature=2.0, top_p=1.0)
   first = generate(MeshConfig(data=1), hot, seed=1)
   assert first == generate(MeshConfig(data=1), hot, seed=1) != generate(MeshConfig(data=1), hot, seed=2)
+  assert generate(MeshConfig(data=1), hot, seed=-1) != first  # any integer is one
+
+
+def test_what_a_config_may_say_an_engine_does():
+  """A run samples at its end: a value that the engine refuses has to be an error before the run begins."""
+  for field in dataclasses.fields(SampleConfig):
+    if field.name not in ("prompt", "max_tokens"):
+      limits = field.metadata.get("at_least", field.metadata.get("above")), field.metadata.get("at_most")
+      assert limits == BOUNDS[field.name], field.name
