@@ -21,6 +21,8 @@ from deepseek_jax.serve.request_error import RequestError
 READ_BYTES = 2**18
 STATS_SECONDS = 10  # an engine that compiles or prefills a long prompt answers late
 RETRY_AFTER_SECONDS = 1
+# For a busy engine, which reads between its steps. Requests whose clients left are not open any more, but wait here too.
+MAX_UNSENT_BYTES = 16 * 2**20
 
 
 class EngineClient:
@@ -48,7 +50,7 @@ class EngineClient:
     self._closed: RequestError | None = None
 
   def check_room(self, count: int) -> None:
-    """Raises RequestError 429 unless `count` more requests may be open, and 400 where they never may."""
+    """Raises RequestError 429 unless `count` more requests may be sent now, and 400 where they never may."""
     if count > self._limit:
       raise RequestError(
         400, f"this request asks for {count} answers; the server takes {self._limit} at a time, send fewer", "n"
@@ -58,6 +60,13 @@ class EngineClient:
         429,
         f"the queue is full: {len(self._open)} requests are open and {self._limit} may be; try again later",
         code="queue_full",
+        retry_after=RETRY_AFTER_SECONDS,
+      )
+    if (unsent := self._writer.transport.get_write_buffer_size()) > MAX_UNSENT_BYTES:
+      raise RequestError(
+        429,
+        f"the engine is busy: {unsent} bytes of requests wait for it; try again later",
+        code="engine_busy",
         retry_after=RETRY_AFTER_SECONDS,
       )
 
