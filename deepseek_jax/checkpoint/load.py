@@ -5,6 +5,7 @@ import os
 import pathlib
 
 import jax
+from jax.typing import DTypeLike
 
 from deepseek_jax.checkpoint.bucket import open_reader
 from deepseek_jax.checkpoint.hf_model import DEFAULTS, read_config_json
@@ -73,12 +74,20 @@ class SavedModel:
     """Whether prompts begin with bos: those of what a run trained do, others as transformers prompts them."""
     return tokenizer.add_bos_token or self.fingerprint is not None
 
-  def load(self, devices: int = 1, model: ModelConfig | None = None, tensor: int = 1, expert: int = 1) -> LoadedWeights:
+  def load(
+    self,
+    devices: int = 1,
+    model: ModelConfig | None = None,
+    tensor: int = 1,
+    expert: int = 1,
+    params_dtype: DTypeLike | None = None,
+  ) -> LoadedWeights:
     """Reads the arrays, sharded over the first `devices` devices, in the parameter dtype of `model`.
 
     Args:
       model: the config's, perhaps in other dtypes; None: as it is.
       tensor, expert: sizes of these mesh axes; what is left of the devices is FSDP.
+      params_dtype: another dtype of the parameters, as bfloat16, in which no run trains them; buffers keep theirs.
 
     Raises ConfigError where there are fewer devices, or they do not divide the model; CheckpointError where the arrays
     cannot be read.
@@ -86,9 +95,13 @@ class SavedModel:
     model = model or self.config.model
     check_x64(model)
     if devices > len(jax.devices()):
-      raise ConfigError(f"--devices={devices}, but {len(jax.devices())} are here")
+      advice = "; JAX_NUM_CPU_DEVICES=N makes N of a CPU" if jax.default_backend() == "cpu" else ""
+      raise ConfigError(f"--devices={devices}, but {len(jax.devices())} are here{advice}")
     if devices % (tensor * expert):
-      raise ConfigError(f"{devices} devices do not divide over tensor={tensor} x expert={expert}: choose a multiple")
+      raise ConfigError(
+        f"--devices={devices} does not divide over --tensor_parallel={tensor} x --expert_parallel={expert}: give a "
+        f"multiple of {tensor * expert}"
+      )
     mesh_config = MeshConfig(data=1, fsdp=devices // (tensor * expert), tensor=tensor, expert=expert)
     check_weights(model, mesh_config)
     use_compilation_cache()
@@ -98,6 +111,8 @@ class SavedModel:
     with jax.set_mesh(mesh):
       shapes = jax.eval_shape(lambda: init_params(model, key=None))
       abstract = dict(zip(("params", "buffers"), with_concrete_shardings(shapes, mesh), strict=True))
+      if params_dtype is not None:
+        abstract["params"] = jax.tree.map(lambda a: a.update(dtype=params_dtype), abstract["params"])
       arrays = self.weights.load(abstract)
     return LoadedWeights(mesh, arrays["params"], arrays["buffers"])
 

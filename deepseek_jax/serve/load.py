@@ -63,7 +63,8 @@ def make_engine(saved: "SavedModel", tokenizer: Tokenizer, flags: EngineFlags) -
 
   model = saved.config.model
   if flags.dtype:
-    model = dataclasses.replace(model, param_dtype=flags.dtype, compute_dtype=flags.dtype)
+    # No config has parameters in bfloat16, which is no dtype to train in: they are read in it.
+    model = dataclasses.replace(model, param_dtype="float32", compute_dtype=flags.dtype)
   sizes = engine.EngineConfig(
     max_batch=flags.max_batch,
     max_length=flags.max_length or saved.config.data.seq,
@@ -73,7 +74,7 @@ def make_engine(saved: "SavedModel", tokenizer: Tokenizer, flags: EngineFlags) -
     token_budget=flags.token_budget,
   )
   engine.check_engine(model, sizes)  # before the weights are read
-  weights = saved.load(flags.devices, model, flags.tensor_parallel, flags.expert_parallel)
+  weights = saved.load(flags.devices, model, flags.tensor_parallel, flags.expert_parallel, flags.dtype or None)
   made = engine.Engine(
     model, weights.params, weights.buffers, weights.mesh, tokenizer.vocab, tokenizer.eos, sizes,
     f"{saved.source} {saved.step}",

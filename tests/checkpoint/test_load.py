@@ -45,6 +45,17 @@ def test_the_weights_of_a_workdir(folder, tmp_path):
   assert_equal(saved.load(2).params, open_saved_model(folder).load().params)
 
 
+@pytest.mark.parametrize("is_run", [False, True])
+def test_parameters_in_a_dtype_that_no_run_has(folder, tmp_path, is_run):
+  if is_run:
+    convert(folder, tmp_path / "run")
+  saved = open_saved_model(tmp_path / "run" if is_run else folder)
+  loaded, full = saved.load(2, params_dtype="bfloat16"), saved.load()
+  assert_equal(loaded.params, jax.tree.map(lambda array: array.astype("bfloat16"), full.params))
+  assert_equal(loaded.buffers, full.buffers)
+  assert all(array.dtype == "float32" for array in jax.tree.leaves(loaded.buffers))
+
+
 @pytest.mark.parametrize("add_bos", [True, False])
 def test_prompts_of_weights_trained_elsewhere_begin_as_the_tokenizer_says(tmp_path, add_bos):
   saved = open_saved_model(write_hugging_face(tmp_path / "hf", add_bos))

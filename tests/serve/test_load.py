@@ -1,11 +1,15 @@
 import importlib.util
 
+import jax
 import pytest
 
+from deepseek_jax.checkpoint.load import open_saved_model
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import ConfigError
+from deepseek_jax.generate.request import Request, Sampling
 from deepseek_jax.serve import load
 from deepseek_jax.serve.chat_template import DEEPSEEK_LLM
+from tests.saved_models import SEQ, write_hugging_face
 
 
 def test_missing_packages_are_named(monkeypatch):
@@ -14,6 +18,23 @@ def test_missing_packages_are_named(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "prometheus_client" else found(name))
   with pytest.raises(ConfigError, match="pip install prometheus-client"):
     load.check_packages()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_an_engine_in_another_dtype(tmp_path, dtype):
+  saved = open_saved_model(write_hugging_face(tmp_path / "hf"))
+  tokenizer = saved.load_tokenizer()
+  flags = load.EngineFlags(
+    max_batch=2, max_length=SEQ, scheduler="continuous", cache_tokens=0, token_budget=0, speculate=False, dtype=dtype,
+    devices=1, tensor_parallel=1, expert_parallel=1,
+  )  # fmt: skip
+  engine = load.make_engine(saved, tokenizer, flags)
+  engine.add(Request(0, (5, 6, 7), Sampling(max_tokens=3, temperature=0.0, ignore_eos=True)))
+  outputs = []
+  while engine.has_work:
+    outputs += engine.step()
+  assert sum(len(output.tokens) for output in outputs) == 3 and outputs[-1].finish_reason == "length"
+  assert {str(array.dtype) for array in jax.tree.leaves(engine._weights[0])} == {dtype}
 
 
 def test_the_template_of_a_converted_workdir(tmp_path):
