@@ -73,7 +73,7 @@ def make_choices(body: ChatBody, settings: Settings, tokenizer: Tokenizer, templ
   ids = tokenizer.encode_with_special_tokens(template.render(body.messages, body.template_arguments))
   if not ids:
     raise RequestError(400, "the chat template makes no text of these messages", "messages", "empty_prompt")
-  length = answer_length(ids, parameters.max_tokens, None, settings.max_length)
+  length = answer_length(ids, parameters.max_tokens, None, settings.max_length, "messages")
   check_logprobs(parameters.n, length, parameters.logprobs)
   return [
     Choice(

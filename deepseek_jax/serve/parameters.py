@@ -157,19 +157,23 @@ def derived_seed(seed: int | None, choice: int) -> int:
   return (seed + choice * 0x9E3779B9) % 2**32
 
 
-def answer_length(prompt: Sequence[int], max_tokens: int | None, default: int | None, max_length: int) -> int:
+def answer_length(
+  prompt: Sequence[int], max_tokens: int | None, default: int | None, max_length: int, source: str = "prompt"
+) -> int:
   """Tokens to generate after `prompt`. Not given: `default`, or what fits; None: what fits.
 
-  Raises RequestError 400 where the prompt, or it with max_tokens, does not fit.
+  source: the field that the prompt is made from. Raises RequestError 400 where the prompt, or it with max_tokens, does
+  not fit.
   """
   room = max_length - len(prompt)
   if room < max(1, max_tokens or 0):
     asked = f" and max_tokens={max_tokens}" if max_tokens else ""
+    problem = "leaves no room for an answer" if room == 0 and not asked else "is too long"
     raise RequestError(
       400,
-      f"a prompt of {len(prompt)} tokens{asked} is too long: this server's limit is {max_length} tokens for prompt and "
+      f"a prompt of {len(prompt)} tokens{asked} {problem}: this server's limit is {max_length} tokens for prompt and "
       "answer; send fewer",
-      "max_tokens" if 0 < room else "prompt",
+      "max_tokens" if 0 < room else source,
       "context_length_exceeded",
     )
   return min(room, room if default is None else default) if max_tokens is None else max_tokens

@@ -42,6 +42,9 @@ def test_lengths():
   for prompt, max_tokens in ((400, None), (400, 0), (390, 11)):
     with pytest.raises(RequestError, match=f"{prompt} tokens.*400"):
       answer_length([1] * prompt, max_tokens, 16, 400)
+  with pytest.raises(RequestError, match="no room for an answer") as raised:
+    answer_length([1] * 400, None, None, 400, "messages")
+  assert raised.value.param == "messages"
 
 
 def test_log_probabilities_are_bounded():
