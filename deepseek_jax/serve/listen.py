@@ -15,8 +15,13 @@ def listen(host: str, port: int) -> socket.socket:
     return socket.create_server((host, port), family=family, backlog=BACKLOG)
   except OSError as error:
     raise ConfigError(
-      f"cannot listen on {host} port {port}: {error.strerror or error}; choose others by --host and --port"
+      f"cannot listen on {host} port {port}: {_reason(error)}; choose others by --host and --port"
     ) from None
+
+
+def _reason(error: OSError) -> str:
+  """Of `error`. socket.create_server adds the address to strerror, which the message has."""
+  return str(error.strerror or error).partition(" (while attempting")[0]
 
 
 def url(listener: socket.socket) -> str:

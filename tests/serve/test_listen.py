@@ -22,7 +22,7 @@ def test_all_addresses_are_not_local():
 
 def test_an_address_that_cannot_be_listened_on():
   with listen("127.0.0.1", 0) as listener:
-    with pytest.raises(ConfigError, match="--host and --port"):
+    with pytest.raises(ConfigError, match="Address already in use; choose others by --host and --port"):
       listen("127.0.0.1", listener.getsockname()[1])
   with pytest.raises(ConfigError, match="cannot listen on"):
     listen("no.such.host.invalid", 0)
