@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from deepseek_jax.generate.request import EngineStats
@@ -40,6 +40,7 @@ class Metrics:
   """Metrics of the server in a registry of their own."""
 
   def __init__(self) -> None:
+    disable_created_metrics()  # times of creation, one more series for each label
     self._registry = CollectorRegistry()
     self._engine = _EngineCollector()
     self._registry.register(self._engine)

@@ -33,3 +33,4 @@ def test_tokens_of_one_step_share_its_time(monkeypatch):
   assert got["deepseek_jax_inter_token_latency_seconds_sum"] == 2.0
   assert got["deepseek_jax_request_latency_seconds_sum"] == 3.0
   assert got['deepseek_jax_choices_total{finish_reason="stop"}'] == 1
+  assert not any("_created" in name for name in got)
