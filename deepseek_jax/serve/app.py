@@ -135,7 +135,7 @@ class Gate:
   def __init__(self, app: ASGIApp, service: Service):
     self._app, self._service = app, service
     key = service.settings.api_key
-    self._authorization = None if key is None else f"Bearer {key}".encode()
+    self._key = None if key is None else key.encode()
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     """Passes a request on, or answers it with an error."""
@@ -169,10 +169,11 @@ class Gate:
       return RequestError(
         403, f"the header Host must name this machine: {', '.join(hosts)}, got {host[:200]!r}; with --api_key any name is served"
       )  # fmt: skip
-    if self._authorization is not None and scope["path"].startswith("/v1"):
-      given = headers.get(b"authorization", b"")
-      if not hmac.compare_digest(given, self._authorization):
-        message = "wrong API key" if given else "no API key"
+    if self._key is not None and scope["path"].startswith("/v1"):
+      scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+      is_bearer = scheme.lower() == b"bearer"  # RFC 9110: in any case
+      if not (hmac.compare_digest(given.strip(), self._key) and is_bearer):
+        message = "wrong API key" if is_bearer and given else "no API key"
         return RequestError(401, f"{message}: send the header Authorization: Bearer KEY", code="invalid_api_key")
     return None
 

@@ -307,7 +307,7 @@ BAD_CHATS = {
   "response_format": ({"messages": MESSAGES, "response_format": {"type": "json_object"}}, "response_format"),
   "top_logprobs": ({"messages": MESSAGES, "top_logprobs": 3}, "top_logprobs"),
   "nothing to generate": ({"messages": MESSAGES, "max_tokens": 0}, "max_tokens"),
-  "too long": ({"messages": [{"role": "user", "content": "a" * 500}]}, "prompt"),
+  "too long": ({"messages": [{"role": "user", "content": "a" * 500}]}, "messages"),
   "too many": ({"messages": MESSAGES * 500}, "messages"),
   "arguments": ({"messages": MESSAGES, "chat_template_kwargs": []}, "chat_template_kwargs"),
   "echo": ({"messages": MESSAGES, "echo": True}, "echo"),
@@ -439,8 +439,17 @@ def test_an_error_of_the_server_s_says_nothing_of_it():
 def test_a_key_and_names_of_this_machine():
   hosts = ("localhost", "127.0.0.1")
   with serving(api_key="secret", local_hosts=hosts) as server:
-    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
-      check_error(server.http.get("/v1/models", headers=headers), 401, code="invalid_api_key")
+    for given, problem in (
+      (None, "no"),
+      ("Bearer wrong", "wrong"),
+      ("Bearer", "no"),
+      ("secret", "no"),
+      ("Basic secret", "no"),
+    ):
+      headers = {} if given is None else {"Authorization": given}
+      message = check_error(server.http.get("/v1/models", headers=headers), 401, code="invalid_api_key")
+      assert message.startswith(f"{problem} API key")
+    assert server.http.get("/v1/models", headers={"Authorization": "bearer secret"}).status_code == 200
     assert server.http.get("/health").status_code == 200
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret") as client:
       assert client.models.list().data[0].id == "fake"
