@@ -83,10 +83,12 @@ def main(argv: list[str]) -> int:
 
   # Imported late: --help and flag errors need no jax.
   from deepseek_jax.checkpoint.load import open_hugging_face, open_workdir
-  from deepseek_jax.checkpoint.weights import has_hf_config
+  from deepseek_jax.checkpoint.weights import has_hf_config, is_hugging_face
 
   if values.workdir and has_hf_config(values.workdir):
     raise ConfigError(f"--workdir={source} is a Hugging Face folder: give it as --from={source}")
+  if not values.workdir and not is_hugging_face(source):
+    raise ConfigError(f"--from={source} is a run and no Hugging Face folder: give it as --workdir={source}")
   saved = open_workdir(source, values.step) if values.workdir else open_hugging_face(source)
   tokenizer_name = values.tokenizer or saved.config.data.tokenizer
   tokenizer = saved.load_tokenizer(values.tokenizer)
@@ -94,6 +96,8 @@ def main(argv: list[str]) -> int:
   console = current_console()
   if not has_template:
     console.print("note     the model has no chat template: chats use DeepSeek LLM's format; --chat_template=FILE gives another", err=True)  # fmt: skip
+  if values.max_length > saved.config.data.seq:
+    console.print(f"note     --max_length={values.max_length} is longer than the {saved.config.data.seq} tokens that the model was made for: answers may get worse beyond these", err=True)  # fmt: skip
   api_key = values.api_key or os.environ.get(API_KEY_VARIABLE) or None
   if not is_local(listener) and api_key is None:
     console.print(f"note     {url(listener)} is open to other machines, without a key: --api_key or ${API_KEY_VARIABLE} sets one", err=True)  # fmt: skip
@@ -137,6 +141,10 @@ def _check_flags(values: flags.FlagValues) -> str:
     )
   if source and values.step is not None:
     raise ConfigError(f"--step={values.step} is a checkpoint of a --workdir, and --from has none: leave it out")
+  if values.max_length == 1:
+    raise ConfigError(
+      "--max_length=1 has no room for a prompt and an answer: give at least 2, or 0 for the model's own"
+    )
   if values.port > 65535:
     raise ConfigError(f"--port must be 0 to 65535, got {values.port}")
   return str(values.workdir or source)

@@ -1,6 +1,6 @@
 import pytest
 
-from deepseek_jax.errors import ConfigError, DataError
+from deepseek_jax.errors import CheckpointError, ConfigError, DataError
 from deepseek_jax.serve import __main__ as program
 from deepseek_jax.serve.listen import listen
 from deepseek_jax.serve.messages import Settings
@@ -16,6 +16,7 @@ from tests.serve.fake_engine import DEFAULTS, FakeEngine
     (["--from=b", "--step=3"], "--step=3"),
     (["--workdir=a", "--port=70000"], "--port"),
     (["--workdir=a", "--max_batch=0"], "max_batch"),
+    (["--workdir=a", "--max_length=1"], "at least 2"),
     (["--workdir=a", "--host=no.such.host.invalid"], "cannot listen"),
     (["--workdir=a", "--scheduler=fast"], "continuous"),
     (["--workdir=a", "--max_batches=2"], "did you mean --max_batch"),
@@ -67,9 +68,16 @@ def test_what_the_flags_come_to(tmp_path, monkeypatch, capsys):
   program.main(["serve", f"--from={folder}", "--port=0", "--host=0.0.0.0"])
   assert "without a key" in capsys.readouterr().err and seen["settings"].local_hosts is None
   program.main(["serve", f"--from={folder}", "--port=0"])
-  assert "127.0.0.1" in seen["settings"].local_hosts
+  assert "127.0.0.1" in seen["settings"].local_hosts and "--max_length" not in capsys.readouterr().err
+  program.main(["serve", f"--from={folder}", "--port=0", "--max_length=49"])
+  assert "--max_length=49 is longer than the 48 tokens" in capsys.readouterr().err
   with pytest.raises(ConfigError, match="give it as --from"):
     program.main(["serve", f"--workdir={folder}", "--port=0"])
+  (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+  with pytest.raises(ConfigError, match="give it as --workdir"):
+    program.main(["serve", f"--from={tmp_path / 'run'}", "--port=0"])
+  with pytest.raises(CheckpointError):
+    program.main(["serve", f"--from={tmp_path / 'nothing'}", "--port=0"])
   with pytest.raises(DataError):
     program.main(["serve", f"--from={folder}", "--port=0", "--tokenizer=no/such/tokenizer.json"])
 
