@@ -1,6 +1,7 @@
 """Bodies of requests, checked: what the two protocols have in common."""
 
 import dataclasses
+import difflib
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -63,7 +64,9 @@ class Fields:
   Raises RequestError 400 for a value of another type, and for a field that is neither in `known` nor harmless.
   """
 
-  def __init__(self, body: Any, known: set[str]):
+  def __init__(self, body: Any, known: set[str], path: str = ""):
+    """path: in front of the names of fields in errors, where `body` is a part of another."""
+    self._path = path
     if not isinstance(body, dict):
       raise RequestError(400, f"the body must be a JSON object, got {_describe(body)}")
     self._body = {name: value for name, value in body.items() if value is not None}
@@ -71,10 +74,11 @@ class Fields:
       if name in known or name in HARMLESS_FIELDS or value in NEUTRAL_VALUES.get(name, ()):
         continue
       if name in NEUTRAL_VALUES:
-        raise RequestError(400, f"{name} is not supported: leave it out", name, "unsupported_parameter")
-      raise RequestError(
-        400, f"unknown field {name[:80]!r}: expected {', '.join(sorted(known))}", name[:80], "unknown_parameter"
-      )
+        raise RequestError(400, f"{path}{name} is not supported: leave it out", path + name, "unsupported_parameter")
+      field = path + name[:80]
+      near = difflib.get_close_matches(name[:80], sorted(known), 1)
+      advice = f"; did you mean {near[0]!r}?" if near else f": expected {', '.join(sorted(known))}"
+      raise RequestError(400, f"unknown field {field!r}{advice}", field, "unknown_parameter")
 
   def get(self, name: str) -> Any:
     """The value as it came; None: not given."""
@@ -84,7 +88,7 @@ class Fields:
     """True or false."""
     value = self._body.get(name, default)
     if not isinstance(value, bool):
-      raise wrong_type(name, "true or false", value)
+      raise wrong_type(self._path + name, "true or false", value)
     return value
 
   def integer(self, name: str, default: int | None, least: int, most: int | None = None) -> int | None:
@@ -221,7 +225,7 @@ def _stream_options(fields: Fields) -> tuple[bool, bool, bool]:
   if not stream:
     raise RequestError(400, "stream_options is for stream=true only", "stream_options")
   known = {"include_usage", "continuous_usage_stats", "include_obfuscation"}
-  inner = Fields(options, known)
+  inner = Fields(options, known, "stream_options.")
   return stream, inner.boolean("include_usage"), inner.boolean("continuous_usage_stats")
 
 

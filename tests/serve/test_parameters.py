@@ -23,6 +23,25 @@ def test_bounds_are_those_of_sampling(name):
       fields(value).number(name, 0.0)
 
 
+@pytest.mark.parametrize(
+  "body, param, message",
+  [
+    ({"max_token": 3}, "max_token", "did you mean 'max_tokens'"),
+    ({"guidance": 3}, "guidance", "expected frequency_penalty, "),
+    (
+      {"stream": True, "stream_options": {"usage": True}},
+      "stream_options.usage",
+      "unknown field 'stream_options.usage'",
+    ),
+    ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage", "true or false"),
+  ],
+)
+def test_the_field_that_is_wrong_is_named(body, param, message):
+  with pytest.raises(RequestError, match=message) as raised:
+    parse_parameters(Fields(body, parameters.COMMON_FIELDS), "m", None, None)
+  assert raised.value.param == param
+
+
 def test_null_is_not_given():
   fields = Fields(dict.fromkeys(["logit_bias", "temperature", "tools", "stop"]), parameters.COMMON_FIELDS)
   assert parse_parameters(fields, "m", None, None).rules["temperature"] == 1.0
