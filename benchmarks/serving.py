@@ -3,7 +3,7 @@
 Serves a model with each scheduler, has guidellm ask the same requests, and compares tokens per second, and guidellm's counts
 and latencies with those of /metrics. Lengths of answers are log-uniform in 16 to 256, those of prompts too, or
 --prompt_tokens. guidellm needs an environment of its own: python3 .ci/environment.py .venv-guidellm guidellm.
-Without --workdir a model of 10.6M parameters is made first, with random weights. Results: docs/results/serving.md.
+Without --workdir a model of 35M parameters is made first, with random weights. Results: docs/results/serving.md.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from deepseek_jax.runs import run
 
 LEAST, MOST = 16, 256  # tokens of an answer
 MODEL = {
-  "model.embed": 512, "model.layers": 6, "model.mlp": 1536, "model.attention.heads": 8,
+  "model.embed": 512, "model.layers": 12, "model.mlp": 1536, "model.attention.heads": 8,
   "train.steps": 1, "train.global_batch": 4, "sample.max_tokens": 0, "eval.final_sequences": 4,
 }  # fmt: skip
 SCHEDULERS = ("continuous", "static")
@@ -47,7 +47,9 @@ def main(argv: list[str]) -> int:
   flags.DEFINE_integer("max_batch", 8, "requests that run at a time", lower_bound=1, flag_values=values)
   flags.DEFINE_integer("requests", 200, "requests of a round", lower_bound=1, flag_values=values)
   flags.DEFINE_integer("rounds", 2, "of each scheduler, in turns", lower_bound=1, flag_values=values)
-  flags.DEFINE_integer("prompt_tokens", 0, "of every prompt; 0: log-uniform as the answers", flag_values=values)
+  flags.DEFINE_integer(
+    "prompt_tokens", 0, "of every prompt, with bos; 0: log-uniform as the answers", flag_values=values
+  )
   parse(argv, values, __doc__)
   out = pathlib.Path(values.out)
   out.mkdir(parents=True, exist_ok=True)
@@ -78,7 +80,7 @@ def write_requests(path: pathlib.Path, count: int, prompt_tokens: int) -> None:
   text, draw = pathlib.Path(load_config.__code__.co_filename).read_text(encoding="utf-8"), random.Random(0)
   lines = []
   for _ in range(count):
-    length = prompt_tokens or log_uniform(draw)
+    length = (prompt_tokens or log_uniform(draw)) - 1  # and bos
     start = draw.randrange(len(text) - MOST)
     lines.append(json.dumps({"prompt": text[start : start + length], "output_tokens_count": log_uniform(draw)}))
   path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -66,4 +66,4 @@ def test_requests_are_the_same_each_time_and_of_all_lengths(tmp_path):
   assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text()
   requests = [json.loads(line) for line in (tmp_path / "a").read_text().splitlines()]
   lengths = [request["output_tokens_count"] for request in requests]
-  assert {min(lengths), max(lengths)} == {16, 20} and {len(r["prompt"]) for r in requests} == set(range(16, 21))
+  assert {min(lengths), max(lengths)} == {16, 20} and {len(r["prompt"]) + 1 for r in requests} == set(range(16, 21))
