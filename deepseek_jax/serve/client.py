@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from deepseek_jax.generate.request import EngineStats, Output, Request, Sampling
 from deepseek_jax.serve.messages import (
+  ALIVE_SECONDS,
   LineReader,
   MessageError,
   Settings,
@@ -103,6 +104,12 @@ class EngineClient:
   def ready(self) -> None:
     """Tells the engine process that HTTP is served."""
     self._writer.write(encode_message({"type": "ready"}))
+
+  async def beat(self) -> None:
+    """Tells the engine process every ALIVE_SECONDS that this one goes on."""
+    while True:
+      self._writer.write(encode_message({"type": "alive"}))
+      await asyncio.sleep(ALIVE_SECONDS)
 
   def fail_all(self, message: str) -> None:
     """Ends all open requests with status 503, and refuses new ones."""

@@ -12,7 +12,7 @@ from deepseek_jax.console import current_console
 from deepseek_jax.errors import ConfigError, UserError
 from deepseek_jax.generate.request import EngineStats, Output, Request
 from deepseek_jax.serve.http_child import HttpChild
-from deepseek_jax.serve.messages import MessageError, Settings, decode_request, encode, encode_outputs
+from deepseek_jax.serve.messages import ALIVE_SECONDS, MessageError, Settings, decode_request, encode, encode_outputs
 
 GRACE_SECONDS = 5.0  # for open requests once the server is told to stop
 EXIT_SECONDS = 2.0  # for the HTTP process after that
@@ -135,14 +135,15 @@ class EngineProcess:
       if child in readable:
         for message in child.receive():
           self._take(message)
+      child.check_alive()
     except (ConnectionError, MessageError) as error:
       self._lose_child(str(error) or type(error).__name__)
 
-  def _wait_seconds(self) -> float | None:
-    """Until something has to be done without a message; None: never."""
-    times = [] if self._child else [self._start_at]
+  def _wait_seconds(self) -> float:
+    """Until something has to be done without a message."""
+    times = [time.monotonic() + ALIVE_SECONDS if self._child else self._start_at]
     times += [] if self._stop_at is None else [self._stop_at]
-    return max(0.0, min(times) - time.monotonic()) if times else None
+    return max(0.0, min(times) - time.monotonic())
 
   def _take(self, message: dict[str, Any]) -> None:
     match message["type"]:
@@ -160,6 +161,8 @@ class EngineProcess:
           self._open.remove(message["id"])
       case "stats":
         self._send(encode({"type": "stats", "stats": self._engine.stats().to_json()}))
+      case "alive":
+        pass
       case "ready":
         if self._announcement:
           current_console().print(self._announcement)

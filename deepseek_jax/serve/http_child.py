@@ -9,13 +9,13 @@ import sys
 import time
 from typing import Any
 
-from deepseek_jax.serve.messages import MAX_LINE_BYTES, LineReader, Settings, encode
+from deepseek_jax.serve.messages import ALIVE_SECONDS, MAX_LINE_BYTES, LineReader, Settings, encode
 
 HTTP_PROGRAM = ("-m", "deepseek_jax.serve.http_process")
 READ_BYTES = 2**18
-# A process that leaves so much unread, or reads nothing for so long, is stuck: it is ended, and its requests with it.
+# A process that leaves so much unread, or says nothing for so long, is stuck: it is ended, and its requests with it.
 MAX_PENDING_BYTES = 8 * MAX_LINE_BYTES
-STUCK_SECONDS = 30.0
+STUCK_SECONDS = 6 * ALIVE_SECONDS
 END_SECONDS = 0.5  # for a process that closed the socket, before it is killed
 
 
@@ -30,7 +30,8 @@ class HttpChild:
   def __init__(self, settings: Settings, listener: socket.socket):
     self._socket, other = socket.socketpair()
     self._lines, self._pending = LineReader(), bytearray()
-    self.started = self._last_sent = time.monotonic()
+    self.started = self._last_look = time.monotonic()
+    self._silent_seconds: float | None = None  # None: it starts, and has said nothing yet
     command = [sys.executable, *HTTP_PROGRAM, str(other.fileno()), str(listener.fileno())]
     # A terminal's Ctrl-C goes to all processes of a session, and would end this one before its open requests.
     with other:
@@ -55,13 +56,9 @@ class HttpChild:
     return bool(self._pending)
 
   def send(self, line: bytes) -> None:
-    """Sends `line` as far as the process reads, and keeps the rest. Raises ConnectionError where it is gone or stuck."""
+    """Sends `line` as far as the process reads, and keeps the rest. Raises ConnectionError where it is gone, or reads too little."""
     if len(self._pending) + len(line) > MAX_PENDING_BYTES:
       raise ConnectionAbortedError(f"it leaves more than {MAX_PENDING_BYTES} bytes unread")
-    if not self._pending:
-      self._last_sent = time.monotonic()
-    elif time.monotonic() - self._last_sent > STUCK_SECONDS:
-      raise ConnectionAbortedError(f"it has read nothing for {STUCK_SECONDS:.0f} s")
     self._pending += line
     self.flush()
 
@@ -71,7 +68,6 @@ class HttpChild:
       while self._pending:
         sent = self._socket.send(self._pending)
         del self._pending[:sent]
-        self._last_sent = time.monotonic()
 
   def receive(self) -> list[dict[str, Any]]:
     """Messages that have come. Raises ConnectionError where the process is gone, and MessageError."""
@@ -81,7 +77,20 @@ class HttpChild:
       return []
     if not data:
       raise ConnectionResetError("it closed the socket")
+    self._silent_seconds = 0.0
     return self._lines.feed(data)
+
+  def check_alive(self) -> None:
+    """Raises ConnectionError once the process has said nothing for STUCK_SECONDS; to be called often, after `receive`.
+
+    A long time between two calls counts little: then this process, or the machine, has slept.
+    """
+    now = time.monotonic()
+    if self._silent_seconds is not None:
+      self._silent_seconds += min(now - self._last_look, 2 * ALIVE_SECONDS)
+    self._last_look = now
+    if self._silent_seconds and self._silent_seconds > STUCK_SECONDS:
+      raise ConnectionAbortedError(f"it has said nothing for {STUCK_SECONDS:.0f} s")
 
   def close(self) -> str:
     """Closes the socket and ends the process if it still runs; returns how it ended, in words."""

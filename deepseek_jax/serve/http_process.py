@@ -122,12 +122,13 @@ async def serve(channel: socket.socket, listener: socket.socket) -> None:
   )  # fmt: skip
   server = Server(config)
   serving = asyncio.create_task(server.serve(sockets=[listener]))
-  reading = asyncio.create_task(client.read())
+  reading, beating = asyncio.create_task(client.read()), asyncio.create_task(client.beat())
   while not server.started and not serving.done():
     await asyncio.sleep(0.01)
   if server.started:
     client.ready()
   await asyncio.wait({serving, reading}, return_when=asyncio.FIRST_COMPLETED)
+  beating.cancel()
   if reading.done():
     client.fail_all("the engine has ended")
     await asyncio.sleep(AFTER_ENGINE_SECONDS)

@@ -13,6 +13,7 @@ import orjson
 from deepseek_jax.errors import UserError
 from deepseek_jax.generate.request import Output, Request, Sampling, TokenLogprobs
 
+ALIVE_SECONDS = 5.0  # between two signs of life of the HTTP process
 MAX_LINE_BYTES = 64 * 2**20
 OUTPUTS_LINE_BYTES = 2**20  # a longer step is several lines
 
