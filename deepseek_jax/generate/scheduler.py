@@ -113,10 +113,15 @@ class Scheduler:
   def decoding(self) -> Iterator[Sequence]:
     """The sequences that decode, the oldest first, each with pages for its newest token and its draft.
 
-    For these pages younger ones may lose theirs.
+    For its newest token younger ones may lose their pages. A draft for which there is no page is dropped.
     """
     for sequence in [s for s in self.running if s.is_prefilled]:
-      if sequence.slot >= 0 and self._grow(sequence, len(sequence.tokens) + (sequence.draft is not None)):
+      if sequence.slot >= 0 and self._grow(sequence, len(sequence.tokens)):
+        pool = self.pools[sequence.shard]
+        if sequence.draft is not None and len(sequence.pages) * pool.page_size <= len(sequence.tokens):
+          page = pool.allocate(1)
+          sequence.pages += page or []
+          sequence.draft = sequence.draft if page else None
         yield sequence
 
   def advance(self, sequence: Sequence, computed: int) -> None:

@@ -66,16 +66,17 @@ def run(
     Diverged: `train.max_skipped` updates in a row were skipped.
     Stopped: a notice before the first step, in a run of several processes, which it ends.
   """
+  refuse_hf_workdir(workdir)
+  run_folder = RunFolder(workdir)
   # What process 0 shows is true of all.
   with (
     set_console(current_console() if process_index() == 0 else SilentConsole()) as console,
     stop_notices(config.checkpoint.cloud_notices) as request,
     contextlib.ExitStack() as stack,
   ):
-    refuse_hf_workdir(workdir)
-    run_folder = RunFolder(workdir)
-    goodput, watchdog = stack.enter_context(watch(config, run_folder, console, started))
     try:
+      request.stop_at_once_from_now()  # where Stopped is handled
+      goodput, watchdog = stack.enter_context(watch(config, run_folder, console, started))
       check_x64(config.model)
       # These raise errors of the tokenizer and the bucket before any device is opened.
       tokenizer = load_model_tokenizer(config.data.tokenizer, config.model.vocab)

@@ -54,7 +54,7 @@ class StopRequest:
   # To stop for; with several processes the loop sets it at the same step on all.
   stop: Notice | None = None
   stop_process: int = 0  # the process that received it
-  at_once: bool = True  # a signal raises Stopped where it comes, else it is only noted
+  at_once: bool = False  # a signal raises Stopped where it comes, else it is only noted
 
   def receive(self, notice: Notice) -> None:
     """Notes `notice`, in any thread. A run of one process stops for it."""
@@ -87,6 +87,13 @@ class StopRequest:
     notice = self.stop or self.received
     assert notice
     return Stopped(notice.name, notice.exit_code)
+
+  def stop_at_once_from_now(self) -> None:
+    """Sets `at_once`. Raises Stopped if a notice has come already."""
+    self.at_once = True
+    if self.received:
+      self.at_once = False
+      raise self.stopped()
 
   @contextlib.contextmanager
   def stop_at_once(self, at_once: bool) -> Iterator[None]:

@@ -261,6 +261,15 @@ def test_a_notice_of_google_cloud_before_the_loop_ends_the_run_at_once(folder, m
   assert last_event(folder, "preempted")["reason"] == "PREEMPTED"
 
 
+@pytest.mark.parametrize("function", ["watch", "make_meshes"])
+def test_a_signal_at_the_very_start_ends_the_run_at_once(folder, function):
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, function, raising(getattr(loop, function), lambda: signal.raise_signal(signal.SIGTERM)))
+    out = run(folder, f"in-{function}", code=143)
+  assert "stopped by SIGTERM before the first step; the same command starts again" in out
+  assert last_event(folder, f"in-{function}")["reason"] == "SIGTERM"
+
+
 def test_minutes_save_between_the_steps_of_every(folder, digest, monkeypatch):
   seconds = [0]
   monkeypatch.setattr(decisions, "time", types.SimpleNamespace(monotonic=lambda: seconds[0]))

@@ -84,6 +84,17 @@ def test_the_youngest_of_the_shard_gives_its_pages():
   assert compute(scheduler) == [2]
 
 
+def test_a_draft_takes_no_page_from_others_and_is_dropped_without_one():
+  scheduler = make(slots=2, pages=4)
+  add(scheduler, 7, 6)
+  for _ in range(2):
+    compute(scheduler)
+  scheduler.running[0].draft = scheduler.running[1].draft = 9
+  assert decode(scheduler) == [0, 1] and scheduler.preemptions == 0
+  # The first has 8 tokens in two pages, and no page is free; the second has room for its draft.
+  assert [s.draft for s in scheduler.running] == [None, 9]
+
+
 def test_static_batching_admits_when_all_are_done():
   scheduler = make(is_static=True)
   add(scheduler, 3, 3, 3)

@@ -15,16 +15,25 @@ SIGNALS = [signal.SIGINT, signal.SIGUSR1, signal.SIGTERM]
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_before_the_first_step_a_signal_raises(number):
-  with pytest.raises(Stopped) as stopped, stop_requests():
+  with stop_requests() as request, pytest.raises(Stopped) as stopped:
+    request.stop_at_once_from_now()
     signal.raise_signal(number)
   assert stopped.value.notice == number.name
   assert stopped.value.exit_code == (130 if number == signal.SIGINT else 143)
 
 
+def test_a_signal_that_comes_before_anybody_handles_it_raises_where_it_is_handled():
+  with stop_requests() as request:
+    signal.raise_signal(signal.SIGTERM)
+    for _ in range(2):
+      with pytest.raises(Stopped, match="stopped by SIGTERM"):
+        request.stop_at_once_from_now()
+    assert not request.at_once
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_in_the_loop_the_first_is_noted_and_others_change_nothing(number):
   with stop_requests() as request:
-    request.at_once = False
     signal.raise_signal(number)
     for other in SIGNALS:
       if other != signal.SIGINT or number != signal.SIGINT:
@@ -35,6 +44,7 @@ def test_in_the_loop_the_first_is_noted_and_others_change_nothing(number):
 
 def test_only_the_first_raises_at_once_and_only_a_second_ctrl_c_in_any_case():
   with stop_requests() as request:
+    request.stop_at_once_from_now()
     with pytest.raises(Stopped):
       signal.raise_signal(signal.SIGTERM)
     signal.raise_signal(signal.SIGTERM)
@@ -46,7 +56,6 @@ def test_only_the_first_raises_at_once_and_only_a_second_ctrl_c_in_any_case():
 
 def test_stop_at_once_lasts_for_its_block():
   with stop_requests() as request:
-    request.at_once = False
     with request.stop_at_once(True), pytest.raises(Stopped):
       signal.raise_signal(signal.SIGUSR1)
     signal.raise_signal(signal.SIGUSR1)
@@ -54,13 +63,13 @@ def test_stop_at_once_lasts_for_its_block():
 
 def test_a_notice_of_another_thread_raises_in_the_main_thread_or_is_noted():
   with stop_requests() as request, pytest.raises(Stopped) as stopped:
+    request.stop_at_once_from_now()
     threading.Timer(0.05, request.announce, [Notice.MAINTENANCE]).start()
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
       time.sleep(0.01)
   assert (stopped.value.notice, stopped.value.exit_code) == ("MAINTENANCE", 143)
   with stop_requests() as request:
-    request.at_once = False
     thread = threading.Thread(target=request.announce, args=[Notice.PREEMPTED])
     thread.start()
     thread.join()
