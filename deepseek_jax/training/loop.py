@@ -93,12 +93,11 @@ def run(
         data = open_all_data(config, stages, goodput.clock)
         with jax.set_mesh(meshes[0]), goodput.clock.measure("restore"):
           first, start = find_start(stages, data, workdir, checkpointer, weights, accept_data_change, resume_from)
-        callables = evaluate, sample, replacements
 
         def make_trainer(index, start):
           watchdog.publish = logs[index].end_hung
           to_train = stages[index], workdir, meshes[index], data[index], checkpointer
-          return Trainer(*to_train, *callables, start, logs[index])
+          return Trainer(*to_train, evaluate, sample, replacements, start, logs[index])
 
         return train_stages(stages, first, start, logs, make_trainer, request)
     except Stopped as stop:  # nothing was trained yet
