@@ -48,7 +48,9 @@ class NewTokens:
 
   Attributes:
     tokens: int32 [rows, new]. In decoding: the newest token, then a draft, if there is one.
-    start, length, table: as in CachePositions. Page numbers count within the shard of the row.
+    start: int32 [rows], as in CachePositions.
+    length: int32 [rows], as there.
+    table: int32 [rows, pages of a sequence], as there. Page numbers count within the shard of the row.
     rules: of each row.
     wants_logprobs: bool [rows].
   """
