@@ -38,7 +38,7 @@ def continue_ids(
   """Ids that follow each of `prompts`: up to max_tokens, or to eos, which is not among them.
 
   Args:
-    engine: that has nothing else to do; its mesh is set.
+    engine: that has nothing else to do.
     samplings: of each prompt.
     has_ended: whether no more ids are wanted after these; asked whenever there are new ones.
     update: called with the number of prompts that are done.

@@ -70,18 +70,21 @@ class Scheduler:
     self.waiting: collections.deque[Sequence] = collections.deque()
     self.slots: list[list[Sequence | None]] = [[None] * slots for _ in pools]
     self.running: list[Sequence] = []  # the youngest last
+    self._by_id: dict[int, Sequence] = {}  # those that have not ended
     self.preemptions = 0
 
   def add(self, request: Request) -> None:
     """Puts `request` at the end of the queue."""
-    self.waiting.append(Sequence(request, list(request.prompt)))
+    sequence = self._by_id[request.id] = Sequence(request, list(request.prompt))
+    self.waiting.append(sequence)
 
   def find(self, id: int) -> Sequence | None:
     """The sequence of the request `id`, unless it has ended."""
-    return next((s for s in (*self.running, *self.waiting) if s.request.id == id), None)
+    return self._by_id.get(id)
 
   def remove(self, sequence: Sequence) -> None:
     """Frees the slot and the pages of `sequence`, or takes it out of the queue."""
+    del self._by_id[sequence.request.id]
     if sequence.slot < 0:
       self.waiting.remove(sequence)
     else:
